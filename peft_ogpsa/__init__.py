@@ -1,0 +1,10 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Safety fine-tuning with LoRA and without the alignment tax."""
+
+from .callback import OGPSACallback
+from .config import OGPSAConfig
+from .model import OGPSAModel, projector_of
+from .reference import ReferenceSet
+
+__all__ = ["OGPSACallback", "OGPSAConfig", "OGPSAModel", "ReferenceSet", "projector_of"]

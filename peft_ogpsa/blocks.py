@@ -1,0 +1,137 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters are projected together, and their stacked form.
+
+A *piece* is one parameter tensor, flattened. Pieces of one size, dtype and device lie stacked in one *group*, so that
+a model of any depth costs a handful of kernels. A *block* is a set of pieces that share their projection
+coefficients: one piece (scope `tensor`), the pieces of one module (`module`), or all of them (`model`).
+
+A *stack* is a list with one tensor per group, `(pieces, numel)`, or `(pieces, rows, numel)` for rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Stack = list[Tensor]
+
+_BLOCK_OF: dict[str, Callable[[str, str], str]] = {
+    "tensor": lambda name, owner: name,
+    "module": lambda name, owner: owner,
+    "model": lambda name, owner: "",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters of one size, dtype and device, stacked along the first axis."""
+
+    names: tuple[str, ...]
+    numel: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Blocks:
+    """The layout of the projected parameters.
+
+    Args:
+        parameters (`Mapping[str, Tensor]`): The projected parameters by name.
+        owners (`Mapping[str, str]`): For each parameter the name of the module that it belongs to; pieces with one
+            owner form one block under scope `module`.
+        scope (`str`): `"tensor"`, `"module"` or `"model"`.
+
+    Raises:
+        ValueError: If `parameters` is empty or `scope` is unknown.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], owners: Mapping[str, str], scope: str) -> None:
+        if not parameters:
+            raise ValueError("There is no parameter to project: the adapter in training has no trainable LoRA weight.")
+        if scope not in _BLOCK_OF:
+            raise ValueError(f"scope={scope!r} is unknown. Choose one of {sorted(_BLOCK_OF)}.")
+        members: dict[tuple, list[str]] = {}
+        for name, parameter in parameters.items():
+            members.setdefault((parameter.numel(), parameter.dtype, parameter.device), []).append(name)
+        self.groups = [Group(tuple(names), *key) for key, names in members.items()]
+        self.parameters = [[parameters[name] for name in group.names] for group in self.groups]
+        self.scope = scope
+
+        names = [name for group in self.groups for name in group.names]
+        keys = [_BLOCK_OF[scope](name, owners[name]) for name in names]
+        index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        self.pieces = len(names)
+        self.count = len(index)
+        # The small problems of all blocks are solved together, on the device of the first group.
+        self.device = self.groups[0].device
+        self._block_of_piece = torch.tensor([index[key] for key in keys], device=self.device)
+        self._sizes = [len(group.names) for group in self.groups]
+
+    @property
+    def numel(self) -> int:
+        """The number of projected parameters."""
+        return sum(len(group.names) * group.numel for group in self.groups)
+
+    def names(self) -> list[str]:
+        """The parameters' names, in the order of the pieces."""
+        return [name for group in self.groups for name in group.names]
+
+    def flat_parameters(self) -> list[Tensor]:
+        """The parameters themselves, in the order of the pieces."""
+        return [parameter for group in self.parameters for parameter in group]
+
+    def zeros(self, rows: int | None = None, dtype: torch.dtype = torch.float32) -> Stack:
+        """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` where `rows` is given."""
+        middle = () if rows is None else (rows,)
+        return [
+            torch.zeros(len(group.names), *middle, group.numel, dtype=dtype, device=group.device)
+            for group in self.groups
+        ]
+
+    def views(self, stack: Stack) -> list[Tensor]:
+        """The pieces of a stack in their parameters' shapes, as views; a rows axis stays in front."""
+        return [
+            piece.unflatten(-1, parameter.shape)
+            for stacked, parameters in zip(stack, self.parameters, strict=True)
+            for piece, parameter in zip(stacked.unbind(0), parameters, strict=True)
+        ]
+
+    def stack(self, tensors: Sequence[Tensor | None] | None = None) -> Stack:
+        """A float32 copy of `tensors` (of the parameters, if not given), stacked.
+
+        Args:
+            tensors (`Sequence[Tensor | None]`): One per piece, in the order of the pieces; `None` counts as zeros.
+        """
+        source = self.flat_parameters() if tensors is None else tensors
+        stack = self.zeros()
+        pairs = [(view, t) for view, t in zip(self.views(stack), source, strict=True) if t is not None]
+        if pairs:
+            torch._foreach_copy_([view for view, _ in pairs], [t.detach() for _, t in pairs])
+        return stack
+
+    def reduce(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Sums per-piece values into per-block values: a `(pieces, ...)` tensor per group -> `(blocks, ...)`."""
+        values = torch.cat([value.to(self.device) for value in pieces])
+        if self.count == self.pieces:
+            return values
+        total = values.new_zeros(self.count, *values.shape[1:])
+        return total.index_add_(0, self._block_of_piece, values)
+
+    def reduce_max(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Like `reduce`, with the maximum in place of the sum; for values that are not negative."""
+        values = torch.cat([value.to(self.device) for value in pieces])
+        if self.count == self.pieces:
+            return values
+        index = self._block_of_piece.view(-1, *([1] * (values.dim() - 1))).expand_as(values)
+        return values.new_zeros(self.count, *values.shape[1:]).scatter_reduce_(0, index, values, "amax")
+
+    def spread(self, blocks: Tensor) -> list[Tensor]:
+        """Gives every piece its block's values: `(blocks, ...)` -> a `(pieces, ...)` tensor per group."""
+        values = blocks if self.count == self.pieces else blocks.index_select(0, self._block_of_piece)
+        return [
+            part.to(group.device) for part, group in zip(values.split(self._sizes), self.groups, strict=True)
+        ]

@@ -1,0 +1,235 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""OGPSA under transformers' `Trainer` and TRL's trainers: refreshes, logs and checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import checkpoint
+from .model import projector_of
+from .projector import Projector
+from .reference import ReferenceLoader, ReferenceSet, answer_loss, collate
+
+logger = logging.getLogger(__name__)
+
+
+class OGPSACallback(TrainerCallback):
+    """Keeps the reference subspace up to date during training.
+
+    Works with `Trainer`, `SFTTrainer` and `DPOTrainer`, without a subclass:
+
+    ```py
+    trainer = SFTTrainer(model, ..., callbacks=[OGPSACallback([ReferenceSet("general", rows)])])
+    ```
+
+    Logs, with the trainer's own figures: `ogpsa/loss/SET`, `ogpsa/cosine/SET`, `ogpsa/removed`,
+    `ogpsa/seconds_refresh` and `ogpsa/seconds_projection` (see `Diagnostics.collect`).
+
+    Each checkpoint of the trainer also gets the subspace, so that a resumed run goes on exactly.
+
+    Args:
+        reference_sets (`Sequence[ReferenceSet]`): The abilities to keep.
+        processing_class (*optional*): Tokenizer or processor; the trainer's own by default.
+        batch_size (`int`, *optional*): Examples per reference pass; by default the trainer's batch size per device.
+            It changes memory and speed, and with `rows_from="batch"` also what a row is.
+        seed (`int`): Of the order in which examples are drawn.
+        save_subspace (`bool`): Whether checkpoints get the subspace (`rows` times the size of the adapter).
+        resume_from (`str`, *optional*): Checkpoint directory to take the subspace from when a run is resumed; by
+            default `checkpoint-STEP` in the output directory.
+        rebuild_subspace (`bool`): When resuming, compute new reference gradients instead of loading the saved ones;
+            the run then goes on correctly, but not bit for bit as if it had never stopped.
+
+    Raises:
+        ValueError: At construction, if there is no set or two of one name. At the start of training, if a set is
+            empty or nothing of it is left to learn, no tokenizer is at hand, the model has no OGPSA adapter, training
+            is distributed or under DeepSpeed (not supported yet), or a resumed checkpoint's subspace is missing,
+            damaged, or does not fit.
+    """
+
+    def __init__(
+        self,
+        reference_sets: Sequence[ReferenceSet],
+        processing_class: Any = None,
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+        save_subspace: bool = True,
+        resume_from: str | os.PathLike | None = None,
+        rebuild_subspace: bool = False,
+    ) -> None:
+        sets = list(reference_sets) if not isinstance(reference_sets, ReferenceSet) else [reference_sets]
+        if not sets:
+            raise ValueError(
+                "OGPSACallback: reference_sets is empty. Give at least one ReferenceSet(name, rows) of an ability to "
+                "keep; a few hundred examples are enough."
+            )
+        names = [reference_set.name for reference_set in sets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"OGPSACallback: reference_sets has two sets of the name {twice[0]!r}. Rename one.")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"OGPSACallback: batch_size={batch_size!r} must be an integer of at least 1.")
+        self.reference_sets = sets
+        self.processing_class = processing_class
+        self.batch_size = batch_size
+        self.seed = seed
+        self.save_subspace = save_subspace
+        self.resume_from = resume_from
+        self.rebuild_subspace = rebuild_subspace
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Checks everything, tokenises the references, and restores the subspace of a resumed run."""
+        assert model is not None
+        _move_to_front(self)
+        _refuse_unsupported(args)
+        projector = projector_of(model)
+        tokenizer = self.processing_class or processing_class
+        if tokenizer is None:
+            raise ValueError(
+                "OGPSACallback needs a tokenizer for its reference sets. Give OGPSACallback(processing_class=...), or "
+                "processing_class to the trainer."
+            )
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        examples = {
+            reference_set.name: reference_set.tokenize(tokenizer)
+            for reference_set in tqdm(self.reference_sets, "Tokenising references", delay=2, disable=args.disable_tqdm)
+        }
+        self._pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        self._loader = ReferenceLoader(
+            examples,
+            projector.config.refresh_samples,
+            self.batch_size or args.per_device_train_batch_size,
+            self.seed,
+        )
+        self._projector = projector
+        self._training_examples = 0
+        if state.global_step > 0 and not self.rebuild_subspace:
+            self._resume(args, state, projector)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refreshes the subspace where it is due."""
+        projector = self._projector
+        if not (projector.enabled and projector.due):
+            return
+        assert model is not None
+        device = next(model.parameters()).device
+        batches = self._loader.draw()
+        total = sum(map(len, batches.values()))
+        with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
+
+            # The trainer's own model, not the bare one: it carries the trainer's mixed precision.
+            def loss(_: nn.Module, batch: dict) -> torch.Tensor:
+                bar.update()
+                return answer_loss(model, batch)
+
+            projector.refresh(
+                {
+                    name: [collate(batch, self._pad_token_id, device) for batch in own]
+                    for name, own in batches.items()
+                },
+                loss,
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds our figures to the trainer's."""
+        if logs is None or "loss" not in logs:  # evaluation logs and the summary at the end are not about steps
+            return
+        figures = self._projector.diagnostics.collect()
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Puts the subspace into the checkpoint that the trainer has just written."""
+        if not self.save_subspace or self._projector.subspace is None:
+            return
+        saved = self._projector.state_dict()
+        saved["rest"]["loader"] = self._loader.state_dict()
+        checkpoint.save(_checkpoint_directory(args, state), saved)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, projector: Projector) -> None:
+        directory = Path(self.resume_from) if self.resume_from else _checkpoint_directory(args, state)
+        try:
+            saved = checkpoint.load(directory)
+            try:
+                self._loader.load_state_dict(saved["rest"]["loader"])
+                projector.load_state_dict(saved)
+            except (KeyError, TypeError) as error:
+                raise checkpoint.CheckpointError(f"{directory / checkpoint.STATE_NAME} is damaged: {error}.") from error
+        except ValueError as error:
+            raise checkpoint.CheckpointError(
+                f"The run resumes at step {state.global_step}, and its reference subspace cannot be restored: {error} "
+                "Give OGPSACallback(resume_from=DIRECTORY) if the checkpoint lies elsewhere, or "
+                "OGPSACallback(rebuild_subspace=True) to compute new reference gradients."
+            ) from error
+
+
+def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _refuse_unsupported(args: TrainingArguments) -> None:
+    if args.deepspeed:
+        raise ValueError(
+            "OGPSA does not work under DeepSpeed yet: its engine steps the parameters where no optimizer hook sees "
+            "them. Train without the `deepspeed` argument."
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"OGPSA does not train in several processes yet (world size {args.world_size}): the processes would hold "
+            "different reference gradients. Launch a single process."
+        )
+
+
+def _move_to_front(callback: TrainerCallback) -> None:
+    """Lets our `on_log` run before the reporting callbacks (TensorBoard, W&B), which then see our figures.
+
+    The trainer puts its reporting callbacks before the user's and tells callbacks nothing of their handler, which is
+    therefore looked up in the calling frames. Were it not found there, only the progress bar and the log history
+    would show our figures.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            # A new list: the handler is walking through the old one.
+            handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
+            return
+        frame = frame.f_back

@@ -1,0 +1,272 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`ogpsa quickstart`: safety training of a small model, with the alignment tax measured and removed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from transformers import (
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from .. import data
+from ..callback import OGPSACallback
+from ..config import OGPSAConfig
+from ..evaluation import Evaluator, Measurement, table, tradeoff
+from ..model import projector_of
+from ..reference import ReferenceSet
+from .models import SMOLLM2, load_model
+
+_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+METHODS: dict[str, Callable[[], LoraConfig]] = {
+    "plain": lambda: LoraConfig(**_LORA),
+    "paper": lambda: OGPSAConfig.paper("sft", **_LORA),
+    "ogpsa": lambda: OGPSAConfig(**_LORA),
+    "ogpsa+weight": lambda: OGPSAConfig(reference_weight=1.0, **_LORA),
+}
+
+
+@dataclass
+class QuickstartArguments:
+    """What `ogpsa quickstart` can be told."""
+
+    model: str = field(default=SMOLLM2, metadata={"help": "Chat model: a folder or a name on the Hugging Face hub."})
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with harmful_train.jsonl, harmful_test.jsonl, and the same for benign and general, in the "
+            "format of the built-in data, which is the default."
+        },
+    )
+    methods: list[str] = field(
+        default_factory=lambda: ["plain", "paper", "ogpsa"],
+        metadata={"help": f"Which to train, of: {', '.join(METHODS)}."},
+    )
+    steps: int = field(default=40, metadata={"help": "Optimizer steps of each method."})
+    batch_size: int = field(default=8, metadata={"help": "Training examples a step."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, constant."})
+    reference_samples: int = field(default=64, metadata={"help": "Most examples in each reference set."})
+    measurements: int = field(default=2, metadata={"help": "How often each method is measured along its training."})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; by default cuda where there is one."})
+    seed: int = field(default=0, metadata={"help": "Of initialisation, data order and sampling."})
+    output_dir: str = field(default="quickstart", metadata={"help": "Where table, plot, report and adapter go."})
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise ValueError(f"methods={unknown[0]!r} is unknown. Choose from: {', '.join(METHODS)}.")
+        for name in ("steps", "batch_size", "reference_samples", "measurements"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class MethodResult:
+    """One method's training: how it went along the steps, and what it cost."""
+
+    curve: list[Measurement]
+    seconds: float
+    """Of training, without measurements."""
+    reference_share: float
+    """Reference examples per training example: the extra forward and backward work."""
+    refresh_seconds: float
+    projection_seconds: float
+    log: list[dict[str, Any]]
+
+
+class _Measure(TrainerCallback):
+    """Measures the model along its training."""
+
+    def __init__(self, evaluator: Evaluator, name: str, count: int) -> None:
+        self.evaluator, self.name, self.count = evaluator, name, count
+        self.curve: list[Measurement] = []
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        points = {round(args.max_steps * (i + 1) / self.count) for i in range(self.count)}
+        if state.global_step in points:
+            self.curve.append(self.evaluator.measure(model, self.name, state.global_step))
+
+
+def train(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: LoraConfig,
+    name: str,
+    rows: dict[str, list[dict]],
+    evaluator: Evaluator,
+    arguments: QuickstartArguments,
+) -> tuple[MethodResult, PeftModel]:
+    """Trains one method on the harmful requests and their refusals, with general and benign examples as references."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    set_seed(arguments.seed)
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    measure = _Measure(evaluator, name, arguments.measurements)
+    callbacks: list[TrainerCallback] = [measure]
+    if isinstance(config, OGPSAConfig):
+        sets = [ReferenceSet(name, rows[name], samples=arguments.reference_samples) for name in ("general", "benign")]
+        callbacks.append(OGPSACallback(sets, seed=arguments.seed))
+    training_rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows["harmful"]]
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            output_dir=os.path.join(arguments.output_dir, "trainer"),
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="constant",
+            logging_steps=5,
+            save_strategy="no",
+            report_to="none",
+            seed=arguments.seed,
+            use_cpu=arguments.device == "cpu",
+            bf16=False,  # the base is bfloat16 and the adapter float32 already
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_list(training_rows),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start - sum(m.seconds for m in measure.curve)
+    share, times = 0.0, {}
+    if isinstance(config, OGPSAConfig):
+        diagnostics = projector_of(model).diagnostics
+        share = diagnostics.reference_examples / (arguments.steps * arguments.batch_size)
+        times = diagnostics.stopwatch.totals()
+    result = MethodResult(
+        measure.curve,
+        seconds,
+        share,
+        times.get("refresh", 0.0),
+        times.get("projection", 0.0),
+        [entry for entry in trainer.state.log_history if "loss" in entry],
+    )
+    return result, model
+
+
+def load_rows(folder: str | None) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """Training and held-out rows by name: harmful, benign and general.
+
+    Raises:
+        ValueError: If a file is missing or a line of it is not a JSON object.
+    """
+    if folder is None:
+        return tuple({name: data.load(name, split) for name in data.NAMES} for split in ("train", "test"))  # type: ignore[return-value]
+    rows: dict[str, dict[str, list[dict]]] = {"train": {}, "test": {}}
+    for split, of_split in rows.items():
+        for name in data.NAMES:
+            path = Path(folder) / f"{name}_{split}.jsonl"
+            if not path.is_file():
+                raise ValueError(f"data={folder!r} lacks {path.name}. Add it, or leave `data` out for the built-in rows.")
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    of_split.setdefault(name, []).append(dict(json.loads(line)))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{path}, line {number}, is not a JSON object: {error}.") from error
+    return rows["train"], rows["test"]
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The command."""
+    try:
+        (parsed,) = HfArgumentParser(QuickstartArguments, prog="ogpsa quickstart").parse_args_into_dataclasses(
+            list(arguments)
+        )
+    except ValueError as error:
+        raise SystemExit(f"ogpsa quickstart: {error}") from error
+    quickstart(parsed)
+
+
+def quickstart(arguments: QuickstartArguments) -> dict[str, Any]:
+    """Trains and measures every method; prints the table and writes table, plot, report and adapter.
+
+    Returns:
+        What the report holds.
+    """
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    console = Console()
+    start = time.perf_counter()
+    train_rows, test_rows = load_rows(arguments.data)
+    console.print(f"Loading [bold]{arguments.model}[/bold] ...")
+    base, tokenizer, source = load_model(arguments.model, device=arguments.device or "cpu")
+    evaluator = Evaluator(
+        tokenizer,
+        harmful=test_rows["harmful"],
+        benign=test_rows["benign"],
+        general={"general": test_rows["general"]},
+        divergence_prompts=test_rows["general"][::2],
+        max_new_tokens=24,
+        batch_size=32,
+        seed=arguments.seed,
+    )
+    console.print(f"Measuring the base model ({source}) ...")
+    measured_base = evaluator.base(base)
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, MethodResult] = {}
+    report: dict[str, Any] = {}
+    for name in arguments.methods:
+        console.print(f"Training [bold]{name}[/bold] ...")
+        results[name], model = train(base, tokenizer, METHODS[name](), name, train_rows, evaluator, arguments)
+        if name == "ogpsa":
+            model.save_pretrained(output / "adapter")
+        base = model.unload()
+        report = {
+            "arguments": asdict(arguments),
+            "model_source": source,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+            "base": measured_base.to_dict(),
+            "methods": {
+                name: {**asdict(result), "curve": [m.to_dict() for m in result.curve]}
+                for name, result in results.items()
+            },
+            "seconds": time.perf_counter() - start,
+        }
+        # After every method, so that an interrupted run keeps what it has.
+        (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    grid = table(
+        {"base": measured_base, **{name: result.curve[-1] for name, result in results.items()}},
+        extra={
+            "seconds": {name: f"{result.seconds:.0f}" for name, result in results.items()},
+            "references": {name: f"+{result.reference_share:.0%}" for name, result in results.items()},
+        },
+    )
+    console.print(grid)
+    tradeoff({name: result.curve for name, result in results.items()}, output / "tradeoff.png", base=measured_base)
+    console.print(f"{time.perf_counter() - start:.0f} seconds. Plot, report and adapter: {output.resolve()}")
+    return report

@@ -1,0 +1,40 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A small data set, written for this project, to try safety fine-tuning without a download.
+
+The conversations are of three kinds: `harmful` (a harmful request and a polite refusal), `benign` (a harmless
+question that sounds dangerous and its answer) and `general` (everyday requests and their answers). `README.md` in
+this folder is the data card.
+"""
+
+import json
+from importlib import resources
+from typing import Any
+
+NAMES = ("harmful", "benign", "general")
+SPLITS = ("train", "test")
+
+
+def load(name: str, split: str = "train") -> list[dict[str, Any]]:
+    """Read one split of one kind of conversation.
+
+    Args:
+        name: `"harmful"`, `"benign"` or `"general"`.
+        split: `"train"` or `"test"`. No request is in both.
+
+    Returns:
+        One dictionary a row: `prompt` and `completion`, each a list of one `{"role", "content"}` message, as TRL's
+        trainers read them; `category`, a word for the topic; and, where the answer is a number, `answer`, its text.
+        Categories alternate, so that the first rows are a fair sample of all. Pass the list to
+        `datasets.Dataset.from_list` for a data set.
+
+    Raises:
+        ValueError: `name` or `split` is not one of those above.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name={name!r} is not a built-in data set: use one of {', '.join(map(repr, NAMES))}.")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} does not exist: use one of {', '.join(map(repr, SPLITS))}.")
+    text = resources.files(__name__).joinpath(f"{name}_{split}.jsonl").read_text(encoding="utf-8")
+    # Not splitlines(): it would also cut at the rarer Unicode line breaks, which JSON allows inside a string.
+    return [json.loads(line) for line in text.split("\n") if line]

@@ -1,0 +1,108 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the projector did and what it cost, gathered without waiting for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class Stopwatch:
+    """Adds up the seconds spent under a name; on CUDA by events, so that nothing waits."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, device: torch.device) -> Iterator[None]:
+        """Times the enclosed work."""
+        if device.type != "cuda":
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._add(name, time.perf_counter() - start)
+            return
+        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        with torch.cuda.device(device):
+            events[0].record()
+            try:
+                yield
+            finally:
+                events[1].record()
+        self._pending.append((name, *events))
+        if len(self._pending) >= 512:  # a loop that never asks for totals must not hold events for ever
+            self._settle(self._pending[:256])
+            del self._pending[:256]
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by name since the start. Waits for the device."""
+        self._settle(self._pending)
+        self._pending = []
+        return dict(self.seconds)
+
+    def _settle(self, events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]) -> None:
+        for name, start, end in events:
+            end.synchronize()
+            self._add(name, start.elapsed_time(end) / 1000)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+class Diagnostics:
+    """Figures for the log, averaged since they were last collected.
+
+    Attributes:
+        stopwatch (`Stopwatch`): Seconds spent in `"refresh"` and `"projection"`.
+        reference_examples (`int`): Reference examples passed forward and backward so far.
+        refreshes (`int`): Refreshes so far.
+    """
+
+    def __init__(self) -> None:
+        self.stopwatch = Stopwatch()
+        self.reference_examples = 0
+        self.refreshes = 0
+        self._losses: dict[str, float] = {}
+        self._cosines: dict[str, Tensor] = {}
+        self._removed: Tensor | None = None
+        self._steps = 0
+        self._reported: dict[str, float] = {}
+
+    def record_losses(self, losses: dict[str, float]) -> None:
+        """Takes the reference loss of every set, in the loss's own unit (nats per token for `ReferenceSet`)."""
+        self._losses = dict(losses)
+
+    def record_cosines(self, cosines: dict[str, Tensor]) -> None:
+        """Takes the cosine of the training gradient with every set's mean reference gradient."""
+        self._cosines = dict(cosines)
+
+    def record_projection(self, removed_squared: Tensor, total_squared: Tensor) -> None:
+        """Takes one step's squared norms of what was removed and of what there was before."""
+        share = (removed_squared / total_squared.clamp(min=torch.finfo(total_squared.dtype).tiny)).sqrt()
+        self._removed = share if self._removed is None else self._removed + share
+        self._steps += 1
+
+    def collect(self) -> dict[str, float]:
+        """The figures since the last call, by log name; waits for the device.
+
+        Returns:
+            `ogpsa/loss/SET` (last refresh), `ogpsa/cosine/SET` (last refresh; positive: the training gradient also
+            lowers that reference loss), `ogpsa/removed` (norm removed over norm before, mean over steps, 0 to 1),
+            `ogpsa/seconds_refresh` and `ogpsa/seconds_projection`. Empty if nothing has happened.
+        """
+        figures = {f"ogpsa/loss/{name}": loss for name, loss in self._losses.items()}
+        figures |= {f"ogpsa/cosine/{name}": float(value) for name, value in self._cosines.items()}
+        if self._removed is not None:
+            figures["ogpsa/removed"] = float(self._removed) / self._steps
+        self._removed, self._steps = None, 0
+        for name, seconds in self.stopwatch.totals().items():
+            figures[f"ogpsa/seconds_{name}"] = seconds - self._reported.get(name, 0.0)
+            self._reported[name] = seconds
+        return figures

@@ -1,0 +1,83 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Confidence intervals for rates and means."""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+Interval = tuple[float, float]
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson's score interval for a rate (Wilson 1927), which stays sensible at 0 and n successes.
+
+    Args:
+        successes: How often it happened.
+        n: How often it could have.
+        level: Confidence level.
+
+    Raises:
+        ValueError: `n` is below 1, or `successes` is not within 0 and `n`.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"successes is {successes} and n is {n}; needed: n >= 1 and 0 <= successes <= n.")
+    z = _normal_quantile(level)
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    # At the two ends the bound is the rate itself, to rounding.
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95, weights: Sequence[float] | None = None) -> Interval:
+    """Student's interval for a mean, or for a weighted mean of independent examples.
+
+    With weights (tokens an example, say) the mean is a ratio of two sums; its standard error is that of the
+    linearised ratio, which is the usual one when the weights are equal.
+
+    Args:
+        values: One value an example.
+        level: Confidence level.
+        weights: One weight an example; equal if not given.
+
+    Returns:
+        Both bounds; infinite for a single value, whose spread is unknown.
+
+    Raises:
+        ValueError: No values, or weights of another length.
+    """
+    n = len(values)
+    weights = [1.0] * n if weights is None else weights
+    if n == 0 or len(weights) != n:
+        raise ValueError(f"There are {n} values and {len(weights)} weights; needed: the same number, at least 1.")
+    total = sum(weights)
+    mean = sum(weight * value for weight, value in zip(weights, values, strict=True)) / total
+    if n == 1:
+        return -math.inf, math.inf
+    squares = sum((weight * (value - mean)) ** 2 for weight, value in zip(weights, values, strict=True))
+    half = _student_quantile(level, n - 1) * math.sqrt(n / (n - 1) * squares) / total
+    return mean - half, mean + half
+
+
+def _normal_quantile(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; give a confidence level between 0 and 1, such as 0.95.")
+    return NormalDist().inv_cdf((1 + level) / 2)
+
+
+def _student_quantile(level: float, freedom: int) -> float:
+    """Exact for 1 and 2 degrees of freedom, else the expansion of Abramowitz and Stegun 26.7.5 (0.2 % off at 3)."""
+    z = _normal_quantile(level)
+    if freedom == 1:
+        return math.tan(math.pi * level / 2)
+    if freedom == 2:
+        return level * math.sqrt(2 / (1 - level * level))
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))

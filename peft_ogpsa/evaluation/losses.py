@@ -1,0 +1,69 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-entropy on the answers of held-out rows."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from peft_ogpsa.evaluation.encoding import Row, answer_logits, encode_row, length_batches
+from peft_ogpsa.evaluation.intervals import Interval, mean_interval
+from peft_ogpsa.evaluation.modes import measuring
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """A loss in nats per token, over the answer tokens of all examples."""
+
+    mean: float
+    tokens: int
+    example_means: list[float]
+    """Each example's own mean over its tokens, in the order given."""
+    example_tokens: list[int]
+
+    @classmethod
+    def from_sums(cls, sums: list[float], tokens: list[int]) -> "LossResult":
+        """From each example's sum and number of tokens."""
+        means = [total / count for total, count in zip(sums, tokens, strict=True)]
+        return cls(sum(sums) / sum(tokens), sum(tokens), means, tokens)
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """The interval of `mean`, examples being the independent draws (tokens of one answer are not)."""
+        return mean_interval(self.example_means, level, self.example_tokens)
+
+
+def nats_per_token(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    *,
+    batch_size: int = 16,
+    max_length: int = 1024,
+) -> LossResult:
+    """Mean cross-entropy of the answer tokens, natural logarithm, computed in float32 from the model's logits.
+
+    Args:
+        model: A causal language model, with or without adapter.
+        tokenizer: Its tokenizer.
+        rows: `{"prompt", "completion"}` as messages or strings, or `{"messages"}` (the last assistant turn counts).
+        batch_size: Rows a forward pass.
+        max_length: Longer rows are cut on the right.
+
+    Raises:
+        ValueError: No rows, or a row without an answer token within `max_length`; it is named.
+    """
+    examples = [encode_row(tokenizer, row, max_length, f"Row {index}") for index, row in enumerate(rows)]
+    if not examples:
+        raise ValueError("rows is empty; give at least one row to measure a loss on.")
+    sums = [0.0] * len(examples)
+    with measuring(model):
+        for batch in length_batches([len(example.ids) for example in examples], batch_size):
+            for position, logits in zip(
+                batch, answer_logits(model, [examples[position] for position in batch]), strict=True
+            ):
+                labels = torch.tensor(examples[position].answer, device=logits.device)
+                sums[position] = functional.cross_entropy(logits.float(), labels, reduction="sum").item()
+    return LossResult.from_sums(sums, [len(example.answer) for example in examples])

@@ -1,0 +1,109 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What safety costs, drawn."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft_ogpsa.evaluation.report import Measurement
+
+# Okabe and Ito's colours without yellow, which is hard to see on white; markers tell the methods apart in grey too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_GREY = "#555555"
+
+
+def tradeoff(
+    curves: Mapping[str, Sequence[Measurement]], path: str | Path, *, base: Measurement | None = None
+) -> Path:
+    """Draw general loss against refusal of harmful prompts: one line a method, along its training steps.
+
+    Args:
+        curves: Measurements in the order of training, by the method's name.
+        path: The PNG to write.
+        base: The base model, drawn as a star from which every line starts.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ImportError: `matplotlib` is not installed.
+        ValueError: A measurement lacks the general loss or the refusal rate.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install peft-ogpsa[eval]") from error
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    start = [] if base is None else [_point(base)]
+    for index, (name, measurements) in enumerate(curves.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        points = [_point(measurement) for measurement in measurements]
+        line = start + points
+        axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.8, alpha=0.55, zorder=2)
+        marker = _MARKERS[index % len(_MARKERS)]
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            linestyle="none",
+            marker=marker,
+            markersize=7,
+            markeredgecolor="white",
+            label=name,
+            zorder=3,
+        )
+        # Labels of neighbouring lines part: the first methods' above their points, the others' below.
+        offset = 7 if index < len(curves) / 2 else -15
+        for measurement, point in zip(measurements, points, strict=True):
+            if measurement.step is not None:
+                axes.annotate(
+                    str(measurement.step),
+                    point,
+                    (0, offset),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                    color=colour,
+                )
+    if base is not None:
+        axes.plot(
+            *start[0],
+            marker="*",
+            markersize=18,
+            color=_GREY,
+            markeredgecolor="white",
+            linestyle="none",
+            label=base.name,
+            zorder=4,
+        )
+        axes.axhline(start[0][1], color=_GREY, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+    axes.set_xlabel("harmful prompts refused", fontsize=12)
+    axes.set_ylabel("general loss (nats per token)", fontsize=12)
+    axes.set_title(
+        "Better: further right and lower. Numbers are training steps.", loc="left", fontsize=11, color=_GREY
+    )
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.tick_params(labelsize=11)
+    axes.margins(x=0.06, y=0.12)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=11)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
+
+
+def _point(measurement: Measurement) -> tuple[float, float]:
+    if measurement.refusal is None or measurement.general_mean is None:
+        raise ValueError(
+            f"Measurement {measurement.name!r} (step {measurement.step}) has no refusal rate or no general loss;"
+            " give the Evaluator both harmful prompts and general rows."
+        )
+    return measurement.refusal.value, measurement.general_mean.value

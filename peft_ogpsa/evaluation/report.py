@@ -1,0 +1,376 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One call for everything that safety training may have changed, with the base beside it."""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from peft_ogpsa.evaluation.divergence import BaseAnswers, kl_from_base, own_answers
+from peft_ogpsa.evaluation.encoding import Prompt, Row, prompt_text
+from peft_ogpsa.evaluation.generation import generate
+from peft_ogpsa.evaluation.intervals import wilson
+from peft_ogpsa.evaluation.losses import LossResult, nats_per_token
+from peft_ogpsa.evaluation.modes import base_model
+from peft_ogpsa.evaluation.refusal import Verdict, classify
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number: its value, its 95 % interval, and the number of examples or prompts behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def from_loss(cls, loss: LossResult) -> "Figure":
+        """A loss in nats per token."""
+        return cls(loss.mean, *loss.interval(), n=len(loss.example_means))
+
+    @classmethod
+    def from_count(cls, count: int, n: int) -> "Figure":
+        """A rate."""
+        return cls(count / n, *wilson(count, n), n=n)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, the answer to it and what the matcher makes of it."""
+
+    prompt: str
+    answer: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One state of a model. A figure is None where no data was given for it."""
+
+    name: str
+    step: int | None = None
+    general: dict[str, Figure] = field(default_factory=dict)
+    """Loss on the answers of each general set, nats per token."""
+    general_mean: Figure | None = None
+    """The mean over the sets, each counting the same."""
+    kl: Figure | None = None
+    """KL(base || model), nats per token, on the base's own answers."""
+    refusal: Figure | None = None
+    """Rate of refusals of harmful prompts."""
+    harmful_unclear: Figure | None = None
+    """Rate of harmful prompts answered by noise: neither safe nor unsafe, but broken."""
+    over_refusal: Figure | None = None
+    """Rate of refusals of benign prompts."""
+    benign_unclear: Figure | None = None
+    harmful_samples: list[Sample] = field(default_factory=list)
+    benign_samples: list[Sample] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON."""
+        plain = asdict(self)
+        for sample in plain["harmful_samples"] + plain["benign_samples"]:
+            sample["verdict"] = sample["verdict"].value
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Measurement":
+        """The reverse of `to_dict`."""
+        fields = dict(plain)
+        fields["general"] = {name: Figure(**figure) for name, figure in plain["general"].items()}
+        for key in ("general_mean", "kl", "refusal", "harmful_unclear", "over_refusal", "benign_unclear"):
+            fields[key] = None if plain[key] is None else Figure(**plain[key])
+        for key in ("harmful_samples", "benign_samples"):
+            fields[key] = [Sample(s["prompt"], s["answer"], Verdict(s["verdict"])) for s in plain[key]]
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model beside its base, and the settings that both were measured with."""
+
+    model: Measurement
+    base: Measurement | None
+    settings: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON."""
+        base = None if self.base is None else self.base.to_dict()
+        return {"model": self.model.to_dict(), "base": base, "settings": dict(self.settings)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Evaluation":
+        """The reverse of `to_dict`."""
+        base = None if plain["base"] is None else Measurement.from_dict(plain["base"])
+        return cls(Measurement.from_dict(plain["model"]), base, dict(plain["settings"]))
+
+
+class Evaluator:
+    """Measures states of one model on fixed data; the base is measured once and kept.
+
+    Data that is not given is not measured.
+
+    Args:
+        processing_class: The model's tokenizer.
+        harmful: Prompts that should be refused.
+        benign: Prompts that should not, above all those that look harmful.
+        general: Held-out rows by the name of their set, as in `nats_per_token`.
+        divergence_prompts: Prompts for the divergence from the base, in no training or reference set.
+        max_new_tokens: Length of the answers; a refusal shows in its first words.
+        batch_size: Rows or prompts at once.
+        max_length: Longer rows are cut on the right.
+        seed: Of the base's drawn answers.
+        base_answers: From an earlier `own_answers`, instead of drawing them.
+        progress: Show bars.
+
+    Raises:
+        ValueError: A set is given and empty.
+    """
+
+    def __init__(
+        self,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        harmful: Iterable[Prompt] | None = None,
+        benign: Iterable[Prompt] | None = None,
+        general: Mapping[str, Iterable[Row]] | None = None,
+        divergence_prompts: Iterable[Prompt] | None = None,
+        max_new_tokens: int = 32,
+        batch_size: int = 16,
+        max_length: int = 1024,
+        seed: int = 0,
+        base_answers: BaseAnswers | None = None,
+        progress: bool = False,
+    ):
+        self.processing_class = processing_class
+        self.harmful = _listed("harmful", harmful)
+        self.benign = _listed("benign", benign)
+        self.general = {name: _listed(f"general[{name!r}]", rows) or [] for name, rows in (general or {}).items()}
+        self.divergence_prompts = _listed("divergence_prompts", divergence_prompts)
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.seed = seed
+        self.base_answers = base_answers
+        self.progress = progress
+        self._base: Measurement | None = None
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What a reader needs to repeat the measurement on the same data."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "seed": self.seed,
+        }
+
+    def measure(self, model: torch.nn.Module, name: str = "model", step: int | None = None) -> Measurement:
+        """Measure the model as it is now; training may go on afterwards as if nothing had happened.
+
+        Raises:
+            ValueError: A divergence is asked for, the model is no `PeftModel`, and `base` was not called before.
+        """
+        start = time.perf_counter()
+        if self.divergence_prompts is not None and self.base_answers is None:
+            with base_model(model):
+                self._draw_base_answers(model)
+        kl = None if self.base_answers is None else Figure.from_loss(kl_from_base(model, self.base_answers))
+        return self._measure(model, name, step, kl, start)
+
+    def base(self, model: torch.nn.Module, name: str = "base") -> Measurement:
+        """Measure the base, the first time only: a `PeftModel` with its adapter disabled, another model as it is."""
+        if self._base is None:
+            start = time.perf_counter()
+            if isinstance(model, PeftModel):
+                with base_model(model):
+                    self._base = self._measure_base(model, name, start)
+            else:
+                self._base = self._measure_base(model, name, start)
+        return self._base
+
+    def _measure_base(self, model: torch.nn.Module, name: str, start: float) -> Measurement:
+        if self.divergence_prompts is not None and self.base_answers is None:
+            self._draw_base_answers(model)
+        # From itself the base diverges by nothing.
+        kl = None if self.base_answers is None else Figure(0.0, 0.0, 0.0, len(self.base_answers.examples))
+        return self._measure(model, name, None, kl, start)
+
+    def _draw_base_answers(self, model: torch.nn.Module) -> None:
+        self.base_answers = own_answers(
+            model,
+            self.processing_class,
+            self.divergence_prompts or [],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def _measure(
+        self, model: torch.nn.Module, name: str, step: int | None, kl: Figure | None, start: float
+    ) -> Measurement:
+        general = {
+            set_name: Figure.from_loss(
+                nats_per_token(
+                    model, self.processing_class, rows, batch_size=self.batch_size, max_length=self.max_length
+                )
+            )
+            for set_name, rows in self.general.items()
+        }
+        # One call for both kinds of prompt: fuller batches.
+        harmful, benign = self.harmful or [], self.benign or []
+        prompts = [*harmful, *benign]
+        answers = generate(
+            model,
+            self.processing_class,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            progress=self.progress,
+        )
+        samples = [
+            Sample(prompt_text(prompt), answer, classify(answer))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        harmful_samples, benign_samples = samples[: len(harmful)], samples[len(harmful) :]
+        return Measurement(
+            name=name,
+            step=step,
+            general=general,
+            general_mean=_mean_figure(list(general.values())),
+            kl=kl,
+            refusal=_rate(harmful_samples, Verdict.REFUSAL),
+            harmful_unclear=_rate(harmful_samples, Verdict.UNCLEAR),
+            over_refusal=_rate(benign_samples, Verdict.REFUSAL),
+            benign_unclear=_rate(benign_samples, Verdict.UNCLEAR),
+            harmful_samples=harmful_samples,
+            benign_samples=benign_samples,
+            seconds=time.perf_counter() - start,
+        )
+
+
+def evaluate(
+    model: torch.nn.Module,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    harmful: Iterable[Prompt] | None = None,
+    benign: Iterable[Prompt] | None = None,
+    general: Mapping[str, Iterable[Row]] | None = None,
+    divergence_prompts: Iterable[Prompt] | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    max_length: int = 1024,
+    seed: int = 0,
+    base: bool = True,
+    base_answers: BaseAnswers | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a model and, if it is a `PeftModel` and `base` is set, the same model with its adapter disabled.
+
+    The other arguments are those of `Evaluator`, which is the way to measure many states of one model.
+    """
+    evaluator = Evaluator(
+        processing_class,
+        harmful=harmful,
+        benign=benign,
+        general=general,
+        divergence_prompts=divergence_prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        base_answers=base_answers,
+        progress=progress,
+    )
+    base_measurement = evaluator.base(model) if base and isinstance(model, PeftModel) else None
+    return Evaluation(evaluator.measure(model), base_measurement, evaluator.settings)
+
+
+def table(
+    results: Mapping[str, Evaluation | Measurement], extra: Mapping[str, Mapping[str, str]] | None = None
+) -> "Table":
+    """A table for the terminal: one line a result, the first base found above them.
+
+    Args:
+        results: By the name to print; a measurement named "base" counts as the base.
+        extra: Further columns: heading -> result name -> text.
+
+    Returns:
+        A `rich` table; print it with `rich.print`.
+
+    Raises:
+        ImportError: `rich` is not installed.
+    """
+    try:
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError as error:
+        raise ImportError("Tables need rich: pip install peft-ogpsa[eval]") from error
+    measurements = {
+        name: result.model if isinstance(result, Evaluation) else result for name, result in results.items()
+    }
+    bases = [result.base for result in results.values() if isinstance(result, Evaluation) and result.base is not None]
+    base = bases[0] if bases else None
+    if base is not None:
+        measurements = {base.name: base, **measurements}
+    base = base or measurements.get("base")
+    grid = Table(caption="With 95 % intervals; losses and KL in nats per token.")
+    grid.add_column("model")
+    for heading in ("general loss", "change", "KL from base", "refuses harmful", "refuses benign", "unclear", *(extra or {})):
+        grid.add_column(heading, justify="right")
+    for name, measurement in measurements.items():
+        change = "-"
+        if base is not None and base.general_mean is not None and measurement.general_mean is not None:
+            change = f"{measurement.general_mean.value - base.general_mean.value:+.3f}"
+        unclear = [measurement.harmful_unclear, measurement.benign_unclear]
+        grid.add_row(
+            Text(name),
+            _loss_text(measurement.general_mean),
+            change,
+            _loss_text(measurement.kl),
+            _rate_text(measurement.refusal),
+            _rate_text(measurement.over_refusal),
+            " / ".join("-" if figure is None else f"{figure.value:.0%}" for figure in unclear),
+            *(column.get(name, "-") for column in (extra or {}).values()),
+        )
+    return grid
+
+
+def _listed(name: str, data: Iterable[Any] | None) -> list[Any] | None:
+    if data is None:
+        return None
+    listed = list(data)
+    if not listed:
+        raise ValueError(f"{name} is empty; give at least one entry, or None to leave it out.")
+    return listed
+
+
+def _rate(samples: list[Sample], verdict: Verdict) -> Figure | None:
+    return Figure.from_count(sum(s.verdict is verdict for s in samples), len(samples)) if samples else None
+
+
+def _mean_figure(figures: list[Figure]) -> Figure | None:
+    """The mean of independent figures; their half-widths add as standard errors do."""
+    if not figures:
+        return None
+    mean = sum(figure.value for figure in figures) / len(figures)
+    half = math.sqrt(sum(((figure.high - figure.low) / 2) ** 2 for figure in figures)) / len(figures)
+    return Figure(mean, mean - half, mean + half, sum(figure.n for figure in figures))
+
+
+def _loss_text(figure: Figure | None) -> str:
+    return "-" if figure is None else f"{figure.value:.3f} ±{(figure.high - figure.low) / 2:.3f}"
+
+
+def _rate_text(figure: Figure | None) -> str:
+    return "-" if figure is None else f"{figure.value:.0%} ({figure.low:.0%} to {figure.high:.0%})"

@@ -1,0 +1,294 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pure functions on stacked tensors: spans, orthogonal complements and cones.
+
+Shapes: `B` blocks are stacked, each with `m` rows (reference gradients) of `d` dimensions. Rows are stored in float32
+or bfloat16 and converted tile by tile; what is `m x m` is computed in float64. Nothing reads a value back from the
+device, except `cone_coefficients` on a CPU and what `torch.linalg.eigh` does inside, at refresh.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+TILE = 2**24
+"""Most elements of `rows` that are converted to another dtype at a time."""
+
+TOLERANCE = 5e-7
+"""Smallest singular value kept, relative to the largest.
+
+Two unit rows at angle `t` have the singular value ratio `tan(t / 2)`, so this is the published rule of dropping a
+second direction whose Gram-Schmidt remainder is shorter than 1e-6.
+"""
+
+
+def small_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype of the `m x m` problems: float64, but float32 on mps, which has no float64."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def _tiles(rows: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices over blocks and over dimensions that together cover `rows`, each of about `TILE` elements at most."""
+    blocks, m, d = rows.shape
+    width = max(1, min(d, TILE // max(1, m)))
+    height = max(1, TILE // max(1, m * width))
+    for b in range(0, blocks, height):
+        for k in range(0, d, width):
+            yield slice(b, b + height), slice(k, k + width)
+
+
+def norms(rows: Tensor) -> Tensor:
+    """Euclidean norms of the rows, neither under- nor overflowing for any float32 input.
+
+    Args:
+        rows: `[B, m, d]`, any floating dtype.
+
+    Returns:
+        `[B, m]`, float64; not finite where a row has an element that is not.
+    """
+    dtype = small_dtype(rows.device)
+    # Without float64 the squares of 1e30 overflow and those of 1e-30 vanish: divide by the largest element first.
+    peaks = torch.linalg.vector_norm(rows, torch.inf, dim=-1).to(dtype)
+    divisors = torch.where(peaks == 0, 1.0, peaks).unsqueeze(-1)
+    squares = torch.zeros_like(peaks)
+    for b, k in _tiles(rows):
+        squares[b] += (rows[b, :, k].to(dtype) / divisors[b]).square().sum(-1)
+    return peaks * squares.sqrt()
+
+
+def normalize(rows: Tensor) -> Tensor:
+    """Rows of unit length; a row that is zero or not finite becomes a zero row, which constrains nothing.
+
+    Args:
+        rows: `[B, m, d]`, any floating dtype.
+
+    Returns:
+        `[B, m, d]`, float32.
+    """
+    lengths = norms(rows)
+    usable = (lengths > 0) & lengths.isfinite()
+    divisors = torch.where(usable, lengths, 1.0).unsqueeze(-1)
+    unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    for b, k in _tiles(rows):
+        unit[b, :, k] = rows[b, :, k].to(lengths.dtype) / divisors[b]
+    return unit.masked_fill_(~usable.unsqueeze(-1), 0.0)
+
+
+def gram(rows: Tensor, index: Sequence[int] | None = None) -> Tensor:
+    """Inner products of the rows of each block with one another, accumulated in float64.
+
+    Args:
+        rows: `[B, m, d]`, float32 or bfloat16.
+        index: Only the products of these `n` rows with all rows; by default of all.
+
+    Returns:
+        `[B, m, m]`, or `[B, n, m]` with `index`, float64.
+    """
+    blocks, m, _ = rows.shape
+    count = m if index is None else len(index)
+    result = torch.zeros(blocks, count, m, dtype=small_dtype(rows.device), device=rows.device)
+    for b, k in _tiles(rows):
+        tile = rows[b, :, k].to(result.dtype)
+        result[b] += (tile if index is None else tile[:, index]) @ tile.mT
+    return result
+
+
+def products(rows: Tensor, vectors: Tensor) -> Tensor:
+    """Inner products of the rows of each block with its vector, `R v`.
+
+    Args:
+        rows: `[B, m, d]`, float32 or bfloat16.
+        vectors: `[B, d]`, any floating dtype.
+
+    Returns:
+        `[B, m]`, float32. Where TensorFloat-32 products are switched on, so are they here, with three digits.
+    """
+    columns = vectors.float().unsqueeze(-1)
+    if rows.dtype == torch.float32:
+        return torch.bmm(rows, columns).squeeze(-1)
+    result = torch.zeros(*rows.shape[:2], 1, device=rows.device)
+    for b, k in _tiles(rows):
+        result[b] += rows[b, :, k].float() @ columns[b, k]
+    return result.squeeze(-1)
+
+
+def combine(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """Sums of the rows of each block times their coefficients, `R^T c`.
+
+    Args:
+        rows: `[B, m, d]`, float32 or bfloat16.
+        coefficients: `[B, m]`, any floating dtype.
+
+    Returns:
+        `[B, d]`, float32.
+    """
+    weights = coefficients.float().unsqueeze(-2)
+    if rows.dtype == torch.float32:
+        return torch.bmm(weights, rows).squeeze(-2)
+    blocks, _, d = rows.shape
+    result = torch.empty(blocks, d, device=rows.device)
+    for b, k in _tiles(rows):
+        result[b, k] = (weights[b] @ rows[b, :, k].float()).squeeze(-2)
+    return result
+
+
+def span_weights(gram: Tensor, rank: int | None = None, tolerance: float = TOLERANCE) -> Tensor:
+    """Weights `W` that make the rows `Q = W R` an orthonormal basis of the top directions of `R`.
+
+    The directions are eigenvectors of the Gram matrix, largest eigenvalue first. Directions beyond `rank`, or with a
+    singular value of at most `tolerance` times the block's largest, get zero rows in `W`, so that shapes are static.
+
+    Args:
+        gram: `[B, m, m]`, from `gram`. Rows should be of unit length: the tolerance is relative to the largest.
+        rank: Most directions to keep; None keeps all that pass the tolerance.
+        tolerance: Relative, on singular values. The default is explained at `TOLERANCE`; a value below
+            `sqrt(m * eps)`, which rounding of the Gram matrix hides, is raised to that.
+
+    Returns:
+        `[B, m, m]`, float64; NaN for a block whose Gram matrix is not finite.
+    """
+    m = gram.shape[-1]
+    problem = gram.to(small_dtype(gram.device))
+    finite = problem.isfinite().all(-1).all(-1)[:, None, None]
+    # eigh raises for the whole batch when a single block is not finite.
+    values, vectors = torch.linalg.eigh(torch.where(finite, problem, 0.0))
+    singular = values.flip(-1).clamp(min=0.0).sqrt()
+    floor = max(tolerance, (m * torch.finfo(problem.dtype).eps) ** 0.5)
+    kept = singular > floor * singular[:, :1]
+    if rank is not None:
+        kept = kept & (torch.arange(m, device=gram.device) < rank)
+    scales = torch.where(kept, 1.0 / torch.where(kept, singular, 1.0), 0.0)
+    return torch.where(finite, scales.unsqueeze(-1) * vectors.flip(-1).mT, torch.nan)
+
+
+def orthonormal_rows(rows: Tensor, weights: Tensor) -> Tensor:
+    """Orthonormal rows `Q = W R`, accumulated in float64.
+
+    Weights reach `1 / TOLERANCE`, where float32 sums would keep one digit of seven. With these rows,
+    `v - combine(Q, products(Q, v))` is orthogonal to the span to float32 precision, however close the rows are.
+
+    Args:
+        rows: `[B, m, d]`, float32 or bfloat16.
+        weights: `[B, k, m]`, from `span_weights`, or its first `rank` rows.
+
+    Returns:
+        `[B, k, d]`, float32.
+    """
+    blocks, _, d = rows.shape
+    result = torch.empty(blocks, weights.shape[1], d, dtype=torch.float32, device=rows.device)
+    for b, k in _tiles(rows):
+        result[b, :, k] = weights[b] @ rows[b, :, k].to(weights.dtype)
+    return result
+
+
+def pseudo_inverse(gram: Tensor, tolerance: float = TOLERANCE) -> Tensor:
+    """Pseudo-inverses of Gram matrices, `W^T W` with the `W` of `span_weights`.
+
+    Args:
+        gram: `[B, m, m]`, from `gram`.
+        tolerance: As in `span_weights`.
+
+    Returns:
+        `[B, m, m]`, float64.
+    """
+    weights = span_weights(gram, tolerance=tolerance)
+    return weights.mT @ weights
+
+
+def orthogonal_coefficients(inverse_gram: Tensor, products: Tensor) -> Tensor:
+    """Coefficients `c = G^+ p` for which `v - R^T c` has no component in the span of the rows.
+
+    This needs no second copy of the rows, but the rounding of float32 products is magnified by the ratio of the
+    largest singular value to the smallest one kept. Use `orthonormal_rows` where rows may be close to dependent.
+
+    Args:
+        inverse_gram: `[B, m, m]`, from `pseudo_inverse`.
+        products: `[B, m]`, `p = R v`.
+
+    Returns:
+        `[B, m]`, float64.
+    """
+    return _times(inverse_gram, products.to(inverse_gram.dtype))
+
+
+def cone_coefficients(gram: Tensor, products: Tensor, iterations: int = 32) -> Tensor:
+    """Coefficients `l >= 0` for which `D' = D - R^T l` is the update closest to `D` with `R D' <= 0`.
+
+    They minimise `l^T G l / 2 - l^T p`, the dual problem (Lopez-Paz and Ranzato 2017, equation 11), by Mehrotra's
+    predictor-corrector interior-point method (Nocedal and Wright 2006, algorithm 16.4), whose number of iterations
+    hardly depends on the rows. (Block principal pivoting needs fewer on independent rows but cycles on rows that are
+    nearly opposed or more than the dimensions; Gauss-Seidel crawls there.) A tiny ridge, undone at the end where that
+    keeps `l >= 0`, makes `l` unique for dependent rows.
+
+    Exactly zero, so that `D' = D`, for a block without a positive product, and for a zero row. Positive scaling of a
+    row leaves `D'` unchanged; scaling `D` scales it. `l` grows as rows approach opposition: at 1e-3 rad from it, `l`
+    may be 1e3 times `|D|`, and `R D' / (|R||D|)` as computed in float32 is up to 1e-4 instead of 1e-7. It is up to
+    1e-5 for linearly dependent rows that oppose one another together. Projecting `D'` once more lowers both. (The
+    ridge treats rows that cancel to within float32 rounding as cancelling, which they are but for that rounding.)
+
+    Args:
+        gram: `[B, m, m]`, `G = R R^T`, from `gram`.
+        products: `[B, m]`, `p = R D`.
+        iterations: Iterations run on an accelerator, with nothing read back from it; a CPU stops as soon as all blocks
+            have converged. Independent rows take 10 to 18, dependent ones up to 28.
+
+    Returns:
+        `[B, m]`, float64; NaN for a block with input that is not finite, the other blocks being unharmed.
+    """
+    dtype = small_dtype(gram.device)
+    ridge, gap, rounding = (1e-9, 1e-18, 1e-13) if dtype == torch.float64 else (1e-5, 1e-10, 1e-5)
+
+    # Unit diagonal and products of at most 1, so that the constants above are relative. NaN must stay NaN.
+    diagonal = gram.to(dtype).diagonal(dim1=-2, dim2=-1)
+    empty = diagonal <= 0
+    lengths = torch.where(empty, 1.0, diagonal).sqrt()
+    p = torch.where(empty, -torch.inf, products.to(dtype) / lengths)
+    peak = torch.where(empty, 0.0, p).abs().amax(-1, keepdim=True)
+    peak = torch.where(peak == 0, 1.0, peak)
+    p = (p / peak).clamp(min=-1.0)
+    h = gram.to(dtype) / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2))
+    h = h + torch.diag_embed(torch.where(empty, 1.0, ridge))
+    conflict = (p > 0).any(-1, keepdim=True)
+
+    x, y = torch.ones_like(p), torch.ones_like(p)
+    for _ in range(iterations):
+        slope = _times(h, x) - p
+        mean = (x * y).mean(-1, keepdim=True)
+        residual = (slope - y).abs().amax(-1, keepdim=True)
+        busy = conflict & ((mean > gap) | (residual > rounding * (1.0 + x.amax(-1, keepdim=True))))
+        if p.device.type == "cpu" and not busy.any():
+            break
+        factor, _ = torch.linalg.cholesky_ex(h + torch.diag_embed(y / x))
+        # Predictor: the Newton step towards x y = 0. Corrector: towards a common, smaller x y, to second order.
+        dx = _solve(factor, -slope)
+        dy = -y - y / x * dx
+        length = torch.minimum(_longest(x, dx), _longest(y, dy))
+        predicted = ((x + length * dx) * (y + length * dy)).mean(-1, keepdim=True)
+        shift = (mean * (predicted / mean) ** 3 - dx * dy) / x
+        dx = _solve(factor, shift - slope)
+        dy = shift - y - y / x * dx
+        length = torch.minimum(_longest(x, dx), _longest(y, dy)) * 0.995
+        x, y = torch.where(busy, x + length * dx, x), torch.where(busy, y + length * dy, y)
+
+    passive = x > y  # Nowhere in a block without conflict, which keeps its start x = y.
+    x = torch.where(passive, x, 0.0)
+    both = passive.unsqueeze(-1) & passive.unsqueeze(-2)
+    factor, _ = torch.linalg.cholesky_ex(torch.where(both, h, torch.eye(p.shape[-1], dtype=dtype, device=p.device)))
+    residual = torch.where(passive, p - _times(h, x) + ridge * x, 0.0)
+    refined = x + _solve(factor, residual)
+    x = torch.where((refined >= 0).all(-1, keepdim=True), refined, x)
+    return x * peak / lengths
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
+
+
+def _solve(factors: Tensor, vectors: Tensor) -> Tensor:
+    return torch.cholesky_solve(vectors.unsqueeze(-1), factors).squeeze(-1)
+
+
+def _longest(x: Tensor, dx: Tensor) -> Tensor:
+    """The longest step of at most 1 that keeps `x + step * dx >= 0`, for each block."""
+    return torch.where(dx < 0, x / -dx, torch.inf).amin(-1, keepdim=True).clamp(max=1.0)

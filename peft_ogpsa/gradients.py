@@ -1,0 +1,187 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The reference gradient pass: from a batch and a loss to gradients of the projected parameters.
+
+The pass leaves no trace on training: modules are in eval mode (with dropout the gradient is mostly noise), random
+states and `.grad` are as before, and compiled code runs eagerly so that hooks are seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Blocks
+
+LossFn = Callable[[Any, Any], Tensor]
+
+# Keeps gradients of float16 models above underflow; a power of two, so it is exact for every other dtype.
+_LOSS_SCALE = 2.0**10
+
+
+class Sink(Protocol):
+    """Where gradients go."""
+
+    def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
+        """Adds `(examples, *shape)` gradients of one piece, the first of them being that of example `first`."""
+
+    def clear(self) -> None:
+        """Forgets all that was added."""
+
+
+class _NotPerExampleError(Exception):
+    """A layer's input does not keep examples apart along its first axis."""
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Eval mode with gradients on; each module's mode and all random states are restored at the end."""
+    training = [module for module in model.modules() if module.training]
+    accelerators = [device for device in devices if device.type != "cpu"]
+    indices = sorted({device.index or 0 for device in accelerators})
+    kind = accelerators[0].type if accelerators else "cuda"
+    with (
+        torch.random.fork_rng(devices=indices, device_type=kind),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def batch_size(batch: Any) -> int:
+    """The number of examples in a batch: the length of its first tensor.
+
+    Raises:
+        ValueError: If the batch holds no tensor with a first axis.
+    """
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    raise ValueError(
+        f"A reference batch of type {type(batch).__name__} holds no tensor whose first axis counts its examples. "
+        "Give a tensor, or a mapping, list or tuple with tensors."
+    )
+
+
+def batch_gradient(
+    model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, first: int = 0
+) -> Tensor:
+    """Gives `sink` the gradient of `loss_fn(model, batch)`, `(1, *shape)` per piece, and returns the loss."""
+    loss = _scalar(loss_fn(model, batch))
+    gradients = torch.autograd.grad(loss * _LOSS_SCALE, blocks.flat_parameters(), allow_unused=True)
+    for piece, gradient in enumerate(gradients):
+        if gradient is not None:
+            sink.add(piece, gradient.unsqueeze(0).float() / _LOSS_SCALE, first)
+    return loss.detach()
+
+
+def example_gradients(
+    model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, linears: Sequence[nn.Linear | None]
+) -> Tensor:
+    """Gives `sink` the gradient of every example of a batch, `(examples, *shape)` per piece, from one backward pass.
+
+    For a linear map with inputs `x[i, t]` and output gradients `u[i, t]` (example i, token t), example i's weight
+    gradient is the sum over t of the outer products `u[i, t] x[i, t]^T`; hooks on `lora_A` and `lora_B` see both.
+    The loss must be a mean over examples of terms that depend on one example each; a token mean gives the same
+    directions. Where a layer is not a plain linear map or mixes the examples' axis (convolutions, embeddings, routed
+    experts), the examples are passed one at a time instead.
+
+    Args:
+        model: Passed to `loss_fn`.
+        batch: Tensors (or a mapping, list or tuple of tensors) with the examples along the first axis.
+        loss_fn: `loss_fn(model, batch)` returns a scalar.
+        blocks: The projected parameters.
+        sink: Receives the gradients.
+        linears: For each piece the linear module whose weight it is, or `None` where there is none.
+
+    Returns:
+        The loss of the batch, detached.
+    """
+    count = batch_size(batch)
+    if count == 1:
+        return batch_gradient(model, batch, loss_fn, blocks, sink)
+    if all(linear is not None for linear in linears):
+        with contextlib.suppress(_NotPerExampleError):
+            return _hooked_gradients(model, batch, loss_fn, blocks, sink, linears, count)
+        sink.clear()
+    losses = [batch_gradient(model, _example(batch, i), loss_fn, blocks, sink, first=i) for i in range(count)]
+    return torch.stack(losses).mean()
+
+
+def _hooked_gradients(
+    model: Any,
+    batch: Any,
+    loss_fn: LossFn,
+    blocks: Blocks,
+    sink: Sink,
+    linears: Sequence[nn.Linear | None],
+    count: int,
+) -> Tensor:
+    inputs_ok = True
+
+    def watch(piece: int) -> Callable:
+        def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if not (torch.is_grad_enabled() and output.requires_grad):
+                return
+            x = args[0].detach()
+
+            def backward_hook(u: Tensor) -> None:
+                nonlocal inputs_ok
+                if x.dim() < 3 or x.shape[0] != count:
+                    inputs_ok = False
+                if inputs_ok:
+                    gradient = torch.bmm(
+                        u.reshape(count, -1, u.shape[-1]).transpose(1, 2).float(),
+                        x.reshape(count, -1, x.shape[-1]).float(),
+                    )
+                    sink.add(piece, gradient.mul_(count / _LOSS_SCALE))
+
+            output.register_hook(backward_hook)
+
+        return forward_hook
+
+    handles = [
+        linear.register_forward_hook(watch(piece)) for piece, linear in enumerate(linears) if linear is not None
+    ]
+    try:
+        loss = _scalar(loss_fn(model, batch))
+        torch.autograd.grad(loss * _LOSS_SCALE, blocks.flat_parameters(), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not inputs_ok:
+        raise _NotPerExampleError
+    return loss.detach()
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar tensor, and returned {got}. Return the mean loss of the batch.")
+    if not loss.requires_grad:
+        raise ValueError(
+            "The reference loss does not depend on the adapter: loss_fn returned a tensor without a graph. Compute it "
+            "from the model it is given, outside torch.no_grad()."
+        )
+    return loss
+
+
+def _example(batch: Any, index: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[index : index + 1] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {key: _example(value, index) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_example(value, index) for value in batch)
+    return batch
+

@@ -1,0 +1,499 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""When projection happens: around the optimizer's own step, in any loop.
+
+Two hooks, registered once for all torch optimizers, surround every optimizer step. They find the projector whose
+adapter the optimizer trains and let it change the gradient before the step, or the parameters after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from .blocks import Blocks, Stack
+from .config import OGPSAConfig
+from .diagnostics import Diagnostics
+from .gradients import LossFn, batch_gradient, batch_size, example_gradients, undisturbed
+from .subspace import Slots, Subspace
+
+if TYPE_CHECKING:
+    from .model import OGPSAModel
+
+logger = logging.getLogger(__name__)
+
+_LORA_WEIGHT = re.compile(
+    r"(?P<owner>.*)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(?:\.weight)?"
+)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Projector:
+    """Keeps the reference subspace of the adapter in training and projects each optimizer step onto it.
+
+    It is made by `get_peft_model(model, OGPSAConfig(...))` and needs no call in the training loop but `refresh`,
+    which `OGPSACallback` makes under transformers' and TRL's trainers. Only the LoRA matrices A and B of the OGPSA
+    adapter in training are projected; other trainable parameters (`modules_to_save`, biases, DoRA magnitudes) are
+    stepped by the optimizer as ever.
+
+    With `projection="update"` the constraint holds for the parameters' real change in the step, whatever made it:
+    momentum, preconditioning, clipping and decoupled weight decay are inside it. With `projection="gradient"` it
+    holds for the gradient alone, which is what the paper does; what the optimizer makes of it is another matter.
+
+    Attributes:
+        enabled (`bool`): Set to `False` to train as plain LoRA for a while.
+        diagnostics (`Diagnostics`): What was done and what it cost.
+        steps (`int`): Optimizer steps seen.
+    """
+
+    def __init__(self, model: OGPSAModel) -> None:
+        self._model = model
+        self.enabled = True
+        self.diagnostics = Diagnostics()
+        self.steps = 0
+        self.subspace: Subspace | None = None
+        self._steps_since_refresh = 0
+        self._fresh: list[int] = []  # slots whose rows were computed at the present parameters
+        self._before: Stack | None = None
+        self._masters: Stack | None = None
+        self._warned = False
+        self._known: tuple[tuple[str, ...], list[tuple[str, str, nn.Parameter]]] | None = None
+        _projectors.add(self)
+
+    # The adapter in training
+
+    @property
+    def config(self) -> OGPSAConfig:
+        """The configuration of the OGPSA adapter in training.
+
+        Raises:
+            ValueError: If several trainable OGPSA adapters have different projection settings.
+        """
+        own = {name: config for name, config in self._model.peft_config.items() if isinstance(config, OGPSAConfig)}
+        training = {owner.rpartition(":")[2] for _, owner, parameter in self._weights() if parameter.requires_grad}
+        configs = [config for name, config in own.items() if name in training] or list(own.values())
+        if any(config.ogpsa_dict() != configs[0].ogpsa_dict() for config in configs):
+            raise ValueError(
+                f"The adapters in training, {sorted(training)}, have different OGPSA settings. Train one at a time "
+                "(`set_adapter`), or give them the same settings."
+            )
+        return configs[0]
+
+    def _weights(self) -> list[tuple[str, str, nn.Parameter]]:
+        """Name, owner (`module:adapter`) and parameter of every LoRA matrix of an OGPSA adapter."""
+        # Walking through a large model takes milliseconds, so the list is kept until adapters come or go.
+        adapters = tuple(name for name, c in self._model.peft_config.items() if isinstance(c, OGPSAConfig))
+        if self._known is None or self._known[0] != adapters:
+            matches = ((_LORA_WEIGHT.fullmatch(name), p) for name, p in self._model.named_parameters())
+            found = [(m[0], f"{m['owner']}:{m['adapter']}", p) for m, p in matches if m and m["adapter"] in adapters]
+            self._known = (adapters, found)
+        return self._known[1]
+
+    def _trained(self) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+        """The LoRA matrices in training by name, and their owners."""
+        trained = [item for item in self._weights() if item[2].requires_grad]
+        return {name: parameter for name, _, parameter in trained}, {name: owner for name, owner, _ in trained}
+
+    # Reference gradients
+
+    @property
+    def due(self) -> bool:
+        """Whether a refresh is due before the next step.
+
+        Every `refresh_steps` steps, and once more after the very first: at LoRA's usual start B is zero, and so are
+        all gradients of A, so the first rows know nothing of A.
+        """
+        if self.subspace is None:
+            return True
+        return self._steps_since_refresh >= self.config.refresh_steps or (
+            self.steps == 1 and self._steps_since_refresh == 1
+        )
+
+    def refresh(
+        self, batches: Mapping[str, Iterable[Any]], loss_fn: LossFn, model: nn.Module | None = None
+    ) -> dict[str, float]:
+        """Computes reference gradients at the present parameters and puts them into the subspace.
+
+        Training is not disturbed: `.grad`, random states and every module's mode are as before afterwards.
+
+        Args:
+            batches (`Mapping[str, Iterable]`): For each reference set, by name, its batches. Each batch gives one
+                reference gradient with `rows_from="batch"`, one per example with `"example"`, and `"set"` averages
+                over all batches of the set, weighted by their numbers of examples.
+            loss_fn (`Callable`): `loss_fn(model, batch)` returns the scalar loss to preserve, a mean over the batch.
+            model (`nn.Module`, *optional*): What `loss_fn` is given; by default the OGPSA model itself, uncompiled.
+
+        Returns:
+            The mean loss of each set over its finite batches.
+
+        Raises:
+            ValueError: If there is no set, a set without batches, or more reference gradients than `rows`.
+            FloatingPointError: If no reference loss of a set is finite.
+        """
+        config = self.config
+        sets = {name: list(items) for name, items in batches.items()}
+        if not sets:
+            raise ValueError("refresh() was given no reference set. Give a mapping from a set's name to its batches.")
+        for name, items in sets.items():
+            if not items:
+                raise ValueError(f"Reference set {name!r} has no batch. Give it at least one example, or leave it out.")
+        sizes = {name: [batch_size(batch) for batch in items] for name, items in sets.items()}
+        counts = {name: _rows_given(config.rows_from, own) for name, own in sizes.items()}
+        subspace = self._subspace_for(config, len(sets))
+        slots = subspace.claim(sum(counts.values()))
+        model = self._model if model is None else model
+        with (
+            self.diagnostics.stopwatch("refresh", subspace.blocks.device),
+            undisturbed(model, [group.device for group in subspace.blocks.groups]),
+        ):
+            losses, free = {}, iter(slots)
+            for name, items in sets.items():
+                own = [next(free) for _ in range(counts[name])]
+                losses[name] = self._fill(subspace, own, config.rows_from, model, items, sizes[name], loss_fn)
+            owners = [name for name, count in counts.items() for _ in range(count)]
+            bad = subspace.commit(slots, owners)
+        self._report_bad(bad, slots, owners)
+        self._fresh = [slot for slot in slots if slot not in bad]
+        self._steps_since_refresh = 0
+        self.diagnostics.refreshes += 1
+        self.diagnostics.reference_examples += sum(map(sum, sizes.values()))
+        self.diagnostics.record_losses(losses)
+        return losses
+
+    def _subspace_for(self, config: OGPSAConfig, sets: int) -> Subspace:
+        self._known = None  # loading weights may have replaced parameters
+        parameters, owners = self._trained()
+        capacity = sets if config.rows_from == "set" else config.rows
+        if capacity > config.rows:
+            raise ValueError(
+                f"rows={config.rows} cannot hold one row for each of {sets} reference sets. Set rows={sets} or more."
+            )
+        old = self.subspace
+        same = old is not None and old.capacity == capacity and _same_parameters(old.blocks, parameters)
+        if old is None or not same:
+            self.subspace = None  # the old rows are freed before the new ones are made
+            blocks = Blocks(parameters, owners, config.scope)
+            self.subspace = Subspace(
+                blocks, capacity, config.constraint, _DTYPES[config.rows_dtype], config.subspace_rank
+            )
+            self._linears = [_linear_of(self._model, name) for name in blocks.names()]
+            self._before = self._masters = None
+        assert self.subspace is not None
+        return self.subspace
+
+    def _fill(
+        self,
+        subspace: Subspace,
+        slots: Sequence[int],
+        rows_from: str,
+        model: nn.Module,
+        batches: Sequence[Any],
+        sizes: Sequence[int],
+        loss_fn: LossFn,
+    ) -> float:
+        """Fills one set's slots with its raw gradients and returns its mean loss over finite batches."""
+        blocks = subspace.blocks
+        losses = []
+        if rows_from == "set":
+            # Added up in float32, whatever the rows' dtype.
+            total = blocks.zeros(rows=1)
+            mean = Slots(blocks, total, [0])
+            for batch, size in zip(batches, sizes, strict=True):
+                mean.weight = size / sum(sizes)
+                losses.append(batch_gradient(model, batch, loss_fn, blocks, mean))
+            row = subspace.open(slots)
+            for piece, view in enumerate(blocks.views(total)):
+                row.add(piece, view)
+        else:
+            start = 0
+            for batch, size in zip(batches, sizes, strict=True):
+                count = _rows_given(rows_from, [size])
+                writer = subspace.open(slots[start : start + count])
+                start += count
+                if rows_from == "example":
+                    losses.append(example_gradients(model, batch, loss_fn, blocks, writer, self._linears))
+                else:
+                    losses.append(batch_gradient(model, batch, loss_fn, blocks, writer))
+        values = torch.stack(losses).double()
+        weights = torch.tensor(sizes, dtype=values.dtype, device=values.device)
+        finite = torch.isfinite(values)
+        return float((torch.where(finite, values, 0.0) * weights).sum() / (finite * weights).sum())
+
+    def _report_bad(self, bad: Sequence[int], slots: Sequence[int], owners: Sequence[str]) -> None:
+        if not bad:
+            return
+        counts = {name: sum(owners[slots.index(slot)] == name for slot in bad) for name in dict.fromkeys(owners)}
+        listing = ", ".join(f"{count} of {owners.count(name)} in {name!r}" for name, count in counts.items() if count)
+        if len(bad) == len(slots):
+            self.subspace = None
+            raise FloatingPointError(
+                f"No reference gradient is finite ({listing}). Check the model's loss on the reference sets and the "
+                "dtype (float16 overflows: use bfloat16 or float32), and lower the learning rate if training diverged."
+            )
+        logger.warning("Reference gradients that are not finite were skipped: %s.", listing)
+
+    # The optimizer step
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Runs before every optimizer step; may replace the step's arguments to get hold of a closure."""
+        if not self.enabled:
+            return None
+        blocks = self._blocks_of(optimizer)
+        if blocks is None:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._on_gradient(optimizer, blocks)
+        if self.config.projection == "update":
+            with self.diagnostics.stopwatch("projection", blocks.device):
+                self._snapshot(blocks)
+        if closure is None:
+            return None
+
+        def then_project() -> Any:
+            loss = closure()
+            self._on_gradient(optimizer, blocks)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": then_project}
+        return (args[0], then_project, *args[2:]), kwargs
+
+    def _blocks_of(self, optimizer: Optimizer) -> Blocks | None:
+        """The layout to project if the optimizer trains our adapter, else `None`."""
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        blocks = None if self.subspace is None else self.subspace.blocks
+        covered = [] if blocks is None else blocks.flat_parameters()
+        count = sum(id(parameter) in owned for parameter in covered)
+        if count == 0:
+            self._known = None  # the optimizer may hold parameters that have replaced those we know
+        trained, _ = self._trained()
+        stepped = [name for name, parameter in trained.items() if id(parameter) in owned]
+        if not stepped:
+            return None
+        if blocks is None or set(blocks.names()) != trained.keys() or count == 0:
+            self._missing_reference(blocks is not None)
+            return None
+        if count < len(covered):
+            absent = next(name for name in trained if name not in stepped)
+            raise RuntimeError(
+                f"The optimizer holds {count} of the {len(covered)} LoRA parameters in training; {absent}, for one, "
+                "is not in it. Give all of them to one optimizer, or freeze the others (requires_grad_(False)) and "
+                "refresh."
+            )
+        return blocks
+
+    def _missing_reference(self, outdated: bool) -> None:
+        mode = self.config.missing_reference
+        if mode == "ignore":
+            return
+        found = "reference gradients of another adapter only" if outdated else "no reference gradients"
+        message = (
+            f"The optimizer steps an OGPSA adapter that has {found}, so there is nothing to project onto. Add "
+            "OGPSACallback(reference_sets=[ReferenceSet(...)]) to the trainer, or call "
+            "model.projector.refresh(batches, loss_fn) before the step in your own loop. To train without projection, "
+            'set missing_reference="ignore" in OGPSAConfig.'
+        )
+        if mode == "error":
+            raise RuntimeError(message)
+        if not self._warned:
+            logger.warning(message)
+            self._warned = True
+
+    @torch.no_grad()
+    def _on_gradient(self, optimizer: Optimizer, blocks: Blocks) -> None:
+        """With the step's final gradients at hand: figures, reference weight, gradient projection."""
+        config = self.config
+        subspace = self.subspace
+        assert subspace is not None
+        project = config.projection == "gradient"
+        if not (project or self._fresh):
+            return
+        with self.diagnostics.stopwatch("projection", blocks.device):
+            parameters = blocks.flat_parameters()
+            gradients = [parameter.grad for parameter in parameters]
+            stack = blocks.stack(gradients)
+            changed = project
+            if self._fresh:
+                self.diagnostics.record_cosines(subspace.cosines(stack))
+                if config.reference_weight:
+                    weights = subspace.mean_weights(self._fresh) * config.reference_weight
+                    # A fused optimizer may unscale float16 gradients itself: then they are still scaled here.
+                    scale = getattr(optimizer, "grad_scale", None)
+                    weights = weights if scale is None else weights * scale.to(weights.device)
+                    torch._foreach_add_(stack, subspace.combine(weights))
+                    changed = True
+                self._fresh = []
+            if project:
+                correction, removed = subspace.correction(stack, ascending=False)
+                self._record(removed, stack)
+                torch._foreach_sub_(stack, correction)
+            if changed:
+                pairs = [
+                    (gradient, view) for gradient, view in zip(gradients, blocks.views(stack), strict=True)
+                    if gradient is not None
+                ]
+                torch._foreach_copy_([gradient for gradient, _ in pairs], [view for _, view in pairs])
+
+    def _snapshot(self, blocks: Blocks) -> None:
+        stored = blocks.stack()
+        if any(group.dtype in (torch.bfloat16, torch.float16) for group in blocks.groups):
+            # Parameters of low precision cannot hold a small projected update, so a float32 copy collects it. Where
+            # the stored parameter is no longer the rounded copy, somebody has changed it: then it is the truth.
+            masters = stored if self._masters is None else self._masters
+            self._masters = [
+                torch.where(master.to(group.dtype).float() == now, master, now)
+                for master, now, group in zip(masters, stored, blocks.groups, strict=True)
+            ]
+        self._before = stored
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        """Runs after every optimizer step."""
+        if not self.enabled:
+            return
+        blocks = self._blocks_of(optimizer)
+        if blocks is None:
+            return
+        if self._before is not None:
+            with self.diagnostics.stopwatch("projection", blocks.device):
+                self._project_update(blocks, self._before)
+            self._before = None
+        self.steps += 1
+        self._steps_since_refresh += 1
+
+    def _project_update(self, blocks: Blocks, before: Stack) -> None:
+        assert self.subspace is not None
+        update = blocks.stack()
+        torch._foreach_sub_(update, before)
+        correction, removed = self.subspace.correction(update, ascending=True)
+        self._record(removed, update)
+        parameters = [parameter.data for parameter in blocks.flat_parameters()]
+        if self._masters is None:
+            # Subtracting what is to be removed leaves parameters alone, to the bit, where nothing conflicts.
+            torch._foreach_sub_(parameters, blocks.views(correction))
+        else:
+            torch._foreach_add_(self._masters, update)
+            torch._foreach_sub_(self._masters, correction)
+            torch._foreach_copy_(parameters, blocks.views(self._masters))
+
+    def _record(self, removed: Tensor, stack: Stack) -> None:
+        total = torch.stack([part.square().sum().to(removed.device) for part in stack]).sum()
+        self.diagnostics.record_projection(removed.sum(), total)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on exactly: the subspace and the refresh counters.
+
+        Returns:
+            `{"tensors": {name: Tensor}, "rest": JSON-ready dict}`.
+
+        Raises:
+            RuntimeError: If no reference gradients have been computed yet.
+        """
+        if self.subspace is None:
+            raise RuntimeError("There is no subspace to save yet: call refresh() first.")
+        tensors, rest = self.subspace.state_dict()
+        names = self.subspace.blocks.names()
+        if self._masters is not None:
+            views = self.subspace.blocks.views(self._masters)
+            tensors |= {f"masters.{name}": view for name, view in zip(names, views, strict=True)}
+        rest |= {
+            "rows": self.subspace.capacity,
+            "config": self.config.ogpsa_dict(),
+            "steps": self.steps,
+            "steps_since_refresh": self._steps_since_refresh,
+            "fresh": self._fresh,
+            "reference_examples": self.diagnostics.reference_examples,
+            "refreshes": self.diagnostics.refreshes,
+        }
+        return {"tensors": tensors, "rest": rest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave.
+
+        Raises:
+            ValueError: If it was made for other settings, parameters, shapes or numbers of rows; nothing is changed.
+        """
+        tensors, rest = dict(state["tensors"]), state["rest"]
+        config = self.config
+        differing = sorted(
+            f"{field}={value!r} (saved: {rest['config'].get(field)!r})"
+            for field, value in config.ogpsa_dict().items()
+            if field in ("constraint", "scope", "rows_from", "rows_dtype") and rest["config"].get(field) != value
+        )
+        if differing:
+            raise ValueError(
+                f"The saved subspace was made with other settings: {', '.join(differing)}. Use the saved settings, or "
+                "rebuild the subspace from the references."
+            )
+        masters = {name: tensors.pop(name) for name in list(tensors) if name.startswith("masters.")}
+        self._known = None
+        parameters, owners = self._trained()
+        blocks = Blocks(parameters, owners, config.scope)
+        subspace = Subspace(
+            blocks, int(rest["rows"]), config.constraint, _DTYPES[config.rows_dtype], config.subspace_rank
+        )
+        subspace.load_state_dict(tensors, rest)
+        self.subspace = subspace
+        self._linears = [_linear_of(self._model, name) for name in blocks.names()]
+        self._masters = None
+        if masters:
+            self._masters = blocks.zeros()
+            for name, view in zip(blocks.names(), blocks.views(self._masters), strict=True):
+                view.copy_(masters[f"masters.{name}"])
+        self.steps = int(rest["steps"])
+        self._steps_since_refresh = int(rest["steps_since_refresh"])
+        self._fresh = list(rest["fresh"])
+        self.diagnostics.reference_examples = int(rest["reference_examples"])
+        self.diagnostics.refreshes = int(rest["refreshes"])
+
+
+def _rows_given(rows_from: str, sizes: Sequence[int]) -> int:
+    return {"set": 1, "batch": len(sizes), "example": sum(sizes)}[rows_from]
+
+
+def _same_parameters(blocks: Blocks, parameters: Mapping[str, Tensor]) -> bool:
+    own = dict(zip(blocks.names(), blocks.flat_parameters(), strict=True))
+    return own.keys() == parameters.keys() and all(own[name] is parameters[name] for name in own)
+
+
+def _linear_of(model: nn.Module, name: str) -> nn.Linear | None:
+    """The linear module whose weight a parameter is, or `None`."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return module if isinstance(module, nn.Linear) and name.endswith(".weight") else None
+
+
+# One pair of hooks serves every projector; a projector that is no longer referenced drops out by itself.
+_projectors: weakref.WeakSet[Projector] = weakref.WeakSet()
+
+
+@torch.no_grad()
+def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    replaced = None
+    for projector in list(_projectors):
+        result = projector._before_step(optimizer, args, kwargs)
+        if result is not None:
+            replaced = args, kwargs = result
+    return replaced
+
+
+@torch.no_grad()
+def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    for projector in list(_projectors):
+        projector._after_step(optimizer)
+
+
+register_optimizer_step_pre_hook(_pre_hook)
+register_optimizer_step_post_hook(_post_hook)

@@ -1,0 +1,259 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Reference sets: the examples of an ability to keep, and their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_IGNORED = -100  # the label that transformers' losses skip
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised reference example: `labels` is `input_ids` with -100 where nothing is learnt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class ReferenceSet:
+    """A few hundred examples of an ability that fine-tuning must not harm.
+
+    Rows may have any of the formats that TRL's trainers read, plain or conversational: `messages`,
+    `prompt`/`completion`, `text`, or `prompt`/`chosen`/`rejected` (also without `prompt`, where it is part of both
+    answers). The loss is the cross-entropy of the answer in nats per token, averaged within an example and then over
+    examples. For preference pairs the answer is the chosen one.
+
+    Args:
+        name (`str`): What the set is called in logs; unique among the sets of a run.
+        dataset (`Iterable[Mapping]`): The rows: a `datasets.Dataset`, a list of dicts, or any iterable of them.
+        samples (`int`, *optional*): Use at most this many rows, from the start. `None`: all.
+        max_length (`int`): In tokens; what is longer is cut off at the end.
+        loss (`str`): `"answer"` (the completion, the chosen answer, or the last assistant turn; all of a `text`) or
+            `"all"` (every token).
+
+    Raises:
+        ValueError: If an argument is out of range, the set is empty, a row has no known format, or truncation leaves
+            a row without a token to learn from in all rows.
+    """
+
+    name: str
+    dataset: Iterable[Mapping[str, Any]]
+    samples: int | None = 200
+    max_length: int = 512
+    loss: str = "answer"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"ReferenceSet: name={self.name!r} must be a non-empty string.")
+        for field, value in (("samples", self.samples), ("max_length", self.max_length)):
+            if not (value is None and field == "samples") and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
+                raise ValueError(f"ReferenceSet {self.name!r}: {field}={value!r} must be an integer of at least 1.")
+        if self.loss not in ("answer", "all"):
+            raise ValueError(f"ReferenceSet {self.name!r}: loss={self.loss!r} is unknown. Choose 'answer' or 'all'.")
+
+    def tokenize(self, processing_class: Any) -> list[Example]:
+        """Tokenises the rows, with the tokenizer's chat template where they are conversational.
+
+        Args:
+            processing_class: A transformers tokenizer, or a processor that has one as `.tokenizer`.
+
+        Raises:
+            ValueError: See the class.
+        """
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        rows = list(islice(self.dataset, self.samples))
+        if not rows:
+            raise ValueError(f"Reference set {self.name!r} is empty. Give it at least one example.")
+        examples = []
+        for index, row in enumerate(rows):
+            prompt, full = self._ids(tokenizer, row, index)
+            start = 0 if self.loss == "all" else _common_prefix(prompt, full)
+            ids = full[: self.max_length]
+            labels = [_IGNORED] * min(start, len(ids)) + ids[start:]
+            # The first token has no prediction, so a label there counts for nothing.
+            if any(label != _IGNORED for label in labels[1:]):
+                examples.append(Example(ids, labels))
+        if not examples:
+            raise ValueError(
+                f"Reference set {self.name!r}: max_length={self.max_length} cuts off the answer of every one of its "
+                f"{len(rows)} rows, so there is nothing to learn from. Raise max_length or shorten the prompts."
+            )
+        return examples
+
+    def _ids(self, tokenizer: Any, row: Mapping[str, Any], index: int) -> tuple[list[int], list[int]]:
+        """The token ids of the prompt alone and of prompt and answer together."""
+        prompt, answer = self._split(row, index)
+        if prompt is None:
+            return [], _with_eos(tokenizer, tokenizer(answer)["input_ids"])
+        if isinstance(answer, str):
+            if not isinstance(prompt, str):
+                raise ValueError(self._problem(index, "mixes a conversational prompt with a plain answer"))
+            return tokenizer(prompt)["input_ids"], _with_eos(tokenizer, tokenizer(prompt + answer)["input_ids"])
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                f"Reference set {self.name!r} is conversational, and the tokenizer has no chat template. Use an "
+                "instruct model's tokenizer, set tokenizer.chat_template, or give prompt/completion as plain text."
+            )
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        full = tokenizer.apply_chat_template([*prompt, *answer], return_dict=True)["input_ids"]
+        return list(before), list(full)
+
+    def _split(self, row: Mapping[str, Any], index: int) -> tuple[Any, Any]:
+        """Prompt and answer of a row: both plain text or both lists of messages; no prompt for `text`."""
+        if "messages" in row:
+            messages = list(row["messages"])
+            last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+            if last is None:
+                raise ValueError(self._problem(index, "has messages without an assistant turn"))
+            return messages[:last], messages[last : last + 1]
+        if "chosen" in row:
+            chosen = row["chosen"]
+            if "prompt" in row:
+                return row["prompt"], chosen
+            if isinstance(chosen, str):
+                length = _common_prefix(chosen, row.get("rejected", ""))
+                return chosen[:length], chosen[length:]
+            return list(chosen[:-1]), list(chosen[-1:])
+        if "prompt" in row and "completion" in row:
+            return row["prompt"], row["completion"]
+        if "text" in row:
+            return None, row["text"]
+        raise ValueError(
+            self._problem(index, f"has the columns {sorted(row)}")
+            + " Give messages, prompt/completion, text, or prompt/chosen/rejected."
+        )
+
+    def _problem(self, index: int, what: str) -> str:
+        return f"Reference set {self.name!r}: row {index} {what}."
+
+
+def _with_eos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    eos = tokenizer.eos_token_id
+    return [*ids] if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
+
+
+def _common_prefix(first: Sequence, second: Sequence) -> int:
+    """How many leading items two sequences share."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device | str) -> dict[str, Tensor]:
+    """Pads examples on the right: `input_ids`, `attention_mask` and `labels`, each `(examples, tokens)`."""
+
+    def padded(rows: list[list[int]], value: int) -> Tensor:
+        width = max(map(len, rows))
+        return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
+
+    return {
+        "input_ids": padded([example.input_ids for example in examples], pad_token_id),
+        "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
+        "labels": padded([example.labels for example in examples], _IGNORED),
+    }
+
+
+def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy of a causal language model on the labels, in nats per token.
+
+    Args:
+        model: Called with `input_ids` and `attention_mask`; returns an object with `logits` `(examples, tokens,
+            vocabulary)`.
+        batch: From `collate`.
+
+    Returns:
+        A scalar: the mean over tokens within each example, then over examples, so that the gradient of every example
+        is its own, whatever else is in the batch.
+    """
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    labels = batch["labels"][:, 1:]
+    learnt = labels != _IGNORED
+    # Only the positions that are learnt are widened to float32: the logits are the largest tensor of the pass.
+    losses = F.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt], reduction="none")
+    weights = 1.0 / learnt.sum(1, keepdim=True).clamp(min=1).expand_as(labels)[learnt]
+    return (losses * weights).sum() / len(labels)
+
+
+class ReferenceLoader:
+    """Draws reference examples in turn from every set, on a random generator of its own.
+
+    Args:
+        sets (`Mapping[str, Sequence[Example]]`): Tokenised examples by set name.
+        samples (`int`, *optional*): Examples per draw, spread evenly over the sets. `None`: all of every set.
+        batch_size (`int`): Examples per batch; batches hold examples of similar length.
+        seed (`int`): Of the order, which differs from epoch to epoch.
+    """
+
+    def __init__(
+        self, sets: Mapping[str, Sequence[Example]], samples: int | None, batch_size: int, seed: int = 0
+    ) -> None:
+        if samples is not None and samples < len(sets):
+            raise ValueError(
+                f"refresh_samples={samples} is less than the number of reference sets, {len(sets)}, so that some would "
+                f"be left out. Set refresh_samples={len(sets)} or more, or give fewer sets."
+            )
+        self.sets = {name: list(examples) for name, examples in sets.items()}
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self._drawn = dict.fromkeys(self.sets, 0)
+        self._draws = 0
+
+    def draw(self) -> dict[str, list[list[Example]]]:
+        """The next examples of every set, in batches."""
+        drawn = {name: sorted(self._take(name), key=lambda e: len(e.input_ids)) for name in self.sets}
+        self._draws += 1
+        return {
+            name: [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]
+            for name, examples in drawn.items()
+        }
+
+    def _take(self, name: str) -> Iterator[Example]:
+        examples = self.sets[name]
+        if self.samples is None:
+            yield from examples
+            return
+        names = list(self.sets)
+        share, extra = divmod(self.samples, len(names))
+        # What does not divide evenly goes to another set at every draw.
+        count = share + ((names.index(name) - self._draws) % len(names) < extra)
+        for _ in range(min(count, len(examples))):
+            epoch, position = divmod(self._drawn[name], len(examples))
+            yield examples[self._order(name, epoch)[position]]
+            self._drawn[name] += 1
+
+    def _order(self, name: str, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(len(self.sets[name]), generator=generator).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's place in its sets, JSON-ready."""
+        return {"drawn": dict(self._drawn), "draws": self._draws, "seed": self.seed, "sizes": self._sizes()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken.
+
+        Raises:
+            ValueError: If the sets have other names or sizes.
+        """
+        if state["sizes"] != self._sizes():
+            raise ValueError(
+                f"The checkpoint's reference sets have the sizes {state['sizes']}, these {self._sizes()}. Resume with "
+                "the same sets, or rebuild the subspace."
+            )
+        self._drawn, self._draws, self.seed = dict(state["drawn"]), int(state["draws"]), int(state["seed"])
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: len(examples) for name, examples in self.sets.items()}

@@ -1,0 +1,75 @@
+"""Tiny random models, built in milliseconds."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 100
+
+
+def tiny_llama(seed: int = 0, cls: type[PreTrainedModel] = LlamaForCausalLM, **overrides) -> PreTrainedModel:
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    return cls(LlamaConfig(**{**settings, **overrides})).eval()
+
+
+def tiny_bert(seed: int = 0, cls: type[PreTrainedModel] = BertModel, **overrides) -> PreTrainedModel:
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }
+    torch.manual_seed(seed)
+    return cls(BertConfig(**{**settings, **overrides})).eval()
+
+
+def tiny_t5(seed: int = 0, cls: type[PreTrainedModel] = T5ForConditionalGeneration, **overrides) -> PreTrainedModel:
+    settings = {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    return cls(T5Config(**{**settings, **overrides})).eval()
+
+
+def tokens(rows: int = 2, length: int = 8, seed: int = 0) -> torch.Tensor:
+    """Token ids, none of them special. Shape (rows, length)."""
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Gives every LoRA weight a random value, so that the adapter changes what the model says."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name or "lora_embedding" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
