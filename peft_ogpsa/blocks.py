@@ -84,11 +84,20 @@ class Blocks:
         """The parameters themselves, in the order of the pieces."""
         return [parameter for group in self.parameters for parameter in group]
 
-    def zeros(self, rows: int | None = None, dtype: torch.dtype = torch.float32) -> Stack:
-        """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` where `rows` is given."""
+    def zeros(self, rows: int | None = None, dtype: torch.dtype | None = None) -> Stack:
+        """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` where `rows` is given.
+
+        The dtype is float32 by default, or float64 where the parameters are.
+        """
         middle = () if rows is None else (rows,)
         return [
-            torch.zeros(len(group.names), *middle, group.numel, dtype=dtype, device=group.device)
+            torch.zeros(
+                len(group.names),
+                *middle,
+                group.numel,
+                dtype=dtype or torch.promote_types(torch.float32, group.dtype),
+                device=group.device,
+            )
             for group in self.groups
         ]
 
@@ -101,7 +110,7 @@ class Blocks:
         ]
 
     def stack(self, tensors: Sequence[Tensor | None] | None = None) -> Stack:
-        """A float32 copy of `tensors` (of the parameters, if not given), stacked.
+        """A copy of `tensors` (of the parameters, if not given) in float32 or wider, stacked.
 
         Args:
             tensors (`Sequence[Tensor | None]`): One per piece, in the order of the pieces; `None` counts as zeros.

@@ -49,12 +49,24 @@ def undisturbed(model: nn.Module, devices: Sequence[torch.device] = ()) -> Itera
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
     ):
-        model.eval()
+        evaluate(model)
         try:
             yield
         finally:
             for module in training:
                 module.training = True
+
+
+def evaluate(model: nn.Module) -> None:
+    """Puts a model into evaluation mode, but for 4-bit layers on a CPU.
+
+    bitsandbytes repacks such a layer for good when it first runs in evaluation mode, and its gradients are wrong ever
+    after (0.50, `Linear4bit.forward`). The layer has no dropout, so its mode makes no other difference.
+    """
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and next(module.parameters()).device.type == "cpu":
+            module.training = True
 
 
 def batch_size(batch: Any) -> int:

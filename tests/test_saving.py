@@ -122,6 +122,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 def test_without_the_package_it_is_a_lora_bit_for_bit(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     expected = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -424,6 +425,12 @@ def test_the_projector_is_found_from_everywhere():
     assert model.base_model.projector is torch.compile(model).projector is projector
 
 
+def test_a_compiled_model_is_one_graph():
+    model = ogpsa_llama()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(outputs(compiled, input_ids=tokens()), outputs(model, input_ids=tokens()))
+
+
 def test_the_projector_is_no_part_of_the_model():
     lora, ogpsa = llama_pair()
     assert [name for name, _ in ogpsa.named_modules()] == [name for name, _ in lora.named_modules()]
@@ -490,7 +497,7 @@ def test_a_copy_has_its_own_projector(copied, injected):
         inject_adapter_in_model(OGPSAConfig(r=4, target_modules=LINEARS), model, "second")
     else:
         model = get_peft_model(model, OGPSAConfig(r=4, target_modules=LINEARS))
-    projector_of(model).rows_of_a_run = torch.zeros(3)
+    projector_of(model).rows_of_a_run = threading.Lock()  # which cannot be copied
     twin = copied(model)
     assert projector_of(twin) is not projector_of(model)
     assert not hasattr(projector_of(twin), "rows_of_a_run")

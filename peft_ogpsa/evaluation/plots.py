@@ -33,6 +33,7 @@ def tradeoff(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patheffects import withStroke
         from matplotlib.ticker import PercentFormatter
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install peft-ogpsa[eval]") from error
@@ -69,6 +70,8 @@ def tradeoff(
                     ha="center",
                     fontsize=9,
                     color=colour,
+                    path_effects=[withStroke(linewidth=3, foreground="white")],
+                    zorder=2.5,
                 )
     if base is not None:
         axes.plot(

@@ -326,7 +326,15 @@ def table(
     base = base or measurements.get("base")
     grid = Table(caption="With 95 % intervals; losses and KL in nats per token.")
     grid.add_column("model")
-    for heading in ("general loss", "change", "KL from base", "refuses harmful", "refuses benign", "unclear", *(extra or {})):
+    for heading in (
+        "general loss",
+        "change",
+        "KL from base",
+        "refuses harmful",
+        "refuses benign",
+        "unclear",
+        *(extra or {}),
+    ):
         grid.add_column(heading, justify="right")
     for name, measurement in measurements.items():
         change = "-"

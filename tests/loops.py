@@ -1,0 +1,72 @@
+"""A hand-written training loop over a tiny model, and what its steps did to the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from models import VOCABULARY, tiny_llama
+from peft import PeftModel, get_peft_model
+
+from peft_ogpsa import OGPSAConfig
+from peft_ogpsa.projector import Projector
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def batch(seed: int, rows: int = 4, length: int = 7) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids}
+
+
+def loss_of(model, inputs) -> torch.Tensor:
+    return model(**inputs).loss
+
+
+def ogpsa_model(**knobs) -> PeftModel:
+    settings = {"rows": 8, "refresh_steps": 2, **LORA, **knobs}
+    return get_peft_model(tiny_llama(), OGPSAConfig(**settings))
+
+
+def references(step: int) -> dict[str, list]:
+    return {"first": [batch(1000 + step)], "second": [batch(2000 + step)]}
+
+
+def parameters_of(model) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def step_violations(
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    steps: int = 4,
+    step: Callable | None = None,
+    stored: Callable[[Projector], list[torch.Tensor]] | None = None,
+) -> Iterator[float]:
+    """Trains and yields, for each step, how far the true parameter change breaks the constraint, in the worst block.
+
+    Cone: the largest `R D / (|R| |D|)`; orthogonal: the largest `|Q D| / |D|`; both in float64, `D` being the
+    difference of the parameters (or of what `stored` gives) after and before.
+    """
+    projector = model.projector
+    stored = stored or (lambda projector: projector.subspace.blocks.stack())
+    for number in range(steps):
+        if projector.due:
+            projector.refresh(references(number), loss_of)
+        loss_of(model, batch(number)).backward()
+        before = [part.clone() for part in stored(projector)]
+        (step or optimizer.step)()
+        optimizer.zero_grad()
+        subspace = projector.subspace
+        blocks = subspace.blocks
+        change = [(now - then).double() for now, then in zip(stored(projector), before, strict=True)]
+        products = blocks.reduce(
+            [torch.einsum("bmd,bd->bm", rows.double(), d) for rows, d in zip(subspace.directions, change, strict=True)]
+        )
+        length = blocks.reduce([d.square().sum(-1) for d in change]).sqrt()
+        assert length.max() > 0, "the optimizer did not move the parameters"
+        if subspace.constraint == "cone":
+            worst = products.amax(1)
+        else:
+            worst = products.norm(dim=1)
+        yield float((worst / length.clamp(min=1e-30)).max())

@@ -1,0 +1,566 @@
+"""The projection in real optimizer steps: what holds, for which optimizers, and when it must stay out of the way."""
+
+from __future__ import annotations
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from loops import LORA, batch, loss_of, ogpsa_model, parameters_of, references, step_violations
+from models import tiny_llama, tokens
+from peft import LoraConfig, get_peft_model
+
+from peft_ogpsa import OGPSAConfig, projector_of
+
+TOLERANCE = 1e-5
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "adamw-small-lr": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "transformers-adafactor": lambda p: transformers.Adafactor(p, lr=1e-2, relative_step=False, scale_parameter=False),
+    "bnb-adamw8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-2),
+    "bnb-paged-adamw8bit": lambda p: bitsandbytes.optim.PagedAdamW8bit(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("rows_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scope", ["tensor", "module", "model"])
+@pytest.mark.parametrize("constraint", ["cone", "orthogonal"])
+def test_update_meets_the_constraint(constraint, scope, rows_dtype):
+    model = ogpsa_model(constraint=constraint, scope=scope, rows_dtype=rows_dtype)
+    violations = list(step_violations(model, OPTIMIZERS["adamw"](model.parameters())))
+    assert max(violations) <= TOLERANCE
+
+
+@pytest.mark.parametrize("rows_from", ["example", "batch", "set"])
+@pytest.mark.parametrize("constraint", ["cone", "orthogonal"])
+def test_update_meets_the_constraint_for_rows_from(constraint, rows_from):
+    model = ogpsa_model(constraint=constraint, rows_from=rows_from)
+    assert max(step_violations(model, OPTIMIZERS["adamw"](model.parameters()))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_update_meets_the_constraint_for_optimizer(name):
+    if name.startswith("bnb") and not torch.cuda.is_available():
+        pytest.importorskip("bitsandbytes")
+    model = ogpsa_model()
+    for parameter in parameters_of(model):  # with B = 0, steps of A are too small for float32 to hold exactly
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    try:
+        violations = list(step_violations(model, OPTIMIZERS[name](parameters_of(model))))
+    except (NotImplementedError, RuntimeError, AssertionError) as error:
+        if name.startswith("bnb") and not torch.cuda.is_available():
+            pytest.skip(f"bitsandbytes has no such optimizer on the CPU: {error}")
+        raise
+    assert max(violations) <= TOLERANCE
+
+
+@pytest.mark.parametrize("scope", ["tensor", "module", "model"])
+@pytest.mark.parametrize("constraint", ["cone", "orthogonal"])
+def test_gradient_projection_does_not_bind_the_update_under_adam(constraint, scope):
+    # The reason why "update" is the default: Adam rescales coordinates and mixes in old gradients.
+    model = ogpsa_model(constraint=constraint, scope=scope, projection="gradient")
+    assert max(step_violations(model, OPTIMIZERS["adamw"](model.parameters()))) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("constraint", ["cone", "orthogonal"])
+def test_gradient_projection_binds_the_update_under_plain_sgd(constraint):
+    model = ogpsa_model(constraint=constraint, projection="gradient").double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-1)
+    assert max(step_violations(model, optimizer)) <= TOLERANCE
+
+
+def test_only_the_rounding_of_stored_parameters_limits_exactness():
+    # Tiny steps of a tiny adapter: float32 cannot hold so small a difference of parameters, float64 can.
+    violations = {}
+    for dtype in (torch.float32, torch.float64):
+        model = ogpsa_model().to(dtype)
+        violations[dtype] = max(step_violations(model, torch.optim.AdamW(model.parameters(), lr=1e-6)))
+    assert violations[torch.float64] <= TOLERANCE < violations[torch.float32]
+
+
+def test_several_parameter_groups():
+    model = ogpsa_model()
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if "lora_A" in n], "lr": 1e-2},
+        {"params": [p for n, p in named if "lora_B" in n], "lr": 3e-2, "weight_decay": 0.3},
+    ]
+    assert max(step_violations(model, torch.optim.AdamW(groups))) <= TOLERANCE
+
+
+def test_clipping_and_accumulation():
+    model = ogpsa_model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+
+    def step():
+        loss_of(model, batch(77)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+
+    assert max(step_violations(model, optimizer, step=step)) <= TOLERANCE
+
+
+def test_closure():
+    model = ogpsa_model(reference_weight=1.0).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-1)
+
+    def step():
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(model, batch(5))
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() > 0
+
+    assert max(step_violations(model, optimizer, step=step)) <= TOLERANCE
+    assert "ogpsa/cosine/first" in model.projector.diagnostics.collect()
+
+
+@pytest.mark.parametrize("constraint", ["cone", "orthogonal"])
+def test_bfloat16_adapters_are_exact_on_the_float32_copy(constraint):
+    model = ogpsa_model(constraint=constraint)
+    for parameter in parameters_of(model):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    optimizer = OPTIMIZERS["adamw"](parameters_of(model))
+
+    def copy_of(projector):
+        if projector._masters is None:
+            return projector.subspace.blocks.stack()
+        return projector._masters
+
+    assert max(step_violations(model, optimizer, stored=copy_of)) <= TOLERANCE
+    blocks = model.projector.subspace.blocks
+    for stored, master in zip(blocks.flat_parameters(), blocks.views(model.projector._masters), strict=True):
+        assert stored.dtype == torch.bfloat16
+        assert torch.equal(stored.detach(), master.to(torch.bfloat16))
+
+
+def test_bfloat16_adapter_that_somebody_changes_is_believed():
+    model = ogpsa_model()
+    for parameter in parameters_of(model):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    optimizer = OPTIMIZERS["adamw"](parameters_of(model))
+    list(step_violations(model, optimizer, steps=2))
+    changed = parameters_of(model)[0]
+    with torch.no_grad():
+        changed.fill_(3.0)
+    model.projector.refresh(references(9), loss_of)
+    loss_of(model, batch(9)).backward()
+    optimizer.step()
+    assert (changed - 3.0).abs().max() < 0.1
+
+
+def test_scaler_that_skips_a_step():
+    model = ogpsa_model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    model.projector.refresh(references(0), loss_of)
+    before = [p.detach().clone() for p in parameters_of(model)]
+
+    scaler.scale(loss_of(model, batch(0))).backward()
+    parameters_of(model)[1].grad.fill_(torch.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, q) for p, q in zip(parameters_of(model), before, strict=True))
+    assert model.projector.steps == 0
+
+    optimizer.zero_grad()
+
+    def step():
+        for parameter in parameters_of(model):
+            parameter.grad *= scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+
+    assert max(step_violations(model, optimizer, steps=3, step=step)) <= TOLERANCE
+    assert model.projector.steps == 3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    plain, checkpointed = ogpsa_model(), ogpsa_model()
+    checkpointed.enable_input_require_grads()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for model in (plain, checkpointed):
+        model.train()
+        assert max(step_violations(model, torch.optim.AdamW(model.parameters(), lr=1e-2))) <= TOLERANCE
+    for p, q in zip(parameters_of(plain), parameters_of(checkpointed), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_model():
+    model = ogpsa_model()
+    plain = ogpsa_model()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert compiled.projector is model.projector
+    for one in (plain, compiled):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+        for number in range(4):
+            loss_of(one, batch(number)).backward()
+            if one.projector.due:
+                # Rows must be right even where the compiled code is what the loss calls.
+                one.projector.refresh(references(number), lambda _, b, one=one: loss_of(one, b))
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(parameters_of(plain), parameters_of(model), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_moves_where_nothing_conflicts():
+    # The reference loss is the training loss, so a small SGD step lowers it, and the cone has nothing to correct.
+    settings = {"rows": 4, "rows_from": "batch"}
+    model, plain = ogpsa_model(**settings), get_peft_model(tiny_llama(), LoraConfig(**LORA))
+    for one in (model, plain):
+        optimizer = torch.optim.SGD(one.parameters(), lr=1e-3)
+        for _ in range(3):
+            if one is model:
+                model.projector.refresh({"same": [batch(0)]}, loss_of)
+            loss_of(one, batch(0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(parameters_of(model), parameters_of(plain), strict=True))
+
+
+def test_refresh_without_projection_leaves_training_alone_to_the_bit():
+    trained = {}
+    for refreshing in (False, True):
+        torch.manual_seed(0)
+        model = ogpsa_model(lora_dropout=0.3)
+        model.train()
+        model.projector.enabled = False
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses = []
+        for number in range(4):
+            loss = loss_of(model, batch(number))
+            loss.backward()
+            if refreshing:
+                gradients = [p.grad.clone() for p in parameters_of(model)]
+                modes = [module.training for module in model.modules()]
+                model.projector.refresh(references(number), loss_of)
+                assert all(torch.equal(p.grad, g) for p, g in zip(parameters_of(model), gradients, strict=True))
+                assert [module.training for module in model.modules()] == modes
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        trained[refreshing] = losses, [p.detach().clone() for p in parameters_of(model)]
+    assert trained[True][0] == trained[False][0]
+    assert all(torch.equal(p, q) for p, q in zip(trained[True][1], trained[False][1], strict=True))
+
+
+def test_refresh_is_due_before_the_first_step_after_it_and_then_periodically():
+    model = ogpsa_model(refresh_steps=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    due = []
+    for number in range(8):
+        due.append(model.projector.due)
+        if model.projector.due:
+            model.projector.refresh(references(number), loss_of)
+        loss_of(model, batch(number)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert due == [True, True, False, False, True, False, False, True]
+
+
+def test_rows_of_a_know_nothing_until_the_first_step():
+    model = ogpsa_model(scope="tensor")
+    projector = model.projector
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    norms = []
+    for number in range(2):
+        projector.refresh(references(number), loss_of)
+        names, blocks = projector.subspace.blocks.names(), projector.subspace.norms
+        norms.append({kind: [n for name, n in zip(names, blocks.amax(1), strict=True) if kind in name] for kind in "AB"})
+        loss_of(model, batch(number)).backward()
+        optimizer.step()
+    assert max(norms[0]["A"]) == 0 < min(norms[0]["B"])
+    assert min(norms[1]["A"]) > 0
+
+
+def test_reference_weight_adds_the_mean_of_fresh_gradients():
+    # Under SGD with an orthogonal complement of rank 0 effect: compare the gradient that the optimizer sees.
+    weight = 0.7
+    model = ogpsa_model(reference_weight=weight, refresh_steps=2, rows_from="batch")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    # After a first step with a random B, all gradients are non-zero.
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    sets = {"first": [batch(1), batch(2)], "second": [batch(3)]}
+    model.projector.refresh(sets, loss_of)
+    seen = []
+    for _ in range(2):
+        loss_of(model, batch(0)).backward()
+        optimizer.step()
+        seen.append([p.grad.clone() for p in parameters_of(model)])
+        optimizer.zero_grad()
+    parameters = parameters_of(model)
+    own = torch.autograd.grad(loss_of(model, batch(0)), parameters)
+    means = [
+        torch.autograd.grad(sum(loss_of(model, b) for b in batches) / len(batches), parameters)
+        for batches in sets.values()
+    ]
+    for got, g, first, second in zip(seen[0], own, *means, strict=True):
+        torch.testing.assert_close(got, g + weight * (first + second) / 2, rtol=1e-4, atol=1e-7)
+    for got, g in zip(seen[1], own, strict=True):  # no longer fresh
+        torch.testing.assert_close(got, g, rtol=1e-4, atol=1e-7)
+
+
+def test_cosines_are_those_of_whole_gradients():
+    model = ogpsa_model(rows_from="example", scope="module")
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    sets = {"first": [batch(1, rows=3)], "second": [batch(3, rows=2)]}
+    losses = model.projector.refresh(sets, loss_of)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    parameters = parameters_of(model)
+
+    def flat(value):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)]).double()
+
+    own = flat(loss_of(model, batch(0)))
+    expected = {name: torch.cosine_similarity(own, flat(loss_of(model, b[0])), dim=0) for name, b in sets.items()}
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    figures = model.projector.diagnostics.collect()
+    for name, cosine in expected.items():
+        assert figures[f"ogpsa/cosine/{name}"] == pytest.approx(float(cosine), abs=1e-5)
+        assert figures[f"ogpsa/loss/{name}"] == losses[name]
+    assert 0 <= figures["ogpsa/removed"] <= 1
+    assert figures["ogpsa/seconds_refresh"] > 0
+    assert figures["ogpsa/seconds_projection"] > 0
+    again = model.projector.diagnostics.collect()
+    assert "ogpsa/removed" not in again
+    assert again["ogpsa/seconds_refresh"] == 0
+
+
+def test_removed_share_is_that_of_the_update():
+    model, plain = ogpsa_model(), get_peft_model(tiny_llama(), LoraConfig(**LORA))
+    changes = []
+    for one in (plain, model):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+        if one is model:
+            one.projector.refresh(references(0), loss_of)
+        before = [p.detach().clone() for p in parameters_of(one)]
+        loss_of(one, batch(0)).backward()
+        optimizer.step()
+        changes.append(torch.cat([(p - q).flatten() for p, q in zip(parameters_of(one), before, strict=True)]))
+    expected = (changes[0] - changes[1]).norm() / changes[0].norm()
+    assert expected > 0.01
+    assert model.projector.diagnostics.collect()["ogpsa/removed"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_step_without_references_is_an_error_that_says_what_to_add():
+    model = ogpsa_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = [p.detach().clone() for p in parameters_of(model)]
+    loss_of(model, batch(0)).backward()
+    with pytest.raises(RuntimeError, match="OGPSACallback.*projector.refresh.*missing_reference"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(parameters_of(model), before, strict=True))
+
+
+def test_missing_reference_can_warn_once_or_be_ignored(caplog):
+    for mode, warnings in (("warn", 1), ("ignore", 0)):
+        caplog.clear()
+        model = ogpsa_model(missing_reference=mode)
+        plain = get_peft_model(tiny_llama(), LoraConfig(**LORA))
+        for one in (model, plain):
+            optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+            for number in range(2):
+                loss_of(one, batch(number)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert len(caplog.records) == warnings
+        assert all(torch.equal(p, q) for p, q in zip(parameters_of(model), parameters_of(plain), strict=True))
+
+
+def test_other_optimizers_are_left_alone():
+    model = ogpsa_model()
+    stranger = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(stranger.parameters(), lr=1.0)
+    stranger(torch.ones(1, 3)).sum().backward()
+    before = stranger.weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(stranger.weight, before - 1)
+    assert model.projector.steps == 0
+
+
+def test_optimizer_with_some_of_the_parameters_is_refused():
+    model = ogpsa_model()
+    model.projector.refresh(references(0), loss_of)
+    optimizer = torch.optim.AdamW(parameters_of(model)[:-1], lr=1e-2)
+    loss_of(model, batch(0)).backward()
+    with pytest.raises(RuntimeError, match=r"holds 27 of the 28 LoRA parameters.*requires_grad_"):
+        optimizer.step()
+
+
+def test_frozen_matrices_are_not_projected():
+    model = ogpsa_model()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n}
+    assert max(step_violations(model, torch.optim.AdamW(parameters_of(model), lr=1e-2))) <= TOLERANCE
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if "lora_A" in n)
+
+
+def test_only_the_adapter_in_training_is_touched():
+    model = ogpsa_model()
+    model.add_adapter("other", OGPSAConfig(rows=8, **LORA))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    other = {n: p.detach().clone() for n, p in model.named_parameters() if ".other." in n}
+    assert max(step_violations(model, optimizer)) <= TOLERANCE
+    assert other
+    assert all(torch.equal(p, other[n]) for n, p in model.named_parameters() if ".other." in n)
+
+    # Its turn: rows of the first adapter say nothing about it.
+    model.set_adapter("other")
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    loss_of(model, batch(0)).backward()
+    with pytest.raises(RuntimeError, match="reference gradients of another adapter only"):
+        optimizer.step()
+    first = {n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n}
+    optimizer.zero_grad()
+    model.projector.refresh(references(0), loss_of)
+    assert max(step_violations(model, optimizer)) <= TOLERANCE
+    assert all(torch.equal(p, first[n]) for n, p in model.named_parameters() if ".default." in n)
+
+
+def test_trained_parameters_other_than_lora_matrices_step_as_ever():
+    model = ogpsa_model(modules_to_save=["lm_head"], target_modules=["q_proj", "v_proj"], use_dora=True)
+    assert max(step_violations(model, torch.optim.AdamW(parameters_of(model), lr=1e-2))) <= TOLERANCE
+    names = model.projector.subspace.blocks.names()
+    assert len(names) == 8
+    assert all("lora_A" in name or "lora_B" in name for name in names)
+
+
+def test_injected_adapter_is_projected():
+    model = tiny_llama()
+    model.add_adapter(OGPSAConfig(rows=8, **{**LORA, "task_type": None}))
+    projector = projector_of(model)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    loss_of(model, batch(0)).backward()
+    with pytest.raises(RuntimeError, match="no reference gradients"):
+        optimizer.step()
+    projector.refresh(references(0), loss_of)
+    optimizer.step()
+    assert projector.steps == 1
+
+
+def test_embeddings_and_convolutions():
+    torch.manual_seed(0)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(100, 12)
+            self.conv = torch.nn.Conv1d(12, 8, 3)
+            self.head = torch.nn.Linear(8, 5)
+
+        def forward(self, ids):
+            return self.head(self.conv(self.embed(ids).mT).mT).mean(1)
+
+    model = get_peft_model(Net(), OGPSAConfig(r=3, target_modules=["embed", "conv", "head"], rows=8))
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+
+    def loss(net, ids):
+        return net(ids).square().mean()
+
+    model.projector.refresh({"set": [tokens(5)]}, loss)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    subspace = model.projector.subspace
+    before = subspace.blocks.stack()
+    loss(model, tokens(4, seed=3)).backward()
+    optimizer.step()
+    change = [now - then for now, then in zip(subspace.blocks.stack(), before, strict=True)]
+    products = subspace.products(change)
+    assert len(subspace.blocks.names()) == 6
+    assert subspace.filled == 5
+    length = subspace.blocks.reduce([part.square().sum(-1) for part in change]).sqrt()
+    assert float((products.amax(1) / length).max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("scope", ["tensor", "module"])
+def test_state_restores_to_the_bit(scope):
+    straight, stopped = ogpsa_model(scope=scope), ogpsa_model(scope=scope)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (straight, stopped)]
+
+    def train(model, optimizer, steps):
+        for number in steps:
+            if model.projector.due:
+                model.projector.refresh(references(number), loss_of)
+            loss_of(model, batch(number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(straight, optimizers[0], range(7))
+    train(stopped, optimizers[1], range(4))
+    resumed = ogpsa_model(scope=scope)
+    resumed.load_state_dict(stopped.state_dict())
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
+    optimizer.load_state_dict(optimizers[1].state_dict())
+    resumed.projector.load_state_dict(stopped.projector.state_dict())
+    train(resumed, optimizer, range(4, 7))
+    assert all(torch.equal(p, q) for p, q in zip(parameters_of(straight), parameters_of(resumed), strict=True))
+
+
+def test_state_that_does_not_fit_is_refused_and_changes_nothing():
+    model = ogpsa_model()
+    with pytest.raises(RuntimeError, match="refresh"):
+        model.projector.state_dict()
+    model.projector.refresh(references(0), loss_of)
+    state = model.projector.state_dict()
+    for knobs, message in (
+        ({"r": 8}, "has shape"),
+        ({"target_modules": ["q_proj"]}, "another adapter"),
+        ({"scope": "model"}, "scope='model' .saved: 'tensor'"),
+        ({"constraint": "orthogonal"}, "constraint='orthogonal'"),
+    ):
+        other = ogpsa_model(**knobs)
+        with pytest.raises(ValueError, match=message):
+            other.projector.load_state_dict(state)
+        assert other.projector.subspace is None
+
+
+def test_refresh_refuses_bad_input():
+    model = ogpsa_model(rows=4)
+    refresh = model.projector.refresh
+    with pytest.raises(ValueError, match="no reference set"):
+        refresh({}, loss_of)
+    with pytest.raises(ValueError, match="'empty' has no batch"):
+        refresh({"empty": []}, loss_of)
+    with pytest.raises(ValueError, match=r"6 reference gradients do not fit into rows=4"):
+        refresh({"a": [batch(0, rows=6)]}, loss_of)
+    with pytest.raises(ValueError, match="must return a scalar"):
+        refresh({"a": [batch(0)]}, lambda m, b: m(**b).logits)
+    with pytest.raises(ValueError, match="does not depend on the adapter"):
+        refresh({"a": [batch(0)]}, lambda m, b: torch.tensor(1.0))
+    with pytest.raises(ValueError, match="rows=1 cannot hold one row for each of 2"):
+        ogpsa_model(rows=1, rows_from="set").projector.refresh(references(0), loss_of)
+
+
+@pytest.mark.parametrize("rows_from", ["example", "batch", "set"])
+def test_losses_that_are_not_finite(rows_from, caplog):
+    def poisoned(model, inputs):
+        return loss_of(model, inputs) * (torch.nan if inputs["input_ids"][0, 0] == 3 else 1.0)
+
+    bad, good = batch(0), batch(1)
+    bad["input_ids"][0, 0], good["input_ids"][0, 0] = 3, 4
+    model = ogpsa_model(rows_from=rows_from)
+    losses = model.projector.refresh({"bad": [bad], "good": [good]}, poisoned)
+    assert "in 'bad'" in caplog.text
+    assert losses["good"] > 0
+    assert set(model.projector.subspace.sets) >= {None, "good"}
+    assert "bad" not in model.projector.subspace.sets
+    loss_of(model, batch(5)).backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-2).step()
+    assert all(torch.isfinite(p).all() for p in parameters_of(model))
+    with pytest.raises(FloatingPointError, match="No reference gradient is finite"):
+        model.projector.refresh({"bad": [bad]}, poisoned)
