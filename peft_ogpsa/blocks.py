@@ -141,6 +141,4 @@ class Blocks:
     def spread(self, blocks: Tensor) -> list[Tensor]:
         """Gives every piece its block's values: `(blocks, ...)` -> a `(pieces, ...)` tensor per group."""
         values = blocks if self.count == self.pieces else blocks.index_select(0, self._block_of_piece)
-        return [
-            part.to(group.device) for part, group in zip(values.split(self._sizes), self.groups, strict=True)
-        ]
+        return [part.to(group.device) for part, group in zip(values.split(self._sizes), self.groups, strict=True)]

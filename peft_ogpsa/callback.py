@@ -144,17 +144,13 @@ class OGPSACallback(TrainerCallback):
         batches = self._loader.draw()
         total = sum(map(len, batches.values()))
         with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
-
             # The trainer's own model, not the bare one: it carries the trainer's mixed precision.
             def loss(_: nn.Module, batch: dict) -> torch.Tensor:
                 bar.update()
                 return answer_loss(model, batch)
 
             projector.refresh(
-                {
-                    name: [collate(batch, self._pad_token_id, device) for batch in own]
-                    for name, own in batches.items()
-                },
+                {name: [collate(batch, self._pad_token_id, device) for batch in own] for name, own in batches.items()},
                 loss,
             )
 
@@ -174,9 +170,7 @@ class OGPSACallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(figures)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the subspace into the checkpoint that the trainer has just written."""
         if not self.save_subspace or self._projector.subspace is None:
             return
@@ -192,7 +186,9 @@ class OGPSACallback(TrainerCallback):
                 self._loader.load_state_dict(saved["rest"]["loader"])
                 projector.load_state_dict(saved)
             except (KeyError, TypeError) as error:
-                raise checkpoint.CheckpointError(f"{directory / checkpoint.STATE_NAME} is damaged: {error}.") from error
+                raise checkpoint.CheckpointError(
+                    f"{directory / checkpoint.STATE_NAME} is damaged: {error}."
+                ) from error
         except ValueError as error:
             raise checkpoint.CheckpointError(
                 f"The run resumes at step {state.global_step}, and its reference subspace cannot be restored: {error} "

@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference gradient pass: from a batch and a loss to gradients of the projected parameters.
 
-The pass leaves no trace on training: modules are in eval mode (with dropout the gradient is mostly noise), random
-states and `.grad` are as before, and compiled code runs eagerly so that hooks are seen.
+Run it under `modes.undisturbed(model, gradients=True)`: with dropout on, a gradient is mostly noise. `.grad` is never
+touched.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -37,38 +37,6 @@ class _NotPerExampleError(Exception):
     """A layer's input does not keep examples apart along its first axis."""
 
 
-@contextlib.contextmanager
-def undisturbed(model: nn.Module, devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Eval mode with gradients on; each module's mode and all random states are restored at the end."""
-    training = [module for module in model.modules() if module.training]
-    accelerators = [device for device in devices if device.type != "cpu"]
-    indices = sorted({device.index or 0 for device in accelerators})
-    kind = accelerators[0].type if accelerators else "cuda"
-    with (
-        torch.random.fork_rng(devices=indices, device_type=kind),
-        torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        evaluate(model)
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-def evaluate(model: nn.Module) -> None:
-    """Puts a model into evaluation mode, but for 4-bit layers on a CPU.
-
-    bitsandbytes repacks such a layer for good when it first runs in evaluation mode, and its gradients are wrong ever
-    after (0.50, `Linear4bit.forward`). The layer has no dropout, so its mode makes no other difference.
-    """
-    model.eval()
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and next(module.parameters()).device.type == "cpu":
-            module.training = True
-
-
 def batch_size(batch: Any) -> int:
     """The number of examples in a batch: the length of its first tensor.
 
@@ -85,9 +53,7 @@ def batch_size(batch: Any) -> int:
     )
 
 
-def batch_gradient(
-    model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, first: int = 0
-) -> Tensor:
+def batch_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, first: int = 0) -> Tensor:
     """Gives `sink` the gradient of `loss_fn(model, batch)`, `(1, *shape)` per piece, and returns the loss."""
     loss = _scalar(loss_fn(model, batch))
     gradients = torch.autograd.grad(loss * _LOSS_SCALE, blocks.flat_parameters(), allow_unused=True)
@@ -179,7 +145,9 @@ def _hooked_gradients(
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return a scalar tensor, and returned {got}. Return the mean loss of the batch.")
+        raise ValueError(
+            f"loss_fn must return a scalar tensor, and returned {got}. Return the mean loss of the batch."
+        )
     if not loss.requires_grad:
         raise ValueError(
             "The reference loss does not depend on the adapter: loss_fn returned a tensor without a graph. Compute it "
@@ -196,4 +164,3 @@ def _example(batch: Any, index: int) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(_example(value, index) for value in batch)
     return batch
-

@@ -25,7 +25,8 @@ from torch.optim.optimizer import (
 from .blocks import Blocks, Stack
 from .config import OGPSAConfig
 from .diagnostics import Diagnostics
-from .gradients import LossFn, batch_gradient, batch_size, example_gradients, undisturbed
+from .gradients import LossFn, batch_gradient, batch_size, example_gradients
+from .modes import undisturbed
 from .subspace import Slots, Subspace
 
 if TYPE_CHECKING:
@@ -147,7 +148,9 @@ class Projector:
             raise ValueError("refresh() was given no reference set. Give a mapping from a set's name to its batches.")
         for name, items in sets.items():
             if not items:
-                raise ValueError(f"Reference set {name!r} has no batch. Give it at least one example, or leave it out.")
+                raise ValueError(
+                    f"Reference set {name!r} has no batch. Give it at least one example, or leave it out."
+                )
         sizes = {name: [batch_size(batch) for batch in items] for name, items in sets.items()}
         counts = {name: _rows_given(config.rows_from, own) for name, own in sizes.items()}
         subspace = self._subspace_for(config, len(sets))
@@ -155,7 +158,7 @@ class Projector:
         model = self._model if model is None else model
         with (
             self.diagnostics.stopwatch("refresh", subspace.blocks.device),
-            undisturbed(model, [group.device for group in subspace.blocks.groups]),
+            undisturbed(model, gradients=True),
         ):
             losses, free = {}, iter(slots)
             for name, items in sets.items():
@@ -341,7 +344,8 @@ class Projector:
                 torch._foreach_sub_(stack, correction)
             if changed:
                 pairs = [
-                    (gradient, view) for gradient, view in zip(gradients, blocks.views(stack), strict=True)
+                    (gradient, view)
+                    for gradient, view in zip(gradients, blocks.views(stack), strict=True)
                     if gradient is not None
                 ]
                 torch._foreach_copy_([gradient for gradient, _ in pairs], [view for _, view in pairs])

@@ -13,15 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .encoding import Example, encode_row
+
 _IGNORED = -100  # the label that transformers' losses skip
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenised reference example: `labels` is `input_ids` with -100 where nothing is learnt."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 @dataclass
@@ -76,79 +70,16 @@ class ReferenceSet:
         rows = list(islice(self.dataset, self.samples))
         if not rows:
             raise ValueError(f"Reference set {self.name!r} is empty. Give it at least one example.")
-        examples = []
-        for index, row in enumerate(rows):
-            prompt, full = self._ids(tokenizer, row, index)
-            start = 0 if self.loss == "all" else _common_prefix(prompt, full)
-            ids = full[: self.max_length]
-            labels = [_IGNORED] * min(start, len(ids)) + ids[start:]
-            # The first token has no prediction, so a label there counts for nothing.
-            if any(label != _IGNORED for label in labels[1:]):
-                examples.append(Example(ids, labels))
+        whole = [encode_row(tokenizer, row, f"Reference set {self.name!r}: row {i}") for i, row in enumerate(rows)]
+        if self.loss == "all":
+            whole = [Example(example.ids, 1) for example in whole]
+        examples = [example for example in (example.cut(self.max_length) for example in whole) if example is not None]
         if not examples:
             raise ValueError(
                 f"Reference set {self.name!r}: max_length={self.max_length} cuts off the answer of every one of its "
                 f"{len(rows)} rows, so there is nothing to learn from. Raise max_length or shorten the prompts."
             )
         return examples
-
-    def _ids(self, tokenizer: Any, row: Mapping[str, Any], index: int) -> tuple[list[int], list[int]]:
-        """The token ids of the prompt alone and of prompt and answer together."""
-        prompt, answer = self._split(row, index)
-        if prompt is None:
-            return [], _with_eos(tokenizer, tokenizer(answer)["input_ids"])
-        if isinstance(answer, str):
-            if not isinstance(prompt, str):
-                raise ValueError(self._problem(index, "mixes a conversational prompt with a plain answer"))
-            return tokenizer(prompt)["input_ids"], _with_eos(tokenizer, tokenizer(prompt + answer)["input_ids"])
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                f"Reference set {self.name!r} is conversational, and the tokenizer has no chat template. Use an "
-                "instruct model's tokenizer, set tokenizer.chat_template, or give prompt/completion as plain text."
-            )
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        full = tokenizer.apply_chat_template([*prompt, *answer], return_dict=True)["input_ids"]
-        return list(before), list(full)
-
-    def _split(self, row: Mapping[str, Any], index: int) -> tuple[Any, Any]:
-        """Prompt and answer of a row: both plain text or both lists of messages; no prompt for `text`."""
-        if "messages" in row:
-            messages = list(row["messages"])
-            last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-            if last is None:
-                raise ValueError(self._problem(index, "has messages without an assistant turn"))
-            return messages[:last], messages[last : last + 1]
-        if "chosen" in row:
-            chosen = row["chosen"]
-            if "prompt" in row:
-                return row["prompt"], chosen
-            if isinstance(chosen, str):
-                length = _common_prefix(chosen, row.get("rejected", ""))
-                return chosen[:length], chosen[length:]
-            return list(chosen[:-1]), list(chosen[-1:])
-        if "prompt" in row and "completion" in row:
-            return row["prompt"], row["completion"]
-        if "text" in row:
-            return None, row["text"]
-        raise ValueError(
-            self._problem(index, f"has the columns {sorted(row)}")
-            + " Give messages, prompt/completion, text, or prompt/chosen/rejected."
-        )
-
-    def _problem(self, index: int, what: str) -> str:
-        return f"Reference set {self.name!r}: row {index} {what}."
-
-
-def _with_eos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    eos = tokenizer.eos_token_id
-    return [*ids] if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
-
-
-def _common_prefix(first: Sequence, second: Sequence) -> int:
-    """How many leading items two sequences share."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device | str) -> dict[str, Tensor]:
@@ -159,9 +90,9 @@ def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device
         return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
 
     return {
-        "input_ids": padded([example.input_ids for example in examples], pad_token_id),
-        "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
-        "labels": padded([example.labels for example in examples], _IGNORED),
+        "input_ids": padded([example.ids for example in examples], pad_token_id),
+        "attention_mask": padded([[1] * len(example.ids) for example in examples], 0),
+        "labels": padded([[_IGNORED] * example.answer_start + example.answer for example in examples], _IGNORED),
     }
 
 
@@ -201,8 +132,8 @@ class ReferenceLoader:
     ) -> None:
         if samples is not None and samples < len(sets):
             raise ValueError(
-                f"refresh_samples={samples} is less than the number of reference sets, {len(sets)}, so that some would "
-                f"be left out. Set refresh_samples={len(sets)} or more, or give fewer sets."
+                f"refresh_samples={samples} is less than the {len(sets)} reference sets, so that some would be "
+                f"left out. Set refresh_samples={len(sets)} or more, or give fewer sets."
             )
         self.sets = {name: list(examples) for name, examples in sets.items()}
         self.samples = samples
@@ -213,7 +144,7 @@ class ReferenceLoader:
 
     def draw(self) -> dict[str, list[list[Example]]]:
         """The next examples of every set, in batches."""
-        drawn = {name: sorted(self._take(name), key=lambda e: len(e.input_ids)) for name in self.sets}
+        drawn = {name: sorted(self._take(name), key=lambda example: len(example.ids)) for name in self.sets}
         self._draws += 1
         return {
             name: [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]

@@ -142,9 +142,7 @@ class Subspace:
             geometry.orthonormal_rows(rows, weight).to(rows.dtype)
             for weight, rows in zip(weights, self.rows, strict=True)
         ]
-        self._matrix = geometry.pseudo_inverse(
-            self.blocks.reduce([geometry.gram(basis) for basis in self.directions])
-        )
+        self._matrix = geometry.pseudo_inverse(self.blocks.reduce([geometry.gram(basis) for basis in self.directions]))
 
     def products(self, vectors: Stack) -> Tensor:
         """Inner products of every row with the vectors: `(blocks, rows)`, unit rows, float32."""
@@ -158,8 +156,7 @@ class Subspace:
 
     def _combine(self, directions: Stack, coefficients: Tensor) -> Stack:
         return [
-            geometry.combine(rows, c)
-            for rows, c in zip(directions, self.blocks.spread(coefficients), strict=True)
+            geometry.combine(rows, c) for rows, c in zip(directions, self.blocks.spread(coefficients), strict=True)
         ]
 
     def correction(self, vectors: Stack, ascending: bool) -> tuple[Stack, Tensor]:

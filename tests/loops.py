@@ -65,8 +65,5 @@ def step_violations(
         )
         length = blocks.reduce([d.square().sum(-1) for d in change]).sqrt()
         assert length.max() > 0, "the optimizer did not move the parameters"
-        if subspace.constraint == "cone":
-            worst = products.amax(1)
-        else:
-            worst = products.norm(dim=1)
+        worst = products.amax(1) if subspace.constraint == "cone" else products.norm(dim=1)
         yield float((worst / length.clamp(min=1e-30)).max())

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from peft_ogpsa.encoding import encode_prompt, encode_row
 from peft_ogpsa.evaluation import (
     Evaluation,
     Evaluator,
@@ -39,7 +40,6 @@ from peft_ogpsa.evaluation import (
     wilson,
 )
 from peft_ogpsa.evaluation.divergence import BaseAnswers
-from peft_ogpsa.evaluation.encoding import encode_prompt, encode_row
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
@@ -166,18 +166,18 @@ class TestLoss:
         assert as_messages.tokens == len("Fine.") + 1
 
     def test_plain_strings_end_with_the_end_token(self, tokenizer):
-        example = encode_row(tokenizer, {"prompt": "2+2=", "completion": "4"}, 64, "Row 0")
+        example = encode_row(tokenizer, {"prompt": "2+2=", "completion": "4"}, "Row 0")
         assert tokenizer.decode(example.ids) == "2+2=4</s>"
         assert tokenizer.decode(example.answer) == "4</s>"
 
     def test_a_template_that_opens_a_thought_only_when_generating(self, tokenizer):
         thinking = copy.deepcopy(tokenizer)
         thinking.chat_template = TEMPLATE.replace("<s>assistant: {% endif", "<s>assistant: (thinks) {% endif")
-        assert tokenizer.decode(encode_row(thinking, chat("Hi", "Hello!"), 64, "Row 0").answer) == "Hello!</s>"
+        assert tokenizer.decode(encode_row(thinking, chat("Hi", "Hello!"), "Row 0").answer) == "Hello!</s>"
 
     def test_truncation_keeps_what_fits(self, llama, tokenizer):
-        full = encode_row(tokenizer, ROWS[2], 512, "Row 0")
-        cut = encode_row(tokenizer, ROWS[2], full.answer_start + 4, "Row 0")
+        full = encode_row(tokenizer, ROWS[2], "Row 0")
+        cut = full.cut(full.answer_start + 4)
         assert cut.answer == full.answer[:4]
         assert nats_per_token(llama, tokenizer, ROWS[2:3], max_length=full.answer_start + 4).tokens == 4
 
@@ -189,7 +189,7 @@ class TestLoss:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ({"text": "Hi"}, "Row 0 has the columns"),
+            ({"question": "Hi"}, "Row 0 has the columns"),
             ({"prompt": "Hi", "completion": ""}, "Row 0 has no answer"),
             ({"messages": [{"role": "user", "content": "Hi"}]}, "no assistant turn"),
         ],

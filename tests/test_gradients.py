@@ -10,8 +10,9 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from peft_ogpsa import OGPSAConfig
-from peft_ogpsa.gradients import evaluate
-from peft_ogpsa.reference import Example, answer_loss, collate
+from peft_ogpsa.encoding import Example
+from peft_ogpsa.modes import switch_to_evaluation
+from peft_ogpsa.reference import answer_loss, collate
 
 
 def ragged(count: int = 5) -> list[Example]:
@@ -20,7 +21,7 @@ def ragged(count: int = 5) -> list[Example]:
     examples = []
     for i in range(count):
         ids = torch.randint(3, VOCABULARY, (4 + 2 * i,), generator=generator).tolist()
-        examples.append(Example(ids, [-100] * (1 + i % 3) + ids[1 + i % 3 :]))
+        examples.append(Example(ids, 1 + i % 3))
     return examples
 
 
@@ -47,7 +48,7 @@ def raw_rows(model) -> list[list[torch.Tensor]]:
 
 
 def one_at_a_time(model, examples, loss=answer_loss) -> list[list[torch.Tensor]]:
-    evaluate(model)
+    switch_to_evaluation(model)
     parameters = model.projector.subspace.blocks.flat_parameters()
     return [
         [g.float() for g in torch.autograd.grad(loss(model, collate([example], 0, "cpu")), parameters)]
@@ -180,7 +181,9 @@ def test_rows_from_batches_and_sets():
 def test_oldest_rows_are_replaced():
     model = model_with_random_adapter(rows=4, rows_from="batch")
     for seed in range(6):
-        model.projector.refresh({f"set{seed}": [{"input_ids": tokens(2, seed=seed), "labels": tokens(2, seed=seed)}]}, loss_of)
+        model.projector.refresh(
+            {f"set{seed}": [{"input_ids": tokens(2, seed=seed), "labels": tokens(2, seed=seed)}]}, loss_of
+        )
     subspace = model.projector.subspace
     assert subspace.sets == ["set4", "set5", "set2", "set3"]
     alone = model_with_random_adapter(rows=1, rows_from="batch")

@@ -276,7 +276,9 @@ def test_rows_of_a_know_nothing_until_the_first_step():
     for number in range(2):
         projector.refresh(references(number), loss_of)
         names, blocks = projector.subspace.blocks.names(), projector.subspace.norms
-        norms.append({kind: [n for name, n in zip(names, blocks.amax(1), strict=True) if kind in name] for kind in "AB"})
+        norms.append(
+            {kind: [n for name, n in zip(names, blocks.amax(1), strict=True) if kind in name] for kind in "AB"}
+        )
         loss_of(model, batch(number)).backward()
         optimizer.step()
     assert max(norms[0]["A"]) == 0 < min(norms[0]["B"])
@@ -360,7 +362,7 @@ def test_step_without_references_is_an_error_that_says_what_to_add():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = [p.detach().clone() for p in parameters_of(model)]
     loss_of(model, batch(0)).backward()
-    with pytest.raises(RuntimeError, match="OGPSACallback.*projector.refresh.*missing_reference"):
+    with pytest.raises(RuntimeError, match=r"OGPSACallback.*projector\.refresh.*missing_reference"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(parameters_of(model), before, strict=True))
 

@@ -37,7 +37,7 @@ def load_model(
     if name == SMOLLM2 and not _hub_has(name):
         folder, file = _wheel_file()
         source, options = str(folder), {"gguf_file": file}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if options:
         model = _without_gguf(model)
@@ -52,7 +52,8 @@ def _without_gguf(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    fresh = type(model)(config).to(model.dtype)
+    fresh: Any = type(model)(config)
+    fresh = fresh.to(model.dtype)
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
     return fresh

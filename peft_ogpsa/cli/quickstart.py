@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -191,7 +191,9 @@ def load_rows(folder: str | None) -> tuple[dict[str, list[dict]], dict[str, list
         for name in data.NAMES:
             path = Path(folder) / f"{name}_{split}.jsonl"
             if not path.is_file():
-                raise ValueError(f"data={folder!r} lacks {path.name}. Add it, or leave `data` out for the built-in rows.")
+                raise ValueError(
+                    f"data={folder!r} lacks {path.name}. Add it, or leave `data` out for the built-in rows."
+                )
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 try:
                     of_split.setdefault(name, []).append(dict(json.loads(line)))
@@ -203,9 +205,8 @@ def load_rows(folder: str | None) -> tuple[dict[str, list[dict]], dict[str, list
 def run(arguments: Sequence[str]) -> None:
     """The command."""
     try:
-        (parsed,) = HfArgumentParser(QuickstartArguments, prog="ogpsa quickstart").parse_args_into_dataclasses(
-            list(arguments)
-        )
+        parser = HfArgumentParser(cast(Any, QuickstartArguments), prog="ogpsa quickstart")
+        (parsed,) = parser.parse_args_into_dataclasses(list(arguments))
     except ValueError as error:
         raise SystemExit(f"ogpsa quickstart: {error}") from error
     quickstart(parsed)
@@ -243,7 +244,7 @@ def quickstart(arguments: QuickstartArguments) -> dict[str, Any]:
         console.print(f"Training [bold]{name}[/bold] ...")
         results[name], model = train(base, tokenizer, METHODS[name](), name, train_rows, evaluator, arguments)
         if name == "ogpsa":
-            model.save_pretrained(output / "adapter")
+            model.save_pretrained(str(output / "adapter"))
         base = model.unload()
         report = {
             "arguments": asdict(arguments),

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peft_ogpsa.evaluation.encoding import Example, Prompt, answer_logits, encode_prompt, length_batches
+from peft_ogpsa.encoding import Example, Prompt, encode_prompt
+from peft_ogpsa.evaluation.access import base_model, language_model
 from peft_ogpsa.evaluation.generation import generate_ids
+from peft_ogpsa.evaluation.logits import answer_logits, length_batches
 from peft_ogpsa.evaluation.losses import LossResult
-from peft_ogpsa.evaluation.modes import base_model, language_model, measuring
+from peft_ogpsa.modes import undisturbed
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def own_answers(
     if 4 * vocabulary * sum(map(len, drawn)) > cache_bytes:
         return answers
     log_probs: list[torch.Tensor] = [torch.empty(0)] * len(examples)
-    with measuring(model):
+    with undisturbed(model):
         for batch in answers.batches():
             for position, logits in zip(batch, _logits(model, answers, batch), strict=True):
                 log_probs[position] = logits.float().log_softmax(-1).cpu()
@@ -93,7 +95,7 @@ def kl_from_base(model: torch.nn.Module, answers: BaseAnswers) -> LossResult:
         ValueError: The base is neither kept nor reachable.
     """
     sums = [0.0] * len(answers.examples)
-    with measuring(model):
+    with undisturbed(model):
         for batch in answers.batches():
             if answers.log_probs is None:
                 with base_model(model):

@@ -8,8 +8,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from peft_ogpsa.evaluation.encoding import Prompt, encode_prompt, length_batches
-from peft_ogpsa.evaluation.modes import input_device, language_model, measuring
+from peft_ogpsa.encoding import Prompt, encode_prompt
+from peft_ogpsa.evaluation.access import input_device, language_model
+from peft_ogpsa.evaluation.logits import length_batches
+from peft_ogpsa.modes import undisturbed
 
 
 def generate(
@@ -87,7 +89,7 @@ def generate_ids(
     )
     answers: list[list[int]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc="generating", disable=not progress)
-    with measuring(model, seed), bar:
+    with undisturbed(model, seed=seed), bar:
         # `generate` fills gaps in the settings that it is given from the model's own.
         lm.generation_config = GenerationConfig()
         try:

@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from peft_ogpsa.evaluation.encoding import Row, answer_logits, encode_row, length_batches
+from peft_ogpsa.encoding import Example, Row, encode_row
 from peft_ogpsa.evaluation.intervals import Interval, mean_interval
-from peft_ogpsa.evaluation.modes import measuring
+from peft_ogpsa.evaluation.logits import answer_logits, length_batches
+from peft_ogpsa.modes import undisturbed
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,18 @@ def nats_per_token(
     Args:
         model: A causal language model, with or without adapter.
         tokenizer: Its tokenizer.
-        rows: `{"prompt", "completion"}` as messages or strings, or `{"messages"}` (the last assistant turn counts).
+        rows: In any format of `encode_row`.
         batch_size: Rows a forward pass.
         max_length: Longer rows are cut on the right.
 
     Raises:
         ValueError: No rows, or a row without an answer token within `max_length`; it is named.
     """
-    examples = [encode_row(tokenizer, row, max_length, f"Row {index}") for index, row in enumerate(rows)]
+    examples = [_scored(tokenizer, row, max_length, f"Row {index}") for index, row in enumerate(rows)]
     if not examples:
         raise ValueError("rows is empty; give at least one row to measure a loss on.")
     sums = [0.0] * len(examples)
-    with measuring(model):
+    with undisturbed(model):
         for batch in length_batches([len(example.ids) for example in examples], batch_size):
             for position, logits in zip(
                 batch, answer_logits(model, [examples[position] for position in batch]), strict=True
@@ -67,3 +68,14 @@ def nats_per_token(
                 labels = torch.tensor(examples[position].answer, device=logits.device)
                 sums[position] = functional.cross_entropy(logits.float(), labels, reduction="sum").item()
     return LossResult.from_sums(sums, [len(example.answer) for example in examples])
+
+
+def _scored(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, name: str) -> Example:
+    example = encode_row(tokenizer, row, name)
+    cut = example.cut(max_length)
+    if cut is None:
+        raise ValueError(
+            f"{name} has no answer token left: its prompt takes {example.answer_start} tokens, max_length is "
+            f"{max_length}. Raise max_length or drop the row."
+        )
+    return cut

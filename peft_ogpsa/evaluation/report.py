@@ -12,12 +12,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from peft_ogpsa.encoding import Prompt, Row, prompt_text
+from peft_ogpsa.evaluation.access import base_model
 from peft_ogpsa.evaluation.divergence import BaseAnswers, kl_from_base, own_answers
-from peft_ogpsa.evaluation.encoding import Prompt, Row, prompt_text
 from peft_ogpsa.evaluation.generation import generate
 from peft_ogpsa.evaluation.intervals import wilson
 from peft_ogpsa.evaluation.losses import LossResult, nats_per_token
-from peft_ogpsa.evaluation.modes import base_model
 from peft_ogpsa.evaluation.refusal import Verdict, classify
 
 if TYPE_CHECKING:

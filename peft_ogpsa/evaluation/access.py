@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The states in which a model is measured."""
+"""Ways into a model: its base, its language model, its device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,27 +19,6 @@ def language_model(model: torch.nn.Module) -> PreTrainedModel:
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go, also when the layers are spread over devices."""
     return next(model.get_input_embeddings().parameters()).device
-
-
-@contextmanager
-def measuring(model: torch.nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Evaluation mode without gradients, on a random stream of its own.
-
-    The mode of every submodule and the global random state are put back afterwards. `no_grad` and not
-    `inference_mode`: inside a training run, buffers first created here (rotary tables, for one) enter later backward
-    passes, and gradient checkpointing's input hooks set `requires_grad`; inference tensors allow neither.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        if seed is not None:
-            torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 @contextmanager

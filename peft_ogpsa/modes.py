@@ -1,0 +1,54 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The states in which a model in training is looked at from outside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, *, gradients: bool = False, seed: int | None = None) -> Iterator[None]:
+    """Evaluation mode, on a random stream of its own; training may go on afterwards as if nothing had happened.
+
+    Compiled code runs eagerly inside, so that hooks are seen. Without gradients it is `no_grad` and not
+    `inference_mode`: buffers first created here (rotary tables, for one) enter later backward passes, and gradient
+    checkpointing's input hooks set `requires_grad`; inference tensors allow neither.
+
+    Args:
+        model: Every submodule's mode is put back at the end.
+        gradients: Whether autograd records.
+        seed: Of the random stream; by default it starts where the global one stands, which is put back at the end.
+    """
+    training = [module for module in model.modules() if module.training]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.set_grad_enabled(gradients),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        if seed is not None:
+            torch.manual_seed(seed)
+        switch_to_evaluation(model)
+        try:
+            yield
+        finally:
+            model.eval()
+            for module in training:
+                module.training = True
+
+
+def switch_to_evaluation(model: nn.Module) -> None:
+    """Puts a model into evaluation mode, but for 4-bit layers on a CPU.
+
+    bitsandbytes repacks such a layer for good when it first runs in evaluation mode, and its gradients are wrong ever
+    after (0.50, `Linear4bit.forward`). The layer has no dropout, so its mode makes no other difference.
+    """
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and next(module.parameters()).device.type == "cpu":
+            module.training = True
