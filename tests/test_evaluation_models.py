@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
+from models import TEMPLATE, chat, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from peft_ogpsa.encoding import encode_prompt, encode_row
@@ -41,18 +39,7 @@ from peft_ogpsa.evaluation import (
 )
 from peft_ogpsa.evaluation.divergence import BaseAnswers
 
-TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
 PROMPTS = ["How do I bake bread?", "Hi", "Tell me about the sea and what lives in it, please.", "Why?", "Count to ten"]
-
-
-def chat(prompt, answer):
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        "completion": [{"role": "assistant", "content": answer}],
-    }
 
 
 ROWS = [
@@ -66,20 +53,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Bytes as tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=TEMPLATE,
-        padding_side="right",
-    )
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -442,6 +442,17 @@ def test_trained_parameters_other_than_lora_matrices_step_as_ever():
     assert all("lora_A" in name or "lora_B" in name for name in names)
 
 
+def test_unloaded_adapter_leaves_its_successor_alone():
+    first = ogpsa_model()
+    list(step_violations(first, torch.optim.AdamW(first.parameters(), lr=1e-2), steps=1))
+    second = get_peft_model(first.unload(), OGPSAConfig(rows=8, refresh_steps=2, **LORA))
+    assert max(step_violations(second, torch.optim.AdamW(second.parameters(), lr=1e-2))) <= TOLERANCE
+    third = get_peft_model(second.unload(), LoraConfig(**LORA))
+    optimizer = torch.optim.AdamW(third.parameters(), lr=1e-2)
+    loss_of(third, batch(0)).backward()
+    optimizer.step()  # plain LoRA: nothing to miss
+
+
 def test_injected_adapter_is_projected():
     model = tiny_llama()
     model.add_adapter(OGPSAConfig(rows=8, **{**LORA, "task_type": None}))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,9 @@ from .models import SMOLLM2, load_model
 
 _LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
+Rows = dict[str, list[dict[str, Any]]]
+"""Conversations by kind: harmful, benign and general."""
+
 METHODS: dict[str, Callable[[], LoraConfig]] = {
     "plain": lambda: LoraConfig(**_LORA),
     "paper": lambda: OGPSAConfig.paper("sft", **_LORA),
@@ -62,10 +66,13 @@ class QuickstartArguments:
         default_factory=lambda: ["plain", "paper", "ogpsa"],
         metadata={"help": f"Which to train, of: {', '.join(METHODS)}."},
     )
-    steps: int = field(default=40, metadata={"help": "Optimizer steps of each method."})
+    steps: int = field(default=16, metadata={"help": "Optimizer steps of each method."})
     batch_size: int = field(default=8, metadata={"help": "Training examples a step."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, constant."})
-    reference_samples: int = field(default=64, metadata={"help": "Most examples in each reference set."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Of AdamW, constant."})
+    reference_samples: int = field(default=32, metadata={"help": "Most examples in each reference set."})
+    test_samples: int = field(
+        default=36, metadata={"help": "Most held-out rows of each kind that a measurement uses; half of them for KL."}
+    )
     measurements: int = field(default=2, metadata={"help": "How often each method is measured along its training."})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; by default cuda where there is one."})
     seed: int = field(default=0, metadata={"help": "Of initialisation, data order and sampling."})
@@ -75,7 +82,7 @@ class QuickstartArguments:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown:
             raise ValueError(f"methods={unknown[0]!r} is unknown. Choose from: {', '.join(METHODS)}.")
-        for name in ("steps", "batch_size", "reference_samples", "measurements"):
+        for name in ("steps", "batch_size", "reference_samples", "test_samples", "measurements"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,7 +128,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     config: LoraConfig,
     name: str,
-    rows: dict[str, list[dict]],
+    rows: Rows,
     evaluator: Evaluator,
     arguments: QuickstartArguments,
 ) -> tuple[MethodResult, PeftModel]:
@@ -178,17 +185,18 @@ def train(
     return result, model
 
 
-def load_rows(folder: str | None) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+def load_rows(folder: str | None) -> tuple[Rows, Rows]:
     """Training and held-out rows by name: harmful, benign and general.
 
     Raises:
         ValueError: If a file is missing or a line of it is not a JSON object.
     """
-    if folder is None:
-        return tuple({name: data.load(name, split) for name in data.NAMES} for split in ("train", "test"))  # type: ignore[return-value]
-    rows: dict[str, dict[str, list[dict]]] = {"train": {}, "test": {}}
+    rows: dict[str, Rows] = {"train": {}, "test": {}}
     for split, of_split in rows.items():
         for name in data.NAMES:
+            if folder is None:
+                of_split[name] = data.load(name, split)
+                continue
             path = Path(folder) / f"{name}_{split}.jsonl"
             if not path.is_file():
                 raise ValueError(
@@ -207,31 +215,37 @@ def run(arguments: Sequence[str]) -> None:
     try:
         parser = HfArgumentParser(cast(Any, QuickstartArguments), prog="ogpsa quickstart")
         (parsed,) = parser.parse_args_into_dataclasses(list(arguments))
+        rows = load_rows(parsed.data)
     except ValueError as error:
         raise SystemExit(f"ogpsa quickstart: {error}") from error
-    quickstart(parsed)
+    quickstart(parsed, *rows)
 
 
-def quickstart(arguments: QuickstartArguments) -> dict[str, Any]:
-    """Trains and measures every method; prints the table and writes table, plot, report and adapter.
+def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows) -> dict[str, Any]:
+    """Trains and measures every method; prints the table and writes plot, report and adapter.
+
+    Args:
+        arguments: What the command was told.
+        train_rows: From `load_rows`.
+        test_rows: From `load_rows`.
 
     Returns:
         What the report holds.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    console = Console()
+    # In a file or a pipe there is no terminal to be narrow, and the table is a wide one.
+    console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()
-    train_rows, test_rows = load_rows(arguments.data)
     console.print(f"Loading [bold]{arguments.model}[/bold] ...")
     base, tokenizer, source = load_model(arguments.model, device=arguments.device or "cpu")
     evaluator = Evaluator(
         tokenizer,
-        harmful=test_rows["harmful"],
-        benign=test_rows["benign"],
-        general={"general": test_rows["general"]},
-        divergence_prompts=test_rows["general"][::2],
-        max_new_tokens=24,
-        batch_size=32,
+        harmful=test_rows["harmful"][: arguments.test_samples],
+        benign=test_rows["benign"][: arguments.test_samples],
+        general={"general": test_rows["general"][: arguments.test_samples]},
+        divergence_prompts=test_rows["general"][: arguments.test_samples // 2],
+        max_new_tokens=12,  # a refusal shows in its first words
+        batch_size=16,
         seed=arguments.seed,
     )
     console.print(f"Measuring the base model ({source}) ...")

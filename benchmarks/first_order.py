@@ -1,0 +1,115 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The first-order promise on a real model, where training and references pull apart as hard as they can.
+
+    python benchmarks/first_order.py --output docs/first_order
+
+The training rows are the reference prompts themselves, answered with refusals. Rows are refreshed at every step and
+the learning rate is small, so that first order holds. Writes a plot and the curves as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from peft import LoraConfig, get_peft_model
+
+from peft_ogpsa import OGPSAConfig, ReferenceSet, data
+from peft_ogpsa.cli.models import load_model
+from peft_ogpsa.modes import undisturbed
+from peft_ogpsa.reference import answer_loss, collate
+
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+METHODS = {
+    "plain LoRA": lambda rows: LoraConfig(**LORA),
+    "paper's rule": lambda rows: OGPSAConfig.paper("sft", refresh_steps=1, **LORA),
+    "OGPSA (cone on the update)": lambda rows: OGPSAConfig(refresh_steps=1, rows=rows, **LORA),
+}
+
+
+def curves(base, tokenizer, steps: int = 20, learning_rate: float = 2e-5, examples: int = 4) -> dict:
+    """For every method, the loss of each reference set before every step and after the last, and the training loss.
+
+    Returns:
+        `{method: {"general": [...], "benign": [...], "training": [...]}}`, in nats per token.
+    """
+    sets = {name: ReferenceSet(name, data.load(name), samples=examples) for name in ("general", "benign")}
+    references = {name: collate(s.tokenize(tokenizer), 0, base.device) for name, s in sets.items()}
+    refusals = [row["completion"] for row in data.load("harmful")]
+    conflicting = [
+        {"prompt": row["prompt"], "completion": refusal}
+        for row, refusal in zip([row for s in sets.values() for row in s.dataset[:examples]], refusals, strict=False)
+    ]
+    training = collate(ReferenceSet("training", conflicting).tokenize(tokenizer), 0, base.device)
+    results = {}
+    for method, config in METHODS.items():
+        torch.manual_seed(0)
+        model = get_peft_model(base, config(len(sets) * examples))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+        curve: dict[str, list[float]] = {"general": [], "benign": [], "training": []}
+        for step in range(steps + 1):
+            if method == "plain LoRA" or step == steps:
+                with undisturbed(model):
+                    losses = {name: answer_loss(model, batch).item() for name, batch in references.items()}
+            else:
+                losses = model.projector.refresh({name: [b] for name, b in references.items()}, answer_loss)
+            for name, loss in losses.items():
+                curve[name].append(loss)
+            if step < steps:
+                loss = answer_loss(model, training)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                curve["training"].append(loss.item())
+        results[method] = curve
+        base = model.unload()
+    return results
+
+
+def plot(results: dict, path: Path) -> None:
+    """The change of the reference losses (mean over sets) and the training loss, along the steps."""
+    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, (method, curve) in zip(("#0072B2", "#D55E00", "#009E73"), results.items(), strict=True):
+        change = [
+            (g + b) / 2 - (curve["general"][0] + curve["benign"][0]) / 2
+            for g, b in zip(curve["general"], curve["benign"], strict=True)
+        ]
+        left.plot(change, color=colour, label=method, linewidth=2)
+        right.plot(curve["training"], color=colour, label=method, linewidth=2)
+    left.axhline(0, color="#555555", linewidth=0.8, linestyle="--")
+    left.set_title("reference loss, change from the base", loc="left", fontsize=11)
+    right.set_title("training loss", loc="left", fontsize=11)
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.set_ylabel("nats per token")
+        axes.grid(color="#E5E5E5", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("first_order"), help="path without suffix")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    base, tokenizer, source = load_model(dtype=torch.float32, device=arguments.device)
+    results = curves(base, tokenizer, arguments.steps, arguments.learning_rate)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    report = {"model": source, "steps": arguments.steps, "learning_rate": arguments.learning_rate, "curves": results}
+    arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    plot(results, arguments.output.with_suffix(".png"))
+    for method, curve in results.items():
+        changes = ", ".join(f"{name} {curve[name][-1] - curve[name][0]:+.4f}" for name in ("general", "benign"))
+        print(f"{method:28} {changes}, training {curve['training'][0]:.3f} -> {curve['training'][-1]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

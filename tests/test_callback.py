@@ -1,0 +1,302 @@
+"""OGPSA under transformers' and TRL's trainers: refreshes, logs, checkpoints, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from loops import LORA
+from models import chat, tiny_llama, tiny_tokenizer
+from peft import get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
+from peft_ogpsa.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
+
+TRAINING = [chat(f"How do I break rule {i}?", "I can't help with that, sorry.") for i in range(12)]
+GENERAL = [chat(f"What comes after {i}?", f"After {i} comes {i + 1}.") for i in range(9)]
+BENIGN = [chat(f"How do I kill process {i}?", f"Run kill {i} in a shell.") for i in range(7)]
+
+
+def model_of(**knobs):
+    settings = {"rows": 8, "refresh_steps": 2, "refresh_samples": 4, **LORA, **knobs}
+    return get_peft_model(tiny_llama(vocab_size=259, max_position_embeddings=256), OGPSAConfig(**settings))
+
+
+def sets():
+    return [ReferenceSet("general", GENERAL), ReferenceSet("benign", BENIGN)]
+
+
+def sft(tmp_path, model=None, callbacks=None, **options):
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        **options,
+    }
+    return SFTTrainer(
+        model if model is not None else model_of(),
+        args=SFTConfig(**settings),
+        train_dataset=Dataset.from_list(TRAINING),
+        processing_class=tiny_tokenizer(),
+        callbacks=[OGPSACallback(sets())] if callbacks is None else callbacks,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def test_sft_trainer_refreshes_projects_and_logs(tmp_path):
+    trainer = sft(tmp_path)
+    trainer.train()
+    projector = trainer.model.projector
+    assert projector.steps == 6
+    assert projector.diagnostics.refreshes == 4  # before steps 1, 2, 4 and 6
+    assert projector.diagnostics.reference_examples == 16
+    assert set(projector.subspace.sets) == {"general", "benign"}
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 6
+    for entry in entries:
+        assert entry["ogpsa/loss/general"] > 0
+        assert -1 <= entry["ogpsa/cosine/benign"] <= 1
+        assert 0 <= entry["ogpsa/removed"] <= 1
+        assert entry["ogpsa/seconds_projection"] > 0
+    assert max(entry["ogpsa/removed"] for entry in entries) > 0.01
+
+
+def test_reporting_callbacks_see_the_figures(tmp_path):
+    class Reporter(TrainerCallback):
+        """Stands where TensorBoard's and W&B's callbacks stand: before the user's."""
+
+        seen: list[dict] = []  # noqa: RUF012
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    trainer = sft(tmp_path, max_steps=2)
+    trainer.callback_handler.callbacks.insert(0, Reporter())
+    trainer.train()
+    assert "ogpsa/removed" in Reporter.seen[0]
+
+
+def test_tensorboard_gets_the_figures(tmp_path):
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    sft(tmp_path, max_steps=2, report_to="tensorboard").train()
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out*")}
+    events = tensorboard.EventAccumulator(str(folder)).Reload()
+    assert any("ogpsa/removed" in tag for tag in events.Tags()["scalars"])
+
+
+def test_plain_trainer(tmp_path):
+    tokenizer = tiny_tokenizer()
+    ids = [tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"] for row in TRAINING]
+    trainer = Trainer(
+        model_of(),
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            gradient_accumulation_steps=2,
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[OGPSACallback(sets(), processing_class=tokenizer)],
+    )
+    trainer.train()
+    assert trainer.model.projector.steps == 3
+
+
+def test_trainer_that_wraps_the_base_itself(tmp_path):
+    # TRL's other path: a bare model and peft_config.
+    trainer = SFTTrainer(
+        tiny_llama(vocab_size=259, max_position_embeddings=256),
+        args=SFTConfig(
+            output_dir=str(tmp_path), max_steps=2, report_to="none", save_strategy="no", bf16=False, use_cpu=True
+        ),
+        train_dataset=Dataset.from_list(TRAINING),
+        processing_class=tiny_tokenizer(),
+        peft_config=OGPSAConfig(rows=8, refresh_samples=4, **LORA),
+        callbacks=[OGPSACallback(sets())],
+    )
+    trainer.train()
+    assert trainer.model.projector.steps == 2
+
+
+@pytest.mark.parametrize("checkpointing", [{"use_reentrant": True}, {"use_reentrant": False}])
+def test_gradient_checkpointing_and_bfloat16_autocast(tmp_path, checkpointing):
+    trainer = sft(
+        tmp_path,
+        max_steps=3,
+        bf16=True,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=checkpointing,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.1,
+    )
+    trainer.train()
+    assert trainer.model.projector.steps == 3
+    assert all(torch.isfinite(value).all() for value in weights(trainer.model).values())
+
+
+def test_second_stage_starts_with_rows_of_its_own(tmp_path):
+    model = model_of(refresh_steps=100)
+    for _ in range(2):
+        trainer = sft(tmp_path, model, max_steps=2)
+        trainer.train()
+        assert model.projector.steps == 2
+    assert model.projector.diagnostics.refreshes == 4
+
+
+def test_without_callback_the_trainer_stops_with_the_remedy(tmp_path):
+    with pytest.raises(RuntimeError, match="Add OGPSACallback"):
+        sft(tmp_path, callbacks=[]).train()
+
+
+def test_projection_off_is_plain_lora_to_the_bit(tmp_path):
+    with_callback, without = model_of(), model_of(missing_reference="ignore")
+    with_callback.projector.enabled = False
+    for parameter in with_callback.parameters():
+        assert parameter is not None
+    for model, callbacks in ((with_callback, None), (without, [])):
+        trainer = sft(tmp_path, model, callbacks, max_steps=3)
+        trainer.train()
+    assert all(torch.equal(p, weights(without)[name]) for name, p in weights(with_callback).items())
+
+
+@pytest.mark.parametrize("knobs", [{}, {"rows_dtype": "bfloat16", "rows_from": "batch"}, {"reference_weight": 1.0}])
+def test_resumed_run_equals_one_that_never_stopped(tmp_path, knobs):
+    options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    straight = sft(tmp_path / "straight", model_of(lora_dropout=0.1, **knobs), **options)
+    straight.train()
+    stopped = sft(tmp_path / "stopped", model_of(lora_dropout=0.1, **knobs), **{**options, "max_steps": 3})
+    stopped.train()
+    resumed = sft(tmp_path / "stopped", model_of(lora_dropout=0.1, **knobs), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.model.projector.steps == 6
+    assert resumed.model.projector.diagnostics.refreshes == straight.model.projector.diagnostics.refreshes
+    expected = weights(straight.model)
+    assert all(torch.equal(p, expected[name]) for name, p in weights(resumed.model).items())
+
+
+def damage_nothing(folder):
+    pass
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def overwrite(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def drop_keys(folder):
+    (folder / STATE_NAME).write_text(json.dumps({"rows": 8}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove(TENSORS_NAME), "is missing"),
+        (remove(STATE_NAME), "is missing"),
+        (overwrite(TENSORS_NAME, b"not safetensors"), "is damaged"),
+        (overwrite(STATE_NAME, b"{"), "is damaged"),
+        (drop_keys, "is damaged"),
+    ],
+)
+def test_damaged_checkpoint(tmp_path, damage, message):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    sft(tmp_path, **options).train()
+    folder = tmp_path / "run" / "checkpoint-2"
+    damage(folder)
+    with pytest.raises(CheckpointError, match=rf"step 2.*{message}.*rebuild_subspace=True"):
+        sft(tmp_path, **{**options, "max_steps": 4}).train(resume_from_checkpoint=str(folder))
+    rebuilt = sft(tmp_path, callbacks=[OGPSACallback(sets(), rebuild_subspace=True)], **{**options, "max_steps": 4})
+    rebuilt.train(resume_from_checkpoint=str(folder))
+    assert rebuilt.model.projector.steps == 2
+
+
+def test_checkpoint_elsewhere_and_of_another_adapter(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    sft(tmp_path, **options).train()
+    moved = tmp_path / "elsewhere"
+    shutil.move(tmp_path / "run" / "checkpoint-2", moved)
+    longer = {**options, "max_steps": 4}
+    with pytest.raises(CheckpointError, match="is missing"):
+        sft(tmp_path, **longer).train(resume_from_checkpoint=str(moved))
+    resumed = sft(tmp_path, callbacks=[OGPSACallback(sets(), resume_from=moved)], **longer)
+    resumed.train(resume_from_checkpoint=str(moved))
+    assert resumed.model.projector.steps == 4
+    trainer = sft(tmp_path, model_of(scope="model"), [OGPSACallback(sets(), resume_from=moved)], **longer)
+    with pytest.raises(CheckpointError, match="other settings"):
+        trainer.train(resume_from_checkpoint=str(moved))
+
+
+def test_checkpoints_without_subspace(tmp_path):
+    callbacks = [OGPSACallback(sets(), save_subspace=False)]
+    sft(tmp_path, callbacks=callbacks, save_strategy="steps", save_steps=2, max_steps=2).train()
+    assert not (tmp_path / "run" / "checkpoint-2" / TENSORS_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reference_sets": []}, "reference_sets is empty"),
+        ({"reference_sets": [ReferenceSet("a", GENERAL), ReferenceSet("a", BENIGN)]}, "two sets of the name 'a'"),
+        ({"reference_sets": [ReferenceSet("a", GENERAL)], "batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OGPSACallback(**arguments)
+
+
+def test_bad_sets_stop_before_the_first_step(tmp_path):
+    for bad, message in (
+        (ReferenceSet("none", []), "'none' is empty"),
+        (ReferenceSet("cut", GENERAL, max_length=3), "'cut': max_length=3 cuts off"),
+    ):
+        trainer = sft(tmp_path, callbacks=[OGPSACallback([bad])])
+        before = weights(trainer.model)
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+        assert all(torch.equal(p, before[name]) for name, p in weights(trainer.model).items())
+
+
+def test_model_without_ogpsa_adapter(tmp_path):
+    from peft import LoraConfig
+
+    model = get_peft_model(tiny_llama(vocab_size=259, max_position_embeddings=256), LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="carries no OGPSA adapter"):
+        sft(tmp_path, model).train()
+
+
+def test_deepspeed_and_several_processes_are_refused(tmp_path):
+    callback = OGPSACallback(sets())
+    trainer = sft(tmp_path, callbacks=[callback])
+
+    class Arguments:
+        def __init__(self, **values):
+            self.__dict__.update({"deepspeed": None, "world_size": 1, **values})
+
+    for values, message in (({"deepspeed": "zero2.json"}, "DeepSpeed"), ({"world_size": 2}, "world size 2")):
+        with pytest.raises(ValueError, match=message):
+            callback.on_train_begin(Arguments(**values), trainer.state, trainer.control, model=trainer.model)

@@ -1,0 +1,116 @@
+"""The `ogpsa` command, end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import chat, tiny_llama, tiny_tokenizer
+from peft import AutoPeftModelForCausalLM, PeftConfig
+
+from peft_ogpsa import OGPSAConfig
+from peft_ogpsa.cli import main
+from peft_ogpsa.evaluation import Measurement
+
+
+@pytest.fixture
+def folders(tmp_path):
+    model, data = tmp_path / "model", tmp_path / "data"
+    tiny_llama(vocab_size=259, max_position_embeddings=512).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    data.mkdir()
+    for split in ("train", "test"):
+        for name, answer in (
+            ("harmful", "I can't help with that."),
+            ("benign", "Do it so."),
+            ("general", "It is so."),
+        ):
+            rows = [chat(f"{name} {split} {i}?", answer) for i in range(10)]
+            (data / f"{name}_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return model, data
+
+
+def test_quickstart(folders, tmp_path, capsys):
+    model, data = folders
+    output = tmp_path / "out"
+    options = ["--model", str(model), "--data", str(data), "--output_dir", str(output), "--device", "cpu"]
+    main(["quickstart", *options, "--steps", "3", "--measurements", "2", "--methods", "plain", "paper", "ogpsa"])
+    printed = capsys.readouterr().out
+    for heading in ("general", "KL", "refuses", "seconds", "references"):
+        assert heading in printed
+    assert (output / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+
+    report = json.loads((output / "report.json").read_text())
+    assert list(report["methods"]) == ["plain", "paper", "ogpsa"]
+    base = Measurement.from_dict(report["base"])
+    assert base.kl.value == 0
+    for name, result in report["methods"].items():
+        curve = [Measurement.from_dict(point) for point in result["curve"]]
+        assert [point.step for point in curve] == [2, 3]
+        assert curve[-1].kl.value > 0
+        assert curve[-1].refusal.n == curve[-1].over_refusal.n == 10
+        assert result["seconds"] > 0
+        assert (result["reference_share"] > 0) == (name != "plain")
+    # 8 examples before the first step and 8 after it, for 3 steps of 8; the paper's rule takes all 20 both times.
+    assert report["methods"]["ogpsa"]["reference_share"] == pytest.approx(16 / 24)
+    assert report["methods"]["paper"]["reference_share"] == pytest.approx(40 / 24)
+
+    assert isinstance(PeftConfig.from_pretrained(str(output / "adapter")), OGPSAConfig)
+    adapter_config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert adapter_config["peft_type"] == "LORA"
+    assert AutoPeftModelForCausalLM.from_pretrained(str(output / "adapter")).num_parameters() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["loop.py", "--model", "MODEL", "--steps", "3"],
+        ["sft.py", "--model_name_or_path", "MODEL", "--output_dir", "OUT", "--max_steps", "2", "--use_cpu"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_examples_run(folders, tmp_path, command):
+    model, _ = folders
+    script, *options = [{"MODEL": str(model), "OUT": str(tmp_path / "out")}.get(word, word) for word in command]
+    path = Path(__file__).parents[1] / "examples" / script
+    done = subprocess.run([sys.executable, str(path), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if script == "sft.py":
+        assert (tmp_path / "out" / "ogpsa_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "magic"], "methods='magic' is unknown"),
+        (["--steps", "0"], "steps=0 must be at least 1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["quickstart", *options])
+
+
+def test_bad_data(folders):
+    model, data = folders
+    (data / "benign_test.jsonl").write_text('{"prompt": "a"}\nnot json\n')
+    with pytest.raises(SystemExit, match=r"benign_test\.jsonl, line 2, is not a JSON object"):
+        main(["quickstart", "--model", str(model), "--data", str(data)])
+    (data / "benign_test.jsonl").unlink()
+    with pytest.raises(SystemExit, match=r"lacks benign_test\.jsonl"):
+        main(["quickstart", "--model", str(model), "--data", str(data)])
+
+
+def test_help_and_unknown_commands():
+    def ogpsa(*arguments):
+        command = [sys.executable, "-c", "from peft_ogpsa.cli import main; main()", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert "quickstart" in ogpsa("--help").stdout
+    unknown = ogpsa("slowstart")
+    assert unknown.returncode == 2
+    assert "unknown command 'slowstart'" in unknown.stderr

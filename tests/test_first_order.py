@@ -1,0 +1,26 @@
+"""The promise itself, on the real model: to first order, no reference loss rises."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+
+@pytest.mark.slow
+def test_reference_losses_do_not_rise_under_conflict(smollm2):
+    from first_order import curves
+
+    base, tokenizer = smollm2
+    results = curves(base, tokenizer, steps=20)
+    for method, curve in results.items():
+        assert curve["training"][-1] < curve["training"][0] - 0.01, "every method must learn"
+        for name in ("general", "benign"):
+            rise = max(curve[name]) - curve[name][0]
+            if method.startswith("OGPSA"):
+                assert rise <= 1e-3
+            else:
+                assert rise > 1e-3

@@ -1,0 +1,159 @@
+"""Reference sets: every row format, truncation, the loss, and the order of the examples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from models import chat, tiny_llama, tiny_tokenizer
+
+from peft_ogpsa import ReferenceSet
+from peft_ogpsa.encoding import Example
+from peft_ogpsa.reference import ReferenceLoader, answer_loss, collate
+
+USER = {"role": "user", "content": "Why?"}
+ANSWER = {"role": "assistant", "content": "Because."}
+OTHER = {"role": "assistant", "content": "Dunno."}
+CHAT_ANSWER = "Because.</s>"
+
+FORMATS = {
+    "prompt/completion": ({"prompt": [USER], "completion": [ANSWER]}, CHAT_ANSWER),
+    "messages": ({"messages": [USER, ANSWER]}, CHAT_ANSWER),
+    "messages, last turn": ({"messages": [USER, OTHER, USER, ANSWER]}, CHAT_ANSWER),
+    "messages, user's turn at the end": ({"messages": [USER, ANSWER, USER]}, CHAT_ANSWER),
+    "plain prompt/completion": ({"prompt": "2+2=", "completion": "4"}, "4</s>"),
+    "text": ({"text": "Once upon a time"}, "nce upon a time</s>"),
+    "pairs": ({"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}, CHAT_ANSWER),
+    "pairs, implicit prompt": ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, CHAT_ANSWER),
+    "plain pairs": ({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, "4</s>"),
+    "plain pairs, implicit prompt": ({"chosen": "2+2=4", "rejected": "2+2=5"}, "4</s>"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_scores_the_answer(name):
+    row, answer = FORMATS[name]
+    tokenizer = tiny_tokenizer()
+    (example,) = ReferenceSet("set", [row]).tokenize(tokenizer)
+    assert tokenizer.decode(example.answer) == answer
+    (whole,) = ReferenceSet("set", [row], loss="all").tokenize(tokenizer)
+    assert whole.ids == example.ids
+    assert whole.answer_start == 1
+
+
+def test_datasets_and_iterators_and_samples():
+    rows = [chat(f"Question {i}", f"Answer {i}") for i in range(5)]
+    tokenizer = tiny_tokenizer()
+    from_list = ReferenceSet("set", rows).tokenize(tokenizer)
+    assert ReferenceSet("set", Dataset.from_list(rows)).tokenize(tokenizer) == from_list
+    assert ReferenceSet("set", iter(rows)).tokenize(tokenizer) == from_list
+    assert ReferenceSet("set", rows, samples=2).tokenize(tokenizer) == from_list[:2]
+
+
+def test_truncation_drops_what_has_no_answer_left():
+    rows = [chat("A question of many words, to be cut", "Yes"), chat("Q", "Yes")]
+    tokenizer = tiny_tokenizer()
+    (kept,) = ReferenceSet("set", rows, max_length=26).tokenize(tokenizer)
+    assert len(kept.ids) <= 26
+    assert "Q" in tokenizer.decode(kept.ids)
+    with pytest.raises(ValueError, match=r"'set': max_length=5 cuts off the answer of every one of its 2 rows"):
+        ReferenceSet("set", rows, max_length=5).tokenize(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": ""}, "name='' must be"),
+        ({"samples": 0}, "samples=0 must be"),
+        ({"samples": True}, "samples=True must be"),
+        ({"max_length": None}, "max_length=None must be"),
+        ({"loss": "dpo"}, "loss='dpo' is unknown"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ReferenceSet(**{"name": "set", "dataset": [], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "'set' is empty"),
+        ([{"question": "Hi"}], "'set': row 0 has the columns"),
+        ([{"messages": [USER]}], "'set': row 0 has no answer"),
+        ([{"prompt": [USER], "completion": "plain"}], "'set': row 0 mixes"),
+    ],
+)
+def test_bad_rows(rows, message):
+    with pytest.raises(ValueError, match=message):
+        ReferenceSet("set", rows).tokenize(tiny_tokenizer())
+
+
+def test_conversation_without_a_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        ReferenceSet("set", [chat("Hi", "Hello")]).tokenize(tokenizer)
+
+
+def test_loss_is_the_mean_over_examples_of_means_over_tokens():
+    model = tiny_llama().double()
+    examples = [Example([5, 6, 7, 8, 9], 2), Example([5, 6, 7], 1), Example(list(range(10, 40)), 25)]
+    by_hand = []
+    for example in examples:
+        log_probs = model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
+        picked = [log_probs[t - 1, example.ids[t]] for t in range(example.answer_start, len(example.ids))]
+        by_hand.append(-torch.stack(picked).mean())
+    loss = answer_loss(model, collate(examples, 0, "cpu"))
+    torch.testing.assert_close(loss.double(), torch.stack(by_hand).mean(), rtol=1e-5, atol=1e-6)
+
+
+def examples(count: int, first: int = 0) -> list[Example]:
+    return [Example([first + i] * (3 + i % 4), 1) for i in range(count)]
+
+
+def ids_of(draw: dict) -> dict[str, list[int]]:
+    return {name: [e.ids[0] for batch in batches for e in batch] for name, batches in draw.items()}
+
+
+def test_draws_are_even_over_sets_and_cover_every_example():
+    loader = ReferenceLoader({"a": examples(6), "b": examples(9, 50)}, samples=5, batch_size=2)
+    draws = [ids_of(loader.draw()) for _ in range(12)]
+    assert {len(d["a"]) + len(d["b"]) for d in draws} == {5}
+    totals = {name: [i for d in draws for i in d[name]] for name in "ab"}
+    assert len(totals["a"]) == len(totals["b"]) == 30
+    assert {totals["a"].count(i) for i in range(6)} == {5}
+    assert set(totals["b"]) == set(range(50, 59))
+    assert totals["a"][:6] != totals["a"][6:12]  # another order every epoch
+
+
+def test_all_examples_at_every_draw():
+    loader = ReferenceLoader({"a": examples(5), "b": examples(2, 50)}, samples=None, batch_size=3)
+    for _ in range(2):
+        draw = loader.draw()
+        assert [len(batch) for batch in draw["a"]] == [3, 2]
+        assert sorted(ids_of(draw)["a"]) == list(range(5))
+        lengths = [len(e.ids) for batch in draw["a"] for e in batch]
+        assert lengths == sorted(lengths)
+
+
+def test_loader_resumes_and_ignores_the_global_generator():
+    def loader():
+        return ReferenceLoader({"a": examples(6), "b": examples(9, 50)}, samples=4, batch_size=2, seed=3)
+
+    straight, stopped, resumed = loader(), loader(), loader()
+    expected = [straight.draw() for _ in range(9)]
+    state = torch.get_rng_state()
+    got = [stopped.draw() for _ in range(5)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    resumed.load_state_dict(stopped.state_dict())
+    got += [resumed.draw() for _ in range(4)]
+    assert got == expected
+    with pytest.raises(ValueError, match="sizes"):
+        ReferenceLoader({"a": examples(6)}, samples=4, batch_size=2).load_state_dict(stopped.state_dict())
+
+
+def test_too_few_samples_for_the_sets():
+    with pytest.raises(ValueError, match="refresh_samples=1 is less than the 2 reference sets"):
+        ReferenceLoader({"a": examples(6), "b": examples(9)}, samples=1, batch_size=2)
