@@ -12,7 +12,9 @@ quickstart: $(VENV)/.installed
 	$(BIN)/ogpsa quickstart $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	# Tiny models are fastest one thread a process; the real one wants all cores to itself.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 $(ARGS)
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

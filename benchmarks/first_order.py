@@ -4,8 +4,9 @@
 
     python benchmarks/first_order.py --output docs/first_order
 
-The training rows are the reference prompts themselves, answered with refusals. Rows are refreshed at every step and
-the learning rate is small, so that first order holds. Writes a plot and the curves as JSON.
+The references are prompts with the model's own answers; the training rows are the same prompts answered with refusals.
+Rows are refreshed at every step and the learning rate is small, so that first order holds. Writes a plot and the curves
+as JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from peft import LoraConfig, get_peft_model
 
 from peft_ogpsa import OGPSAConfig, ReferenceSet, data
 from peft_ogpsa.cli.models import load_model
+from peft_ogpsa.encoding import Example, encode_prompt
+from peft_ogpsa.evaluation.generation import generate_ids
 from peft_ogpsa.modes import undisturbed
 from peft_ogpsa.reference import answer_loss, collate
 
@@ -31,24 +34,31 @@ METHODS = {
 }
 
 
-def curves(base, tokenizer, steps: int = 20, learning_rate: float = 2e-5, examples: int = 4) -> dict:
+def own_answers(model, tokenizer, prompts: list) -> list[Example]:
+    """The model's own likeliest answers, whose loss nothing but the model itself can have."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    answers = generate_ids(model, tokenizer, ids, max_new_tokens=24, batch_size=8, sample=False, seed=0)
+    return [Example(prompt + answer, len(prompt)) for prompt, answer in zip(ids, answers, strict=True)]
+
+
+def curves(base, tokenizer, steps: int = 20, learning_rate: float = 2e-5, examples: int = 2) -> dict:
     """For every method, the loss of each reference set before every step and after the last, and the training loss.
 
     Returns:
         `{method: {"general": [...], "benign": [...], "training": [...]}}`, in nats per token.
     """
-    sets = {name: ReferenceSet(name, data.load(name), samples=examples) for name in ("general", "benign")}
-    references = {name: collate(s.tokenize(tokenizer), 0, base.device) for name, s in sets.items()}
+    prompts = {name: [row["prompt"] for row in data.load(name)[:examples]] for name in ("general", "benign")}
+    references = {name: collate(own_answers(base, tokenizer, own), 0, base.device) for name, own in prompts.items()}
     refusals = [row["completion"] for row in data.load("harmful")]
     conflicting = [
-        {"prompt": row["prompt"], "completion": refusal}
-        for row, refusal in zip([row for s in sets.values() for row in s.dataset[:examples]], refusals, strict=False)
+        {"prompt": prompt, "completion": refusal}
+        for prompt, refusal in zip([p for own in prompts.values() for p in own], refusals, strict=False)
     ]
     training = collate(ReferenceSet("training", conflicting).tokenize(tokenizer), 0, base.device)
     results = {}
     for method, config in METHODS.items():
         torch.manual_seed(0)
-        model = get_peft_model(base, config(len(sets) * examples))
+        model = get_peft_model(base, config(len(prompts) * examples))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
         curve: dict[str, list[float]] = {"general": [], "benign": [], "training": []}
         for step in range(steps + 1):
@@ -98,10 +108,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("first_order"), help="path without suffix")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--examples", type=int, default=2, help="in each reference set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     base, tokenizer, source = load_model(dtype=torch.float32, device=arguments.device)
-    results = curves(base, tokenizer, arguments.steps, arguments.learning_rate)
+    results = curves(base, tokenizer, arguments.steps, arguments.learning_rate, arguments.examples)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     report = {"model": source, "steps": arguments.steps, "learning_rate": arguments.learning_rate, "curves": results}
     arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

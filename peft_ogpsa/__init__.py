@@ -4,7 +4,8 @@
 
 from .callback import OGPSACallback
 from .config import OGPSAConfig
+from .merge import merge_adapter
 from .model import OGPSAModel, projector_of
 from .reference import ReferenceSet
 
-__all__ = ["OGPSACallback", "OGPSAConfig", "OGPSAModel", "ReferenceSet", "projector_of"]
+__all__ = ["OGPSACallback", "OGPSAConfig", "OGPSAModel", "ReferenceSet", "merge_adapter", "projector_of"]

@@ -15,6 +15,9 @@ Row = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Mapping[str, Any]
 
 
+IGNORED = -100
+
+
 @dataclass(frozen=True)
 class Example:
     """A prompt and its answer: `ids[:answer_start]` is the prompt, the rest is scored."""
@@ -26,6 +29,11 @@ class Example:
     def answer(self) -> list[int]:
         """The tokens scored."""
         return self.ids[self.answer_start :]
+
+    @property
+    def labels(self) -> list[int]:
+        """The tokens with -100, which transformers' losses skip, in place of the prompt."""
+        return [IGNORED] * self.answer_start + self.answer
 
     def cut(self, max_length: int) -> Example | None:
         """The first `max_length` tokens; `None` if no token of the answer is among them."""

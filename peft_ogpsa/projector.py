@@ -161,9 +161,13 @@ class Projector:
             undisturbed(model, gradients=True),
         ):
             losses, free = {}, iter(slots)
-            for name, items in sets.items():
-                own = [next(free) for _ in range(counts[name])]
-                losses[name] = self._fill(subspace, own, config.rows_from, model, items, sizes[name], loss_fn)
+            try:
+                for name, items in sets.items():
+                    own = [next(free) for _ in range(counts[name])]
+                    losses[name] = self._fill(subspace, own, config.rows_from, model, items, sizes[name], loss_fn)
+            except BaseException:
+                subspace.discard(slots)  # the older rows remain as they were
+                raise
             owners = [name for name, count in counts.items() for _ in range(count)]
             bad = subspace.commit(slots, owners)
         self._report_bad(bad, slots, owners)

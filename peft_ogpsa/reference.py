@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .encoding import Example, encode_row
-
-_IGNORED = -100  # the label that transformers' losses skip
+from .encoding import IGNORED, Example, encode_row
 
 
 @dataclass
@@ -92,7 +90,7 @@ def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device
     return {
         "input_ids": padded([example.ids for example in examples], pad_token_id),
         "attention_mask": padded([[1] * len(example.ids) for example in examples], 0),
-        "labels": padded([[_IGNORED] * example.answer_start + example.answer for example in examples], _IGNORED),
+        "labels": padded([example.labels for example in examples], IGNORED),
     }
 
 
@@ -110,7 +108,7 @@ def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     labels = batch["labels"][:, 1:]
-    learnt = labels != _IGNORED
+    learnt = labels != IGNORED
     # Only the positions that are learnt are widened to float32: the logits are the largest tensor of the pass.
     losses = F.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt], reduction="none")
     weights = 1.0 / learnt.sum(1, keepdim=True).clamp(min=1).expand_as(labels)[learnt]

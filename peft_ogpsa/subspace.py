@@ -71,6 +71,7 @@ class Subspace:
         self.norms = torch.zeros(blocks.count, rows, dtype=geometry.small_dtype(blocks.device), device=blocks.device)
         self.sets: list[str | None] = [None] * rows  # which reference set a row came from; None: empty or bad
         self.cursor = 0
+        # Saved with the rows: computed anew in one piece it could differ in the last bit, and a resumed run with it.
         self.gram = torch.zeros(blocks.count, rows, rows, dtype=self.norms.dtype, device=blocks.device)
         self.directions = self.rows
         self._matrix = self.gram
@@ -114,7 +115,7 @@ class Subspace:
         usable = torch.stack([self._normalize(slot) for slot in slots]).tolist()
         for slot, name, good in zip(slots, sets, usable, strict=True):
             self.sets[slot] = name if good else None
-        self._solve(slots)
+        self._update_gram(slots)
         return [slot for slot, good in zip(slots, usable, strict=True) if not good]
 
     def _normalize(self, slot: int) -> Tensor:
@@ -128,12 +129,23 @@ class Subspace:
         self.norms[:, slot : slot + 1] = torch.where(finite, norms, 0.0)
         return finite
 
-    def _solve(self, changed: Sequence[int]) -> None:
-        """Prepares what a projection needs, some rows having changed: the directions and one small matrix a block."""
+    def discard(self, slots: Sequence[int]) -> None:
+        """Empties slots that were opened and cannot be committed."""
+        self.open(slots)
+        self.norms[:, list(slots)] = 0
+        for slot in slots:
+            self.sets[slot] = None
+        self._update_gram(slots)
+
+    def _update_gram(self, changed: Sequence[int]) -> None:
         index = list(changed)
         fresh = self.blocks.reduce([geometry.gram(rows, index) for rows in self.rows])
         self.gram[:, index] = fresh
         self.gram[:, :, index] = fresh.mT
+        self._solve()
+
+    def _solve(self) -> None:
+        """Prepares what a projection needs from the rows and their Gram matrix."""
         if self.constraint == "cone":
             return
         # An explicit basis keeps nearly parallel rows exact, where the Gram matrix alone would lose them.
@@ -214,7 +226,7 @@ class Subspace:
         """The ring as tensors by name (`rows.PARAMETER`: `(rows, *shape)`) and a JSON-ready rest."""
         names = self.blocks.names()
         tensors = {f"rows.{name}": view for name, view in zip(names, self.blocks.views(self.rows), strict=True)}
-        tensors["norms"] = self.norms
+        tensors |= {"norms": self.norms, "gram": self.gram}
         return tensors, {"sets": list(self.sets), "cursor": self.cursor}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], rest: Mapping) -> None:
@@ -244,4 +256,4 @@ class Subspace:
         for name, own in expected.items():
             own.copy_(tensors[name])
         self.sets, self.cursor = list(rest["sets"]), int(rest["cursor"])
-        self._solve(range(self.capacity))
+        self._solve()

@@ -11,8 +11,15 @@ from datasets import Dataset
 from loops import LORA
 from models import chat, tiny_llama, tiny_tokenizer
 from peft import get_peft_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
@@ -163,6 +170,83 @@ def test_second_stage_starts_with_rows_of_its_own(tmp_path):
         trainer.train()
         assert model.projector.steps == 2
     assert model.projector.diagnostics.refreshes == 4
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("given", ["peft model", "base and config"])
+def test_dpo_trainer(tmp_path, given, precompute):
+    pairs = [
+        {**row, "chosen": row["completion"], "rejected": chat("", "Sure, here is how.")["completion"]}
+        for row in TRAINING
+    ]
+    config = OGPSAConfig(rows=8, refresh_steps=2, refresh_samples=4, **LORA)
+    base = tiny_llama(vocab_size=259, max_position_embeddings=256)
+    trainer = DPOTrainer(
+        get_peft_model(base, config) if given == "peft model" else base,
+        args=DPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            bf16=False,
+            use_cpu=True,
+            disable_tqdm=True,
+            precompute_ref_log_probs=precompute,
+        ),
+        train_dataset=Dataset.from_list(pairs).remove_columns("completion"),
+        processing_class=tiny_tokenizer(),
+        peft_config=None if given == "peft model" else config,
+        callbacks=[OGPSACallback([*sets(), ReferenceSet("pairs", pairs)])],
+    )
+    policy = getattr(trainer.model, "peft_config", {})
+    reference = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".ref." in n}
+    trainer.train()
+    projector = trainer.model.projector
+    assert projector.steps == 3
+    assert all(".default." in name for name in projector.subspace.blocks.names())
+    assert len(projector.subspace.blocks.names()) == 28
+    assert set(projector.subspace.sets) == {"general", "benign", "pairs"}
+    assert all(torch.equal(p, reference[n]) for n, p in trainer.model.named_parameters() if n in reference)
+    assert "default" in policy
+    assert "ogpsa/removed" in trainer.state.log_history[0]
+
+
+def test_four_bit_base_with_bfloat16_adapters(tmp_path):
+    tiny_llama(vocab_size=259, max_position_embeddings=256, hidden_size=64).save_pretrained(tmp_path / "model")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantization, dtype=torch.bfloat16)
+    trainer = SFTTrainer(
+        base,
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            learning_rate=1e-2,
+            report_to="none",
+            save_strategy="no",
+            bf16=True,
+            use_cpu=True,
+            disable_tqdm=True,
+            gradient_checkpointing=True,
+        ),
+        train_dataset=Dataset.from_list(TRAINING),
+        processing_class=tiny_tokenizer(),
+        peft_config=OGPSAConfig(rows=8, refresh_samples=4, **LORA),
+        callbacks=[OGPSACallback(sets())],
+    )
+    trainer.train()
+    projector = trainer.model.projector
+    assert projector.steps == 3
+    assert {group.dtype for group in projector.subspace.blocks.groups} == {torch.bfloat16}
+    assert projector._masters is not None
+    assert all(torch.isfinite(value).all() for value in weights(trainer.model).values())
 
 
 def test_without_callback_the_trainer_stops_with_the_remedy(tmp_path):

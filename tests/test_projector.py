@@ -559,6 +559,27 @@ def test_refresh_refuses_bad_input():
         ogpsa_model(rows=1, rows_from="set").projector.refresh(references(0), loss_of)
 
 
+def test_refresh_that_fails_leaves_the_older_rows_usable():
+    model = ogpsa_model()
+    model.projector.refresh({"good": [batch(0)]}, loss_of)
+    subspace = model.projector.subspace
+    gram = subspace.gram.clone()
+
+    def failing(net, inputs):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        model.projector.refresh({"bad": [batch(1)]}, failing)
+    assert subspace.sets == ["good"] * 4 + [None] * 4
+    assert torch.equal(subspace.gram, gram)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = subspace.blocks.stack()
+    loss_of(model, batch(2)).backward()
+    optimizer.step()
+    change = [now - then for now, then in zip(subspace.blocks.stack(), before, strict=True)]
+    assert float(subspace.products(change).amax()) <= TOLERANCE
+
+
 @pytest.mark.parametrize("rows_from", ["example", "batch", "set"])
 def test_losses_that_are_not_finite(rows_from, caplog):
     def poisoned(model, inputs):

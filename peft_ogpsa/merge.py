@@ -1,0 +1,54 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Merging an adapter into its base, the right one."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+
+def merge_adapter(
+    adapter: str | os.PathLike,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device_map: str | dict | None = None,
+) -> PreTrainedModel:
+    """Merges a saved adapter into its base model in full weights.
+
+    An adapter that was trained on a 4-bit base (QLoRA) must not be merged into that: the sum would be rounded to 4 bits
+    again, and most of what the adapter learnt with it. So the base is loaded unquantised here.
+
+    Args:
+        adapter (`str`): Folder or hub name of the adapter.
+        output_dir (`str`, *optional*): Where to save the merged model, and the tokenizer where the adapter has one.
+        base (`str`, *optional*): Folder or hub name of the base; by default the one that the adapter names.
+        dtype (`torch.dtype`): Of the merged weights; the sum itself is computed in float32.
+        device_map (*optional*): As in transformers.
+
+    Returns:
+        The merged model, without adapter.
+
+    Raises:
+        ValueError: If the base is itself stored quantised, or the merged weights are not finite.
+    """
+    adapter = os.fspath(adapter)
+    config = PeftConfig.from_pretrained(adapter)
+    source = os.fspath(base or config.base_model_name_or_path or "")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device_map)
+    if getattr(model, "quantization_method", None) is not None:
+        raise ValueError(
+            f"base={source!r} is stored quantised, and an adapter cannot be merged into it without losing most of what "
+            "it learnt. Give the unquantised model: merge_adapter(..., base=NAME)."
+        )
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).to(dtype)
+    if output_dir is not None:
+        merged.save_pretrained(os.fspath(output_dir))
+        folder = adapter if os.path.isfile(os.path.join(adapter, "tokenizer_config.json")) else source
+        AutoTokenizer.from_pretrained(folder).save_pretrained(os.fspath(output_dir))
+    return merged
