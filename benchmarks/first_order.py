@@ -4,9 +4,9 @@
 
     python benchmarks/first_order.py --output docs/first_order
 
-The references are prompts with the model's own answers; the training rows are the same prompts answered with refusals.
-Rows are refreshed at every step and the learning rate is small, so that first order holds. Writes a plot and the curves
-as JSON.
+The references are prompts with the model's own answers; the training rows are the same prompts answered with
+refusals. Rows are refreshed at every step and the learning rate is small, so that first order holds. Writes a plot and
+the curves as JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def own_answers(model, tokenizer, prompts: list) -> list[Example]:
     return [Example(prompt + answer, len(prompt)) for prompt, answer in zip(ids, answers, strict=True)]
 
 
-def curves(base, tokenizer, steps: int = 20, learning_rate: float = 2e-5, examples: int = 2) -> dict:
+def curves(base, tokenizer, steps: int = 20, learning_rate: float = 7e-5, examples: int = 2) -> dict:
     """For every method, the loss of each reference set before every step and after the last, and the training loss.
 
     Returns:
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("first_order"), help="path without suffix")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--learning-rate", type=float, default=7e-5)
     parser.add_argument("--examples", type=int, default=2, help="in each reference set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()

@@ -17,10 +17,9 @@ def test_reference_losses_do_not_rise_under_conflict(smollm2):
     base, tokenizer = smollm2
     results = curves(base, tokenizer, steps=20)
     for method, curve in results.items():
-        assert curve["training"][-1] < curve["training"][0] - 0.01, "every method must learn"
-        for name in ("general", "benign"):
-            rise = max(curve[name]) - curve[name][0]
-            if method.startswith("OGPSA"):
-                assert rise <= 1e-3
-            else:
-                assert rise > 1e-3
+        assert curve["training"][-1] < curve["training"][0] - 0.5, "every method must learn"
+        worst = max(max(curve[name]) - curve[name][0] for name in ("general", "benign"))
+        if method.startswith("OGPSA"):
+            assert worst <= 1e-3
+        else:
+            assert worst > 5e-3
