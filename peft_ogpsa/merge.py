@@ -21,8 +21,8 @@ def merge_adapter(
 ) -> PreTrainedModel:
     """Merges a saved adapter into its base model in full weights.
 
-    An adapter that was trained on a 4-bit base (QLoRA) must not be merged into that: the sum would be rounded to 4 bits
-    again, and most of what the adapter learnt with it. So the base is loaded unquantised here.
+    An adapter that was trained on a 4-bit base (QLoRA) must not be merged into that: the sum would be rounded to 4
+    bits again, and most of what the adapter learnt with it. So the base is loaded unquantised here.
 
     Args:
         adapter (`str`): Folder or hub name of the adapter.
@@ -43,8 +43,8 @@ def merge_adapter(
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device_map)
     if getattr(model, "quantization_method", None) is not None:
         raise ValueError(
-            f"base={source!r} is stored quantised, and an adapter cannot be merged into it without losing most of what "
-            "it learnt. Give the unquantised model: merge_adapter(..., base=NAME)."
+            f"base={source!r} is stored quantised, and an adapter merged into it would lose most of what it learnt. "
+            " Give the unquantised model: merge_adapter(..., base=NAME)."
         )
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).to(dtype)
     if output_dir is not None:

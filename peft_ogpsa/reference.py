@@ -4,16 +4,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .encoding import IGNORED, Example, encode_row
+from .encoding import IGNORED, Example, Prompt, encode_row
+
+if TYPE_CHECKING:
+    from .answers import AnsweredSet
 
 
 @dataclass
@@ -54,6 +58,70 @@ class ReferenceSet:
                 raise ValueError(f"ReferenceSet {self.name!r}: {field}={value!r} must be an integer of at least 1.")
         if self.loss not in ("answer", "all"):
             raise ValueError(f"ReferenceSet {self.name!r}: loss={self.loss!r} is unknown. Choose 'answer' or 'all'.")
+
+    @classmethod
+    def from_prompts(
+        cls,
+        name: str,
+        prompts: Iterable[Prompt],
+        model: torch.nn.Module,
+        processing_class: Any,
+        *,
+        samples: int | None = None,
+        max_new_tokens: int = 128,
+        batch_size: int = 16,
+        seed: int = 0,
+        sample: bool = False,
+        cache_dir: str | os.PathLike | None = None,
+        max_length: int = 512,
+        progress: bool = True,
+    ) -> AnsweredSet:
+        """A set without labelled data: the base model answers the prompts, and its answers are what is kept.
+
+        Refusals and degenerate answers (empty, symbols, loops) are dropped; `.counts` of the result says how many.
+        Of an answer that was cut at `max_new_tokens`, the end of the turn is not scored. The answers are kept on disk
+        and used again for the same model, prompts and settings; a damaged file is rebuilt with a warning. Nothing of
+        model, tokenizer or random state is changed.
+
+        Args:
+            name (`str`): See the class.
+            prompts (`Iterable`): Strings, lists of messages, or rows with `prompt` or `messages`, such as
+                `peft_ogpsa.data.load_prompts("general")`.
+            model: The causal language model; the adapter of a `PeftModel` is off while it answers.
+            processing_class: Its tokenizer, or a processor that has one as `.tokenizer`.
+            samples (`int`, *optional*): Answer at most this many prompts, from the start. `None`: all.
+            max_new_tokens (`int`): Where an answer is cut.
+            batch_size (`int`): Prompts answered at once.
+            seed (`int`): Of the draws.
+            sample (`bool`): Draw from the model's distribution instead of taking the likeliest token. Off by default:
+                the likeliest answers are the better ones, most of all of small models, and depend on no seed. Drawn
+                answers cover more of what the model might say.
+            cache_dir (`str`, *optional*): Where answers are kept. `None`: `peft_ogpsa` in the user's cache directory
+                (`$XDG_CACHE_HOME` or `~/.cache`).
+            max_length (`int`): See the class; prompts that leave no room for an answer are dropped.
+            progress (`bool`): Show a bar.
+
+        Raises:
+            ValueError: If an argument is out of range, there are no prompts, a prompt has no known format, or no
+                answer can be kept.
+            OSError: If `cache_dir` cannot be written.
+        """
+        from .answers import answered_set  # builds on this module
+
+        return answered_set(
+            name,
+            prompts,
+            model,
+            processing_class,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            sample=sample,
+            cache_dir=cache_dir,
+            max_length=max_length,
+            progress=progress,
+        )
 
     def tokenize(self, processing_class: Any) -> list[Example]:
         """Tokenises the rows, with the tokenizer's chat template where they are conversational.

@@ -7,7 +7,13 @@ from __future__ import annotations
 import importlib
 import sys
 
-_COMMANDS = {"quickstart": "train and compare plain LoRA, the paper's rule and OGPSA on a small model"}
+_COMMANDS = {
+    "quickstart": "train and compare plain LoRA, the paper's rule and OGPSA on a small model",
+    "sft": "supervised fine-tuning that spares the reference sets",
+    "dpo": "preference training that spares the reference sets, also of an adapter from sft",
+    "eval": "measure refusal, over-refusal, general loss and divergence of a model and its base",
+    "compare": "results of eval in one table and one plot",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -39,6 +40,7 @@ from ..encoding import encode_row
 from ..evaluation import Evaluator, Measurement, table, tradeoff
 from ..model import projector_of
 from ..reference import ReferenceSet
+from .errors import input_errors
 from .models import SMOLLM2, load_model
 
 _LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -73,7 +75,7 @@ class QuickstartArguments:
     steps: int = field(default=16, metadata={"help": "Optimizer steps of each method."})
     batch_size: int = field(default=8, metadata={"help": "Training examples a step."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Of AdamW, constant."})
-    reference_samples: int = field(default=32, metadata={"help": "Most examples in each reference set."})
+    reference_samples: int = field(default=24, metadata={"help": "Most examples in each reference set."})
     test_samples: int = field(
         default=32, metadata={"help": "Most held-out rows of each kind that a measurement uses; half of them for KL."}
     )
@@ -107,10 +109,17 @@ class MethodResult:
 
 
 class _Measure(TrainerCallback):
-    """Measures the model along its training."""
+    """Measures the model along its training: what the plot needs on the way, everything at the end."""
 
     def __init__(self, evaluator: Evaluator, name: str, count: int) -> None:
         self.evaluator, self.name, self.count = evaluator, name, count
+        self.on_the_way = Evaluator(
+            evaluator.processing_class,
+            harmful=evaluator.harmful,
+            general=evaluator.general,
+            max_new_tokens=evaluator.max_new_tokens,
+            batch_size=evaluator.batch_size,
+        )
         self.curve: list[Measurement] = []
 
     def on_step_end(
@@ -124,7 +133,8 @@ class _Measure(TrainerCallback):
         assert model is not None
         points = {round(args.max_steps * (i + 1) / self.count) for i in range(self.count)}
         if state.global_step in points:
-            self.curve.append(self.evaluator.measure(model, self.name, state.global_step))
+            evaluator = self.evaluator if state.global_step == args.max_steps else self.on_the_way
+            self.curve.append(evaluator.measure(model, self.name, state.global_step))
 
 
 def train(
@@ -213,12 +223,10 @@ def load_rows(folder: str | None) -> tuple[Rows, Rows]:
 
 def run(arguments: Sequence[str]) -> None:
     """The command."""
-    try:
+    with input_errors("quickstart"):
         parser = HfArgumentParser(cast(Any, QuickstartArguments), prog="ogpsa quickstart")
         (parsed,) = parser.parse_args_into_dataclasses(list(arguments))
         rows = load_rows(parsed.data)
-    except ValueError as error:
-        raise SystemExit(f"ogpsa quickstart: {error}") from error
     quickstart(parsed, *rows)
 
 
@@ -234,6 +242,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
         What the report holds.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # In a file or a pipe there is no terminal to be narrow, and the table is a wide one.
     console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()

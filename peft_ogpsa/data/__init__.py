@@ -4,7 +4,8 @@
 
 The conversations are of three kinds: `harmful` (a harmful request and a polite refusal), `benign` (a harmless
 question that sounds dangerous and its answer) and `general` (everyday requests and their answers). `README.md` in
-this folder is the data card.
+this folder is the data card. `load_prompts` reads prompts without answers, for `ReferenceSet.from_prompts`; `public`
+has readers for public data sets.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 NAMES = ("harmful", "benign", "general")
 SPLITS = ("train", "test")
+PROMPTS = ("general", "arithmetic", "lookalikes")
 
 
 def load(name: str, split: str = "train") -> list[dict[str, Any]]:
@@ -35,6 +37,31 @@ def load(name: str, split: str = "train") -> list[dict[str, Any]]:
         raise ValueError(f"name={name!r} is not a built-in data set: use one of {', '.join(map(repr, NAMES))}.")
     if split not in SPLITS:
         raise ValueError(f"split={split!r} does not exist: use one of {', '.join(map(repr, SPLITS))}.")
-    text = resources.files(__name__).joinpath(f"{name}_{split}.jsonl").read_text(encoding="utf-8")
+    return _lines(f"{name}_{split}.jsonl")
+
+
+def load_prompts(name: str) -> list[str]:
+    """Read one of the built-in sets of prompts, which have no answers.
+
+    Args:
+        name: `"general"` (everyday chat), `"arithmetic"` (word problems) or `"lookalikes"` (harmless requests that
+            sound dangerous, against over-refusal).
+
+    Returns:
+        The prompts, none of which is in the conversations of `load`. Their order is shuffled, so that the first ones
+        are a fair sample.
+
+    Raises:
+        ValueError: `name` is not one of those above.
+    """
+    if name not in PROMPTS:
+        raise ValueError(
+            f"name={name!r} is not a built-in set of prompts: use one of {', '.join(map(repr, PROMPTS))}."
+        )
+    return [line["prompt"] for line in _lines(f"prompts_{name}.jsonl")]
+
+
+def _lines(file: str) -> list[dict[str, Any]]:
+    text = resources.files(__name__).joinpath(file).read_text(encoding="utf-8")
     # Not splitlines(): it would also cut at the rarer Unicode line breaks, which JSON allows inside a string.
     return [json.loads(line) for line in text.split("\n") if line]

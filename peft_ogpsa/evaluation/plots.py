@@ -87,9 +87,9 @@ def tradeoff(
         axes.axhline(start[0][1], color=_GREY, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
     axes.set_xlabel("harmful prompts refused", fontsize=12)
     axes.set_ylabel("general loss (nats per token)", fontsize=12)
-    axes.set_title(
-        "Better: further right and lower. Numbers are training steps.", loc="left", fontsize=11, color=_GREY
-    )
+    steps = any(measurement.step is not None for curve in curves.values() for measurement in curve)
+    title = "Better: further right and lower." + (" Numbers are training steps." if steps else "")
+    axes.set_title(title, loc="left", fontsize=11, color=_GREY)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.tick_params(labelsize=11)
     axes.margins(x=0.06, y=0.12)

@@ -1,0 +1,160 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Data by a short name: a file, a folder, the built-in rows, or a data set on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+from .. import data
+from ..reference import ReferenceSet
+
+_BUILTIN = "builtin:"
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)(?:\[(?P<split>.+)\])?")
+_FORMS = (
+    "Give a .jsonl, .json or .parquet file, a folder saved by datasets, builtin:NAME or builtin:NAME:SPLIT "
+    f"(NAME one of {', '.join(data.NAMES)}, pairs), or a hub name, as in owner/name:config[train]."
+)
+_COMPLIANCE = "Sure, here is how to do that."
+_REFUSAL = "I'm sorry, but I can't help with that."
+# What TRL's trainers need of the rows; a set of columns is enough if it holds one of these.
+_COLUMNS: dict[str, tuple[set[str], ...]] = {
+    "sft": ({"messages"}, {"prompt", "completion"}, {"text"}, {"conversations"}, {"input_ids"}),
+    "dpo": ({"chosen", "rejected"},),
+}
+_OTHER_STAGE = {"sft": "dpo", "dpo": "sft"}
+
+
+def load_rows(spec: str, field: str) -> Dataset:
+    """Loads the rows that a data SPEC names.
+
+    Args:
+        spec: A file (`.jsonl`, `.json`, `.parquet`), a folder saved by `datasets`, `builtin:NAME` with an optional
+            `:SPLIT`, or a name on the Hugging Face hub with an optional `:CONFIG`. All but the built-in ones may end
+            in `[SPLIT]` in the syntax of `datasets`, as in `rows.jsonl[train[:100]]`; without, it is `train`.
+        field: What errors call the option that the SPEC was given to.
+
+    Raises:
+        ValueError: If the SPEC has none of these forms, names nothing that can be loaded, or holds no rows.
+    """
+    try:
+        rows = _builtin(spec) if spec.startswith(_BUILTIN) else _external(spec)
+    except (ValueError, OSError, KeyError, DatasetsError) as error:
+        reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        raise ValueError(f"{field}={spec!r} cannot be loaded: {str(reason).rstrip('.')}. {_FORMS}") from error
+    if not len(rows):
+        raise ValueError(f"{field}={spec!r} has no rows. Give it at least one.")
+    return rows
+
+
+def _builtin(spec: str) -> Dataset:
+    name, _, split = spec.removeprefix(_BUILTIN).partition(":")
+    if name == "pairs":
+        return Dataset.from_list(pairs(split or "train"))
+    return Dataset.from_list(data.load(name, split or "train")).select_columns(["prompt", "completion"])
+
+
+def pairs(split: str = "train") -> list[dict[str, Any]]:
+    """Preference pairs made of the built-in rows: refuse what is harmful, answer what is benign.
+
+    The rejected answers are two fixed sentences, a curt compliance for harmful prompts and a refusal for benign ones.
+
+    Args:
+        split: `"train"` or `"test"`.
+
+    Returns:
+        One dictionary a row: `prompt`, `chosen` and `rejected`, each a list of messages.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    rejected = {"harmful": _COMPLIANCE, "benign": _REFUSAL}
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["completion"],
+            "rejected": [{"role": "assistant", "content": answer}],
+        }
+        for name, answer in rejected.items()
+        for row in data.load(name, split)
+    ]
+
+
+def _external(spec: str) -> Dataset:
+    match = _WITH_SPLIT.fullmatch(spec)
+    if match is None:
+        raise ValueError("it is not a data SPEC")
+    source, split = match["source"], match["split"]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(load_from_disk(str(path)), split)
+    if path.suffix in _BUILDERS:
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        if path.stat().st_size == 0:  # datasets fails on an empty file with a bare StopIteration
+            raise ValueError("the file is empty")
+        return load_dataset(_BUILDERS[path.suffix], data_files={"train": str(path)}, split=split or "train")
+    name, _, config = source.partition(":")
+    return load_dataset(name, config or None, split=split or "train")
+
+
+def _from_folder(loaded: Dataset | DatasetDict, split: str | None) -> Dataset:
+    if isinstance(loaded, DatasetDict):
+        if (split or "train") not in loaded:
+            raise ValueError(f"it has the splits {', '.join(loaded)}, and not {split or 'train'}")
+        return loaded[split or "train"]
+    if split is not None:
+        raise ValueError(f"it is a single split, so [{split}] names nothing")
+    return loaded
+
+
+def check_columns(rows: Dataset, stage: str, field: str, spec: str) -> None:
+    """Refuses preference pairs for SFT, instruction data for DPO, and what is neither.
+
+    Raises:
+        ValueError: If TRL's trainer for the stage could not read the columns.
+    """
+    columns = set(rows.column_names)
+    if any(needed <= columns for needed in _COLUMNS[stage]):
+        return
+    wanted = " or ".join("/".join(sorted(needed)) for needed in _COLUMNS[stage])
+    other = _OTHER_STAGE[stage]
+    fits_other = any(needed <= columns for needed in _COLUMNS[other])
+    hint = f" These are rows for `ogpsa {other}`." if fits_other else ""
+    raise ValueError(
+        f"{field}={spec!r} has the columns {', '.join(sorted(columns))}, and `ogpsa {stage}` needs {wanted}.{hint} "
+        "Rename the columns, or give other data."
+    )
+
+
+def reference_sets(entries: Sequence[str], samples: int, max_length: int) -> list[ReferenceSet]:
+    """The reference sets that `references` names.
+
+    Args:
+        entries: `NAME=SPEC` each, with a SPEC as `load_rows` reads it.
+        samples: Most rows used of each set.
+        max_length: Most tokens used of each row.
+
+    Raises:
+        ValueError: If there is no entry, one is not of the form `NAME=SPEC`, or its SPEC cannot be loaded.
+    """
+    if not entries:
+        raise ValueError(
+            "references is empty, so there is no ability to keep. Give NAME=SPEC entries, for example "
+            "general=builtin:general, or train plain LoRA with method=plain."
+        )
+    sets = []
+    for entry in entries:
+        name, _, spec = entry.partition("=")
+        if not name or not spec:
+            raise ValueError(f"references has the entry {entry!r}. Write NAME=SPEC, as in general=builtin:general.")
+        rows = load_rows(spec, f"references: {name}")
+        sets.append(ReferenceSet(name, rows, samples=samples, max_length=max_length))
+    return sets

@@ -1,0 +1,16 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`ogpsa dpo`: DPO with TRL's trainer, and the abilities to keep as reference sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trl import DPOConfig, DPOTrainer
+
+from .training import train
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The command."""
+    train("dpo", DPOConfig, DPOTrainer, arguments)

@@ -1,0 +1,132 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A trial of a training run: what it needs in memory and how long it would take."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from ..config import OGPSAConfig
+from ..model import projector_of
+from ..projector import Projector
+
+_STEPS = 2  # LoRA's first two steps both refresh, and the second of each is past all warming up
+
+
+def save_nothing(training: Any, scratch: str) -> None:
+    """Turns off whatever makes the trainer write, report or evaluate; what is left goes to `scratch`."""
+    training.output_dir = scratch
+    training.save_strategy, training.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+    training.load_best_model_at_end = training.push_to_hub = training.eval_on_start = False
+    training.report_to = []
+    training.resume_from_checkpoint = None
+
+
+class _Clock(TrainerCallback):
+    """Seconds of every step and of every refresh, in order."""
+
+    def __init__(self, projector: Projector | None) -> None:
+        self.projector = projector
+        self.steps: list[float] = []
+        self.refreshes: list[float] = []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start = _now()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.steps.append(_now() - self._start)
+        if self.projector is not None:
+            total = self.projector.diagnostics.stopwatch.totals()["refresh"]
+            self.refreshes.append(total - sum(self.refreshes))
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def dry_run(trainer: Trainer, config: Any, console: Console) -> None:
+    """Takes two steps and prints memory and time.
+
+    Args:
+        trainer: Ready to train, with `save_nothing` done to its arguments and `OGPSACallback` among its callbacks.
+        config: The adapter's configuration.
+        console: Where to print.
+    """
+    steps = planned_steps(trainer)
+    trainer.args.max_steps = _STEPS
+    projector = projector_of(cast(nn.Module, trainer.model)) if isinstance(config, OGPSAConfig) else None
+    clock = _Clock(projector)
+    trainer.add_callback(clock)  # after OGPSACallback, so that its refresh is not in the step's time
+    trainer.train()
+
+    step = clock.steps[-1]
+    total = steps * step
+    figures = {"peak memory": _peak_memory()}
+    if projector is not None:
+        assert projector.subspace is not None
+        subspace = projector.subspace
+        stacks = [subspace.rows] if subspace.directions is subspace.rows else [subspace.rows, subspace.directions]
+        size = sum(part.numel() * part.element_size() for stack in stacks for part in stack)
+        figures["reference rows"] = f"{size:,} bytes ({_mebibytes(size)}), {subspace.capacity} rows in each block"
+    figures["seconds per step"] = f"{step:.3f}"
+    if projector is not None:
+        refresh = clock.refreshes[-1]
+        refreshes = planned_refreshes(steps, projector.config.refresh_steps)
+        total += refreshes * refresh
+        figures["seconds per refresh"] = f"{refresh:.3f}"
+        figures["whole run"] = f"{_duration(total)}, {steps} steps and {refreshes} refreshes"
+        figures["share spent on references"] = f"{refreshes * refresh / total:.0%}"
+    else:
+        figures["whole run"] = f"{_duration(total)}, {steps} steps"
+    console.print(f"Dry run: {_STEPS} steps taken, nothing saved.")
+    for name, figure in figures.items():
+        console.print(f"  {name:<27}{figure}", highlight=False)
+
+
+def planned_steps(trainer: Trainer) -> int:
+    """The optimizer steps of the whole run, in a single process."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = len(trainer.train_dataset) / args.train_batch_size  # type: ignore[arg-type]
+    whole = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(math.ceil(whole / args.gradient_accumulation_steps), 1))
+
+
+def planned_refreshes(steps: int, refresh_steps: int) -> int:
+    """The refreshes of the whole run: before the first and the second step, and from there regularly."""
+    return steps if steps < 2 else 2 + (steps - 2) // refresh_steps
+
+
+def _peak_memory() -> str:
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return f"{_mebibytes(peak)} on the GPU"
+    import resource  # not there on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return f"{_mebibytes(peak if sys.platform == 'darwin' else peak * 1024)} of main memory, the whole process"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds) // 60, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {round(seconds) % 60:02} s"

@@ -1,0 +1,127 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`ogpsa eval`: what a model refuses, what it has lost, and the same of its base."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import HfArgumentParser
+from trl import ModelConfig
+
+from .. import data
+from ..evaluation import evaluate, table
+from .datasets import load_rows
+from .errors import input_errors
+from .loading import load_adapter, load_base, read_adapter_config
+
+
+@dataclass
+class EvalArguments:
+    """What `ogpsa eval` can be told."""
+
+    output: str = field(metadata={"help": "JSON file to write, for `ogpsa compare`."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Base model: a folder or a name on the hub. By default the one that the adapter names."},
+    )
+    adapter: str | None = field(default=None, metadata={"help": "Saved adapter; the base is then measured as well."})
+    name: str | None = field(
+        default=None, metadata={"help": "What tables call the result. By default the adapter's or the model's."}
+    )
+    data: str = field(
+        default="builtin",
+        metadata={
+            "help": "Folder with harmful_test.jsonl, benign_test.jsonl and general_test.jsonl in the format of the "
+            "built-in data (what is not there is not measured), or builtin."
+        },
+    )
+    samples: int | None = field(default=None, metadata={"help": "Most rows of each kind. Not given: all."})
+    dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "Of the base's weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Load the base in 4 bits (nf4): less memory, and losses rise a little."}
+    )
+    max_new_tokens: int = field(
+        default=32, metadata={"help": "Length of the answers. A refusal shows in its first words."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows or prompts at once: speed for memory."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens at which general rows are cut off."})
+    seed: int = field(default=0, metadata={"help": "Of the base's answers that KL is measured on."})
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if not (self.model or self.adapter):
+            raise ValueError("model is missing. Give a folder or a name on the Hugging Face hub.")
+        if Path(self.output).suffix != ".json":
+            raise ValueError(f"output={self.output!r} must be a .json file.")
+
+
+def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str, Any]]]:
+    """The held-out rows by kind: harmful, benign and general.
+
+    Raises:
+        ValueError: If the folder has none of the files, or one of them cannot be read.
+    """
+    if source == "builtin":
+        specs = {name: f"builtin:{name}:test" for name in data.NAMES}
+    else:
+        paths = {name: Path(source) / f"{name}_test.jsonl" for name in data.NAMES}
+        specs = {name: str(path) for name, path in paths.items() if path.is_file()}
+    if not specs:
+        wanted = ", ".join(f"{name}_test.jsonl" for name in data.NAMES)
+        raise ValueError(f"data={source!r} holds none of {wanted}. Give a folder with at least one, or builtin.")
+    return {name: load_rows(spec, "data").to_list()[:samples] for name, spec in specs.items()}
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The command."""
+    with input_errors("eval"):
+        argument_parser = HfArgumentParser(cast(Any, EvalArguments), prog="ogpsa eval")
+        (parsed,) = argument_parser.parse_args_into_dataclasses(list(arguments))
+        rows = load_test_rows(parsed.data, parsed.samples)
+        config = read_adapter_config(parsed.adapter) if parsed.adapter else None
+        name = parsed.model or (config.base_model_name_or_path if config else None)
+        base, processing_class = load_base(
+            ModelConfig(model_name_or_path=name, dtype=parsed.dtype, load_in_4bit=parsed.load_in_4bit)
+        )
+        model = base if config is None else load_adapter(base, parsed.adapter, config, trainable=False)
+        output = Path(parsed.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+    evaluation = evaluate(
+        model,
+        getattr(processing_class, "tokenizer", processing_class),
+        harmful=rows.get("harmful"),
+        benign=rows.get("benign"),
+        general={"general": rows["general"]} if "general" in rows else None,
+        # KL is measured from the base, which a bare model is itself.
+        divergence_prompts=rows.get("general") if isinstance(model, PeftModel) else None,
+        max_new_tokens=parsed.max_new_tokens,
+        batch_size=parsed.batch_size,
+        max_length=parsed.max_length,
+        seed=parsed.seed,
+        progress=sys.stderr.isatty(),
+    )
+    title = parsed.name or Path(str(parsed.adapter or name)).name
+    saved = {
+        "name": title,
+        "base_model": base.name_or_path,
+        "arguments": asdict(parsed),
+        "evaluation": evaluation.to_dict(),
+    }
+    output.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(table({title: evaluation}))
+    console.print(f"Written: {output.resolve()}", soft_wrap=True)

