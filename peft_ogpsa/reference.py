@@ -34,8 +34,9 @@ class ReferenceSet:
         dataset (`Iterable[Mapping]`): The rows: a `datasets.Dataset`, a list of dicts, or any iterable of them.
         samples (`int`, *optional*): Use at most this many rows, from the start. `None`: all.
         max_length (`int`): In tokens; what is longer is cut off at the end.
-        loss (`str`): `"answer"` (the completion, the chosen answer, or the last assistant turn; all of a `text`) or
-            `"all"` (every token).
+        loss (`str`): `"answer"` (the completion, the chosen answer, or the last assistant turn; all of a `text`),
+            `"all"` (every token), or for preference pairs `"both"`: the chosen and the rejected answer, an example
+            each, which is what the published code does in its DPO stage.
 
     Raises:
         ValueError: If an argument is out of range, the set is empty, a row has no known format, or truncation leaves
@@ -56,8 +57,10 @@ class ReferenceSet:
                 not isinstance(value, int) or isinstance(value, bool) or value < 1
             ):
                 raise ValueError(f"ReferenceSet {self.name!r}: {field}={value!r} must be an integer of at least 1.")
-        if self.loss not in ("answer", "all"):
-            raise ValueError(f"ReferenceSet {self.name!r}: loss={self.loss!r} is unknown. Choose 'answer' or 'all'.")
+        if self.loss not in ("answer", "all", "both"):
+            raise ValueError(
+                f"ReferenceSet {self.name!r}: loss={self.loss!r} is unknown. Choose 'answer', 'all' or 'both'."
+            )
 
     @classmethod
     def from_prompts(
@@ -136,7 +139,10 @@ class ReferenceSet:
         rows = list(islice(self.dataset, self.samples))
         if not rows:
             raise ValueError(f"Reference set {self.name!r} is empty. Give it at least one example.")
-        whole = [encode_row(tokenizer, row, f"Reference set {self.name!r}: row {i}") for i, row in enumerate(rows)]
+        named = [(row, f"Reference set {self.name!r}: row {i}") for i, row in enumerate(rows)]
+        if self.loss == "both":
+            named = [(side, name) for row, name in named for side in _sides(row, name)]
+        whole = [encode_row(tokenizer, row, name) for row, name in named]
         if self.loss == "all":
             whole = [Example(example.ids, 1) for example in whole]
         examples = [example for example in (example.cut(self.max_length) for example in whole) if example is not None]
@@ -146,6 +152,13 @@ class ReferenceSet:
                 f"{len(rows)} rows, so there is nothing to learn from. Raise max_length or shorten the prompts."
             )
         return examples
+
+
+def _sides(row: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """A preference pair, and the same with its answers changed about."""
+    if "chosen" not in row or "rejected" not in row:
+        raise ValueError(f"{name} is no preference pair, which loss='both' needs. Give chosen and rejected answers.")
+    return [row, {**row, "chosen": row["rejected"], "rejected": row["chosen"]}]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device | str) -> dict[str, Tensor]:

@@ -41,6 +41,16 @@ def test_every_format_scores_the_answer(name):
     assert whole.answer_start == 1
 
 
+@pytest.mark.parametrize("name", ["pairs", "pairs, implicit prompt", "plain pairs", "plain pairs, implicit prompt"])
+def test_both_answers_of_a_pair(name):
+    row, answer = FORMATS[name]
+    tokenizer = tiny_tokenizer()
+    chosen, rejected = ReferenceSet("set", [row], loss="both").tokenize(tokenizer)
+    assert tokenizer.decode(chosen.answer) == answer
+    assert tokenizer.decode(rejected.answer) == {CHAT_ANSWER: "Dunno.</s>", "4</s>": "5</s>"}[answer]
+    assert chosen.ids[: chosen.answer_start] == rejected.ids[: rejected.answer_start]
+
+
 def test_datasets_and_iterators_and_samples():
     rows = [chat(f"Question {i}", f"Answer {i}") for i in range(5)]
     tokenizer = tiny_tokenizer()
@@ -87,6 +97,11 @@ def test_bad_arguments(arguments, message):
 def test_bad_rows(rows, message):
     with pytest.raises(ValueError, match=message):
         ReferenceSet("set", rows).tokenize(tiny_tokenizer())
+
+
+def test_both_answers_need_pairs():
+    with pytest.raises(ValueError, match=r"'set': row 0 is no preference pair, which loss='both' needs"):
+        ReferenceSet("set", [chat("Hi", "Hello")], loss="both").tokenize(tiny_tokenizer())
 
 
 def test_conversation_without_a_template():
