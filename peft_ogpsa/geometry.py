@@ -57,16 +57,17 @@ def norms(rows: Tensor) -> Tensor:
     return peaks * squares.sqrt()
 
 
-def normalize(rows: Tensor) -> Tensor:
-    """Rows of unit length; a row that is zero or not finite becomes a zero row, which constrains nothing.
+def normalize(rows: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Rows divided by their lengths; a row whose length is zero or not finite becomes zero, which constrains nothing.
 
     Args:
         rows: `[B, m, d]`, any floating dtype.
+        lengths: `[B, m]`, float64: of whole rows where `rows` is a part of them; by default `norms(rows)`.
 
     Returns:
         `[B, m, d]`, float32.
     """
-    lengths = norms(rows)
+    lengths = norms(rows) if lengths is None else lengths
     usable = (lengths > 0) & lengths.isfinite()
     divisors = torch.where(usable, lengths, 1.0).unsqueeze(-1)
     unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)

@@ -123,9 +123,8 @@ class Subspace:
         row = [rows[:, slot : slot + 1] for rows in self.rows]
         norms = self.blocks.reduce([geometry.norms(part).square() for part in row]).sqrt()
         finite = torch.isfinite(norms).all()
-        divisors = torch.where(finite & (norms > 0), norms, 1.0)
-        for part, by in zip(row, self.blocks.spread(divisors), strict=True):
-            part.copy_(torch.where(finite, part.to(by.dtype) / by.unsqueeze(-1), 0.0))
+        for part, lengths in zip(row, self.blocks.spread(torch.where(finite, norms, torch.nan)), strict=True):
+            part.copy_(geometry.normalize(part, lengths))
         self.norms[:, slot : slot + 1] = torch.where(finite, norms, 0.0)
         return finite
 

@@ -1,0 +1,188 @@
+"""Blocks and the rows held of them, against dense float64 computations, one block at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.optimize import nnls
+
+from peft_ogpsa.blocks import Blocks
+from peft_ogpsa.subspace import Subspace
+
+SHAPES = {
+    "layers.0.lora_A": (2, 6),
+    "layers.0.lora_B": (5, 2),
+    "layers.1.lora_A": (2, 6),
+    "layers.1.lora_B": (6, 2),
+    "embed.lora_A": (2, 3, 2),
+}
+OWNERS = {name: name.rpartition(".")[0] for name in SHAPES}
+MEMBERS = {
+    "tensor": [[name] for name in SHAPES],
+    "module": [["layers.0.lora_A", "layers.0.lora_B"], ["layers.1.lora_A", "layers.1.lora_B"], ["embed.lora_A"]],
+    "model": [list(SHAPES)],
+}
+
+
+def parameters(seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def blocks(scope: str) -> Blocks:
+    return Blocks(parameters(), OWNERS, scope)
+
+
+def fill(subspace: Subspace, gradients: list[dict[str, torch.Tensor]], sets: list[str] | None = None) -> list[int]:
+    slots = subspace.claim(len(gradients))
+    writer = subspace.open(slots)
+    for piece, name in enumerate(subspace.blocks.names()):
+        writer.add(piece, torch.stack([gradient[name] for gradient in gradients]))
+    return subspace.commit(slots, sets or ["set"] * len(slots))
+
+
+def dense(values: dict[str, torch.Tensor], members: list[str]) -> torch.Tensor:
+    return torch.cat([values[name].double().flatten() for name in members])
+
+
+def by_name(layout: Blocks, stack: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(layout.names(), layout.views(stack), strict=True))
+
+
+def test_pieces_of_one_size_are_stacked_and_views_write_through():
+    layout = blocks("tensor")
+    assert [(group.numel, len(group.names)) for group in layout.groups] == [(12, 4), (10, 1)]
+    stack = layout.stack()
+    for name, view in by_name(layout, stack).items():
+        assert torch.equal(view, parameters()[name])
+        view += 1
+    for name, view in by_name(layout, stack).items():
+        assert torch.equal(view, parameters()[name] + 1)
+    holes = layout.stack([None] * len(SHAPES))
+    assert all(not part.any() for part in holes)
+
+
+@pytest.mark.parametrize("scope", MEMBERS)
+def test_reduce_adds_up_blocks_and_spread_gives_back(scope):
+    layout = blocks(scope)
+    stack = layout.stack()
+    sums = layout.reduce([part.sum(-1) for part in stack])
+    assert len(sums) == layout.count == len(MEMBERS[scope])
+    expected = [float(dense(parameters(), members).sum()) for members in MEMBERS[scope]]
+    # Blocks are numbered by their first piece, and pieces are grouped by size.
+    assert sorted(sums.tolist()) == pytest.approx(sorted(expected), rel=1e-5)
+    spread = torch.cat(layout.spread(sums))
+    for name, value in zip(layout.names(), spread, strict=True):
+        members = next(members for members in MEMBERS[scope] if name in members)
+        assert float(value) == pytest.approx(float(dense(parameters(), members).sum()), rel=1e-5)
+
+
+def test_bad_layouts():
+    with pytest.raises(ValueError, match="no parameter to project"):
+        Blocks({}, {}, "tensor")
+    with pytest.raises(ValueError, match="scope='layer' is unknown"):
+        Blocks(parameters(), OWNERS, "layer")
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1.0, 1e20, 1e36])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scope", MEMBERS)
+def test_rows_have_unit_norm_in_every_block_at_any_scale(scope, dtype, scale):
+    subspace = Subspace(blocks(scope), 3, "cone", dtype)
+    gradients = [parameters(seed, scale) for seed in (1, 2)]
+    assert fill(subspace, gradients) == []
+    rows, norms = by_name(subspace.blocks, subspace.rows), subspace.blocks.spread(subspace.norms)
+    norms = dict(zip(subspace.blocks.names(), torch.cat(norms), strict=True))
+    for members in MEMBERS[scope]:
+        for slot, gradient in enumerate(gradients):
+            row = torch.cat([rows[name][slot].flatten() for name in members])
+            exact = dense(gradient, members)
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(row.double(), exact / exact.norm(), rtol=tolerance, atol=tolerance)
+            assert float(norms[members[0]][slot]) == pytest.approx(float(exact.norm()), rel=tolerance)
+        assert not any(rows[name][2].any() for name in members)
+
+
+def test_zero_and_bad_rows():
+    subspace = Subspace(blocks("module"), 4, "cone")
+    zero, bad = parameters(1), parameters(2)
+    zero["layers.0.lora_A"].zero_()
+    zero["layers.0.lora_B"].zero_()
+    bad["embed.lora_A"][0, 0, 0] = torch.nan
+    assert fill(subspace, [zero, bad, parameters(3)], ["a", "b", "c"]) == [1]
+    assert subspace.sets == ["a", None, "c", None]
+    assert subspace.filled == 2
+    assert not any(part[:, 1].any() for part in subspace.rows)
+    assert torch.isfinite(subspace.gram).all()
+    correction, _ = subspace.correction(subspace.blocks.stack(), ascending=True)
+    assert all(torch.isfinite(part).all() for part in correction)
+
+
+@pytest.mark.parametrize("kind", ["plain", "duplicate", "more rows than dimensions"])
+@pytest.mark.parametrize("scope", MEMBERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_cone_agrees_with_nnls(scope, kind, seed):
+    count = 14 if kind == "more rows than dimensions" else 4
+    gradients = [parameters(10 * seed + i, 10.0 ** (i % 3)) for i in range(1, count + 1)]
+    if kind == "duplicate":
+        gradients[1] = gradients[0]
+    subspace = Subspace(blocks(scope), count + 1, "cone")
+    fill(subspace, gradients)
+    update = parameters(99 + seed)
+    for ascending in (True, False):
+        stack = subspace.blocks.stack([update[name] for name in subspace.blocks.names()])
+        correction, squares = subspace.correction(stack, ascending)
+        got = by_name(subspace.blocks, correction)
+        sign = 1.0 if ascending else -1.0
+        for members in MEMBERS[scope]:
+            rows = torch.stack([dense(gradient, members) for gradient in gradients])
+            rows = rows / rows.norm(dim=1, keepdim=True)
+            vector = sign * dense(update, members)
+            weights, _ = nnls(rows.T.numpy(), vector.numpy())
+            expected = sign * rows.T @ torch.from_numpy(weights)
+            assert (dense(got, members) - expected).norm() <= 1e-5 * vector.norm()
+        total = sum(dense(got, members).square().sum() for members in MEMBERS[scope])
+        assert float(squares.sum()) == pytest.approx(float(total), rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("scope", MEMBERS)
+def test_orthogonal_agrees_with_svd(scope, rank):
+    gradients = [parameters(seed, 10.0**seed) for seed in range(1, 5)]
+    subspace = Subspace(blocks(scope), 5, "orthogonal", rank=rank)
+    fill(subspace, gradients)
+    update = parameters(99)
+    stack = subspace.blocks.stack([update[name] for name in subspace.blocks.names()])
+    got = by_name(subspace.blocks, subspace.correction(stack, ascending=True)[0])
+    for members in MEMBERS[scope]:
+        rows = torch.stack([dense(gradient, members) for gradient in gradients])
+        _, _, directions = torch.linalg.svd(rows / rows.norm(dim=1, keepdim=True), full_matrices=False)
+        basis = directions[: rank or 4]
+        vector = dense(update, members)
+        assert (dense(got, members) - basis.T @ (basis @ vector)).norm() <= 1e-5 * vector.norm()
+
+
+def test_memory_is_rows_times_parameters():
+    size = sum(value.numel() for value in parameters().values())
+    for scope, count in (("tensor", 5), ("model", 1)):
+        subspace = Subspace(blocks(scope), 7, "cone", torch.bfloat16)
+        assert sum(part.numel() for part in subspace.rows) == 7 * size
+        assert all(part.dtype == torch.bfloat16 for part in subspace.rows)
+        assert subspace.directions is subspace.rows
+        assert subspace.gram.shape == (count, 7, 7)
+
+
+def test_ring_and_gram_stay_right_as_rows_are_replaced():
+    subspace = Subspace(blocks("tensor"), 3, "cone")
+    for seed in range(5):
+        fill(subspace, [parameters(seed)], [f"set{seed}"])
+    assert subspace.sets == ["set3", "set4", "set2"]
+    fresh = Subspace(blocks("tensor"), 3, "cone")
+    fill(fresh, [parameters(3), parameters(4), parameters(2)])
+    torch.testing.assert_close(subspace.gram, fresh.gram, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="4 reference gradients do not fit into rows=3"):
+        subspace.claim(4)
+    subspace.discard([0])
+    assert subspace.sets == [None, "set4", "set2"]
+    assert not subspace.gram[:, 0].any()
+    assert not subspace.gram[:, :, 0].any()
