@@ -138,14 +138,15 @@ def test_layers_that_mix_examples_fall_back_to_one_at_a_time():
     torch.manual_seed(0)
 
     class Flat(torch.nn.Module):
-        """Passes its layer all tokens of all examples in one row of tokens, as routed experts do."""
+        """Passes its second layer all tokens of all examples in one list, token by token, as routed experts do."""
 
         def __init__(self):
             super().__init__()
             self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)
 
         def forward(self, x):
-            return self.second(self.first(x).tanh().flatten(0, 1)).unflatten(0, x.shape[:2])
+            listed = self.first(x).tanh().transpose(0, 1).flatten(0, 1)
+            return self.second(listed).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
 
     model = get_peft_model(Flat(), OGPSAConfig(r=2, target_modules=["first", "second"], rows=8))
     for parameter in parameters_of(model):
