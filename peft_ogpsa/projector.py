@@ -139,8 +139,10 @@ class Projector:
             The mean loss of each set over its finite batches.
 
         Raises:
-            ValueError: If there is no set, a set without batches, or more reference gradients than `rows`.
-            FloatingPointError: If no reference loss of a set is finite.
+            ValueError: If there is no set, a set without batches, or more reference gradients than `rows`, or if
+                `loss_fn` returns no scalar that depends on the adapter. The older rows then remain as they were.
+            FloatingPointError: If no reference gradient is finite. If some are not, those rows are left out, with a
+                warning.
         """
         config = self.config
         sets = {name: list(items) for name, items in batches.items()}

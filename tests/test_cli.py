@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli import main
+from peft_ogpsa.cli.quickstart import load_rows
 from peft_ogpsa.evaluation import Measurement
 
 
@@ -100,9 +101,19 @@ def test_bad_data(folders):
     (data / "benign_test.jsonl").write_text('{"prompt": "a"}\nnot json\n')
     with pytest.raises(SystemExit, match=r"benign_test\.jsonl, line 2, is not a JSON object"):
         main(["quickstart", "--model", str(model), "--data", str(data)])
+    (data / "benign_test.jsonl").write_text("\n")
+    with pytest.raises(SystemExit, match=r"benign_test\.jsonl has no rows"):
+        main(["quickstart", "--model", str(model), "--data", str(data)])
     (data / "benign_test.jsonl").unlink()
     with pytest.raises(SystemExit, match=r"lacks benign_test\.jsonl"):
         main(["quickstart", "--model", str(model), "--data", str(data)])
+
+
+def test_rows_may_hold_any_line_break_of_unicode(folders):
+    _, data = folders
+    row = chat("One\u2028two", "Three\x85four")
+    (data / "general_test.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert load_rows(str(data))[1]["general"] == [row]
 
 
 def test_help_and_unknown_commands():

@@ -45,18 +45,10 @@ def test_update_meets_the_constraint_for_rows_from(constraint, rows_from):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_update_meets_the_constraint_for_optimizer(name):
-    if name.startswith("bnb") and not torch.cuda.is_available():
-        pytest.importorskip("bitsandbytes")
     model = ogpsa_model()
     for parameter in parameters_of(model):  # with B = 0, steps of A are too small for float32 to hold exactly
         torch.nn.init.normal_(parameter.data, std=0.1)
-    try:
-        violations = list(step_violations(model, OPTIMIZERS[name](parameters_of(model))))
-    except (NotImplementedError, RuntimeError, AssertionError) as error:
-        if name.startswith("bnb") and not torch.cuda.is_available():
-            pytest.skip(f"bitsandbytes has no such optimizer on the CPU: {error}")
-        raise
-    assert max(violations) <= TOLERANCE
+    assert max(step_violations(model, OPTIMIZERS[name](parameters_of(model)))) <= TOLERANCE
 
 
 @pytest.mark.parametrize("scope", ["tensor", "module", "model"])
@@ -286,7 +278,7 @@ def test_rows_of_a_know_nothing_until_the_first_step():
 
 
 def test_reference_weight_adds_the_mean_of_fresh_gradients():
-    # Under SGD with an orthogonal complement of rank 0 effect: compare the gradient that the optimizer sees.
+    # What the optimizer sees is the gradient after the hook; the update itself is nothing here.
     weight = 0.7
     model = ogpsa_model(reference_weight=weight, refresh_steps=2, rows_from="batch")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -200,7 +200,7 @@ def load_rows(folder: str | None) -> tuple[Rows, Rows]:
     """Training and held-out rows by name: harmful, benign and general.
 
     Raises:
-        ValueError: If a file is missing or a line of it is not a JSON object.
+        ValueError: If a file is missing or has no rows, or a line of it is not a JSON object.
     """
     rows: dict[str, Rows] = {"train": {}, "test": {}}
     for split, of_split in rows.items():
@@ -213,11 +213,19 @@ def load_rows(folder: str | None) -> tuple[Rows, Rows]:
                 raise ValueError(
                     f"data={folder!r} lacks {path.name}. Add it, or leave `data` out for the built-in rows."
                 )
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            of_split[name] = []
+            # Not splitlines(): it would also cut at the rarer Unicode line breaks, which JSON allows inside a string.
+            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+                if not line.strip():
+                    continue
                 try:
-                    of_split.setdefault(name, []).append(dict(json.loads(line)))
+                    of_split[name].append(dict(json.loads(line)))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"{path}, line {number}, is not a JSON object: {error}.") from error
+            if not of_split[name]:
+                raise ValueError(
+                    f"{path} has no rows. Give it at least one, or leave `data` out for the built-in rows."
+                )
     return rows["train"], rows["test"]
 
 
