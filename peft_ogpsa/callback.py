@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
@@ -90,6 +91,19 @@ class OGPSACallback(TrainerCallback):
         self.resume_from = resume_from
         self.rebuild_subspace = rebuild_subspace
 
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Holds the adapter in float32, before the optimizer is made and a checkpoint is loaded."""
+        if model is not None:
+            with contextlib.suppress(ValueError):  # no OGPSA adapter, which on_train_begin will say
+                projector_of(model).widen()
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -104,6 +118,7 @@ class OGPSACallback(TrainerCallback):
         _move_to_front(self)
         _refuse_unsupported(args)
         projector = projector_of(model)
+        projector.widen()  # where the callback was added to a trainer already made
         tokenizer = self.processing_class or processing_class
         if tokenizer is None:
             raise ValueError(

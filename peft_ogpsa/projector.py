@@ -38,6 +38,7 @@ _LORA_WEIGHT = re.compile(
     r"(?P<owner>.*)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(?:\.weight)?"
 )
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Projector:
@@ -105,6 +106,18 @@ class Projector:
         """The LoRA matrices in training by name, and their owners."""
         trained = [item for item in self._weights() if item[2].requires_grad]
         return {name: parameter for name, _, parameter in trained}, {name: owner for name, owner, _ in trained}
+
+    def widen(self) -> None:
+        """Holds the adapter in training in float32, if it is of lower precision.
+
+        A small projected update is lost to rounding in bfloat16: rounding alone then breaks the constraint, and Adam's
+        moments stand still. TRL casts the adapters of quantised models to bfloat16, without a choice; autocast
+        computes in the lower precision all the same.
+        """
+        self._known = None
+        for parameter in self._trained()[0].values():
+            if parameter.dtype in _LOW_PRECISION:
+                parameter.data = parameter.data.float()
 
     # Reference gradients
 
@@ -369,7 +382,7 @@ class Projector:
 
     def _snapshot(self, blocks: Blocks) -> None:
         stored = blocks.stack()
-        if any(group.dtype in (torch.bfloat16, torch.float16) for group in blocks.groups):
+        if any(group.dtype in _LOW_PRECISION for group in blocks.groups):
             # Parameters of low precision cannot hold a small projected update, so a float32 copy collects it. Where
             # the stored parameter is no longer the rounded copy, somebody has changed it: then it is the truth.
             masters = stored if self._masters is None else self._masters

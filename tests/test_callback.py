@@ -214,7 +214,7 @@ def test_dpo_trainer(tmp_path, given, precompute):
     assert "ogpsa/removed" in trainer.state.log_history[0]
 
 
-def test_four_bit_base_with_bfloat16_adapters(tmp_path):
+def test_four_bit_base_keeps_its_adapters_in_float32(tmp_path):
     tiny_llama(vocab_size=259, max_position_embeddings=256, hidden_size=64).save_pretrained(tmp_path / "model")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -244,8 +244,9 @@ def test_four_bit_base_with_bfloat16_adapters(tmp_path):
     trainer.train()
     projector = trainer.model.projector
     assert projector.steps == 3
-    assert {group.dtype for group in projector.subspace.blocks.groups} == {torch.bfloat16}
-    assert projector._masters is not None
+    # TRL makes them bfloat16, in which a small projected update is lost to rounding.
+    assert {group.dtype for group in projector.subspace.blocks.groups} == {torch.float32}
+    assert projector._masters is None
     assert all(torch.isfinite(value).all() for value in weights(trainer.model).values())
 
 
