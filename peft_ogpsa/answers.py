@@ -61,7 +61,8 @@ class AnsweredSet(ReferenceSet):
         """As in `ReferenceSet`, without the end of the turn where the answer was cut."""
         # The tokens that stay the same when the answer goes on are those of the answer, whatever the template.
         longer = ReferenceSet(self.name, [_going_on(row) for row in self.dataset], None, self.max_length, self.loss)
-        pairs = zip(super().tokenize(processing_class), longer.tokenize(processing_class), strict=True)
+        answered = cast(list[Example], super().tokenize(processing_class))
+        pairs = zip(answered, cast(list[Example], longer.tokenize(processing_class)), strict=True)
         cut = (example.cut(shared_length(example.ids, other.ids)) for example, other in pairs)
         return [example for example in cut if example is not None]
 

@@ -20,9 +20,10 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import checkpoint
-from .model import projector_of
+from .model import projector_of, tuner_of
+from .preferences import Pair, with_margins
 from .projector import Projector
-from .reference import ReferenceLoader, ReferenceSet, answer_loss, collate
+from .reference import ReferenceLoader, ReferenceSet, batched, collate, reference_loss
 
 logger = logging.getLogger(__name__)
 
@@ -131,12 +132,12 @@ class OGPSACallback(TrainerCallback):
             for reference_set in tqdm(self.reference_sets, "Tokenising references", delay=2, disable=args.disable_tqdm)
         }
         self._pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        self._loader = ReferenceLoader(
-            examples,
-            projector.config.refresh_samples,
-            self.batch_size or args.per_device_train_batch_size,
-            self.seed,
-        )
+        batch_size = self.batch_size or args.per_device_train_batch_size
+        for name, own in examples.items():
+            if isinstance(own[0], Pair):
+                bar = tqdm(batched(own, batch_size), f"Reference policy on {name}", disable=args.disable_tqdm)
+                examples[name] = with_margins(model, tuner_of(model), bar, lambda p: self._collate(p, model))
+        self._loader = ReferenceLoader(examples, projector.config.refresh_samples, batch_size, self.seed)
         self._projector = projector
         # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
         projector.reset()
@@ -156,19 +157,20 @@ class OGPSACallback(TrainerCallback):
         if not (projector.enabled and projector.due):
             return
         assert model is not None
-        device = next(model.parameters()).device
         batches = self._loader.draw()
         total = sum(map(len, batches.values()))
         with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
             # The trainer's own model, not the bare one: it carries the trainer's mixed precision.
             def loss(_: nn.Module, batch: dict) -> torch.Tensor:
                 bar.update()
-                return answer_loss(model, batch)
+                return reference_loss(model, batch)
 
             projector.refresh(
-                {name: [collate(batch, self._pad_token_id, device) for batch in own] for name, own in batches.items()},
-                loss,
+                {name: [self._collate(batch, model) for batch in own] for name, own in batches.items()}, loss
             )
+
+    def _collate(self, examples: Sequence[Any], model: nn.Module) -> dict[str, torch.Tensor]:
+        return collate(examples, self._pad_token_id, next(model.parameters()).device)
 
     def on_log(
         self,

@@ -43,10 +43,14 @@ def batch_size(batch: Any) -> int:
     Raises:
         ValueError: If the batch holds no tensor with a first axis.
     """
+    return _first_tensor(batch).shape[0]
+
+
+def _first_tensor(batch: Any) -> Tensor:
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
     for value in values:
         if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
+            return value
     raise ValueError(
         f"A reference batch of type {type(batch).__name__} holds no tensor whose first axis counts its examples. "
         "Give a tensor, or a mapping, list or tuple with tensors."
@@ -105,6 +109,8 @@ def _hooked_gradients(
     linears: Sequence[nn.Linear | None],
     count: int,
 ) -> Tensor:
+    # A loss may flatten batches of (examples, sequences, tokens): an example's sequences then stand side by side.
+    flattened = _first_tensor(batch).shape[:2].numel()
     inputs_ok = True
 
     def watch(piece: int) -> Callable:
@@ -115,7 +121,7 @@ def _hooked_gradients(
 
             def backward_hook(u: Tensor) -> None:
                 nonlocal inputs_ok
-                if x.dim() < 3 or x.shape[0] != count:
+                if x.dim() < 3 or x.shape[0] not in (count, flattened):
                     inputs_ok = False
                 if inputs_ok:
                     gradient = torch.bmm(

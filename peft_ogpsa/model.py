@@ -120,9 +120,14 @@ def projector_of(model: nn.Module) -> Projector:
     Raises:
         ValueError: If there is none.
     """
+    return tuner_of(model)._projector
+
+
+def tuner_of(model: nn.Module) -> OGPSAModel:
+    """The `OGPSAModel` in a model; arguments and errors are those of `projector_of`."""
     for module in model.modules():
         if (tuner := module.__dict__.get(_TUNER)) is not None:
-            return tuner._projector
+            return tuner
     raise ValueError(
         f"This {type(model).__name__} carries no OGPSA adapter. Add one: get_peft_model(model, OGPSAConfig(...))."
     )

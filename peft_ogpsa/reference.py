@@ -4,20 +4,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .encoding import IGNORED, Example, Prompt, encode_row
+from .preferences import Pair, preference_loss
 
 if TYPE_CHECKING:
     from .answers import AnsweredSet
+
+LOSSES = ("answer", "all", "both", "dpo")
 
 
 @dataclass
@@ -27,7 +31,7 @@ class ReferenceSet:
     Rows may have any of the formats that TRL's trainers read, plain or conversational: `messages`,
     `prompt`/`completion`, `text`, or `prompt`/`chosen`/`rejected` (also without `prompt`, where it is part of both
     answers). The loss is the cross-entropy of the answer in nats per token, averaged within an example and then over
-    examples. For preference pairs the answer is the chosen one.
+    examples. For preference pairs the answer is the chosen one, unless `loss` says otherwise.
 
     Args:
         name (`str`): What the set is called in logs; unique among the sets of a run.
@@ -35,8 +39,11 @@ class ReferenceSet:
         samples (`int`, *optional*): Use at most this many rows, from the start. `None`: all.
         max_length (`int`): In tokens; what is longer is cut off at the end.
         loss (`str`): `"answer"` (the completion, the chosen answer, or the last assistant turn; all of a `text`),
-            `"all"` (every token), or for preference pairs `"both"`: the chosen and the rejected answer, an example
-            each, which is what the published code does in its DPO stage.
+            or `"all"` (every token). For preference pairs also `"both"` (the chosen and the rejected answer, an
+            example each, which is what the published code does in its DPO stage) and `"dpo"`: the DPO loss of the
+            pair against the frozen reference policy, which is TRL's `ref` adapter where there is one (a DPO run that
+            goes on with an adapter), and else the base model.
+        beta (`float`): Of the DPO loss; take the trainer's.
 
     Raises:
         ValueError: If an argument is out of range, the set is empty, a row has no known format, or truncation leaves
@@ -48,6 +55,7 @@ class ReferenceSet:
     samples: int | None = 200
     max_length: int = 512
     loss: str = "answer"
+    beta: float = 0.1
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -57,10 +65,12 @@ class ReferenceSet:
                 not isinstance(value, int) or isinstance(value, bool) or value < 1
             ):
                 raise ValueError(f"ReferenceSet {self.name!r}: {field}={value!r} must be an integer of at least 1.")
-        if self.loss not in ("answer", "all", "both"):
+        if self.loss not in LOSSES:
             raise ValueError(
-                f"ReferenceSet {self.name!r}: loss={self.loss!r} is unknown. Choose 'answer', 'all' or 'both'."
+                f"ReferenceSet {self.name!r}: loss={self.loss!r} is unknown. Choose from: {', '.join(LOSSES)}."
             )
+        if not isinstance(self.beta, int | float) or not 0 < self.beta < math.inf:
+            raise ValueError(f"ReferenceSet {self.name!r}: beta={self.beta!r} must be a number above 0.")
 
     @classmethod
     def from_prompts(
@@ -126,11 +136,14 @@ class ReferenceSet:
             progress=progress,
         )
 
-    def tokenize(self, processing_class: Any) -> list[Example]:
+    def tokenize(self, processing_class: Any) -> list[Example] | list[Pair]:
         """Tokenises the rows, with the tokenizer's chat template where they are conversational.
 
         Args:
             processing_class: A transformers tokenizer, or a processor that has one as `.tokenizer`.
+
+        Returns:
+            One example a row, two with `loss="both"`, or with `loss="dpo"` one pair, yet without its margin.
 
         Raises:
             ValueError: See the class.
@@ -140,11 +153,14 @@ class ReferenceSet:
         if not rows:
             raise ValueError(f"Reference set {self.name!r} is empty. Give it at least one example.")
         named = [(row, f"Reference set {self.name!r}: row {i}") for i, row in enumerate(rows)]
-        if self.loss == "both":
-            named = [(side, name) for row, name in named for side in _sides(row, name)]
-        whole = [encode_row(tokenizer, row, name) for row, name in named]
+        if self.loss in ("both", "dpo"):
+            named = [(side, name) for row, name in named for side in self._sides(row, name)]
+        encoded = [encode_row(tokenizer, row, name) for row, name in named]
+        whole: list[Any] = encoded
         if self.loss == "all":
-            whole = [Example(example.ids, 1) for example in whole]
+            whole = [Example(example.ids, 1) for example in encoded]
+        elif self.loss == "dpo":
+            whole = [Pair(*sides, self.beta) for sides in zip(encoded[::2], encoded[1::2], strict=True)]
         examples = [example for example in (example.cut(self.max_length) for example in whole) if example is not None]
         if not examples:
             raise ValueError(
@@ -153,16 +169,33 @@ class ReferenceSet:
             )
         return examples
 
+    def _sides(self, row: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+        """A preference pair, and the same with its answers changed about."""
+        if "chosen" not in row or "rejected" not in row:
+            raise ValueError(
+                f"{name} is no preference pair, which loss={self.loss!r} needs. Give chosen and rejected answers."
+            )
+        return [row, {**row, "chosen": row["rejected"], "rejected": row["chosen"]}]
 
-def _sides(row: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """A preference pair, and the same with its answers changed about."""
-    if "chosen" not in row or "rejected" not in row:
-        raise ValueError(f"{name} is no preference pair, which loss='both' needs. Give chosen and rejected answers.")
-    return [row, {**row, "chosen": row["rejected"], "rejected": row["chosen"]}]
 
+def collate(
+    examples: Sequence[Example] | Sequence[Pair], pad_token_id: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Pads examples on the right.
 
-def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device | str) -> dict[str, Tensor]:
-    """Pads examples on the right: `input_ids`, `attention_mask` and `labels`, each `(examples, tokens)`."""
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, each `(examples, tokens)`. Of pairs `(pairs, 2, tokens)` each, the
+        chosen answer first, and `beta` and, where it is known, `margin`, `(pairs,)`.
+    """
+    if isinstance(examples[0], Pair):
+        pairs = cast(Sequence[Pair], examples)
+        sides = collate([side for pair in pairs for side in (pair.chosen, pair.rejected)], pad_token_id, device)
+        batch = {name: tensor.unflatten(0, (-1, 2)) for name, tensor in sides.items()}
+        batch["beta"] = torch.tensor([pair.beta for pair in pairs], device=device)
+        if pairs[0].margin is not None:
+            batch["margin"] = torch.tensor([pair.margin for pair in pairs], device=device)
+        return batch
+    examples = cast(Sequence[Example], examples)
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
         width = max(map(len, rows))
@@ -173,6 +206,11 @@ def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device
         "attention_mask": padded([[1] * len(example.ids) for example in examples], 0),
         "labels": padded([example.labels for example in examples], IGNORED),
     }
+
+
+def reference_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of a batch from `collate`: `preference_loss` of pairs, `answer_loss` of everything else."""
+    return preference_loss(model, batch) if "margin" in batch else answer_loss(model, batch)
 
 
 def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -196,19 +234,23 @@ def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return (losses * weights).sum() / len(labels)
 
 
+def batched(examples: Sequence[Any], size: int) -> list[list[Any]]:
+    """Batches of examples (or pairs) of similar length, short ones first."""
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
 class ReferenceLoader:
     """Draws reference examples in turn from every set, on a random generator of its own.
 
     Args:
-        sets (`Mapping[str, Sequence[Example]]`): Tokenised examples by set name.
+        sets (`Mapping[str, Sequence]`): Tokenised examples, or pairs, by set name.
         samples (`int`, *optional*): Examples per draw, spread evenly over the sets. `None`: all of every set.
         batch_size (`int`): Examples per batch; batches hold examples of similar length.
         seed (`int`): Of the order, which differs from epoch to epoch.
     """
 
-    def __init__(
-        self, sets: Mapping[str, Sequence[Example]], samples: int | None, batch_size: int, seed: int = 0
-    ) -> None:
+    def __init__(self, sets: Mapping[str, Sequence[Any]], samples: int | None, batch_size: int, seed: int = 0) -> None:
         if samples is not None and samples < len(sets):
             raise ValueError(
                 f"refresh_samples={samples} is less than the {len(sets)} reference sets, so that some would be "
@@ -221,16 +263,13 @@ class ReferenceLoader:
         self._drawn = dict.fromkeys(self.sets, 0)
         self._draws = 0
 
-    def draw(self) -> dict[str, list[list[Example]]]:
+    def draw(self) -> dict[str, list[list[Any]]]:
         """The next examples of every set, in batches."""
-        drawn = {name: sorted(self._take(name), key=lambda example: len(example.ids)) for name in self.sets}
+        drawn = {name: batched(list(self._take(name)), self.batch_size) for name in self.sets}
         self._draws += 1
-        return {
-            name: [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]
-            for name, examples in drawn.items()
-        }
+        return drawn
 
-    def _take(self, name: str) -> Iterator[Example]:
+    def _take(self, name: str) -> Iterator[Any]:
         examples = self.sets[name]
         if self.samples is None:
             yield from examples

@@ -77,7 +77,7 @@ def test_truncation_drops_what_has_no_answer_left():
         ({"samples": 0}, "samples=0 must be"),
         ({"samples": True}, "samples=True must be"),
         ({"max_length": None}, "max_length=None must be"),
-        ({"loss": "dpo"}, "loss='dpo' is unknown"),
+        ({"loss": "ppo"}, "loss='ppo' is unknown"),
     ],
 )
 def test_bad_arguments(arguments, message):
