@@ -3,9 +3,19 @@
 """Safety fine-tuning with LoRA and without the alignment tax."""
 
 from .callback import OGPSACallback
+from .card import push_adapter, save_card
 from .config import OGPSAConfig
 from .merge import merge_adapter
 from .model import OGPSAModel, projector_of
 from .reference import ReferenceSet
 
-__all__ = ["OGPSACallback", "OGPSAConfig", "OGPSAModel", "ReferenceSet", "merge_adapter", "projector_of"]
+__all__ = [
+    "OGPSACallback",
+    "OGPSAConfig",
+    "OGPSAModel",
+    "ReferenceSet",
+    "merge_adapter",
+    "projector_of",
+    "push_adapter",
+    "save_card",
+]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -26,6 +27,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _COUNTS = ("rows", "refresh_steps")
 _OPTIONAL_COUNTS = ("refresh_samples", "subspace_rank")
 _PAPER_REFRESH_STEPS = {"sft": 30, "dpo": 5}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -204,7 +207,7 @@ class OGPSAConfig(LoraConfig):
         return plain
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes a plain LoRA `adapter_config.json`, and OGPSA's own settings to `ogpsa_config.json`.
+        """Writes a plain LoRA `adapter_config.json`, OGPSA's own settings to `ogpsa_config.json`, and the model card.
 
         Args:
             save_directory (`str`): The folder, made if need be.
@@ -214,6 +217,12 @@ class OGPSAConfig(LoraConfig):
         settings = json.dumps({"format_version": _FORMAT_VERSION, **self.ogpsa_dict()}, indent=2)
         with open(os.path.join(save_directory, SIDECAR_NAME), "w", encoding="utf-8") as file:
             file.write(settings + "\n")
+        from .card import save_card  # here, because it imports this module
+
+        try:
+            save_card(save_directory)
+        except Exception as error:  # whatever is wrong with a card, it must not cost the adapter
+            logger.warning("The model card was not renewed: %s", error)
 
     @classmethod
     def from_lora_config(cls, lora: LoraConfig, sidecar: str | os.PathLike[str]) -> OGPSAConfig:

@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from peft_ogpsa import OGPSAConfig
+from peft_ogpsa import OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli import loading, main
 from peft_ogpsa.cli.arguments import METHODS, OGPSAArguments, adapter_config, parser
-from peft_ogpsa.cli.datasets import load_rows, pairs
+from peft_ogpsa.cli.datasets import load_rows, pairs, reference_sets
 from peft_ogpsa.cli.dryrun import planned_refreshes
 from peft_ogpsa.cli.loading import load_base
 from peft_ogpsa.cli.models import SMOLLM2
+from peft_ogpsa.data import load_prompts
+from peft_ogpsa.evaluation import Verdict
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
@@ -118,7 +120,17 @@ def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
     results = []
     for stage in ("sft", "dpo"):
         results.append(str(folder / f"{stage}.json"))
-        options = ["--data", str(data), "--max_new_tokens", "4", "--dtype", "float32", "--output", results[-1]]
+        options = [
+            "--data",
+            str(data),
+            "--max_new_tokens",
+            "4",
+            "--dtype",
+            "float32",
+            "--output",
+            results[-1],
+            "--card",
+        ]
         main(["eval", "--adapter", str(folder / stage), *options])
         printed = capsys.readouterr().out
         assert "KL from base" in printed
@@ -127,13 +139,29 @@ def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
         assert saved["base_model"] == str(folder / "model")
         assert saved["evaluation"]["model"]["kl"]["value"] > 0
         assert saved["evaluation"]["model"]["refusal"]["n"] == 8
+    card = (folder / "dpo" / "README.md").read_text()
+    kl = json.loads(Path(results[1]).read_text())["evaluation"]["model"]["kl"]["value"]
+    for told in (
+        "direct preference optimization",
+        "Started from the adapter `sft`",
+        "`pairs.jsonl`",
+        f"{kl:.3f}",
+        "@article{sun2026",
+    ):
+        assert told in card
+    assert str(folder) not in card
     main(["compare", *results, "--plot", str(folder / "plot.png")])
     lines = capsys.readouterr().out.splitlines()
-    assert [name for name in ("base", "sft", "dpo") if any(name in line.split() for line in lines)] == [
-        "base",
-        "sft",
-        "dpo",
-    ]
+    rows = {cells[1]: cells for cells in ([c.strip() for c in line.split("│")] for line in lines) if len(cells) > 2}
+    assert list(rows) == ["base", "sft", "dpo"]
+    # The second stage began with the adapter of the first, whatever the folders are called.
+    losses = [json.loads(Path(r).read_text())["evaluation"]["model"]["general_mean"]["value"] for r in results]
+    assert rows["dpo"][-3:-1] == ["sft", f"{losses[1] - losses[0]:+.3f}"]
+    assert rows["sft"][-3:-1] == ["-", "-"]
+    run = json.loads((folder / "dpo" / "ogpsa_run.json").read_text())
+    assert (run["stage"], run["method"], run["started_from"], run["steps"]) == ("dpo", "ogpsa", "sft", 3)
+    assert run["references"] == {"general": "general.jsonl"}
+    assert run["reference_share"] == pytest.approx(8 / 6)  # 4 before the first step and 4 before the second
     assert not any("Not measured alike" in line for line in lines)
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -145,6 +173,30 @@ def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
     printed = capsys.readouterr().out
     assert "Not measured alike: samples is 3, None." in printed
     assert "Not measured alike: dtype is bfloat16, float32." in printed
+
+
+def test_push(folder, monkeypatch, capsys):
+    pushed = []
+
+    def push(directory, repo_id, **options):
+        pushed.append((repo_id, options, sorted(path.name for path in Path(directory).iterdir())))
+        return f"hub/{repo_id}"
+
+    monkeypatch.setattr("peft_ogpsa.cli.training.push_adapter", push)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: None)
+    hub = ["--push_to_hub", "--hub_model_id", "me/safe", "--hub_private_repo", "true"]
+    main(["sft", "--config", str(folder / "sft.yaml"), *hub])
+    ((name, options, files),) = pushed
+    assert (name, options["private"]) == ("me/safe", True)
+    assert {"README.md", "adapter_model.safetensors", "ogpsa_config.json", "ogpsa_run.json"} <= set(files)
+    assert "Pushed: hub/me/safe" in capsys.readouterr().out
+
+
+def test_plain_lora_over_an_ogpsa_adapter_is_plain_lora(folder):
+    for method in ("ogpsa", "plain"):
+        main(["sft", "--config", str(folder / "sft.yaml"), "--method", method, "--max_steps", "1"])
+    assert not isinstance(PeftConfig.from_pretrained(str(folder / "sft")), OGPSAConfig)
+    assert "plain LoRA" in (folder / "sft" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -285,8 +337,49 @@ def test_specs(folder):
     assert load_rows("builtin:general", "dataset").column_names == ["prompt", "completion"]
 
 
+def test_public_sets_from_a_file(folder):
+    write(folder / "gsm8k.jsonl", [{"question": f"{i} + 1?", "answer": f"It is. #### {i + 1}"} for i in range(5)])
+    rows = load_rows(f"public:gsm8k:{folder / 'gsm8k.jsonl'}", "dataset", samples=3)
+    assert len(rows) == 3
+    assert rows[0]["prompt"][0]["content"].endswith("+ 1?")
+
+
+def test_reference_entries(folder, monkeypatch):
+    write(folder / "prompts.jsonl", [{"prompt": f"{i}?", "difficulty": 1} for i in range(5)])
+    one, two, three, four = reference_sets(
+        ["a=builtin:general", "b:dpo=builtin:pairs", "c=prompts:arithmetic", f"d=prompts:{folder / 'prompts.jsonl'}"],
+        samples=4,
+        max_length=99,
+        beta=0.7,
+    )
+    assert (one.name, one.loss, one.samples, one.max_length, one.beta) == ("a", "answer", 4, 99, 0.7)
+    assert (two.name, two.loss, two.beta) == ("b", "dpo", 0.7)
+    assert three.prompts == load_prompts("arithmetic")
+    assert [prompt["prompt"] for prompt in four.prompts] == [f"{i}?" for i in range(5)]
+    asked = {}
+
+    def from_prompts(name, prompts, model, processing_class, **options):
+        asked.update(options, name=name, model=model, processing_class=processing_class)
+        return one
+
+    monkeypatch.setattr(ReferenceSet, "from_prompts", from_prompts)
+    assert four.answered("model", "tokenizer") is one
+    expected = {"name": "d", "model": "model", "processing_class": "tokenizer", "samples": 4, "max_length": 99}
+    assert asked == expected
+
+
+def test_training_with_prompts_and_pairs_as_references(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
+    monkeypatch.setattr("peft_ogpsa.answers.classify", lambda text: Verdict.COMPLIANCE)  # a random model babbles
+    write(folder / "prompts.jsonl", [{"prompt": f"{i}?"} for i in range(3)])
+    references = [f"own=prompts:{folder / 'prompts.jsonl'}", f"pairs:dpo={folder / 'pairs.jsonl'}"]
+    main(["dpo", "--config", str(folder / "dpo.yaml"), "--references", *references, "--beta", "0.5"])
+    assert adapter_type(folder / "dpo") == "LORA"
+    assert list((folder / "answers").rglob("*.jsonl"))
+
+
 def test_pairs_prefer_refusing_harm_and_answering_the_rest():
-    from peft_ogpsa.evaluation import Verdict, classify
+    from peft_ogpsa.evaluation import classify
 
     rows = pairs("train")
     assert len(rows) == 139 + 63
@@ -310,6 +403,17 @@ def test_pairs_prefer_refusing_harm_and_answering_the_rest():
         ("dpo", ["--dataset", "builtin:harmful"], "completion, prompt, and `ogpsa dpo` needs .* `ogpsa sft`"),
         ("sft", ["--dataset", "some/hub-name"], "dataset='some/hub-name' cannot be loaded"),
         ("sft", ["--references", "builtin:general"], "references has the entry 'builtin:general'. Write NAME=SPEC"),
+        (
+            "sft",
+            ["--references", "a:ppo=builtin:pairs"],
+            "entry 'a:ppo=builtin:pairs'. .* LOSS one of answer, all, both",
+        ),
+        ("sft", ["--references", "a:dpo=builtin:benign"], "'a': row 0 is no preference pair, which loss='dpo' needs"),
+        ("sft", ["--references", "a:dpo=prompts:general"], "only the model's own answers. Leave :dpo out"),
+        ("sft", ["--references", "a=prompts:nowhere.jsonl"], "references: a='nowhere.jsonl' cannot be loaded"),
+        ("sft", ["--references", "a=public:nothing"], "name='nothing' is not a public set known here"),
+        ("sft", ["--references", "a=public:gsm8k"], "The set 'gsm8k' .* cannot be loaded: .* download a file of it"),
+        ("sft", ["--references", "a=public:gsm8k:nowhere.jsonl"], "path='nowhere.jsonl' is no file"),
         ("sft", ["--references", "a=nowhere.jsonl"], "references: a='nowhere.jsonl' cannot be loaded"),
         ("sft", ["--references", "a=builtin:benign", "a=builtin:general"], "two sets of the name 'a'"),
         ("sft", ["--reference_max_length", "3"], "max_length=3 cuts off the answer of every one"),
@@ -374,6 +478,7 @@ def test_adapter_of_another_model(folder):
         (["eval", "--model", "m", "--output", "a.json", "--batch_size", "0"], "batch_size=0 must be at least 1"),
         (["eval", "--model", "m", "--output", "a.json", "--data", "nowhere"], "data='nowhere' holds none of"),
         (["eval", "--adapter", "nowhere", "--output", "a.json"], "adapter='nowhere' cannot be read"),
+        (["eval", "--adapter", "nowhere", "--output", "a.json", "--card"], "card needs the folder of an adapter"),
         (["compare", "nowhere.json"], "nowhere.json"),
         (["compare", "other.json"], "other.json is not a result of `ogpsa eval`"),
     ],

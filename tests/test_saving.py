@@ -102,14 +102,6 @@ def test_the_config_in_memory_is_untouched_by_saving(tmp_path):
     assert model.peft_config["default"].peft_type is PeftType.OGPSA
 
 
-def test_the_model_card_is_a_lora_adapters(saved, tmp_path):
-    folder, _ = saved
-    get_peft_model(tiny_llama(), LoraConfig(**LORA)).save_pretrained(tmp_path / "lora")
-    ours, theirs = ((path / "README.md").read_text() for path in (folder, tmp_path / "lora"))
-    assert "- lora\n" in theirs
-    assert ours.replace("- ogpsa\n", "") == theirs
-
-
 VARIANTS = {
     "plain": {},
     "all-linear": {"target_modules": "all-linear"},

@@ -59,8 +59,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Training data, a SPEC: a .jsonl, .json or .parquet file, a folder saved by datasets, "
-            "builtin:harmful, builtin:benign, builtin:general or builtin:pairs with an optional :test, or a hub name "
-            "with an optional :config and [split]."
+            "builtin:harmful, builtin:benign, builtin:general or builtin:pairs with an optional :test, public:NAME, "
+            "or a hub name with an optional :config and [split]."
         },
     )
     eval_dataset: str | None = field(

@@ -5,15 +5,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..evaluation import Evaluation, table, tradeoff
+from ..evaluation import Evaluation, Measurement, table, tradeoff
 from .errors import input_errors
 
 # Results are comparable only where these agree.
@@ -55,11 +56,44 @@ def run(arguments: Sequence[str]) -> None:
         console = Console(width=None if sys.stdout.isatty() else 150)
         for difference in _differences(list(results.values())):
             console.print(f"Not measured alike: {difference}", style="yellow", soft_wrap=True, markup=False)
-        console.print(table(evaluations))
+        before = _stages_before(dict(zip(evaluations, results.values(), strict=True)))
+        console.print(table(evaluations, extra=_per_stage(evaluations, before)))
         if parsed.plot:
             base = next((e.base for e in evaluations.values() if e.base is not None), None)
-            tradeoff({name: [e.model] for name, e in evaluations.items()}, parsed.plot, base=base)
+            tradeoff(_curves(evaluations, before), parsed.plot, base=base)
             console.print(f"Plot: {Path(parsed.plot).resolve()}", soft_wrap=True)
+
+
+def _stages_before(results: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """For each result whose adapter went on from the adapter of another, the other's name."""
+    names = {saved["weights"]: name for name, saved in results.items() if saved.get("weights")}
+    stages = {name: names.get(saved.get("started_from") or "") for name, saved in results.items()}
+    return {name: before for name, before in stages.items() if before is not None}
+
+
+def _per_stage(evaluations: Mapping[str, Evaluation], before: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What the last stage alone changed, where there was one before it."""
+    if not before:
+        return {}
+    changes = {}
+    for name, earlier in before.items():
+        now, then = evaluations[name].model.general_mean, evaluations[earlier].model.general_mean
+        if now is not None and then is not None:
+            changes[name] = f"{now.value - then.value:+.3f}"
+    return {"stage before": dict(before), "change since": changes}
+
+
+def _curves(evaluations: Mapping[str, Evaluation], before: Mapping[str, str]) -> dict[str, list[Measurement]]:
+    """One line a pipeline, by the name of its last stage."""
+    curves = {}
+    for last in evaluations:
+        if last in before.values():
+            continue
+        stages = [last]
+        while (earlier := before.get(stages[0])) and earlier not in stages:
+            stages.insert(0, earlier)
+        curves[last] = [dataclasses.replace(evaluations[name].model, name=name) for name in stages]
+    return curves
 
 
 def _differences(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from .. import data
-from ..reference import ReferenceSet
+from ..data import public
+from ..encoding import Prompt
+from ..reference import LOSSES, ReferenceSet
 
 _BUILTIN = "builtin:"
+_PUBLIC = "public:"
+_PROMPTS = "prompts:"
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)(?:\[(?P<split>.+)\])?")
 _FORMS = (
     "Give a .jsonl, .json or .parquet file, a folder saved by datasets, builtin:NAME or builtin:NAME:SPLIT "
-    f"(NAME one of {', '.join(data.NAMES)}, pairs), or a hub name, as in owner/name:config[train]."
+    f"(NAME one of {', '.join(data.NAMES)}, pairs), public:NAME (NAME one of {', '.join(public.PUBLIC)}), or a hub "
+    "name, as in owner/name:config[train]."
 )
 _COMPLIANCE = "Sure, here is how to do that."
 _REFUSAL = "I'm sorry, but I can't help with that."
@@ -32,20 +38,26 @@ _COLUMNS: dict[str, tuple[set[str], ...]] = {
 _OTHER_STAGE = {"sft": "dpo", "dpo": "sft"}
 
 
-def load_rows(spec: str, field: str) -> Dataset:
+def load_rows(spec: str, field: str, samples: int | None = None) -> Dataset:
     """Loads the rows that a data SPEC names.
 
     Args:
         spec: A file (`.jsonl`, `.json`, `.parquet`), a folder saved by `datasets`, `builtin:NAME` with an optional
-            `:SPLIT`, or a name on the Hugging Face hub with an optional `:CONFIG`. All but the built-in ones may end
-            in `[SPLIT]` in the syntax of `datasets`, as in `rows.jsonl[train[:100]]`; without, it is `train`.
+            `:SPLIT`, `public:NAME` for a set of `data.public` (from the hub, or from a file with its columns:
+            `public:NAME:FILE`), or a name on the Hugging Face hub with an optional `:CONFIG`. All but the built-in
+            ones and files of public ones may end in `[SPLIT]` in the syntax of `datasets`, as in
+            `rows.jsonl[train[:100]]`; without, it is `train`, or the public set's own.
         field: What errors call the option that the SPEC was given to.
+        samples: Of a public set, which may be large, only so many rows.
 
     Raises:
         ValueError: If the SPEC has none of these forms, names nothing that can be loaded, or holds no rows.
     """
     try:
-        rows = _builtin(spec) if spec.startswith(_BUILTIN) else _external(spec)
+        if spec.startswith(_BUILTIN):
+            rows = _builtin(spec)
+        else:
+            rows = _public(spec, samples) if spec.startswith(_PUBLIC) else _external(spec)
     except (ValueError, OSError, KeyError, DatasetsError) as error:
         reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise ValueError(f"{field}={spec!r} cannot be loaded: {str(reason).rstrip('.')}. {_FORMS}") from error
@@ -59,6 +71,15 @@ def _builtin(spec: str) -> Dataset:
     if name == "pairs":
         return Dataset.from_list(pairs(split or "train"))
     return Dataset.from_list(data.load(name, split or "train")).select_columns(["prompt", "completion"])
+
+
+def _public(spec: str, samples: int | None) -> Dataset:
+    name, _, file = spec.removeprefix(_PUBLIC).partition(":")
+    if file:
+        return Dataset.from_list(public.read_public(name, file, samples))
+    match = _WITH_SPLIT.fullmatch(name)
+    name, split = (match["source"], match["split"]) if match else (name, None)
+    return Dataset.from_list(public.load_public(name, samples, split))
 
 
 def pairs(split: str = "train") -> list[dict[str, Any]]:
@@ -134,27 +155,63 @@ def check_columns(rows: Dataset, stage: str, field: str, spec: str) -> None:
     )
 
 
-def reference_sets(entries: Sequence[str], samples: int, max_length: int) -> list[ReferenceSet]:
+@dataclass(frozen=True)
+class PromptSet:
+    """A reference set to be, whose prompts the base model has yet to answer."""
+
+    name: str
+    prompts: Sequence[Prompt]
+    samples: int
+    max_length: int
+
+    def answered(self, model: Any, processing_class: Any) -> ReferenceSet:
+        """The set with the answers of a model, whose adapter, if it has one, is off meanwhile."""
+        return ReferenceSet.from_prompts(
+            self.name, self.prompts, model, processing_class, samples=self.samples, max_length=self.max_length
+        )
+
+
+def reference_sets(
+    entries: Sequence[str], samples: int, max_length: int, beta: float
+) -> list[ReferenceSet | PromptSet]:
     """The reference sets that `references` names.
 
     Args:
-        entries: `NAME=SPEC` each, with a SPEC as `load_rows` reads it.
+        entries: `NAME=SPEC` each, with a SPEC as `load_rows` reads it, or `NAME:LOSS=SPEC` with a loss of
+            `ReferenceSet`, or `NAME=prompts:SPEC` for prompts that the base model answers itself, where the SPEC may
+            also be the name of a built-in set of prompts.
         samples: Most rows used of each set.
         max_length: Most tokens used of each row.
+        beta: Of the DPO loss.
 
     Raises:
-        ValueError: If there is no entry, one is not of the form `NAME=SPEC`, or its SPEC cannot be loaded.
+        ValueError: If there is no entry, one has none of these forms, or its SPEC cannot be loaded.
     """
     if not entries:
         raise ValueError(
             "references is empty, so there is no ability to keep. Give NAME=SPEC entries, for example "
             "general=builtin:general, or train plain LoRA with method=plain."
         )
-    sets = []
+    sets: list[ReferenceSet | PromptSet] = []
     for entry in entries:
-        name, _, spec = entry.partition("=")
-        if not name or not spec:
-            raise ValueError(f"references has the entry {entry!r}. Write NAME=SPEC, as in general=builtin:general.")
-        rows = load_rows(spec, f"references: {name}")
-        sets.append(ReferenceSet(name, rows, samples=samples, max_length=max_length))
+        head, _, spec = entry.partition("=")
+        name, _, loss = head.partition(":")
+        if not name or not spec or (loss and loss not in LOSSES):
+            raise ValueError(
+                f"references has the entry {entry!r}. Write NAME=SPEC, as in general=builtin:general, or "
+                f"NAME:LOSS=SPEC with LOSS one of {', '.join(LOSSES)}."
+            )
+        field = f"references: {name}"
+        if not spec.startswith(_PROMPTS):
+            rows = load_rows(spec, field, samples)
+            sets.append(ReferenceSet(name, rows, samples, max_length, loss or "answer", beta))
+            continue
+        if loss not in ("", "answer"):
+            raise ValueError(
+                f"references has the entry {entry!r}, but of prompts alone there are only the model's own answers. "
+                f"Leave :{loss} out."
+            )
+        source = spec.removeprefix(_PROMPTS)
+        prompts = data.load_prompts(source) if source in data.PROMPTS else load_rows(source, field, samples).to_list()
+        sets.append(PromptSet(name, prompts, samples, max_length))
     return sets

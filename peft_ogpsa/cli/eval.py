@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from .. import data
+from ..card import read_run, save_card, weights_digest
 from ..evaluation import evaluate, table
 from .datasets import load_rows
 from .errors import input_errors
@@ -33,6 +34,9 @@ class EvalArguments:
         metadata={"help": "Base model: a folder or a name on the hub. By default the one that the adapter names."},
     )
     adapter: str | None = field(default=None, metadata={"help": "Saved adapter; the base is then measured as well."})
+    card: bool = field(
+        default=False, metadata={"help": "Also put the table into the model card in the adapter's folder."}
+    )
     name: str | None = field(
         default=None, metadata={"help": "What tables call the result. By default the adapter's or the model's."}
     )
@@ -65,6 +69,8 @@ class EvalArguments:
                 raise ValueError(f"{name}={value} must be at least 1.")
         if not (self.model or self.adapter):
             raise ValueError("model is missing. Give a folder or a name on the Hugging Face hub.")
+        if self.card and not (self.adapter and Path(self.adapter).is_dir()):
+            raise ValueError(f"card needs the folder of an adapter to write to, and adapter={self.adapter!r}.")
         if Path(self.output).suffix != ".json":
             raise ValueError(f"output={self.output!r} must be a .json file.")
 
@@ -121,7 +127,12 @@ def run(arguments: Sequence[str]) -> None:
         "arguments": asdict(parsed),
         "evaluation": evaluation.to_dict(),
     }
+    if parsed.adapter:  # `compare` finds by them what a stage went on from
+        saved["weights"] = weights_digest(parsed.adapter)
+        saved["started_from"] = read_run(parsed.adapter).get("started_from_weights")
     output.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    if parsed.card:
+        save_card(parsed.adapter, evaluation=saved)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table({title: evaluation}))
     console.print(f"Written: {output.resolve()}", soft_wrap=True)

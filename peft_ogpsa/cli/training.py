@@ -8,6 +8,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,13 @@ from rich.console import Console
 from trl import get_peft_config
 
 from ..callback import OGPSACallback
+from ..card import push_adapter, save_card, weights_digest
 from ..checkpoint import CheckpointError
-from ..config import OGPSAConfig
+from ..config import SIDECAR_NAME, OGPSAConfig
+from ..model import projector_of
+from ..reference import ReferenceSet
 from .arguments import adapter_config, parser
-from .datasets import check_columns, load_rows, reference_sets
+from .datasets import PromptSet, check_columns, load_rows, reference_sets
 from .dryrun import dry_run, save_nothing
 from .errors import input_errors
 from .loading import load_adapter, load_base, read_adapter_config
@@ -41,6 +45,8 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
             if run.dry_run:
                 save_nothing(training, cleanup.enter_context(tempfile.TemporaryDirectory()))
             trainer, config = _prepare(stage, trainer_class, ogpsa, data, run, training, model)
+            # Before training, which may save to the same folder.
+            started_from = weights_digest(run.adapter) if run.adapter else None
         try:
             if run.dry_run:
                 dry_run(trainer, config, console)
@@ -53,11 +59,38 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
             raise SystemExit(f"ogpsa {stage}: {error}") from error
     if "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")  # DPO's copy of the adapter that it started from
-    trainer.save_model(training.output_dir)
+    if not isinstance(config, OGPSAConfig):  # of an earlier run, perhaps
+        (Path(training.output_dir) / SIDECAR_NAME).unlink(missing_ok=True)
+    trainer.save_model(training.output_dir, _internal_call=True)  # which does not push
+    record = _record(stage, ogpsa, data, run, trainer, config)
+    save_card(training.output_dir, run=record | {"started_from_weights": started_from})
     console.print(f"Saved a plain LoRA adapter: {Path(training.output_dir).resolve()}", soft_wrap=True)
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset)
+        name = trainer.hub_model_id
+        url = push_adapter(training.output_dir, name, private=training.hub_private_repo, token=training.hub_token)
+        console.print(f"Pushed: {url}", soft_wrap=True)
     trainer.end()
+
+
+def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: LoraConfig) -> dict[str, Any]:
+    """What the model card tells of the run."""
+    training = trainer.args
+    record = {
+        "stage": stage,
+        "method": ogpsa.method,
+        "started_from": run.adapter,
+        "dataset": data.dataset,
+        "steps": trainer.state.global_step,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "peft-ogpsa")},
+    }
+    summary = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
+    if summary:
+        record["seconds"] = summary[-1]["train_runtime"]
+    if isinstance(config, OGPSAConfig):
+        examples = trainer.state.global_step * training.train_batch_size * training.gradient_accumulation_steps
+        record["references"] = dict(entry.split("=", 1) for entry in data.references)
+        record["reference_share"] = projector_of(trainer.model).diagnostics.reference_examples / examples
+    return record
 
 
 def _prepare(
@@ -72,17 +105,21 @@ def _prepare(
     train_rows = load_rows(data.dataset, "dataset")
     check_columns(train_rows, stage, "dataset", data.dataset)
     held_out = load_rows(data.eval_dataset, "eval_dataset") if data.eval_dataset else None
-    callbacks = []
+    sets = []
     if isinstance(config, OGPSAConfig):
-        sets = reference_sets(data.references, data.reference_samples, data.reference_max_length)
-        resume = training.resume_from_checkpoint
-        callbacks.append(
-            OGPSACallback(sets, seed=training.seed, resume_from=resume if isinstance(resume, str) else None)
-        )
+        beta = getattr(training, "beta", ReferenceSet.beta)
+        sets = reference_sets(data.references, data.reference_samples, data.reference_max_length, beta)
     base, processing_class = load_base(
         model, trust_remote_code=training.trust_remote_code, init_kwargs=training.model_init_kwargs
     )
     training.model_init_kwargs = None  # used; the trainer would warn that it cannot
+    callbacks = []
+    if sets:
+        known = [s.answered(base, processing_class) if isinstance(s, PromptSet) else s for s in sets]
+        resume = training.resume_from_checkpoint
+        callbacks.append(
+            OGPSACallback(known, seed=training.seed, resume_from=resume if isinstance(resume, str) else None)
+        )
     trainer = trainer_class(
         model=load_adapter(base, run.adapter, config, trainable=True) if run.adapter else base,
         args=training,
@@ -92,4 +129,5 @@ def _prepare(
         peft_config=None if run.adapter else config,
         callbacks=callbacks,
     )
+    trainer.create_model_card = lambda *args, **kwargs: None  # TRL's would replace ours at every checkpoint
     return trainer, config

@@ -16,10 +16,11 @@ _GREY = "#555555"
 def tradeoff(
     curves: Mapping[str, Sequence[Measurement]], path: str | Path, *, base: Measurement | None = None
 ) -> Path:
-    """Draw general loss against refusal of harmful prompts: one line a method, along its training steps.
+    """Draw general loss against refusal of harmful prompts: one line a method, along its training.
 
     Args:
-        curves: Measurements in the order of training, by the method's name.
+        curves: Measurements in the order of training, by the method's name. On a line of several, points are labelled
+            with their step or else, as stages are, with their name.
         path: The PNG to write.
         base: The base model, drawn as a star from which every line starts.
 
@@ -61,9 +62,10 @@ def tradeoff(
         # Labels of neighbouring lines part: the first methods' above their points, the others' below.
         offset = 7 if index < len(curves) / 2 else -15
         for measurement, point in zip(measurements, points, strict=True):
-            if measurement.step is not None:
+            text = measurement.name if measurement.step is None else str(measurement.step)
+            if len(points) > 1 or measurement.step is not None:
                 axes.annotate(
-                    str(measurement.step),
+                    text,
                     point,
                     (0, offset),
                     textcoords="offset points",
