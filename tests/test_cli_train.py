@@ -183,7 +183,10 @@ def test_push(folder, monkeypatch, capsys):
         return f"hub/{repo_id}"
 
     monkeypatch.setattr("peft_ogpsa.cli.training.push_adapter", push)
-    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: None)
+    # What it does besides asking the hub.
+    monkeypatch.setattr(
+        "transformers.Trainer.init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/safe")
+    )
     hub = ["--push_to_hub", "--hub_model_id", "me/safe", "--hub_private_repo", "true"]
     main(["sft", "--config", str(folder / "sft.yaml"), *hub])
     ((name, options, files),) = pushed
