@@ -100,6 +100,26 @@ def example_gradients(
     return torch.stack(losses).mean()
 
 
+class _Watch(torch.autograd.Function):
+    """Passes a layer's output on, and its input and output gradient to `tell` in the backward pass.
+
+    The input is saved as autograd saves tensors, so that gradient checkpointing recomputes it and does not keep it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, tell: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.tell = tell
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        with torch.autocast(gradient.device.type, enabled=False):
+            ctx.tell(ctx.saved_tensors[0], gradient)
+        return gradient, None, None
+
+
 def _hooked_gradients(
     model: Any,
     batch: Any,
@@ -114,23 +134,18 @@ def _hooked_gradients(
     inputs_ok = True
 
     def watch(piece: int) -> Callable:
-        def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if not (torch.is_grad_enabled() and output.requires_grad):
-                return
-            x = args[0].detach()
+        def tell(x: Tensor, u: Tensor) -> None:
+            nonlocal inputs_ok
+            inputs_ok = inputs_ok and x.dim() >= 3 and x.shape[0] in (count, flattened)
+            if inputs_ok:
+                gradient = torch.bmm(
+                    u.reshape(count, -1, u.shape[-1]).transpose(1, 2).float(),
+                    x.reshape(count, -1, x.shape[-1]).float(),
+                )
+                sink.add(piece, gradient.mul_(count / _LOSS_SCALE))
 
-            def backward_hook(u: Tensor) -> None:
-                nonlocal inputs_ok
-                if x.dim() < 3 or x.shape[0] not in (count, flattened):
-                    inputs_ok = False
-                if inputs_ok:
-                    gradient = torch.bmm(
-                        u.reshape(count, -1, u.shape[-1]).transpose(1, 2).float(),
-                        x.reshape(count, -1, x.shape[-1]).float(),
-                    )
-                    sink.add(piece, gradient.mul_(count / _LOSS_SCALE))
-
-            output.register_hook(backward_hook)
+        def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            return _Watch.apply(output, args[0].detach(), tell) if output.requires_grad else None
 
         return forward_hook
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @contextlib.contextmanager
@@ -34,11 +35,25 @@ def undisturbed(model: nn.Module, *, gradients: bool = False, seed: int | None =
         if seed is not None:
             torch.manual_seed(seed)
         switch_to_evaluation(model)
+        if gradients:
+            _keep_checkpointing(model)
         try:
             yield
         finally:
             model.eval()
             for module in training:
+                module.training = True
+
+
+def _keep_checkpointing(model: nn.Module) -> None:
+    """Lets checkpointed layers go on saving memory, which they do in training mode alone; what is in them stays.
+
+    Not where checkpointing is reentrant, which `autograd.grad` cannot pass.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(checkpoint, "keywords", {}).get("use_reentrant") is False:
                 module.training = True
 
 

@@ -12,6 +12,7 @@ import logging
 import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -278,9 +279,15 @@ class Projector:
 
     # The optimizer step
 
+    def _full_precision(self) -> AbstractContextManager:
+        """No autocast, in which a loop may step its optimizer."""
+        if self.subspace is None:
+            return nullcontext()
+        return torch.autocast(self.subspace.blocks.device.type, enabled=False)
+
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Runs before every optimizer step; may replace the step's arguments to get hold of a closure."""
-        if not self.enabled:
+        if not self.enabled or _skips(optimizer):
             return None
         blocks = self._blocks_of(optimizer)
         if blocks is None:
@@ -296,7 +303,8 @@ class Projector:
 
         def then_project() -> Any:
             loss = closure()
-            self._on_gradient(optimizer, blocks)
+            with self._full_precision():
+                self._on_gradient(optimizer, blocks)
             return loss
 
         if "closure" in kwargs:
@@ -394,7 +402,7 @@ class Projector:
 
     def _after_step(self, optimizer: Optimizer) -> None:
         """Runs after every optimizer step."""
-        if not self.enabled:
+        if not self.enabled or _skips(optimizer):
             return
         blocks = self._blocks_of(optimizer)
         if blocks is None:
@@ -494,6 +502,14 @@ class Projector:
         self.diagnostics.refreshes = int(rest["refreshes"])
 
 
+def _skips(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler has found an overflow, so that the step will do nothing.
+
+    It does not call a plain optimizer at all then, but it does call a fused one.
+    """
+    return bool(getattr(optimizer, "found_inf", False))
+
+
 def _rows_given(rows_from: str, sizes: Sequence[int]) -> int:
     return {"set": 1, "batch": len(sizes), "example": sum(sizes)}[rows_from]
 
@@ -517,7 +533,8 @@ _projectors: weakref.WeakSet[Projector] = weakref.WeakSet()
 def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     replaced = None
     for projector in list(_projectors):
-        result = projector._before_step(optimizer, args, kwargs)
+        with projector._full_precision():
+            result = projector._before_step(optimizer, args, kwargs)
         if result is not None:
             replaced = args, kwargs = result
     return replaced
@@ -526,7 +543,8 @@ def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, d
 @torch.no_grad()
 def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     for projector in list(_projectors):
-        projector._after_step(optimizer)
+        with projector._full_precision():
+            projector._after_step(optimizer)
 
 
 register_optimizer_step_pre_hook(_pre_hook)

@@ -226,6 +226,12 @@ def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         is its own, whatever else is in the batch.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    if logits.dim() != 3:
+        raise ValueError(
+            f"Reference losses need a causal language model, and this {type(model).__name__} returns logits of shape "
+            f"{tuple(logits.shape)} instead of (examples, tokens, vocabulary). For other models give your own loss to "
+            "model.projector.refresh(batches, loss_fn) in a loop of your own."
+        )
     labels = batch["labels"][:, 1:]
     learnt = labels != IGNORED
     # Only the positions that are learnt are widened to float32: the logits are the largest tensor of the pass.

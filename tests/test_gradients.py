@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.encoding import Example
+from peft_ogpsa.gradients import example_gradients
 from peft_ogpsa.modes import switch_to_evaluation
 from peft_ogpsa.reference import answer_loss, collate
 
@@ -72,16 +73,45 @@ def test_rows_of_a_padded_batch(scope):
     assert_rows_equal(raw_rows(model), one_at_a_time(model, examples))
 
 
+@pytest.mark.parametrize("rows_from", ["example", "batch"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_rows_with_gradient_checkpointing(reentrant):
-    model = model_with_random_adapter()
+def test_rows_with_gradient_checkpointing(reentrant, rows_from):
+    model = model_with_random_adapter(lora_dropout=0.5, rows_from=rows_from)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     examples = ragged()
+    runs = []
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     model.projector.refresh({"set": [collate(examples, 0, "cpu")]}, answer_loss)
-    assert model.training
-    assert_rows_equal(raw_rows(model), one_at_a_time(model, examples))
+    # The layers' inner values are computed again in the backward pass, where that is possible.
+    assert len(runs) == (1 if reentrant else 2)
+    assert all(module.training for module in model.modules())
+    expected = one_at_a_time(model, examples)
+    if rows_from == "batch":
+        expected = [[sum(pieces) / len(expected) for pieces in zip(*expected, strict=True)]]
+    assert_rows_equal(raw_rows(model), expected)
+
+
+class Dtypes:
+    """A sink that only looks."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def add(self, piece, gradients, first=0):
+        self.seen.add(gradients.dtype)
+
+
+def test_gradients_stay_float32_where_the_loop_is_under_autocast():
+    model = get_peft_model(tiny_llama(), OGPSAConfig(rows=8, **LORA))
+    model.projector.refresh({"set": [collate(ragged(), 0, "cpu")]}, answer_loss)
+    sink, projector = Dtypes(), model.projector
+    with torch.autocast("cpu", torch.bfloat16):
+        example_gradients(
+            model, collate(ragged(), 0, "cpu"), answer_loss, projector.subspace.blocks, sink, projector._linears
+        )
+    assert sink.seen == {torch.float32}
 
 
 @pytest.mark.parametrize(

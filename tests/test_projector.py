@@ -374,6 +374,19 @@ def test_missing_reference_can_warn_once_or_be_ignored(caplog):
         assert all(torch.equal(p, q) for p, q in zip(parameters_of(model), parameters_of(plain), strict=True))
 
 
+def test_update_meets_the_constraint_where_the_optimizer_is_stepped_under_autocast():
+    model = ogpsa_model()
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    optimizer = OPTIMIZERS["adamw"](parameters_of(model))
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            optimizer.step()
+
+    assert max(step_violations(model, optimizer, step=step)) <= TOLERANCE
+
+
 def test_other_optimizers_are_left_alone():
     model = ogpsa_model()
     stranger = torch.nn.Linear(3, 2)

@@ -172,3 +172,14 @@ def test_loader_resumes_and_ignores_the_global_generator():
 def test_too_few_samples_for_the_sets():
     with pytest.raises(ValueError, match="refresh_samples=1 is less than the 2 reference sets"):
         ReferenceLoader({"a": examples(6), "b": examples(9)}, samples=1, batch_size=2)
+
+
+def test_loss_needs_a_causal_language_model():
+    class Classifier(torch.nn.Module):
+        def forward(self, **inputs):
+            return type("Output", (), {"logits": torch.zeros(2, 3)})()
+
+    with pytest.raises(
+        ValueError, match=r"causal language model, and this Classifier returns logits of shape \(2, 3\)"
+    ):
+        answer_loss(Classifier(), collate([Example([1, 2], 1)] * 2, 0, "cpu"))

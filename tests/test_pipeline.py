@@ -1,0 +1,48 @@
+"""The whole pipeline on the real model in 4 bits: SFT, then DPO from its adapter, measured and compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peft_ogpsa.cli import main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QLORA = ["--load_in_4bit", "--use_bnb_nested_quant", "--gradient_checkpointing", "true", "--optim", "paged_adamw_8bit"]
+SHORT = ["--max_steps", "3", "--rows", "8", "--refresh_samples", "4", "--save_strategy", "no", "--logging_steps", "1"]
+SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--learning_rate", "2e-3"]
+
+
+def train(stage: str, output: Path, *options: str) -> None:
+    config = str(EXAMPLES / f"{stage}_smollm2_135m.yaml")
+    main([stage, "--config", config, "--output_dir", str(output), *QLORA, *SHORT, *SMALL, *options])
+
+
+@pytest.mark.slow
+def test_sft_then_dpo_in_4_bits(tmp_path, capsys):
+    train("sft", tmp_path / "plain", "--method", "plain")
+    train("sft", tmp_path / "sft")
+    references = ["general=builtin:general", "pairs:dpo=builtin:pairs"]
+    train("dpo", tmp_path / "dpo", "--adapter", str(tmp_path / "sft"), "--references", *references)
+    results = []
+    for name in ("plain", "sft", "dpo"):
+        results.append(str(tmp_path / f"{name}.json"))
+        options = ["--samples", "4", "--max_new_tokens", "8", "--load_in_4bit", "--card"]
+        main(["eval", "--adapter", str(tmp_path / name), "--output", results[-1], *options])
+    capsys.readouterr()
+    main(["compare", *results, "--plot", str(tmp_path / "tradeoff.png")])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[1]: cells for cells in ([c.strip() for c in line.split("│")] for line in lines) if len(cells) > 2}
+    assert list(rows) == ["base", "plain", "sft", "dpo"]
+    assert rows["dpo"][-3] == "sft"
+    assert not any("Not measured alike" in line for line in lines)
+    assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    for result in results:
+        evaluation = json.loads(Path(result).read_text())["evaluation"]
+        assert evaluation["model"]["kl"]["value"] > 0.01  # it was trained
+        assert evaluation["base"]["general_mean"]["value"] > 0
+    card = (tmp_path / "dpo" / "README.md").read_text()
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in card
+    assert rows["dpo"][3] in card  # the change of the general loss
