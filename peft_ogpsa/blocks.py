@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -103,6 +104,11 @@ class Blocks:
             for stacked, parameters in zip(stack, self.parameters, strict=True)
             for piece, parameter in zip(stacked.unbind(0), parameters, strict=True)
         ]
+
+    def by_group(self, pieces: Sequence[Tensor]) -> list[list[Tensor]]:
+        """One tensor per piece, in the order of the pieces -> a list of them per group."""
+        remaining = iter(pieces)
+        return [list(islice(remaining, size)) for size in self._sizes]
 
     def stack(self, tensors: Sequence[Tensor | None] | None = None) -> Stack:
         """A copy of `tensors` (of the parameters, if not given) in float32 or wider, stacked.

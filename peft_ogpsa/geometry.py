@@ -134,6 +134,20 @@ def combine(rows: Tensor, coefficients: Tensor) -> Tensor:
     return result
 
 
+def lengths_squared(gram: Tensor, coefficients: Tensor) -> Tensor:
+    """Squared norms of the rows' combinations, `c^T G c`.
+
+    Args:
+        gram: `[B, m, m]`, from `gram`.
+        coefficients: `[B, m]`.
+
+    Returns:
+        `[B]`, in the Gram matrix's dtype.
+    """
+    c = coefficients.to(gram.dtype)
+    return (_times(gram, c) * c).sum(-1).clamp(min=0.0)
+
+
 def span_weights(gram: Tensor, rank: int | None = None, tolerance: float = TOLERANCE) -> Tensor:
     """Weights `W` that make the rows `Q = W R` an orthonormal basis of the top directions of `R`.
 

@@ -377,9 +377,11 @@ class Projector:
                     changed = True
                 self._fresh = []
             if project:
-                correction, removed = subspace.correction(stack, ascending=False)
+                coefficients, removed = subspace.coefficients(stack)
                 self._record(removed, stack)
-                torch._foreach_sub_(stack, correction)
+                views = blocks.views(stack)
+                for own, correction in zip(blocks.by_group(views), subspace.corrections(coefficients), strict=True):
+                    torch._foreach_add_(own, correction)
             if changed:
                 pairs = [
                     (gradient, view)
@@ -416,21 +418,25 @@ class Projector:
 
     def _project_update(self, blocks: Blocks, before: Stack) -> None:
         assert self.subspace is not None
-        update = blocks.stack()
-        torch._foreach_sub_(update, before)
-        correction, removed = self.subspace.correction(update, ascending=True)
-        self._record(removed, update)
-        parameters = [parameter.data for parameter in blocks.flat_parameters()]
+        parameters = [[parameter.data for parameter in group] for group in blocks.parameters]
+        # The step as it is subtracted, in the snapshot's memory.
+        step = before
+        torch._foreach_sub_(blocks.views(step), [parameter for group in parameters for parameter in group])
+        coefficients, removed = self.subspace.coefficients(step)
+        self._record(removed, step)
         if self._masters is None:
-            # Subtracting what is to be removed leaves parameters alone, to the bit, where nothing conflicts.
-            torch._foreach_sub_(parameters, blocks.views(correction))
-        else:
-            torch._foreach_add_(self._masters, update)
-            torch._foreach_sub_(self._masters, correction)
-            torch._foreach_copy_(parameters, blocks.views(self._masters))
+            # Taking away what is to be removed leaves parameters alone, to the bit, where nothing conflicts.
+            for own, correction in zip(parameters, self.subspace.corrections(coefficients), strict=True):
+                torch._foreach_sub_(own, correction)
+            return
+        torch._foreach_sub_(self._masters, step)
+        masters = blocks.by_group(blocks.views(self._masters))
+        for own, master, correction in zip(parameters, masters, self.subspace.corrections(coefficients), strict=True):
+            torch._foreach_sub_(master, correction)
+            torch._foreach_copy_(own, master)
 
     def _record(self, removed: Tensor, stack: Stack) -> None:
-        total = torch.stack([part.square().sum().to(removed.device) for part in stack]).sum()
+        total = torch.stack([torch.linalg.vecdot(part, part).sum().to(removed.device) for part in stack]).sum()
         self.diagnostics.record_projection(removed.sum(), total)
 
     # State

@@ -10,7 +10,7 @@ orthonormal basis as well, and so needs it twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -163,38 +163,41 @@ class Subspace:
 
     def combine(self, coefficients: Tensor) -> Stack:
         """The rows' linear combination, `(blocks, rows)` coefficients of unit rows, as a stack."""
-        return self._combine(self.rows, coefficients)
+        return [geometry.combine(rows, c) for rows, c in zip(self.rows, self.blocks.spread(coefficients), strict=True)]
 
-    def _combine(self, directions: Stack, coefficients: Tensor) -> Stack:
-        return [
-            geometry.combine(rows, c) for rows, c in zip(directions, self.blocks.spread(coefficients), strict=True)
-        ]
+    def coefficients(self, vectors: Stack) -> tuple[Tensor, Tensor]:
+        """What combination of the rows, added to descent directions, makes them meet the constraint.
 
-    def correction(self, vectors: Stack, ascending: bool) -> tuple[Stack, Tensor]:
-        """What to subtract from the vectors so that they meet the constraint.
-
-        Orthogonal (arXiv 2602.07892, the projection of its update rule): `Q^T Q v`, with Q an orthonormal basis of
-        the rows' span. Cone (Lopez-Paz and Ranzato 2017, section 3, applied to the update): `R^T lambda` with
-        `lambda >= 0`, so that `v - R^T lambda` is the closest vector that raises no reference loss.
+        A descent direction `v` is subtracted from the parameters: a gradient, or their value before a step minus that
+        after it. Orthogonal (arXiv 2602.07892, the projection of its update rule): `v - Q^T Q v`, with Q an
+        orthonormal basis of the rows' span. Cone (Lopez-Paz and Ranzato 2017, section 3): `v + R^T lambda` with
+        `lambda >= 0`, the closest vector with `R v >= 0`, which raises no reference loss.
 
         Args:
             vectors (`Stack`): `(pieces, numel)` per group, float32.
-            ascending (`bool`): Whether the vectors point where the parameters go (an update: constraint
-                `R v <= 0`) or the other way (a gradient, which is descended: `R v >= 0`).
 
         Returns:
-            The correction as a stack, and the squared norm of it in each block, `(blocks,)`.
+            The coefficients for `corrections`, `(blocks, rows)`, and the squared norm of the correction in each
+            block, `(blocks,)`.
         """
         products = self.blocks.reduce(
             [geometry.products(rows, vector) for rows, vector in zip(self.directions, vectors, strict=True)]
         )
         if self.constraint == "cone":
-            sign = 1.0 if ascending else -1.0
-            coefficients = sign * geometry.cone_coefficients(self._matrix, sign * products)
-        else:
-            coefficients = geometry.orthogonal_coefficients(self._matrix, products)
-        correction = self._combine(self.directions, coefficients)
-        return correction, self.blocks.reduce([part.square().sum(-1) for part in correction])
+            coefficients = geometry.cone_coefficients(self._matrix, -products)
+            return coefficients, geometry.lengths_squared(self.gram, coefficients)
+        coefficients = -geometry.orthogonal_coefficients(self._matrix, products)
+        return coefficients, -(coefficients * products).sum(-1)  # Q^T Q v is as long as its inner product with v says
+
+    def corrections(self, coefficients: Tensor) -> Iterator[list[Tensor]]:
+        """The corrections that `coefficients` gave, group by group: a list of the pieces in their parameters' shapes.
+
+        Only one group's are in memory at a time.
+        """
+        parts = zip(self.directions, self.blocks.spread(coefficients), self.blocks.parameters, strict=True)
+        for directions, own, parameters in parts:
+            pieces = geometry.combine(directions, own).unbind(0)
+            yield [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)]
 
     def mean_weights(self, slots: Sequence[int]) -> Tensor:
         """Coefficients `(blocks, rows)` of the mean over sets of the mean raw gradient of the given slots."""

@@ -103,6 +103,13 @@ def test_rows_have_unit_norm_in_every_block_at_any_scale(scope, dtype, scale):
         assert not any(rows[name][2].any() for name in members)
 
 
+def corrected(subspace, stack):
+    """The correction by parameter, and its squared norm in each block."""
+    coefficients, squares = subspace.coefficients(stack)
+    pieces = [piece for group in subspace.corrections(coefficients) for piece in group]
+    return dict(zip(subspace.blocks.names(), pieces, strict=True)), squares
+
+
 def test_zero_and_bad_rows():
     subspace = Subspace(blocks("module"), 4, "cone")
     zero, bad = parameters(1), parameters(2)
@@ -114,8 +121,8 @@ def test_zero_and_bad_rows():
     assert subspace.filled == 2
     assert not any(part[:, 1].any() for part in subspace.rows)
     assert torch.isfinite(subspace.gram).all()
-    correction, _ = subspace.correction(subspace.blocks.stack(), ascending=True)
-    assert all(torch.isfinite(part).all() for part in correction)
+    correction, _ = corrected(subspace, subspace.blocks.stack())
+    assert all(torch.isfinite(part).all() for part in correction.values())
 
 
 @pytest.mark.parametrize("kind", ["plain", "duplicate", "more rows than dimensions"])
@@ -129,20 +136,18 @@ def test_cone_agrees_with_nnls(scope, kind, seed):
     subspace = Subspace(blocks(scope), count + 1, "cone")
     fill(subspace, gradients)
     update = parameters(99 + seed)
-    for ascending in (True, False):
-        stack = subspace.blocks.stack([update[name] for name in subspace.blocks.names()])
-        correction, squares = subspace.correction(stack, ascending)
-        got = by_name(subspace.blocks, correction)
-        sign = 1.0 if ascending else -1.0
-        for members in MEMBERS[scope]:
-            rows = torch.stack([dense(gradient, members) for gradient in gradients])
-            rows = rows / rows.norm(dim=1, keepdim=True)
-            vector = sign * dense(update, members)
-            weights, _ = nnls(rows.T.numpy(), vector.numpy())
-            expected = sign * rows.T @ torch.from_numpy(weights)
-            assert (dense(got, members) - expected).norm() <= 1e-5 * vector.norm()
-        total = sum(dense(got, members).square().sum() for members in MEMBERS[scope])
-        assert float(squares.sum()) == pytest.approx(float(total), rel=1e-5)
+    stack = subspace.blocks.stack([update[name] for name in subspace.blocks.names()])
+    got, squares = corrected(subspace, stack)
+    for members in MEMBERS[scope]:
+        rows = torch.stack([dense(gradient, members) for gradient in gradients])
+        rows = rows / rows.norm(dim=1, keepdim=True)
+        vector = dense(update, members)
+        weights, _ = nnls(rows.T.numpy(), -vector.numpy())
+        expected = rows.T @ torch.from_numpy(weights)
+        assert (dense(got, members) - expected).norm() <= 1e-5 * vector.norm()
+        assert (rows @ (vector + dense(got, members))).min() >= -1e-5 * vector.norm()
+    total = sum(dense(got, members).square().sum() for members in MEMBERS[scope])
+    assert float(squares.sum()) == pytest.approx(float(total), rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -153,13 +158,15 @@ def test_orthogonal_agrees_with_svd(scope, rank):
     fill(subspace, gradients)
     update = parameters(99)
     stack = subspace.blocks.stack([update[name] for name in subspace.blocks.names()])
-    got = by_name(subspace.blocks, subspace.correction(stack, ascending=True)[0])
+    got, squares = corrected(subspace, stack)
     for members in MEMBERS[scope]:
         rows = torch.stack([dense(gradient, members) for gradient in gradients])
         _, _, directions = torch.linalg.svd(rows / rows.norm(dim=1, keepdim=True), full_matrices=False)
         basis = directions[: rank or 4]
         vector = dense(update, members)
-        assert (dense(got, members) - basis.T @ (basis @ vector)).norm() <= 1e-5 * vector.norm()
+        assert (dense(got, members) + basis.T @ (basis @ vector)).norm() <= 1e-5 * vector.norm()
+    total = sum(dense(got, members).square().sum() for members in MEMBERS[scope])
+    assert float(squares.sum()) == pytest.approx(float(total), rel=1e-5)
 
 
 def test_memory_is_rows_times_parameters():
