@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from .cache import cache_dir as default_cache
 from .encoding import Example, Message, Prompt, encode_prompt, shared_length
 from .evaluation.access import base_model, language_model
 from .evaluation.generation import generate_ids
@@ -116,7 +117,7 @@ def answered_set(
         "seed": seed,
         "sample": sample,
     }
-    folder = Path(cache_dir) if cache_dir is not None else _default_cache()
+    folder = Path(cache_dir) if cache_dir is not None else default_cache()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_key(model, tokenizer, asked, settings)}.jsonl"
     rows = _read(path, asked)
@@ -195,10 +196,6 @@ def _row(
 
 def _text(completion: str | Sequence[Mapping[str, Any]]) -> str:
     return completion if isinstance(completion, str) else str(completion[0]["content"])
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_ogpsa"
 
 
 def _key(

