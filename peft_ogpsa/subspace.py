@@ -73,6 +73,9 @@ class Subspace:
         self.cursor = 0
         # Saved with the rows: computed anew in one piece it could differ in the last bit, and a resumed run with it.
         self.gram = torch.zeros(blocks.count, rows, rows, dtype=self.norms.dtype, device=blocks.device)
+        # Which rows bound the last step is where the next one's search for them begins. Saved, as its way there may
+        # decide the last bit.
+        self.start = torch.zeros_like(self.norms)
         self.directions = self.rows
         self._matrix = self.gram
 
@@ -184,7 +187,8 @@ class Subspace:
             [geometry.products(rows, vector) for rows, vector in zip(self.directions, vectors, strict=True)]
         )
         if self.constraint == "cone":
-            coefficients = geometry.cone_coefficients(self._matrix, -products)
+            coefficients = geometry.cone_coefficients(self._matrix, -products, start=self.start)
+            self.start = coefficients
             return coefficients, geometry.lengths_squared(self.gram, coefficients)
         coefficients = -geometry.orthogonal_coefficients(self._matrix, products)
         return coefficients, -(coefficients * products).sum(-1)  # Q^T Q v is as long as its inner product with v says
@@ -228,7 +232,7 @@ class Subspace:
         """The ring as tensors by name (`rows.PARAMETER`: `(rows, *shape)`) and a JSON-ready rest."""
         names = self.blocks.names()
         tensors = {f"rows.{name}": view for name, view in zip(names, self.blocks.views(self.rows), strict=True)}
-        tensors |= {"norms": self.norms, "gram": self.gram}
+        tensors |= {"norms": self.norms, "gram": self.gram, "start": self.start}
         return tensors, {"sets": list(self.sets), "cursor": self.cursor}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], rest: Mapping) -> None:

@@ -89,7 +89,9 @@ def test_a_step_costs_the_rows_more_than_plain_qlora_and_the_estimate_agrees():
     rows = bytes_of_rows({"rows": 8, "rows_dtype": "bfloat16", **ogpsa})
     assert rows <= ogpsa["peaks"]["step"] - plain["peaks"]["step"] <= 1.1 * rows
     for settings, result in zip((Settings(rows=0, **SHORT), Settings(**SHORT)), results, strict=True):
-        assert estimate(shape, settings)["peaks"]["step"] == pytest.approx(result["peaks"]["step"], rel=0.05)
+        computed = estimate(shape, settings)["peaks"]
+        measured = {phase: peak for phase, peak in result["peaks"].items() if phase != "build"}
+        assert computed == pytest.approx(measured, rel=0.05)
 
 
 def test_times_are_of_five_steps_and_one_refresh():
