@@ -232,9 +232,7 @@ def orthogonal_coefficients(inverse_gram: Tensor, products: Tensor) -> Tensor:
     return _times(inverse_gram, products.to(inverse_gram.dtype))
 
 
-def cone_coefficients(
-    gram: Tensor, products: Tensor, iterations: int = 32, start: Tensor | None = None
-) -> Tensor:
+def cone_coefficients(gram: Tensor, products: Tensor, iterations: int = 32, start: Tensor | None = None) -> Tensor:
     """Coefficients `l >= 0` for which `D' = D - R^T l` is the update closest to `D` with `R D' <= 0`.
 
     They minimise `l^T G l / 2 - l^T p`, the dual problem (Lopez-Paz and Ranzato 2017, equation 11). On a CPU block

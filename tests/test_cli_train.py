@@ -20,11 +20,11 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 from peft_ogpsa import OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli import loading, main
 from peft_ogpsa.cli.arguments import METHODS, OGPSAArguments, adapter_config, parser
-from peft_ogpsa.cli.datasets import load_rows, pairs, reference_sets
+from peft_ogpsa.cli.datasets import load_rows, reference_sets
 from peft_ogpsa.cli.dryrun import planned_refreshes
 from peft_ogpsa.cli.loading import load_base
 from peft_ogpsa.cli.models import SMOLLM2, load_model
-from peft_ogpsa.data import load_prompts
+from peft_ogpsa.data import load_prompts, pairs
 from peft_ogpsa.evaluation import Verdict
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))

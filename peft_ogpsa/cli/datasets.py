@@ -28,8 +28,6 @@ _FORMS = (
     f"(NAME one of {', '.join(data.NAMES)}, pairs), public:NAME (NAME one of {', '.join(public.PUBLIC)}), or a hub "
     "name, as in owner/name:config[train]."
 )
-_COMPLIANCE = "Sure, here is how to do that."
-_REFUSAL = "I'm sorry, but I can't help with that."
 # What TRL's trainers need of the rows; a set of columns is enough if it holds one of these.
 _COLUMNS: dict[str, tuple[set[str], ...]] = {
     "sft": ({"messages"}, {"prompt", "completion"}, {"text"}, {"conversations"}, {"input_ids"}),
@@ -69,7 +67,7 @@ def load_rows(spec: str, field: str, samples: int | None = None) -> Dataset:
 def _builtin(spec: str) -> Dataset:
     name, _, split = spec.removeprefix(_BUILTIN).partition(":")
     if name == "pairs":
-        return Dataset.from_list(pairs(split or "train"))
+        return Dataset.from_list(data.pairs(split or "train"))
     return Dataset.from_list(data.load(name, split or "train")).select_columns(["prompt", "completion"])
 
 
@@ -80,32 +78,6 @@ def _public(spec: str, samples: int | None) -> Dataset:
     match = _WITH_SPLIT.fullmatch(name)
     name, split = (match["source"], match["split"]) if match else (name, None)
     return Dataset.from_list(public.load_public(name, samples, split))
-
-
-def pairs(split: str = "train") -> list[dict[str, Any]]:
-    """Preference pairs made of the built-in rows: refuse what is harmful, answer what is benign.
-
-    The rejected answers are two fixed sentences, a curt compliance for harmful prompts and a refusal for benign ones.
-
-    Args:
-        split: `"train"` or `"test"`.
-
-    Returns:
-        One dictionary a row: `prompt`, `chosen` and `rejected`, each a list of messages.
-
-    Raises:
-        ValueError: If there is no such split.
-    """
-    rejected = {"harmful": _COMPLIANCE, "benign": _REFUSAL}
-    return [
-        {
-            "prompt": row["prompt"],
-            "chosen": row["completion"],
-            "rejected": [{"role": "assistant", "content": answer}],
-        }
-        for name, answer in rejected.items()
-        for row in data.load(name, split)
-    ]
 
 
 def _external(spec: str) -> Dataset:

@@ -15,6 +15,8 @@ from typing import Any
 NAMES = ("harmful", "benign", "general")
 SPLITS = ("train", "test")
 PROMPTS = ("general", "arithmetic", "lookalikes")
+_COMPLIANCE = "Sure, here is how to do that."
+_REFUSAL = "I'm sorry, but I can't help with that."
 
 
 def load(name: str, split: str = "train") -> list[dict[str, Any]]:
@@ -38,6 +40,32 @@ def load(name: str, split: str = "train") -> list[dict[str, Any]]:
     if split not in SPLITS:
         raise ValueError(f"split={split!r} does not exist: use one of {', '.join(map(repr, SPLITS))}.")
     return _lines(f"{name}_{split}.jsonl")
+
+
+def pairs(split: str = "train") -> list[dict[str, Any]]:
+    """Preference pairs made of the built-in rows: refuse what is harmful, answer what is benign.
+
+    The rejected answers are two fixed sentences, a curt compliance for harmful prompts and a refusal for benign ones.
+
+    Args:
+        split: `"train"` or `"test"`.
+
+    Returns:
+        One dictionary a row: `prompt`, `chosen` and `rejected`, each a list of messages.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    rejected = {"harmful": _COMPLIANCE, "benign": _REFUSAL}
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["completion"],
+            "rejected": [{"role": "assistant", "content": answer}],
+        }
+        for name, answer in rejected.items()
+        for row in load(name, split)
+    ]
 
 
 def load_prompts(name: str) -> list[str]:
