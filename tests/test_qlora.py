@@ -223,6 +223,15 @@ def test_bfloat16_adapters_in_a_loop_of_ones_own_are_exact_on_the_float32_copy(s
     assert {p.dtype for p in parameters_of(model)} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("rate", "least"), [(1e-2, 1e-3), (1e-3, 1e-2), (2e-4, 1e-1)])
+def test_bfloat16_parameters_cannot_hold_the_constraint(saved, rate, least):
+    model = get_peft_model(prepared(saved), config_of()).train()
+    for parameter in parameters_of(model):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=rate)
+    assert least < max(step_violations(model, optimizer)) < 1
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("preparation", [True, False])
 def test_float16_compute_with_a_scaler_that_skips_steps(preparation, fused, saved):
