@@ -428,12 +428,14 @@ class Projector:
             # Taking away what is to be removed leaves parameters alone, to the bit, where nothing conflicts.
             for own, correction in zip(parameters, self.subspace.corrections(coefficients), strict=True):
                 torch._foreach_sub_(own, correction)
+                del correction  # before the next group's is made
             return
         torch._foreach_sub_(self._masters, step)
         masters = blocks.by_group(blocks.views(self._masters))
         for own, master, correction in zip(parameters, masters, self.subspace.corrections(coefficients), strict=True):
             torch._foreach_sub_(master, correction)
             torch._foreach_copy_(own, master)
+            del correction
 
     def _record(self, removed: Tensor, stack: Stack) -> None:
         total = torch.stack([torch.linalg.vecdot(part, part).sum().to(removed.device) for part in stack]).sum()

@@ -150,6 +150,7 @@ class Subspace:
         """Prepares what a projection needs from the rows and their Gram matrix."""
         if self.constraint == "cone":
             return
+        self.directions = self.rows  # frees the old basis before the new one is made
         # An explicit basis keeps nearly parallel rows exact, where the Gram matrix alone would lose them.
         weights = self.blocks.spread(geometry.span_weights(self.gram, self.rank))
         self.directions = [
@@ -196,12 +197,14 @@ class Subspace:
     def corrections(self, coefficients: Tensor) -> Iterator[list[Tensor]]:
         """The corrections that `coefficients` gave, group by group: a list of the pieces in their parameters' shapes.
 
-        Only one group's are in memory at a time.
+        Only one group's are in memory at a time, if the caller lets go of them.
         """
         parts = zip(self.directions, self.blocks.spread(coefficients), self.blocks.parameters, strict=True)
         for directions, own, parameters in parts:
-            pieces = geometry.combine(directions, own).unbind(0)
-            yield [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)]
+            yield [
+                piece.view(parameter.shape)
+                for piece, parameter in zip(geometry.combine(directions, own).unbind(0), parameters, strict=True)
+            ]
 
     def mean_weights(self, slots: Sequence[int]) -> Tensor:
         """Coefficients `(blocks, rows)` of the mean over sets of the mean raw gradient of the given slots."""

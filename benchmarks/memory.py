@@ -1,0 +1,634 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What OGPSA costs beyond plain QLoRA in memory and time, on models of any shape with random 4-bit weights.
+
+    python benchmarks/memory.py --shape llama3.1-8b --output docs/memory_llama3.1-8b             # on a GPU
+    python benchmarks/memory.py --length 256 --reference-length 128 --output docs/memory_small   # on a CPU
+    python benchmarks/memory.py --estimate --output docs/memory_estimate                         # computed, anywhere
+
+Prints tables in Markdown and writes the figures as JSON. Every run builds its model anew, one layer's weight at a
+time, so that no 16-bit copy of the model exists anywhere. On a GPU, peaks are those of torch's allocator; the pages of
+a paged optimizer are the driver's and not among them. On a CPU, torch's profiler sees every allocation and every
+release, and the report also says which functions of this package hold the memory at each peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import itertools
+import json
+import platform
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+
+from peft_ogpsa import OGPSAConfig, geometry
+from peft_ogpsa.reference import answer_loss
+
+SHAPES: dict[str, PretrainedConfig] = {
+    "small": LlamaConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+    "qwen2.5-7b": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+    "llama3.1-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    ),
+}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),  # the Trainer's default
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+}
+TILE = 2**24  # of geometry, on an accelerator
+REFRESH_STEPS = 5
+REFRESH_SAMPLES = 8
+
+Phase = Callable[[str], contextlib.AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run. `rows=0` is plain QLoRA."""
+
+    rows: int = 8
+    rows_dtype: str = "bfloat16"
+    adapter_dtype: str = "float32"
+    optimizer: str = "adamw"
+    rank: int = 16
+    length: int = 1024
+    reference_length: int = 512
+    reference_batch: int = 1
+
+
+def build(config: PretrainedConfig, device: str) -> nn.Module:
+    """A model of the shape with random weights: linear layers in nf4 with nested statistics, the rest in bfloat16."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            model.set_submodule(name, _quantised(module, device))
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                values = torch.empty_like(parameter, device=device).normal_(std=0.02)
+                module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    # Buffers (rotary frequencies) are computed, not stored.
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.is_loaded_in_4bit = True  # PEFT asks for it
+    model.tie_weights()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def _quantised(linear: nn.Linear, device: str) -> nn.Module:
+    inputs, outputs, bias = linear.in_features, linear.out_features, linear.bias is not None
+    layer = bnb.nn.Linear4bit(
+        inputs, outputs, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4", device=torch.device("meta")
+    )
+    if bias:
+        layer.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.bfloat16, device=device), requires_grad=False)
+    values = torch.empty(outputs, inputs, dtype=torch.bfloat16, device=device).normal_(std=0.02)
+    weight: Any = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4", module=layer)
+    layer.weight = weight.to(device)  # quantises
+    return layer
+
+
+def adapt(model: nn.Module, settings: Settings) -> PeftModel:
+    """Puts the adapter of the settings on the model, on all linear layers."""
+    lora: dict[str, Any] = {
+        "r": settings.rank,
+        "lora_alpha": 2 * settings.rank,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
+    own: dict[str, Any] = {
+        "rows": settings.rows,
+        "rows_dtype": settings.rows_dtype,
+        "refresh_steps": REFRESH_STEPS,
+    }
+    config = OGPSAConfig(**own, **lora) if settings.rows else LoraConfig(**lora)
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, settings.adapter_dtype))
+    return model
+
+
+def autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """The Trainer's `bf16=True`."""
+    return torch.autocast(device, torch.bfloat16)
+
+
+def train(model: PeftModel, settings: Settings, device: str, steps: int, phase: Phase) -> None:
+    """Takes optimizer steps on random tokens, each part of them within its phase: `refresh`, `step`, `optimizer`."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = OPTIMIZERS[settings.optimizer](trained, lr=1e-4)
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(examples: int, length: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(model.config.vocab_size, (examples, length), generator=generator).to(device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def reference_loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with autocast(device):
+            return answer_loss(model, inputs)
+
+    # PEFT asks for CUDA's autocast only, and would widen every input of the adapter on a CPU.
+    with disable_input_dtype_casting(model, active=device == "cpu"):
+        for _ in range(steps):
+            if settings.rows and model.projector.due:
+                samples = min(REFRESH_SAMPLES, settings.rows)
+                references = [
+                    batch(min(settings.reference_batch, samples - i), settings.reference_length)
+                    for i in range(0, samples, settings.reference_batch)
+                ]
+                with phase("refresh"):
+                    model.projector.refresh({"references": references}, reference_loss)
+            inputs = batch(1, settings.length)
+            with phase("step"):
+                with autocast(device):
+                    loss = model(**inputs, use_cache=False).loss
+                loss.backward()
+                del loss
+            with phase("optimizer"):
+                nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+# Memory
+
+
+class DeviceMeter:
+    """Peaks of torch's CUDA allocator in every phase, in bytes."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is allocated inside counts towards the phase's peak, with what stood before."""
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated())
+
+
+class MainMemoryMeter:
+    """Peaks of torch's main memory in every phase, in bytes, from the profiler's record of each (de)allocation.
+
+    What is measured must be allocated inside the `with` block: the profiler does not know what stood before it.
+
+    Attributes:
+        peaks: The most bytes held at once, by phase.
+        holders: At that moment, the bytes by the function of this package that had allocated them, innermost first;
+            what no function of ours had allocated is under `""`.
+    """
+
+    _OURS = re.compile(r".*peft_ogpsa/(\w+)\.py\(\d+\): (\w+)")
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+        self.holders: dict[str, Counter[str]] = {}
+        # Stacks are there only if operators are recorded with them.
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True)
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """What is allocated inside counts towards the phase's peak, with what stood before."""
+        return record_function(f"phase {name}")
+
+    def __enter__(self) -> MainMemoryMeter:
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._profile.__exit__(*error)
+        profiler: Any = self._profile.profiler
+        held: dict[int, tuple[int, str]] = {}
+        holders: Counter[str] = Counter()
+        phase = ""
+        changes = self._changes(profiler.kineto_results.experimental_event_tree(), "")
+        for _, pointer, size, name in sorted(changes, key=lambda change: change[0]):
+            if not pointer:
+                phase = name
+            elif size > 0:
+                held[pointer] = size, name
+                holders[name] += size
+            elif pointer in held:
+                released, owner = held.pop(pointer)
+                holders[owner] -= released
+            if phase and holders.total() > self.peaks.get(phase, 0):
+                self.peaks[phase] = holders.total()
+                self.holders[phase] = holders.copy()
+
+    def _changes(self, events: Iterable[Any], owner: str) -> Iterator[tuple[int, int, int, str]]:
+        """Time, address, signed size and owner of every allocation and release; with the address 0, phases' ends."""
+        for event in events:
+            name = _name(event)
+            if name == "[memory]":
+                yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size, owner
+            if name.startswith("phase "):
+                # It has no children: it starts and ends inside calls of its own.
+                yield event.start_time_ns, 0, 0, name.removeprefix("phase ")
+                yield event.end_time_ns, 0, 0, ""
+            ours = self._OURS.match(name)
+            yield from self._changes(event.children, f"{ours[1]}.{ours[2]}" if ours else owner)
+
+
+def _name(event: Any) -> str:
+    try:
+        return event.name
+    except UnicodeDecodeError:  # the profiler cuts long names, in the middle of a letter too
+        return ""
+
+
+def measure(config: PretrainedConfig, settings: Settings, device: str, steps: int = 3) -> dict[str, Any]:
+    """Peaks by phase of a few steps of a fresh model, in bytes, and who of this package holds them (on a CPU)."""
+    gc.collect()
+    meter = DeviceMeter() if device == "cuda" else MainMemoryMeter()
+    with meter if isinstance(meter, MainMemoryMeter) else contextlib.nullcontext():
+        with meter.phase("build"):
+            model = adapt(build(config, device), settings)
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        with patch.object(geometry, "TILE", tile(count)):
+            train(model, settings, device, steps, meter.phase)
+    result: dict[str, Any] = {"lora_parameters": count, "peaks": meter.peaks}
+    if isinstance(meter, MainMemoryMeter):
+        result["holders"] = {
+            phase: {owner: size for owner, size in holders.most_common() if owner and size > 0.01 * count}
+            for phase, holders in meter.holders.items()
+        }
+    return result
+
+
+def tile(count: int) -> int:
+    """Elements converted at a time, for so many LoRA parameters.
+
+    A tile is larger than all rows of a small model: there it is scaled down with the adapter, from that of 8 B at rank
+    16, so that small figures look like large ones.
+    """
+    return min(TILE, TILE * count // 41_943_040)
+
+
+class Clock:
+    """Seconds of every phase, in order, when the device is done with it."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: list[tuple[str, float]] = []
+        self._device = device
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is done inside counts."""
+        start = self._now()
+        yield
+        self.seconds.append((name, self._now() - start))
+
+    def _now(self) -> float:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def clock(config: PretrainedConfig, settings: Settings, device: str) -> dict[str, float]:
+    """Seconds of a training step with its optimizer step, and of a refresh, and tokens per second of both together.
+
+    Two steps warm up, each with its refresh; the five that follow hold one refresh, as throughout a long run.
+    """
+    watch = Clock(device)
+    train(adapt(build(config, device), settings), settings, device, 2 + REFRESH_STEPS, watch.phase)
+    warm = [i for i, (name, _) in enumerate(watch.seconds) if name == "optimizer"][1] + 1
+    timed = watch.seconds[warm:]
+    refresh = sum(seconds for name, seconds in timed if name == "refresh")
+    total = sum(seconds for _, seconds in timed)
+    return {
+        "seconds_step": (total - refresh) / REFRESH_STEPS,
+        "seconds_refresh": refresh,
+        "tokens_per_second": REFRESH_STEPS * settings.length / total,
+    }
+
+
+# Accounting
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model's shape memory depends on."""
+
+    layers: int
+    vocabulary: int
+    hidden: int
+    keys: int
+    inner: int
+    linears: tuple[tuple[int, int], ...]
+    rest: int
+
+    def lora_parameters(self, rank: int) -> int:
+        """Of adapters on all linear layers but the head."""
+        return sum(rank * (out + inputs) for out, inputs in self.linears)
+
+    def largest_group(self, rank: int) -> int:
+        """LoRA parameters in the most numerous kind of equal size; those of one size are projected together."""
+        sizes: Counter[int] = Counter()
+        for features in itertools.chain.from_iterable(self.linears):
+            sizes[rank * features] += rank * features
+        return max(sizes.values())
+
+
+def inspect_shape(config: Any) -> Shape:
+    """Counts the parameters of a model that is never allocated."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return Shape(
+        layers=config.num_hidden_layers,
+        vocabulary=config.vocab_size,
+        hidden=config.hidden_size,
+        keys=config.num_key_value_heads * config.hidden_size // config.num_attention_heads,
+        inner=config.intermediate_size,
+        linears=tuple((weight.shape[0], weight.shape[1]) for weight in linears),
+        rest=sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in linears),
+    )
+
+
+def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
+    """Computes, not measures, the bytes of what stays, of the parts of each phase, of what it adds, and the peaks.
+
+    The factors of activations were counted from the operations of transformers' Llama layers under bfloat16 autocast;
+    `docs/memory.md` says how close they come to measurements. The optimizer is `adamw` or `paged_adamw_8bit`, whose
+    pages are counted too.
+    """
+    n = shape.lora_parameters(settings.rank)
+    wide = {"float32": 4, "bfloat16": 2}
+    own = wide[settings.adapter_dtype]
+    blocks = 2 * len(shape.linears)
+    stay: dict[str, float] = {
+        "4-bit weights": sum(out * inputs for out, inputs in shape.linears) / 2,
+        # A byte for 64 weights, a float32 for 256 of those, and two code books of 16 and 256 float32 for each layer.
+        "their statistics": sum(out * inputs / 64 * (1 + 4 / 256) + 4 * (16 + 256) for out, inputs in shape.linears),
+        "embeddings, head, norms, biases": 2 * shape.rest,
+        "adapter": own * n,
+        "optimizer state": 2 * own * n if settings.optimizer == "adamw" else 2 * n * (1 + 4 / 256),
+    }
+    if settings.rows:
+        stay["rows"] = wide[settings.rows_dtype] * settings.rows * n
+        stay["Gram matrices, norms, coefficients"] = 8 * blocks * (settings.rows**2 + 2 * settings.rows)
+        if own < 4:
+            stay["float32 copy of the adapter"] = 4 * n
+    dequantised = 2 * max(out * inputs for out, inputs in shape.linears)
+    saved = 20 * shape.hidden + 4 * shape.keys + 8 * shape.inner + 14 * settings.rank  # bytes a token and layer
+
+    def head(tokens: int) -> float:
+        return 12 * tokens * shape.vocabulary  # log-probabilities and two gradients, in float32
+
+    def checkpoints(tokens: int) -> float:
+        return 2 * tokens * shape.layers * shape.hidden
+
+    def last_layer(tokens: int) -> float:
+        return dequantised + tokens * (saved + 7 * shape.hidden)
+
+    def checkpointed(tokens: int) -> float:
+        # Either at the loss, or at the first layer, the last to be recomputed, when all gradients are there.
+        return max(checkpoints(tokens) + head(tokens), own * n + last_layer(tokens))
+
+    gradients, length = own * n, settings.length
+    parts = {
+        "step: gradients": gradients,
+        "step: checkpoints": checkpoints(length),
+        "step: logits": head(length),
+        "step: recomputing a layer": last_layer(length),
+    }
+    add = {"step": checkpointed(length), "optimizer": gradients}
+    if settings.rows:
+        group, tokens = shape.largest_group(settings.rank), settings.reference_batch * settings.reference_length
+        # The snapshot, which becomes the step; then the correction of a group, and a tile of its rows if they are not
+        # in float32. The new float32 copy of a bfloat16 adapter stands beside the old one, and its rounding.
+        converted = 4 * tile(n) * (1 + 1 / settings.rows) if settings.rows_dtype != "float32" else 0
+        parts["optimizer: snapshot"] = 4 * n
+        parts["optimizer: correction"] = 4 * group + converted
+        parts["optimizer: new float32 copy"] = 4 * n + 2 * group if own < 4 else 0
+        parts["refresh: gradients"] = gradients
+        parts["refresh: checkpoints"] = checkpoints(tokens)
+        parts["refresh: logits"] = head(tokens)
+        parts["refresh: recomputing a layer"] = last_layer(tokens)
+        # A group's row in float32, and a tile of it in float64, twice.
+        parts["refresh: normalising"] = 4 * group + 16 * tile(n)
+        add["optimizer"] += parts["optimizer: snapshot"]
+        add["optimizer"] += max(parts["optimizer: correction"], parts["optimizer: new float32 copy"])
+        add["refresh"] = max(checkpointed(tokens), parts["refresh: normalising"])
+    total = sum(stay.values())
+    return {"stay": stay, "parts": parts, "add": add, "peaks": {phase: total + more for phase, more in add.items()}}
+
+
+# Reports
+
+
+def benchmark(config: PretrainedConfig, runs: list[Settings], device: str, repeats: int) -> list[dict[str, Any]]:
+    """Memory of every run, then their times, interleaved so that a slow minute of the machine is not one method's."""
+    shape = inspect_shape(config)
+    results = []
+    for settings in runs:
+        computed = estimate(shape, settings)["peaks"]
+        results.append({**asdict(settings), **measure(config, settings, device), "computed_peaks": computed})
+        _say(f"memory: {settings}")
+    times: dict[Settings, list[dict[str, float]]] = {settings: [] for settings in runs}
+    for settings in itertools.chain.from_iterable(itertools.repeat(runs, repeats)):
+        times[settings].append(clock(config, settings, device))
+        _say(f"time: {settings}")
+    for settings, result in zip(runs, results, strict=True):
+        result["times"] = times[settings]
+    return results
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def bytes_of_rows(result: dict[str, Any]) -> int:
+    """Rows times LoRA parameters times bytes."""
+    return result["rows"] * result["lora_parameters"] * {"float32": 4, "bfloat16": 2}[result["rows_dtype"]]
+
+
+def label(settings: dict[str, Any]) -> str:
+    """The method of a run, for tables."""
+    return f"OGPSA, {settings['rows']} rows {settings['rows_dtype']}" if settings["rows"] else "plain QLoRA"
+
+
+def plain_of(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The plain run with the same adapter dtype and optimizer."""
+    same = ("adapter_dtype", "optimizer")
+    return next((r for r in results if not r["rows"] and all(r[key] == result[key] for key in same)), None)
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The table of all runs."""
+    lines = [
+        "| method | adapter | optimizer | peak, MiB: refresh | step | optimizer step | more than plain, MiB "
+        "| of the rows' bytes | the step alone | tokens/s | ms a step | ms a refresh |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        peaks, plain, rows = result["peaks"], plain_of(result, results), bytes_of_rows(result)
+        cells = [label(result), result["adapter_dtype"], result["optimizer"]]
+        cells += [_mebibytes(peaks[phase]) if phase in peaks else "" for phase in ("refresh", "step", "optimizer")]
+        if rows and plain is not None:
+            more = _highest(peaks) - _highest(plain["peaks"])
+            cells += [_mebibytes(more), f"{more / rows:.2f}", f"{(peaks['step'] - plain['peaks']['step']) / rows:.3f}"]
+        else:
+            cells += ["", "", ""]
+        cells += [
+            _spread([run["tokens_per_second"] for run in result["times"]]),
+            _spread([1000 * run["seconds_step"] for run in result["times"]]),
+            _spread([1000 * run["seconds_refresh"] for run in result["times"]]) if rows else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def holders_markdown(results: list[dict[str, Any]]) -> str:
+    """Which functions of this package hold how much at each phase's peak."""
+    lines = ["| method | adapter | optimizer | peak of | bytes for each LoRA parameter |", "|---|---|---|---|---|"]
+    for result in results:
+        for phase, holders in result.get("holders", {}).items():
+            if phase != "build" and holders:
+                count = result["lora_parameters"]
+                held = ", ".join(f"`{owner}` {size / count:.2f}" for owner, size in holders.items())
+                lines.append(
+                    f"| {label(result)} | {result['adapter_dtype']} | {result['optimizer']} | {phase} | {held} |"
+                )
+    return "\n".join(lines)
+
+
+def accuracy_markdown(results: list[dict[str, Any]]) -> str:
+    """Computed peaks against measured ones."""
+    lines = ["| method | adapter | optimizer | computed / measured: refresh | step | optimizer step |"]
+    lines.append("|---|---|---|---|---|---|")
+    for result in results:
+        ratios = [
+            f"{result['computed_peaks'][phase] / result['peaks'][phase]:.3f}" if phase in result["peaks"] else ""
+            for phase in ("refresh", "step", "optimizer")
+        ]
+        lines.append(f"| {label(result)} | {result['adapter_dtype']} | {result['optimizer']} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def estimate_markdown(estimates: dict[str, list[tuple[Settings, dict[str, Any]]]]) -> str:
+    """Components, phases and peaks in MiB, a column for each shape and method."""
+    columns = [(name, settings, parts) for name, own in estimates.items() for settings, parts in own]
+    header = [f"{name}, {label(asdict(settings))}" for name, settings, _ in columns]
+    lines = [f"| computed, not measured; MiB | {' | '.join(header)} |", f"|---|{'---|' * len(columns)}"]
+    for kind, text in (("stay", "{}"), ("parts", "{}"), ("add", "{} adds at most"), ("peaks", "peak of {}")):
+        for name in dict.fromkeys(itertools.chain.from_iterable(parts[kind] for _, _, parts in columns)):
+            cells = [_mebibytes(parts[kind][name]) if name in parts[kind] else "" for _, _, parts in columns]
+            lines.append(f"| {text.format(name)} | {' | '.join(cells)} |")
+    highest = {id(parts): _highest(parts["peaks"]) for _, _, parts in columns}
+    lines.append(f"| **peak** | {' | '.join(f'**{_mebibytes(highest[id(parts)])}**' for _, _, parts in columns)} |")
+    cells = []
+    for name, settings, parts in columns:
+        plain = plain_of(asdict(settings), [{**asdict(other), **own} for other, own in estimates[name]])
+        more = 0 if plain is None or not settings.rows else highest[id(parts)] - _highest(plain["peaks"])
+        cells.append(f"{more / parts['stay']['rows']:.3f}" if more else "")
+    lines.append(f"| more than plain, of the rows' bytes | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _highest(peaks: dict[str, float]) -> float:
+    return max(size for phase, size in peaks.items() if phase != "build")
+
+
+def _mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})" if values else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("memory"), help="path without suffix")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--rows", type=int, nargs="+", default=[0, 8], help="0 is plain QLoRA")
+    parser.add_argument("--rows-dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=list(OPTIMIZERS))
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a training example, one a step")
+    parser.add_argument("--reference-length", type=int, default=512, help="tokens of a reference example")
+    parser.add_argument("--reference-batch", type=int, default=1, help="examples in one reference pass")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; 0 measures memory only")
+    parser.add_argument("--estimate", action="store_true", help="compute peaks of all shapes instead of measuring one")
+    arguments = parser.parse_args()
+    runs = [
+        Settings(
+            rows=rows,
+            rows_dtype=arguments.rows_dtype,
+            adapter_dtype=dtype,
+            optimizer=optimizer,
+            length=arguments.length,
+            reference_length=arguments.reference_length,
+            reference_batch=arguments.reference_batch,
+        )
+        for dtype, optimizer, rows in itertools.product(arguments.adapter_dtype, arguments.optimizer, arguments.rows)
+    ]
+    report: dict[str, Any] = {"torch": torch.__version__, "bitsandbytes": bnb.__version__}
+    if arguments.estimate:
+        computed = {
+            name: [(settings, estimate(inspect_shape(SHAPES[name]), settings)) for settings in runs]
+            for name in SHAPES
+            if name != "small"
+        }
+        report["computed"] = {
+            name: [{**asdict(settings), **parts} for settings, parts in own] for name, own in computed.items()
+        }
+        text = estimate_markdown(computed)
+    else:
+        machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
+        results = benchmark(SHAPES[arguments.shape], runs, arguments.device, arguments.repeats)
+        report |= {"device": f"{arguments.device} {machine}", "shape": arguments.shape, "measured": results}
+        text = "\n\n".join([markdown(results), holders_markdown(results), accuracy_markdown(results)])
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _say(text)
+
+
+if __name__ == "__main__":
+    main()
