@@ -52,6 +52,24 @@ SHAPES: dict[str, PretrainedConfig] = {
         num_key_value_heads=4,
         tie_word_embeddings=False,
     ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-1.5b": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
     "qwen2.5-7b": Qwen2Config(
         vocab_size=152064,
         hidden_size=3584,
@@ -613,8 +631,7 @@ def main() -> None:
     if arguments.estimate:
         computed = {
             name: [(settings, estimate(inspect_shape(SHAPES[name]), settings)) for settings in runs]
-            for name in SHAPES
-            if name != "small"
+            for name in ("qwen2.5-7b", "llama3.1-8b")
         }
         report["computed"] = {
             name: [{**asdict(settings), **parts} for settings, parts in own] for name, own in computed.items()

@@ -145,16 +145,17 @@ def train(
     rows: Rows,
     evaluator: Evaluator,
     arguments: QuickstartArguments,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[MethodResult, PeftModel]:
     """Trains one method on the harmful requests and their refusals, with general and benign examples as references."""
     set_seed(arguments.seed)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     measure = _Measure(evaluator, name, arguments.measurements)
-    callbacks: list[TrainerCallback] = [measure]
+    own: list[TrainerCallback] = [measure, *callbacks]
     if isinstance(config, OGPSAConfig):
         sets = [ReferenceSet(name, rows[name], samples=arguments.reference_samples) for name in ("general", "benign")]
-        callbacks.append(OGPSACallback(sets, seed=arguments.seed))
+        own.append(OGPSACallback(sets, seed=arguments.seed))
     examples = [encode_row(tokenizer, row, f"harmful row {i}") for i, row in enumerate(rows["harmful"])]
     # transformers' own trainer: TRL's reports every token's entropy as well, a third of the time on a CPU.
     trainer = Trainer(
@@ -175,7 +176,7 @@ def train(
         train_dataset=Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in examples]),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=own,
     )
     start = time.perf_counter()
     trainer.train()

@@ -1,0 +1,221 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What OGPSA adds to the time of training, beside the paper's rule and replay.
+
+    python benchmarks/overhead.py --output docs/overhead                                  # CPU, SmolLM2-135M
+    python benchmarks/overhead.py --shape qwen2.5-1.5b --length 512 --output docs/overhead_1.5b   # GPU, random weights
+    python benchmarks/overhead.py --shape llama3.1-8b --quantized --length 512 --output docs/overhead_8b
+
+All methods take the same training steps in turn, cycle by cycle, in one process; a figure is the median over cycles of
+the ratio to plain LoRA in the same round, so that whatever else the machine does falls on all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import SHAPES, build
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from peft_ogpsa import OGPSAConfig
+from peft_ogpsa.cli.models import load_model
+from peft_ogpsa.reference import answer_loss
+
+PAPER_EXAMPLES = 400  # of its two reference sets, at every refresh
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The training run that is timed."""
+
+    shape: str = "smollm2-135m"
+    quantized: bool = False
+    batch: int = 8
+    length: int = 64
+    reference_length: int = 64
+    rank: int = 16
+    steps: int = 5
+    """Of a cycle, and from one refresh to the next."""
+    repeats: int = 7
+    device: str = "cpu"
+
+
+class Method:
+    """One way of training, with a model of its own.
+
+    Args:
+        settings: The run.
+        config: The adapter's.
+        samples: Reference examples of a cycle: of a refresh, or with `replay` of extra training examples.
+        replay: Whether they are trained on.
+    """
+
+    def __init__(self, settings: Settings, config: LoraConfig, samples: float = 0, replay: bool = False) -> None:
+        self.settings, self.samples, self.replay = settings, samples, replay
+        self.model: Any = get_peft_model(_base(settings), config).train()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        self.projector = self.model.projector if isinstance(config, OGPSAConfig) else None
+        self._generator = torch.Generator().manual_seed(0)
+        if self.projector is not None:
+            self._refresh(config.rows if config.rows_from == "example" else 2 * settings.batch)
+
+    def cycle(self) -> dict[str, float]:
+        """Takes the steps of one cycle; returns seconds of the whole, of the refresh and of the projection."""
+        settings = self.settings
+        before = self._totals()
+        start = _now(settings.device)
+        if self.projector is not None:
+            # The paper's refresh is too large to run in every cycle: one batch of it, and its share of time.
+            self._refresh(min(int(self.samples), settings.batch) or 1)
+        refreshed = _now(settings.device)
+        extra = round(self.samples) if self.replay else 0
+        for step in range(settings.steps):
+            count = settings.batch + (extra if step == 0 else 0)
+            answer_loss(self.model, self._batch(count, settings.length)).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        end = _now(settings.device)
+        passed = min(int(self.samples), settings.batch) or 1
+        refresh = (refreshed - start) * (self.samples / passed)
+        projection = self._totals() - before
+        return {"seconds": end - refreshed + refresh, "refresh": refresh, "projection": projection}
+
+    def _refresh(self, count: int) -> None:
+        size, length = self.settings.batch, self.settings.reference_length
+        batches = [self._batch(min(size, count - i), length) for i in range(0, count, size)]
+        self.projector.refresh({"references": batches}, answer_loss)
+
+    def _batch(self, examples: int, length: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(self.model.config.vocab_size, (examples, length), generator=self._generator)
+        ids = ids.to(self.settings.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def _totals(self) -> float:
+        return 0.0 if self.projector is None else self.projector.diagnostics.stopwatch.totals().get("projection", 0.0)
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _base(settings: Settings) -> nn.Module:
+    if settings.shape == "smollm2-135m" and not settings.quantized:
+        return load_model(device=settings.device)[0]
+    config = SHAPES[settings.shape]
+    if settings.quantized:
+        return build(config, settings.device)
+    with torch.device(settings.device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def methods(settings: Settings) -> dict[str, Callable[[], Method]]:
+    """The ways of training by name, each made when it is called."""
+    lora: dict[str, Any] = {
+        "r": settings.rank,
+        "lora_alpha": 2 * settings.rank,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
+    default, paper = OGPSAConfig(**lora), OGPSAConfig.paper("sft", **lora)
+    samples = (default.refresh_samples or 0) * settings.steps / default.refresh_steps
+    return {
+        "plain LoRA": functools.partial(Method, settings, LoraConfig(**lora)),
+        "OGPSA, default": functools.partial(Method, settings, default, samples),
+        "replay of as many examples": functools.partial(Method, settings, LoraConfig(**lora), samples, replay=True),
+        "the paper's rule and schedule": functools.partial(
+            Method, settings, paper, PAPER_EXAMPLES * settings.steps / paper.refresh_steps
+        ),
+    }
+
+
+def benchmark(settings: Settings) -> dict[str, Any]:
+    """Times all methods in turn.
+
+    Returns:
+        By method: `seconds` of a cycle, and ratios to plain LoRA: `total`, `refresh` and `projection` (shares of plain
+        LoRA's time), each with median, least and most over the repeats.
+    """
+    made = {name: make() for name, make in methods(settings).items()}
+    for method in made.values():
+        method.cycle()
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in tqdm(range(settings.repeats), "Rounds"):
+        gc.collect()
+        rounds.append({name: method.cycle() for name, method in made.items()})
+    plain = [each["plain LoRA"]["seconds"] for each in rounds]
+    result: dict[str, Any] = {}
+    for name in made:
+        own = [each[name] for each in rounds]
+        result[name] = {
+            "seconds": _spread([cycle["seconds"] for cycle in own]),
+            "total": _spread([cycle["seconds"] / base for cycle, base in zip(own, plain, strict=True)]),
+            "refresh": _spread([cycle["refresh"] / base for cycle, base in zip(own, plain, strict=True)]),
+            "projection": _spread([cycle["projection"] / base for cycle, base in zip(own, plain, strict=True)]),
+        }
+    return result
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A table of the ratios."""
+    lines = [
+        "| method | time, of plain LoRA's | spread | of that, reference gradients | projection |",
+        "|---|---|---|---|---|",
+    ]
+    for name, own in result.items():
+        total = own["total"]
+        lines.append(
+            f"| {name} | {total['median']:.3f} | {total['least']:.3f} to {total['most']:.3f} | "
+            f"{own['refresh']['median']:.3f} | {own['projection']['median']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="Name of the .json file, without its ending.")
+    default = Settings(device="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", default=default.shape, choices=list(SHAPES))
+    parser.add_argument("--quantized", action="store_true")
+    for name in ("batch", "length", "reference_length", "rank", "steps", "repeats"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
+    parser.add_argument("--device", default=default.device)
+    arguments = vars(parser.parse_args())
+    output = arguments.pop("output")
+    settings = Settings(**arguments)
+    result = benchmark(settings)
+    report = {
+        "settings": asdict(settings),
+        "machine": torch.cuda.get_device_name()
+        if settings.device == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "methods": result,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

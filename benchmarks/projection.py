@@ -1,0 +1,202 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The projection of one optimizer step against the memory that it must move, and how it scales.
+
+    python benchmarks/projection.py --output docs/projection                                   # CPU, SmolLM2's shape
+    python benchmarks/projection.py --shape llama3.1-8b --rows 8 --output docs/projection_8b   # GPU
+
+Only the adapter is made, without its base model, and gradients are random. A projection must read the rows twice, once
+for the products and once for the correction, since every coefficient depends on all products; and it must copy the
+parameters before the step, read both, and write the correction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import SHAPES
+from peft import PeftModel, get_peft_model
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from peft_ogpsa import OGPSAConfig
+
+STEPS, WARM_UP = 12, 3
+PARAMETER_PASSES = 6  # float32: the copy reads and writes, the difference reads two, the correction reads and writes
+
+
+def adapter(shape: str, rank: int, layers: int | None, rows: int, rows_dtype: str, device: str) -> PeftModel:
+    """An OGPSA adapter on a model that has a shape and no weights, with rows of random gradients."""
+    config = copy.deepcopy(SHAPES[shape])
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    settings = OGPSAConfig(
+        r=rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        rows=rows,
+        rows_dtype=rows_dtype,
+        rows_from="batch",
+        refresh_steps=10**9,
+    )
+    with torch.device("meta"):
+        model: Any = get_peft_model(AutoModelForCausalLM.from_config(config), settings)
+    generator = torch.Generator(device).manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                values = 0.01 * torch.randn(parameter.shape, generator=generator, device=device)
+                module._parameters[name] = nn.Parameter(values)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    common = [torch.randn(parameter.shape, generator=generator, device=device) for parameter in trained]
+
+    def loss(_: Any, batch: torch.Tensor) -> torch.Tensor:
+        # Rows that share a part, as reference gradients do.
+        parts = zip(trained, common, strict=True)
+        return sum((p * (c + 2 * torch.randn(c.shape, generator=generator, device=device))).sum() for p, c in parts)
+
+    model.projector.refresh({"references": [torch.zeros(1)] * rows}, loss)
+    return model
+
+
+def step_seconds(model: PeftModel, device: str) -> list[float]:
+    """Seconds that the projection took in each of some steps, on random gradients."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    stopwatch = model.projector.diagnostics.stopwatch
+    seconds = []
+    for _ in range(WARM_UP + STEPS):
+        for parameter in trained:
+            parameter.grad = torch.randn_like(parameter)
+        before = stopwatch.totals().get("projection", 0.0)
+        optimizer.step()
+        seconds.append(stopwatch.totals()["projection"] - before)
+    return seconds[WARM_UP:]
+
+
+def kernels(model: PeftModel) -> int | None:
+    """Kernels launched in one optimizer step with the projection, the optimizer's own left out; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3, foreach=True)
+    counts = []
+    for enabled in (True, False):
+        model.projector.enabled = enabled
+        for parameter in trained:
+            parameter.grad = torch.randn_like(parameter)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            optimizer.step()
+            torch.cuda.synchronize()
+        counts.append(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()))
+    model.projector.enabled = True
+    return counts[0] - counts[1]
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second that a large copy reads and writes together, the best of several."""
+    source = torch.empty(2**26, device=device).normal_()
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(8):
+        start = _now(device)
+        target.copy_(source)
+        best = max(best, 2 * source.numel() * source.element_size() / (_now(device) - start))
+    return best
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def benchmark(shape: str, rows: int, rows_dtype: str, rank: int, device: str) -> list[dict[str, Any]]:
+    """The case as asked, and with rows, rank and layers halved and doubled."""
+    layers = SHAPES[shape].num_hidden_layers
+    cases = [
+        ("as asked", rows, rank, layers),
+        ("half the rows", rows // 2, rank, layers),
+        ("twice the rows", 2 * rows, rank, layers),
+        ("half the rank", rows, rank // 2, layers),
+        ("twice the rank", rows, 2 * rank, layers),
+        ("half the layers", rows, rank, layers // 2),
+        ("twice the layers", rows, rank, 2 * layers),
+    ]
+    results = []
+    for name, own_rows, own_rank, own_layers in tqdm(cases, "Cases"):
+        model = adapter(shape, own_rank, own_layers, own_rows, rows_dtype, device)
+        speed = bandwidth(device)  # beside each case, for a machine that does other things too
+        seconds = step_seconds(model, device)
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        width = {"float32": 4, "bfloat16": 2}[rows_dtype]
+        must_move = count * (2 * own_rows * width + 4 * PARAMETER_PASSES)
+        results.append(
+            {
+                "case": name,
+                "rows": own_rows,
+                "rank": own_rank,
+                "layers": own_layers,
+                "lora_parameters": count,
+                "seconds": statistics.median(seconds),
+                "least": min(seconds),
+                "most": max(seconds),
+                "bytes": must_move,
+                "bandwidth": speed,
+                "of_the_copy": statistics.median(seconds) / (must_move / speed),
+                "kernels": kernels(model),
+            }
+        )
+        del model
+    return results
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """A table of the cases."""
+    lines = [
+        "| case | rows | rank | layers | milliseconds (least to most) | of the first | of a copy | kernels |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for own in results:
+        milliseconds = f"{1e3 * own['seconds']:.1f} ({1e3 * own['least']:.1f} to {1e3 * own['most']:.1f})"
+        share = own["seconds"] / results[0]["seconds"]
+        lines.append(
+            f"| {own['case']} | {own['rows']} | {own['rank']} | {own['layers']} | {milliseconds} | {share:.2f} | "
+            f"{own['of_the_copy']:.2f} | {own['kernels'] or ''} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="Name of the .json file, without its ending.")
+    parser.add_argument("--shape", default="smollm2-135m", choices=list(SHAPES))
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rows-dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    results = benchmark(arguments.shape, arguments.rows, arguments.rows_dtype, arguments.rank, arguments.device)
+    report = {
+        "arguments": {**vars(arguments), "output": arguments.output.name},
+        "machine": torch.cuda.get_device_name()
+        if arguments.device == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "cases": results,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
