@@ -44,7 +44,7 @@ def merge_adapter(
     if getattr(model, "quantization_method", None) is not None:
         raise ValueError(
             f"base={source!r} is stored quantised, and an adapter merged into it would lose most of what it learnt. "
-            " Give the unquantised model: merge_adapter(..., base=NAME)."
+            "Give the unquantised model: merge_adapter(..., base=NAME)."
         )
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).to(dtype)
     if output_dir is not None:
