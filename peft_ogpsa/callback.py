@@ -20,6 +20,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import checkpoint
+from .config import OGPSAConfig
 from .model import projector_of, tuner_of
 from .preferences import Pair, with_margins
 from .projector import Projector
@@ -137,7 +138,8 @@ class OGPSACallback(TrainerCallback):
             if isinstance(own[0], Pair):
                 bar = tqdm(batched(own, batch_size), f"Reference policy on {name}", disable=args.disable_tqdm)
                 examples[name] = with_margins(model, tuner_of(model), bar, lambda p: self._collate(p, model))
-        self._loader = ReferenceLoader(examples, projector.config.refresh_samples, batch_size, self.seed)
+        samples = refresh_samples(projector.config, args, batch_size, len(examples))
+        self._loader = ReferenceLoader(examples, samples, batch_size, self.seed)
         self._projector = projector
         # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
         projector.reset()
@@ -213,6 +215,34 @@ class OGPSACallback(TrainerCallback):
                 "Give OGPSACallback(resume_from=DIRECTORY) if the checkpoint lies elsewhere, or "
                 "OGPSACallback(rebuild_subspace=True) to compute new reference gradients."
             ) from error
+
+
+def refresh_samples(config: OGPSAConfig, args: TrainingArguments, batch_size: int, sets: int) -> int | None:
+    """How many reference examples a refresh takes; `None` is all.
+
+    Args:
+        config: What decides it: `refresh_samples`, or else `reference_budget`.
+        args: The trainer's, which tell how many examples are trained on from one refresh to the next.
+        batch_size: Of a reference pass.
+        sets: How many reference sets there are.
+
+    Raises:
+        ValueError: If `refresh_samples` leaves a set without its row, with `rows_from="set"`.
+    """
+    given = config.refresh_samples
+    if config.rows_from == "set" and given is not None and given < sets:
+        raise ValueError(
+            f"refresh_samples={given} is less than the {sets} reference sets, and with rows_from='set' every set has "
+            f"a row. Set refresh_samples={sets} or more, or give fewer sets."
+        )
+    if given is not None or config.reference_budget is None:
+        return given
+    trained = config.refresh_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    wanted = max(1, round(config.reference_budget * trained))
+    if config.rows_from == "set":
+        return max(wanted, sets)
+    # More than the ring holds would be work thrown away.
+    return min(wanted, config.rows if config.rows_from == "example" else config.rows * batch_size)
 
 
 def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:

@@ -426,7 +426,11 @@ def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[st
     rule = _RULES[settings["constraint"], settings["projection"]]
     rank = settings["subspace_rank"]
     leading = f" Only their {rank} leading directions were used." if rank else ""
-    samples = settings["refresh_samples"] or "all"
+    samples, budget = settings["refresh_samples"], settings["reference_budget"]
+    if samples is None and budget is not None:
+        amount = f"with {budget:g} reference examples for each training example"
+    else:
+        amount = f"from {samples or 'all'} reference examples each time"
     lines = [
         "OGPSA (Orthogonal Gradient Projection for Safety Alignment, "
         "[arXiv 2602.07892](https://arxiv.org/abs/2602.07892)) on LoRA's matrices. Reference sets stand for the "
@@ -437,7 +441,7 @@ def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[st
         f"{settings['rows']} reference gradients, each of {_ROWS_FROM[settings['rows_from']]} and held in "
         f"{settings['rows_dtype']}.{leading}",
         f"- Refreshed before and after the first optimizer step, and then every {settings['refresh_steps']} steps, "
-        f"from {samples} reference examples each time.",
+        f"{amount}.",
     ]
     if settings["projection"] == "gradient":
         lines.append("- The step that an optimizer such as AdamW makes of a projected gradient is not itself bound.")

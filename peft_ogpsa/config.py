@@ -54,7 +54,10 @@ class OGPSAConfig(LoraConfig):
             the rows. By default all.
         refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next. There is always another after
             the first step: LoRA starts with B = 0, where the gradient of A is zero.
-        refresh_samples (`int`, *optional*): Reference examples used at a refresh, over all sets; `None` uses all.
+        reference_budget (`float`, *optional*): Reference examples passed forward and backward for each training
+            example, which is the share that references add to the cost of training. `OGPSACallback` makes it a number
+            of examples at each refresh, at least one. `None` uses all of every set, as the paper does.
+        refresh_samples (`int`, *optional*): So many examples at a refresh, over all sets, instead of a budget.
         reference_weight (`float`): On steps that refreshed, add this much of the mean fresh reference gradient to the
             training gradient. This is replay, and 0 means none.
         missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`,
@@ -107,9 +110,16 @@ class OGPSAConfig(LoraConfig):
             "first step, because with B = 0 the gradient of A is zero."
         },
     )
+    reference_budget: float | None = field(
+        default=0.1,
+        metadata={
+            "help": "Reference examples passed for each training example: the share that references add to the cost "
+            "of training. None uses all of every set at each refresh."
+        },
+    )
     refresh_samples: int | None = field(
-        default=8,
-        metadata={"help": "Reference examples used at a refresh, over all sets. None uses all of every set."},
+        default=None,
+        metadata={"help": "So many reference examples at a refresh, over all sets, instead of reference_budget."},
     )
     reference_weight: float = field(
         default=0.0,
@@ -140,6 +150,11 @@ class OGPSAConfig(LoraConfig):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 none = ", or None" if name in _OPTIONAL_COUNTS else ""
                 raise ValueError(f"{name}={value!r} is not allowed. Use an integer of at least 1{none}.")
+        budget = self.reference_budget
+        if budget is not None and (
+            not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf
+        ):
+            raise ValueError(f"reference_budget={budget!r} is not allowed. Use a finite number above 0, or None.")
         weight = self.reference_weight
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
             raise ValueError(f"reference_weight={weight!r} is not allowed. Use a finite number of at least 0.")
@@ -188,6 +203,7 @@ class OGPSAConfig(LoraConfig):
             "rows": 2,
             "rows_from": "set",
             "refresh_steps": _PAPER_REFRESH_STEPS[stage],
+            "reference_budget": None,
             "refresh_samples": None,
             "reference_weight": 0.0,
         }

@@ -75,9 +75,13 @@ class Diagnostics:
         self._steps = 0
         self._reported: dict[str, float] = {}
 
+    def forget(self) -> None:
+        """Drops the last losses and cosines of every set, as for a new stage of training with sets of its own."""
+        self._losses, self._cosines = {}, {}
+
     def record_losses(self, losses: dict[str, float]) -> None:
         """Takes the reference loss of every set, in the loss's own unit (nats per token for `ReferenceSet`)."""
-        self._losses = dict(losses)
+        self._losses.update(losses)
 
     def record_cosines(self, cosines: dict[str, Tensor]) -> None:
         """Takes the cosine of the training gradient with every set's mean reference gradient."""
@@ -93,9 +97,9 @@ class Diagnostics:
         """The figures since the last call, by log name; waits for the device.
 
         Returns:
-            `ogpsa/loss/SET` (last refresh), `ogpsa/cosine/SET` (last refresh; positive: the training gradient also
-            lowers that reference loss), `ogpsa/removed` (norm removed over norm before, mean over steps, 0 to 1),
-            `ogpsa/seconds_refresh` and `ogpsa/seconds_projection`. Empty if nothing has happened.
+            `ogpsa/loss/SET` (at the last refresh that drew of the set), `ogpsa/cosine/SET` (last refresh; positive: the
+            training gradient also lowers that reference loss), `ogpsa/removed` (norm removed over norm before, mean
+            over steps, 0 to 1), `ogpsa/seconds_refresh` and `ogpsa/seconds_projection`. Empty if nothing has happened.
         """
         figures = {f"ogpsa/loss/{name}": loss for name, loss in self._losses.items()}
         figures |= {f"ogpsa/cosine/{name}": float(value) for name, value in self._cosines.items()}

@@ -271,6 +271,7 @@ class Projector:
         self.subspace = self._before = self._masters = None
         self._fresh = []
         self.steps = self._steps_since_refresh = 0
+        self.diagnostics.forget()
 
     def retire(self) -> None:
         """Lets go of the optimizer's steps for good; the adapter has been unloaded."""

@@ -251,17 +251,13 @@ class ReferenceLoader:
 
     Args:
         sets (`Mapping[str, Sequence]`): Tokenised examples, or pairs, by set name.
-        samples (`int`, *optional*): Examples per draw, spread evenly over the sets. `None`: all of every set.
+        samples (`int`, *optional*): Examples per draw, spread evenly over the sets; of fewer than there are sets,
+            every draw takes other sets. `None`: all of every set.
         batch_size (`int`): Examples per batch; batches hold examples of similar length.
         seed (`int`): Of the order, which differs from epoch to epoch.
     """
 
     def __init__(self, sets: Mapping[str, Sequence[Any]], samples: int | None, batch_size: int, seed: int = 0) -> None:
-        if samples is not None and samples < len(sets):
-            raise ValueError(
-                f"refresh_samples={samples} is less than the {len(sets)} reference sets, so that some would be "
-                f"left out. Set refresh_samples={len(sets)} or more, or give fewer sets."
-            )
         self.sets = {name: list(examples) for name, examples in sets.items()}
         self.samples = samples
         self.batch_size = batch_size
@@ -270,10 +266,10 @@ class ReferenceLoader:
         self._draws = 0
 
     def draw(self) -> dict[str, list[list[Any]]]:
-        """The next examples of every set, in batches."""
+        """The next examples by set, in batches; sets of which none is drawn this time are left out."""
         drawn = {name: batched(list(self._take(name)), self.batch_size) for name in self.sets}
         self._draws += 1
-        return drawn
+        return {name: batches for name, batches in drawn.items() if batches}
 
     def _take(self, name: str) -> Iterator[Any]:
         examples = self.sets[name]

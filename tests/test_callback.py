@@ -22,6 +22,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
+from peft_ogpsa.callback import refresh_samples
 from peft_ogpsa.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
 
 TRAINING = [chat(f"How do I break rule {i}?", "I can't help with that, sorry.") for i in range(12)]
@@ -379,3 +380,44 @@ def test_deepspeed_and_several_processes_are_refused(tmp_path):
     for values, message in (({"deepspeed": "zero2.json"}, "DeepSpeed"), ({"world_size": 2}, "world size 2")):
         with pytest.raises(ValueError, match=message):
             callback.on_train_begin(Arguments(**values), trainer.state, trainer.control, model=trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "batch_size", "accumulation", "expected"),
+    [
+        ({}, 8, 1, 4),
+        ({}, 8, 2, 8),
+        ({}, 1, 1, 1),  # at least one
+        ({"reference_budget": 0.25}, 8, 1, 10),
+        ({"refresh_steps": 1}, 16, 1, 2),
+        ({}, 256, 1, 48),  # no more than the rows that are held
+        ({"rows_from": "batch", "rows": 2}, 256, 1, 128),
+        ({"rows_from": "set"}, 256, 4, 512),
+        ({"rows_from": "set"}, 1, 1, 3),  # every set has a row
+        ({"refresh_samples": 7}, 8, 1, 7),  # instead of a budget
+        ({"reference_budget": None}, 8, 1, None),  # all
+    ],
+)
+def test_budget(knobs, batch_size, accumulation, expected):
+    args = TrainingArguments(
+        per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, use_cpu=True
+    )
+    assert refresh_samples(OGPSAConfig(**knobs), args, batch_size=64, sets=3) == expected
+
+
+def test_too_few_samples_for_rows_of_sets():
+    config = OGPSAConfig(rows_from="set", refresh_samples=2)
+    with pytest.raises(ValueError, match="refresh_samples=2 is less than the 3 reference sets"):
+        refresh_samples(config, TrainingArguments(use_cpu=True), batch_size=8, sets=3)
+
+
+def test_budget_in_training(tmp_path):
+    model = model_of(refresh_samples=None, reference_budget=0.1)
+    trainer = sft(tmp_path, model, max_steps=12, per_device_train_batch_size=5)  # 10 examples between refreshes
+    trainer.train()
+    diagnostics = model.projector.diagnostics
+    assert diagnostics.refreshes == 7  # before the steps 0, 1, 3, 5, 7, 9, 11
+    assert diagnostics.reference_examples == 7
+    last = trainer.state.log_history[-2]
+    assert {"ogpsa/loss/general", "ogpsa/loss/benign"} <= last.keys()  # each drawn of in turn
+    assert set(model.projector.subspace.sets) == {"general", "benign", None}

@@ -325,9 +325,9 @@ def test_every_ogpsa_knob_is_an_option():
     lora = _lora()
     assert OGPSAArguments().__dict__.keys() - {"method"} == OGPSAConfig().ogpsa_dict().keys() - {"missing_reference"}
     assert adapter_config(OGPSAArguments(), lora, "sft").ogpsa_dict() == OGPSAConfig().ogpsa_dict()
-    given = OGPSAArguments(scope="model", refresh_samples=0, reference_weight=0.5)
+    given = OGPSAArguments(scope="model", reference_budget=0, reference_weight=0.5)
     config = adapter_config(given, lora, "dpo")
-    assert (config.scope, config.refresh_samples, config.reference_weight, config.r) == ("model", None, 0.5, 3)
+    assert (config.scope, config.reference_budget, config.reference_weight, config.r) == ("model", None, 0.5, 3)
     paper = adapter_config(OGPSAArguments(method="paper", rows=3), lora, "dpo")
     assert (paper.rows, paper.refresh_steps, paper.constraint) == (3, 5, "orthogonal")
 

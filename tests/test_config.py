@@ -27,7 +27,8 @@ DEFAULTS = {
     "rows_dtype": "float32",
     "subspace_rank": None,
     "refresh_steps": 5,
-    "refresh_samples": 8,
+    "reference_budget": 0.1,
+    "refresh_samples": None,
     "reference_weight": 0.0,
     "missing_reference": "error",
 }
@@ -110,6 +111,18 @@ def test_reference_weight(value):
     assert OGPSAConfig(reference_weight=value).reference_weight == value
 
 
+@pytest.mark.parametrize("value", [0, -0.1, math.inf, math.nan, True, "1"])
+def test_reference_budget_must_be_finite_and_above_zero(value):
+    with pytest.raises(ValueError) as caught:
+        OGPSAConfig(reference_budget=value)
+    assert f"reference_budget={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, 0.01, 1, 2.5])
+def test_reference_budget(value):
+    assert OGPSAConfig(reference_budget=value).reference_budget == value
+
+
 def test_subspace_rank_needs_orthogonal():
     with pytest.raises(ValueError, match=r"subspace_rank=4 .*constraint='cone'"):
         OGPSAConfig(subspace_rank=4)
@@ -140,6 +153,7 @@ def test_paper(stage, refresh_steps):
         "rows": 2,
         "rows_from": "set",
         "refresh_steps": refresh_steps,
+        "reference_budget": None,
         "refresh_samples": None,
         "reference_weight": 0.0,
     }

@@ -169,9 +169,13 @@ def test_loader_resumes_and_ignores_the_global_generator():
         ReferenceLoader({"a": examples(6)}, samples=4, batch_size=2).load_state_dict(stopped.state_dict())
 
 
-def test_too_few_samples_for_the_sets():
-    with pytest.raises(ValueError, match="refresh_samples=1 is less than the 2 reference sets"):
-        ReferenceLoader({"a": examples(6), "b": examples(9)}, samples=1, batch_size=2)
+def test_fewer_samples_than_sets_are_of_every_set_in_turn():
+    loader = ReferenceLoader({"a": examples(6), "b": examples(9, 50), "c": examples(3, 70)}, samples=2, batch_size=2)
+    draws = [ids_of(loader.draw()) for _ in range(6)]
+    assert all(sum(map(len, draw.values())) == 2 for draw in draws)
+    assert [len([draw for draw in draws if name in draw]) for name in "abc"] == [4, 4, 4]
+    # Every example of a set comes before one comes again.
+    assert len({example for draw in draws for example in draw.get("c", [])}) == 3
 
 
 def test_loss_needs_a_causal_language_model():

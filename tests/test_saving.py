@@ -39,6 +39,7 @@ KNOBS = {
     "rows_dtype": "bfloat16",
     "subspace_rank": 3,
     "refresh_steps": 2,
+    "reference_budget": 0.25,
     "refresh_samples": None,
     "reference_weight": 0.5,
     "missing_reference": "warn",

@@ -25,7 +25,7 @@ def _knobs() -> list[tuple[str, Any, Any]]:
         if knob.name not in own or knob.name == "missing_reference":  # the command always has references
             continue
         text = knob.metadata["help"]
-        if knob.name == "refresh_samples":  # None, which is all here, must mean "not given" there
+        if knob.name == "reference_budget":  # None, which is all there, means "not given" here
             text = text.replace("None uses all", "0 uses all")
         text += f" Not given: {knob.default}, or what the paper does with method=paper."
         knobs.append((knob.name, hints[knob.name] | None, field(default=None, metadata={"help": text})))
@@ -133,7 +133,7 @@ def adapter_config(ogpsa: Any, lora: LoraConfig, stage: Literal["sft", "dpo"]) -
     if ogpsa.method == "plain":
         return lora
     knobs = {name: value for name, value in vars(ogpsa).items() if name != "method" and value is not None}
-    if knobs.get("refresh_samples") == 0:
-        knobs["refresh_samples"] = None
+    if knobs.get("reference_budget") == 0:
+        knobs["reference_budget"] = None
     knobs |= {f.name: getattr(lora, f.name) for f in fields(lora)}
     return OGPSAConfig.paper(stage, **knobs) if ogpsa.method == "paper" else OGPSAConfig(**knobs)
