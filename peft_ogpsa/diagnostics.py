@@ -97,7 +97,7 @@ class Diagnostics:
         """The figures since the last call, by log name; waits for the device.
 
         Returns:
-            `ogpsa/loss/SET` (at the last refresh that drew of the set), `ogpsa/cosine/SET` (last refresh; positive: the
+            `ogpsa/loss/SET` (at the last refresh that drew of it), `ogpsa/cosine/SET` (last refresh; positive: the
             training gradient also lowers that reference loss), `ogpsa/removed` (norm removed over norm before, mean
             over steps, 0 to 1), `ogpsa/seconds_refresh` and `ogpsa/seconds_projection`. Empty if nothing has happened.
         """
