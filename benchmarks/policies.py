@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,42 +25,90 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from peft_ogpsa import OGPSAConfig, ReferenceSet
+from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli import quickstart
 from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.evaluation import Evaluator
+from peft_ogpsa.model import projector_of
+from peft_ogpsa.modes import undisturbed
 from peft_ogpsa.reference import ReferenceLoader, answer_loss, collate
+
+POOL = {"general": 129, "benign": 63}
+"""Reference examples by set, 192 together; those of `benign` are all there are."""
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A way of training: an adapter's configuration, or plain LoRA with so many replayed examples every 5 steps."""
+    """A way of training.
+
+    Attributes:
+        config: Makes the adapter's configuration.
+        replay: With plain LoRA, how many reference examples every fifth step also learns.
+        threshold: Refresh where a reference loss has risen by so many nats, instead of regularly.
+    """
 
     config: Callable[[], LoraConfig]
     replay: int = 0
+    threshold: float | None = None
 
 
-def cone(**knobs: Any) -> Policy:
+def cone(threshold: float | None = None, **knobs: Any) -> Policy:
     """The cone on the update, with settings of its own."""
-    return Policy(lambda: OGPSAConfig(**{**LORA, **knobs}))
+    return Policy(lambda: OGPSAConfig(**{**LORA, **knobs}), threshold=threshold)
 
 
+# "4/5" is 4 reference examples every 5 steps. All but the last two groups are at 10 % of the training examples, as far
+# as whole examples allow.
 POLICIES = {
     "plain": Policy(lambda: LoraConfig(**LORA)),
     "replay 4/5": Policy(lambda: LoraConfig(**LORA), replay=4),
-    "replay 8/5": Policy(lambda: LoraConfig(**LORA), replay=8),
     "cone 4/5": cone(refresh_samples=4),
-    "cone 8/5": cone(refresh_samples=8),
-    "cone 2/2": cone(refresh_steps=2, refresh_samples=2),
-    "cone 8/10": cone(refresh_steps=10, refresh_samples=8),
+    "cone 192/10, rows of batches": cone(refresh_steps=10, refresh_samples=192, rows_from="batch"),
     "cone 4/5, weight 1": cone(refresh_samples=4, reference_weight=1.0),
+    "cone 1/1": cone(refresh_steps=1, refresh_samples=1),
+    "cone 8/10": cone(refresh_steps=10, refresh_samples=8),
+    "cone 8, where a loss has risen": cone(threshold=0.02, refresh_steps=20, refresh_samples=8),
+    # Fewer bytes
+    "cone 4/5, bfloat16": cone(refresh_samples=4, rows_dtype="bfloat16"),
+    "cone 4/5, int8": cone(refresh_samples=4, rows_dtype="int8"),
     "cone 4/5, 24 rows": cone(refresh_samples=4, rows=24),
     "cone 4/5, 12 rows": cone(refresh_samples=4, rows=12),
-    "cone 4/5, bfloat16": cone(refresh_samples=4, rows_dtype="bfloat16"),
-    "cone 192/10": cone(refresh_steps=10, refresh_samples=192, rows=48, rows_from="batch"),
+    "cone 4/5, 4 rows": cone(refresh_samples=4, rows=4),
+    "cone 4/5, 12 rows of 2 examples": cone(refresh_samples=4, rows=12, rows_from="batch"),
+    # More compute
+    "replay 8/5": Policy(lambda: LoraConfig(**LORA), replay=8),
+    "cone 8/5": cone(refresh_samples=8),
 }
+
+
+class Adaptive(OGPSACallback):
+    """Refreshes where the promise is broken: where the loss of one example of each set has risen by `threshold`.
+
+    They are passed forward every second step, which is a third of a training pass each.
+    """
+
+    def __init__(self, sets: list[ReferenceSet], threshold: float, seed: int) -> None:
+        super().__init__(sets, seed=seed)
+        self.threshold = threshold
+        self.examples = 0.0
+        self._kept = math.inf
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Refreshes where it is due, or where the probe says so."""
+        due = self._projector.due
+        if not due and state.global_step % 2 == 0:
+            due = self._probe(model) > self._kept + self.threshold
+        if due:
+            self._refresh(args, model)
+            self._kept = self._probe(model)
+
+    def _probe(self, model: Any) -> float:
+        examples = [own[0] for own in self._loader.sets.values()]
+        self.examples += len(examples) / 3
+        with undisturbed(model):
+            return answer_loss(model, self._collate(examples, model)).item()
 
 
 class Replay(TrainerCallback):
@@ -87,29 +136,43 @@ def run(
 ) -> Any:
     """Trains and measures once; returns the figures, and the base without adapter."""
     rows, _ = quickstart.load_rows(None)
-    sets = [ReferenceSet(name, rows[name], samples=arguments.reference_samples) for name in ("general", "benign")]
-    extra = [Replay(sets, tokenizer, policy.replay, arguments.seed)] if policy.replay else []
-    result, model = quickstart.train(
-        base, tokenizer, policy.config(), "policy", rows, evaluator, arguments, callbacks=extra
-    )
+    sets = [ReferenceSet(name, rows[name], samples=count) for name, count in POOL.items()]
+    config = policy.config()
+    callbacks: list[TrainerCallback] = []
+    if policy.replay:
+        callbacks.append(Replay(sets, tokenizer, policy.replay, arguments.seed))
+    elif policy.threshold is not None:
+        callbacks.append(Adaptive(sets, policy.threshold, arguments.seed))
+    elif isinstance(config, OGPSAConfig):
+        callbacks.append(OGPSACallback(sets, seed=arguments.seed))
+    result, model = quickstart.train(base, tokenizer, config, "policy", rows, evaluator, arguments, callbacks)
     measured: Any = result.curve[-1]
-    examples = arguments.steps * arguments.batch_size
+    extra = sum(getattr(callback, "examples", 0) for callback in callbacks)
     figures = {
         "general": measured.general_mean.value,
         "kl": measured.kl.value,
         "refusal": measured.refusal.value,
         "over_refusal": measured.over_refusal.value,
-        "references": extra[0].examples / examples if extra else result.reference_share,
+        "references": result.reference_share + extra / (arguments.steps * arguments.batch_size),
+        "megabytes": _megabytes(model),
         "seconds": result.seconds,
     }
     return figures, model.unload()
 
 
+def _megabytes(model: Any) -> float:
+    """What the rows take."""
+    if not isinstance(model.peft_config["default"], OGPSAConfig):
+        return 0.0
+    return sum(part.numel() * part.element_size() for part in projector_of(model).subspace.rows) / 1e6
+
+
 def markdown(results: dict[str, dict[str, float]], base: float) -> str:
     """A table: means over seeds, with the spread from least to most."""
     lines = [
-        "| policy | seeds | references | change of general loss | KL from base | refuses harmful | refuses benign |",
-        "|---|---|---|---|---|---|---|",
+        "| policy | seeds | references | rows, MB | change of general loss | KL from base | refuses harmful | "
+        "refuses benign |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     names = list(dict.fromkeys(key.rpartition(" #")[0] for key in results))
     for name in names:
@@ -121,7 +184,8 @@ def markdown(results: dict[str, dict[str, float]], base: float) -> str:
             return f"{statistics.mean(values):{form}}{spread}"
 
         lines.append(
-            f"| {name} | {len(own)} | +{own[0]['references']:.0%} | {cell('general', '+.3f', base)} | "
+            f"| {name} | {len(own)} | +{own[0]['references']:.1%} | {own[0]['megabytes']:.0f} | "
+            f"{cell('general', '+.3f', base)} | "
             f"{cell('kl', '.3f')} | {cell('refusal', '.0%')} | {cell('over_refusal', '.0%')} |"
         )
     return "\n".join(lines) + "\n"
@@ -168,7 +232,6 @@ def main() -> None:
         own = quickstart.QuickstartArguments(
             steps=arguments.steps,
             learning_rate=arguments.learning_rate,
-            reference_samples=48,
             measurements=1,
             seed=seed,
             output_dir=str(path.parent / ".policies"),

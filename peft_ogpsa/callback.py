@@ -155,10 +155,11 @@ class OGPSACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Refreshes the subspace where it is due."""
-        projector = self._projector
-        if not (projector.enabled and projector.due):
-            return
-        assert model is not None
+        if self._projector.enabled and self._projector.due:
+            assert model is not None
+            self._refresh(args, model)
+
+    def _refresh(self, args: TrainingArguments, model: nn.Module) -> None:
         batches = self._loader.draw()
         total = sum(map(len, batches.values()))
         with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
@@ -167,7 +168,7 @@ class OGPSACallback(TrainerCallback):
                 bar.update()
                 return reference_loss(model, batch)
 
-            projector.refresh(
+            self._projector.refresh(
                 {name: [self._collate(batch, model) for batch in own] for name, own in batches.items()}, loss
             )
 

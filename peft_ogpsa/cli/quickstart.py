@@ -147,15 +147,12 @@ def train(
     arguments: QuickstartArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[MethodResult, PeftModel]:
-    """Trains one method on the harmful requests and their refusals, with general and benign examples as references."""
+    """Trains one method on the harmful requests and their refusals; what it keeps is up to the callbacks."""
     set_seed(arguments.seed)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     measure = _Measure(evaluator, name, arguments.measurements)
     own: list[TrainerCallback] = [measure, *callbacks]
-    if isinstance(config, OGPSAConfig):
-        sets = [ReferenceSet(name, rows[name], samples=arguments.reference_samples) for name in ("general", "benign")]
-        own.append(OGPSACallback(sets, seed=arguments.seed))
     examples = [encode_row(tokenizer, row, f"harmful row {i}") for i, row in enumerate(rows["harmful"])]
     # transformers' own trainer: TRL's reports every token's entropy as well, a third of the time on a CPU.
     trainer = Trainer(
@@ -271,11 +268,16 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     measured_base = evaluator.base(base)
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    sets = [
+        ReferenceSet(name, train_rows[name], samples=arguments.reference_samples) for name in ("general", "benign")
+    ]
     results: dict[str, MethodResult] = {}
     report: dict[str, Any] = {}
     for name in arguments.methods:
         console.print(f"Training [bold]{name}[/bold] ...")
-        results[name], model = train(base, tokenizer, METHODS[name](), name, train_rows, evaluator, arguments)
+        config = METHODS[name]()
+        references = [OGPSACallback(sets, seed=arguments.seed)] if isinstance(config, OGPSAConfig) else []
+        results[name], model = train(base, tokenizer, config, name, train_rows, evaluator, arguments, references)
         if name == "ogpsa":
             model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
         base = model.unload()
