@@ -21,7 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "projection": ("update", "gradient"),
     "scope": ("tensor", "module", "model"),
     "rows_from": ("example", "batch", "set"),
-    "rows_dtype": ("float32", "bfloat16"),
+    "rows_dtype": ("float32", "bfloat16", "int8"),
     "missing_reference": ("error", "warn", "ignore"),
 }
 _COUNTS = ("rows", "refresh_steps")
@@ -49,7 +49,8 @@ class OGPSAConfig(LoraConfig):
             of a layer (`"module"`), or all of them (`"model"`).
         rows (`int`): Reference gradients held per block, over all reference sets. The newest replace the oldest.
         rows_from (`str`): What one row is the gradient of: an `"example"`, a `"batch"`, or the mean over a `"set"`.
-        rows_dtype (`str`): `"float32"`, or `"bfloat16"` for half the memory.
+        rows_dtype (`str`): `"float32"`, `"bfloat16"` for half the memory, or `"int8"` for a quarter, with one scale
+            for each row of a matrix. `"int8"` goes with the cone alone: a basis of the span needs more digits.
         subspace_rank (`int`, *optional*): With `constraint="orthogonal"`, keep only so many leading directions of
             the rows. By default all.
         refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next. There is always another after
@@ -96,8 +97,12 @@ class OGPSAConfig(LoraConfig):
         default="example",
         metadata={"help": "What one row is the gradient of: an 'example', a 'batch', or the mean over a 'set'."},
     )
-    rows_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "The type rows are stored in. 'bfloat16' halves their memory."}
+    rows_dtype: Literal["float32", "bfloat16", "int8"] = field(
+        default="float32",
+        metadata={
+            "help": "The type rows are stored in. 'bfloat16' halves their memory, 'int8' (with constraint='cone') "
+            "quarters it."
+        },
     )
     subspace_rank: int | None = field(
         default=None,
@@ -158,6 +163,11 @@ class OGPSAConfig(LoraConfig):
         weight = self.reference_weight
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
             raise ValueError(f"reference_weight={weight!r} is not allowed. Use a finite number of at least 0.")
+        if self.rows_dtype == "int8" and self.constraint == "orthogonal":
+            raise ValueError(
+                "rows_dtype='int8' is not allowed with constraint='orthogonal', whose basis needs more digits. Use "
+                "'bfloat16', or constraint='cone'."
+            )
         if self.subspace_rank is not None:
             if self.constraint != "orthogonal":
                 raise ValueError(

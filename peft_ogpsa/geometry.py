@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pure functions on stacked tensors: spans, orthogonal complements and cones.
 
-Shapes: `B` blocks are stacked, each with `m` rows (reference gradients) of `d` dimensions. Rows are stored in float32
-or bfloat16 and converted tile by tile; what is `m x m` is computed in float64. Nothing reads a value back from the
+Shapes: `B` blocks are stacked, each with `m` rows (reference gradients) of `d` dimensions. Rows are stored in float32,
+bfloat16 or int8 and converted tile by tile; what is `m x m` is computed in float64. Nothing reads a value back from the
 device, except `cone_coefficients` on a CPU and what `torch.linalg.eigh` does inside, at refresh.
 """
 
@@ -46,12 +46,13 @@ def norms(rows: Tensor) -> Tensor:
     """Euclidean norms of the rows, neither under- nor overflowing for any float32 input.
 
     Args:
-        rows: `[B, m, d]`, any floating dtype.
+        rows: `[B, m, d]`, any floating dtype or int8.
 
     Returns:
         `[B, m]`, float64; not finite where a row has an element that is not.
     """
     dtype = small_dtype(rows.device)
+    rows = rows if rows.is_floating_point() else rows.float()
     # Without float64 the squares of 1e30 overflow and those of 1e-30 vanish: divide by the largest element first.
     peaks = torch.linalg.vector_norm(rows, torch.inf, dim=-1).to(dtype)
     divisors = torch.where(peaks == 0, 1.0, peaks).unsqueeze(-1)
@@ -80,11 +81,26 @@ def normalize(rows: Tensor, lengths: Tensor | None = None) -> Tensor:
     return unit.masked_fill_(~usable.unsqueeze(-1), 0.0)
 
 
+def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest multiples of `1/127` of the largest absolute value.
+
+    Args:
+        values: Any shape, float32.
+
+    Returns:
+        The multiples, int8, and what they are multiplied with, a scalar; 0 and not finite where `values` are not.
+    """
+    peak = torch.linalg.vector_norm(values, torch.inf)
+    usable = peak.isfinite() & (peak > 0)
+    steps = (values / torch.where(usable, peak, 1.0) * 127).round()
+    return torch.where(usable, steps, 0.0).to(torch.int8), torch.where(usable, peak / 127, peak)
+
+
 def gram(rows: Tensor, index: Sequence[int] | None = None) -> Tensor:
     """Inner products of the rows of each block with one another, accumulated in float64.
 
     Args:
-        rows: `[B, m, d]`, float32 or bfloat16.
+        rows: `[B, m, d]`, float32, bfloat16 or int8.
         index: Only the products of these `n` rows with all rows; by default of all.
 
     Returns:
@@ -103,7 +119,7 @@ def products(rows: Tensor, vectors: Tensor) -> Tensor:
     """Inner products of the rows of each block with its vector, `R v`.
 
     Args:
-        rows: `[B, m, d]`, float32 or bfloat16.
+        rows: `[B, m, d]`, float32, bfloat16 or int8.
         vectors: `[B, d]`, any floating dtype.
 
     Returns:
@@ -123,7 +139,7 @@ def combine(rows: Tensor, coefficients: Tensor) -> Tensor:
     """Sums of the rows of each block times their coefficients, `R^T c`.
 
     Args:
-        rows: `[B, m, d]`, float32 or bfloat16.
+        rows: `[B, m, d]`, float32, bfloat16 or int8.
         coefficients: `[B, m]`, any floating dtype.
 
     Returns:
@@ -189,7 +205,7 @@ def orthonormal_rows(rows: Tensor, weights: Tensor) -> Tensor:
     `v - combine(Q, products(Q, v))` is orthogonal to the span to float32 precision, however close the rows are.
 
     Args:
-        rows: `[B, m, d]`, float32 or bfloat16.
+        rows: `[B, m, d]`, float32, bfloat16 or int8.
         weights: `[B, k, m]`, from `span_weights`, or its first `rank` rows.
 
     Returns:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _LORA_WEIGHT = re.compile(
     r"(?P<owner>.*)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(?:\.weight)?"
 )
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -231,7 +231,7 @@ class Projector:
         if rows_from == "set":
             # Added up in float32, whatever the rows' dtype.
             total = blocks.zeros(rows=1)
-            mean = Slots(blocks, total, [0])
+            mean = Slots(blocks, total, [part.new_ones(part.shape[:2]) for part in total], [0])
             for batch, size in zip(batches, sizes, strict=True):
                 mean.weight = size / sum(sizes)
                 losses.append(batch_gradient(model, batch, loss_fn, blocks, mean))

@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference gradients held of every block, and the projection that they define.
 
-The rows of a block form a ring: new reference gradients replace the oldest. They are stored scaled to unit norm per
-block, which changes neither their span nor their cone, and their norms are kept beside them. Memory is
-`rows x projected parameters`, and nothing is ever of the size of a base weight; the orthogonal constraint keeps its
-orthonormal basis as well, and so needs it twice.
+The rows of a block form a ring: new reference gradients replace the oldest. They are scaled to unit norm per block,
+which changes neither their span nor their cone, and their norms are kept beside them. What is stored of a row is its
+piece of each parameter times a scale: 1, or with int8 what its largest element asks for. Memory is `rows x projected
+parameters`, and nothing is ever of the size of a base weight; the orthogonal constraint keeps its orthonormal basis as
+well, and so needs it twice.
 """
 
 from __future__ import annotations
@@ -22,26 +23,38 @@ from .blocks import Blocks, Stack
 class Slots:
     """Write access to some rows of a stack, in which gradients add up.
 
+    Args:
+        blocks (`Blocks`): The layout.
+        stack (`Stack`): The rows.
+        scales (`Stack`): What a piece's rows are multiplied with, `(pieces, rows)` per group.
+        slots (`Sequence[int]`): Which rows.
+
     Attributes:
         weight (`float`): What gradients are multiplied with when they are added.
     """
 
-    def __init__(self, blocks: Blocks, stack: Stack, slots: Sequence[int]) -> None:
+    def __init__(self, blocks: Blocks, stack: Stack, scales: Stack, slots: Sequence[int]) -> None:
         self.weight = 1.0
         self._views = blocks.views(stack)
+        self._scales = [piece for part in scales for piece in part.unbind(0)]
         self._slots = list(slots)
         self.clear()
 
     def clear(self) -> None:
         """Sets the rows to zero."""
-        for view in self._views:
+        for view, scales in zip(self._views, self._scales, strict=True):
             view[self._slots] = 0
+            scales[self._slots] = 1
 
     def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
         """Adds `(n, *shape)` gradients of one piece to the rows `first, first + 1, ...`."""
-        view = self._views[piece]
+        view, scales = self._views[piece], self._scales[piece]
         for slot, gradient in zip(self._slots[first:], gradients, strict=False):
-            view[slot].add_(gradient, alpha=self.weight)
+            if view.dtype == torch.int8:
+                whole = gradient * self.weight + view[slot] * scales[slot]
+                view[slot], scales[slot] = geometry.quantize(whole)
+            else:
+                view[slot].add_(gradient, alpha=self.weight)
 
 
 class Subspace:
@@ -51,7 +64,8 @@ class Subspace:
         blocks (`Blocks`): The layout of the projected parameters.
         rows (`int`): How many rows a block holds.
         constraint (`str`): `"cone"` or `"orthogonal"`.
-        dtype (`torch.dtype`): In which the rows are stored; every computation is float32 or wider.
+        dtype (`torch.dtype`): In which the rows are stored, int8 under the cone alone; every computation is float32 or
+            wider.
         rank (`int`, *optional*): For `"orthogonal"`: keep only the span of the leading `rank` directions.
     """
 
@@ -68,6 +82,7 @@ class Subspace:
         self.constraint = constraint
         self.rank = rank
         self.rows = blocks.zeros(rows, dtype)
+        self.scales: Stack = [torch.ones(part.shape[:2], device=part.device) for part in self.rows]
         self.norms = torch.zeros(blocks.count, rows, dtype=geometry.small_dtype(blocks.device), device=blocks.device)
         self.sets: list[str | None] = [None] * rows  # which reference set a row came from; None: empty or bad
         self.cursor = 0
@@ -101,7 +116,7 @@ class Subspace:
 
     def open(self, slots: Sequence[int]) -> Slots:
         """Empties the slots and returns a writer for their raw gradients; `commit` must follow."""
-        return Slots(self.blocks, self.rows, slots)
+        return Slots(self.blocks, self.rows, self.scales, slots)
 
     def commit(self, slots: Sequence[int], sets: Sequence[str]) -> list[int]:
         """Scales freshly written rows to unit norm per block and rebuilds the projection.
@@ -124,10 +139,17 @@ class Subspace:
     def _normalize(self, slot: int) -> Tensor:
         """Scales one row to unit norm per block; returns, on the device, whether it was finite in all of them."""
         row = [rows[:, slot : slot + 1] for rows in self.rows]
-        norms = self.blocks.reduce([geometry.norms(part).square() for part in row]).sqrt()
+        scales = [own[:, slot : slot + 1] for own in self.scales]
+        squares = [(geometry.norms(part) * scale).square() for part, scale in zip(row, scales, strict=True)]
+        norms = self.blocks.reduce(squares).sqrt()
         finite = torch.isfinite(norms).all()
-        for part, lengths in zip(row, self.blocks.spread(torch.where(finite, norms, torch.nan)), strict=True):
-            part.copy_(geometry.normalize(part, lengths))
+        spread = self.blocks.spread(torch.where(finite, norms, torch.nan))
+        for part, scale, lengths in zip(row, scales, spread, strict=True):
+            if part.dtype == torch.int8:
+                usable = (lengths > 0) & lengths.isfinite()
+                scale.copy_(torch.where(usable, scale / torch.where(usable, lengths, 1.0), 0.0))
+            else:
+                part.copy_(geometry.normalize(part, lengths))
         self.norms[:, slot : slot + 1] = torch.where(finite, norms, 0.0)
         return finite
 
@@ -141,7 +163,12 @@ class Subspace:
 
     def _update_gram(self, changed: Sequence[int]) -> None:
         index = list(changed)
-        fresh = self.blocks.reduce([geometry.gram(rows, index) for rows in self.rows])
+        fresh = self.blocks.reduce(
+            [
+                geometry.gram(rows, index) * scales[:, index].unsqueeze(-1) * scales.unsqueeze(-2)
+                for rows, scales in zip(self.rows, self.scales, strict=True)
+            ]
+        )
         self.gram[:, index] = fresh
         self.gram[:, :, index] = fresh.mT
         self._solve()
@@ -161,13 +188,13 @@ class Subspace:
 
     def products(self, vectors: Stack) -> Tensor:
         """Inner products of every row with the vectors: `(blocks, rows)`, unit rows, float32."""
-        return self.blocks.reduce(
-            [geometry.products(rows, vector) for rows, vector in zip(self.rows, vectors, strict=True)]
-        )
+        parts = zip(self.rows, self.scales, vectors, strict=True)
+        return self.blocks.reduce([geometry.products(rows, vector) * scales for rows, scales, vector in parts])
 
     def combine(self, coefficients: Tensor) -> Stack:
         """The rows' linear combination, `(blocks, rows)` coefficients of unit rows, as a stack."""
-        return [geometry.combine(rows, c) for rows, c in zip(self.rows, self.blocks.spread(coefficients), strict=True)]
+        parts = zip(self.rows, self.scales, self.blocks.spread(coefficients), strict=True)
+        return [geometry.combine(rows, c * scales) for rows, scales, c in parts]
 
     def coefficients(self, vectors: Stack) -> tuple[Tensor, Tensor]:
         """What combination of the rows, added to descent directions, makes them meet the constraint.
@@ -184,13 +211,14 @@ class Subspace:
             The coefficients for `corrections`, `(blocks, rows)`, and the squared norm of the correction in each
             block, `(blocks,)`.
         """
-        products = self.blocks.reduce(
-            [geometry.products(rows, vector) for rows, vector in zip(self.directions, vectors, strict=True)]
-        )
         if self.constraint == "cone":
+            products = self.products(vectors)
             coefficients = geometry.cone_coefficients(self._matrix, -products, start=self.start)
             self.start = coefficients
             return coefficients, geometry.lengths_squared(self.gram, coefficients)
+        products = self.blocks.reduce(
+            [geometry.products(basis, vector) for basis, vector in zip(self.directions, vectors, strict=True)]
+        )
         coefficients = -geometry.orthogonal_coefficients(self._matrix, products)
         return coefficients, -(coefficients * products).sum(-1)  # Q^T Q v is as long as its inner product with v says
 
@@ -199,11 +227,13 @@ class Subspace:
 
         Only one group's are in memory at a time, if the caller lets go of them.
         """
-        parts = zip(self.directions, self.blocks.spread(coefficients), self.blocks.parameters, strict=True)
-        for directions, own, parameters in parts:
+        own = self.blocks.spread(coefficients)
+        if self.constraint == "cone":
+            own = [c * scales for c, scales in zip(own, self.scales, strict=True)]
+        for directions, c, parameters in zip(self.directions, own, self.blocks.parameters, strict=True):
             yield [
                 piece.view(parameter.shape)
-                for piece, parameter in zip(geometry.combine(directions, own).unbind(0), parameters, strict=True)
+                for piece, parameter in zip(geometry.combine(directions, c).unbind(0), parameters, strict=True)
             ]
 
     def mean_weights(self, slots: Sequence[int]) -> Tensor:
@@ -236,6 +266,7 @@ class Subspace:
         names = self.blocks.names()
         tensors = {f"rows.{name}": view for name, view in zip(names, self.blocks.views(self.rows), strict=True)}
         tensors |= {"norms": self.norms, "gram": self.gram, "start": self.start}
+        tensors |= {f"scales.{i}": scales for i, scales in enumerate(self.scales)}
         return tensors, {"sets": list(self.sets), "cursor": self.cursor}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], rest: Mapping) -> None:

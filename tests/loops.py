@@ -60,9 +60,12 @@ def step_violations(
         subspace = projector.subspace
         blocks = subspace.blocks
         change = [(now - then).double() for now, then in zip(stored(projector), before, strict=True)]
-        products = blocks.reduce(
-            [torch.einsum("bmd,bd->bm", rows.double(), d) for rows, d in zip(subspace.directions, change, strict=True)]
-        )
+        products = [
+            torch.einsum("bmd,bd->bm", rows.double(), d) for rows, d in zip(subspace.directions, change, strict=True)
+        ]
+        if subspace.constraint == "cone":
+            products = [p * scales.double() for p, scales in zip(products, subspace.scales, strict=True)]
+        products = blocks.reduce(products)
         length = blocks.reduce([d.square().sum(-1) for d in change]).sqrt()
         assert length.max() > 0, "the optimizer did not move the parameters"
         worst = products.amax(1) if subspace.constraint == "cone" else products.norm(dim=1)

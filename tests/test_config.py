@@ -64,7 +64,7 @@ def test_every_own_field_has_help():
         ("projection", ["update", "gradient"]),
         ("scope", ["tensor", "module", "model"]),
         ("rows_from", ["example", "batch", "set"]),
-        ("rows_dtype", ["float32", "bfloat16"]),
+        ("rows_dtype", ["float32", "bfloat16", "int8"]),
         ("missing_reference", ["error", "warn", "ignore"]),
     ],
 )

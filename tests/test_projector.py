@@ -27,10 +27,14 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("rows_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("scope", ["tensor", "module", "model"])
 @pytest.mark.parametrize("constraint", ["cone", "orthogonal"])
 def test_update_meets_the_constraint(constraint, scope, rows_dtype):
+    if (constraint, rows_dtype) == ("orthogonal", "int8"):
+        with pytest.raises(ValueError, match="rows_dtype='int8' is not allowed with constraint='orthogonal'"):
+            ogpsa_model(constraint=constraint, rows_dtype=rows_dtype)
+        return
     model = ogpsa_model(constraint=constraint, scope=scope, rows_dtype=rows_dtype)
     violations = list(step_violations(model, OPTIMIZERS["adamw"](model.parameters())))
     assert max(violations) <= TOLERANCE

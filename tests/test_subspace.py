@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.optimize import nnls
 
+from peft_ogpsa import geometry
 from peft_ogpsa.blocks import Blocks
 from peft_ogpsa.subspace import Subspace
 
@@ -85,13 +86,14 @@ def test_bad_layouts():
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-20, 1.0, 1e20, 1e36])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("scope", MEMBERS)
 def test_rows_have_unit_norm_in_every_block_at_any_scale(scope, dtype, scale):
     subspace = Subspace(blocks(scope), 3, "cone", dtype)
     gradients = [parameters(seed, scale) for seed in (1, 2)]
     assert fill(subspace, gradients) == []
-    rows, norms = by_name(subspace.blocks, subspace.rows), subspace.blocks.spread(subspace.norms)
+    whole = [part * scales.unsqueeze(-1) for part, scales in zip(subspace.rows, subspace.scales, strict=True)]
+    rows, norms = by_name(subspace.blocks, whole), subspace.blocks.spread(subspace.norms)
     norms = dict(zip(subspace.blocks.names(), torch.cat(norms), strict=True))
     for members in MEMBERS[scope]:
         for slot, gradient in enumerate(gradients):
@@ -110,8 +112,9 @@ def corrected(subspace, stack):
     return dict(zip(subspace.blocks.names(), pieces, strict=True)), squares
 
 
-def test_zero_and_bad_rows():
-    subspace = Subspace(blocks("module"), 4, "cone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_zero_and_bad_rows(dtype):
+    subspace = Subspace(blocks("module"), 4, "cone", dtype)
     zero, bad = parameters(1), parameters(2)
     zero["layers.0.lora_A"].zero_()
     zero["layers.0.lora_B"].zero_()
@@ -119,10 +122,75 @@ def test_zero_and_bad_rows():
     assert fill(subspace, [zero, bad, parameters(3)], ["a", "b", "c"]) == [1]
     assert subspace.sets == ["a", None, "c", None]
     assert subspace.filled == 2
-    assert not any(part[:, 1].any() for part in subspace.rows)
+    for part, scales in zip(subspace.rows, subspace.scales, strict=True):
+        assert not (part[:, 1] * scales[:, 1:2]).any()
     assert torch.isfinite(subspace.gram).all()
     correction, _ = corrected(subspace, subspace.blocks.stack())
     assert all(torch.isfinite(part).all() for part in correction.values())
+
+
+def stored(subspace: Subspace, members: list[str]) -> torch.Tensor:
+    """The rows of a block as they are held, in float64."""
+    whole = [
+        part.double() * scales.double().unsqueeze(-1)
+        for part, scales in zip(subspace.rows, subspace.scales, strict=True)
+    ]
+    rows = by_name(subspace.blocks, whole)
+    return torch.cat([rows[name].flatten(1) for name in members], dim=1)
+
+
+@pytest.mark.parametrize("scope", MEMBERS)
+def test_int8_rows_are_close_and_their_cone_is_exact(scope):
+    gradients = [parameters(seed, 10.0**seed) for seed in range(1, 5)]
+    # Pieces of very different size in one block each need a scale of their own.
+    for gradient in gradients:
+        gradient["layers.0.lora_A"] *= 1e-4
+    subspace = Subspace(blocks(scope), 4, "cone", torch.int8)
+    fill(subspace, gradients)
+    for name in SHAPES:
+        for row, gradient in zip(stored(subspace, [name]), gradients, strict=True):
+            exact = dense(gradient, [name])
+            assert torch.cosine_similarity(row, exact, dim=0) > 0.999
+    update = parameters(99)
+    got, squares = corrected(subspace, subspace.blocks.stack([update[name] for name in subspace.blocks.names()]))
+    for members in MEMBERS[scope]:
+        rows, vector = stored(subspace, members), dense(update, members)
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(4, dtype=torch.float64), rtol=1e-5, atol=0)
+        weights, _ = nnls(rows.T.numpy(), -vector.numpy())
+        expected = rows.T @ torch.from_numpy(weights)
+        assert (dense(got, members) - expected).norm() <= 1e-5 * vector.norm()
+    total = sum(dense(got, members).square().sum() for members in MEMBERS[scope])
+    assert float(squares.sum()) == pytest.approx(float(total), rel=1e-5)
+
+
+def test_int8_rows_add_up():
+    subspace = Subspace(blocks("tensor"), 2, "cone", torch.int8)
+    writer = subspace.open(subspace.claim(1))
+    for weight, seed in ((1.0, 1), (0.5, 2)):
+        writer.weight = weight
+        for piece, name in enumerate(subspace.blocks.names()):
+            writer.add(piece, parameters(seed)[name].unsqueeze(0))
+    assert subspace.commit([0], ["set"]) == []
+    for name in SHAPES:
+        exact = parameters(1)[name].double() + 0.5 * parameters(2)[name].double()
+        row = stored(subspace, [name])[0]
+        assert (row - exact.flatten() / exact.norm()).norm() < 0.02
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("scale", [1e-36, 1.0, 1e36])
+def test_quantize(shape, scale):
+    values = scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    codes, step = geometry.quantize(values)
+    assert codes.dtype == torch.int8
+    assert int(codes.abs().max()) == 127
+    assert (codes * step.double() - values.double()).abs().max() <= 0.5001 * float(values.abs().max()) / 127
+    assert [float(step) for _, step in map(geometry.quantize, (torch.zeros(3), 0 * values))] == [0.0, 0.0]
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        values.view(-1)[0] = bad
+        codes, step = geometry.quantize(values)
+        assert not codes.any()
+        assert not step.isfinite()
 
 
 @pytest.mark.parametrize("kind", ["plain", "duplicate", "more rows than dimensions"])
