@@ -134,7 +134,7 @@ def methods(settings: Settings) -> dict[str, Callable[[], Method]]:
         "task_type": "CAUSAL_LM",
     }
     default, paper = OGPSAConfig(**lora), OGPSAConfig.paper("sft", **lora)
-    samples = (default.refresh_samples or 0) * settings.steps / default.refresh_steps
+    samples = (default.reference_budget or 0) * settings.batch * settings.steps
     return {
         "plain LoRA": functools.partial(Method, settings, LoraConfig(**lora)),
         "OGPSA, default": functools.partial(Method, settings, default, samples),

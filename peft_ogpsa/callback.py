@@ -145,6 +145,20 @@ class OGPSACallback(TrainerCallback):
         projector.reset()
         if state.global_step > 0 and not self.rebuild_subspace:
             self._resume(args, state, projector)
+        if not args.disable_tqdm:
+            tqdm.write(self._plan(args, samples))
+
+    def _plan(self, args: TrainingArguments, samples: int | None) -> str:
+        """What the run will cost, for the user to see before it starts."""
+        config = self._projector.config
+        drawn = samples or sum(map(len, self._loader.sets.values()))
+        trained = config.refresh_steps * examples_per_step(args)
+        held, more = self._projector.memory(len(self._loader.sets))
+        return (
+            f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, {drawn / trained:.0%} of the "
+            f"training examples; {held / 2**20:,.0f} MiB for the reference gradients, and {more / 2**20:,.0f} MiB "
+            "more during an optimizer step."
+        )
 
     def on_step_begin(
         self,
@@ -218,6 +232,11 @@ class OGPSACallback(TrainerCallback):
             ) from error
 
 
+def examples_per_step(args: TrainingArguments) -> int:
+    """Training examples of one optimizer step, in all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
 def refresh_samples(config: OGPSAConfig, args: TrainingArguments, batch_size: int, sets: int) -> int | None:
     """How many reference examples a refresh takes; `None` is all.
 
@@ -238,8 +257,7 @@ def refresh_samples(config: OGPSAConfig, args: TrainingArguments, batch_size: in
         )
     if given is not None or config.reference_budget is None:
         return given
-    trained = config.refresh_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    wanted = max(1, round(config.reference_budget * trained))
+    wanted = max(1, round(config.reference_budget * config.refresh_steps * examples_per_step(args)))
     if config.rows_from == "set":
         return max(wanted, sets)
     # More than the ring holds would be work thrown away.

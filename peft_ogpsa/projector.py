@@ -266,6 +266,20 @@ class Projector:
             )
         logger.warning("Reference gradients that are not finite were skipped: %s.", listing)
 
+    def memory(self, sets: int) -> tuple[int, int]:
+        """Bytes for `sets` reference sets: of the rows, held throughout, and of what an optimizer step holds beside.
+
+        Computed from the adapter in training, before any row is there. Gram matrices, norms and, for adapters of
+        lower precision, their float32 copy are not counted.
+        """
+        config = self.config
+        blocks = Blocks(*self._trained(), config.scope)
+        rows = sets if config.rows_from == "set" else config.rows
+        bases = 1 if config.constraint == "cone" else 2
+        numels = [len(group.names) * group.numel for group in blocks.groups]
+        held = bases * rows * sum(numels) * _DTYPES[config.rows_dtype].itemsize
+        return held, 4 * (sum(numels) + max(numels))  # the snapshot, and the correction of one group
+
     def reset(self) -> None:
         """Forgets the rows and starts counting anew, as for a new stage of training."""
         self.subspace = self._before = self._masters = None

@@ -421,3 +421,23 @@ def test_budget_in_training(tmp_path):
     last = trainer.state.log_history[-2]
     assert {"ogpsa/loss/general", "ogpsa/loss/benign"} <= last.keys()  # each drawn of in turn
     assert set(model.projector.subspace.sets) == {"general", "benign", None}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "bytes_per_parameter"),
+    [({}, 8 * 4), ({"rows_dtype": "int8"}, 8), ({"rows_from": "set"}, 2 * 4), ({"constraint": "orthogonal"}, 64)],
+)
+def test_plan_is_told_before_training(knobs, bytes_per_parameter, tmp_path, capsys):
+    model = model_of(refresh_samples=None, reference_budget=0.5, **knobs)
+    trainer = sft(tmp_path, model, max_steps=1, disable_tqdm=False)
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "OGPSA: 2 reference examples every 2 steps, 50% of the training examples" in out
+    subspace = model.projector.subspace
+    held, more = model.projector.memory(sets=2)
+    stacks = [subspace.rows] if subspace.directions is subspace.rows else [subspace.rows, subspace.directions]
+    assert held == sum(part.numel() * part.element_size() for stack in stacks for part in stack)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert held == bytes_per_parameter * count
+    assert 4 * count < more <= 8 * count
+    assert f"{held / 2**20:,.0f} MiB" in out
