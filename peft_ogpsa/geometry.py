@@ -3,8 +3,8 @@
 """Pure functions on stacked tensors: spans, orthogonal complements and cones.
 
 Shapes: `B` blocks are stacked, each with `m` rows (reference gradients) of `d` dimensions. Rows are stored in
-float32, bfloat16 or int8 and converted tile by tile; what is `m x m` is computed in float64. Nothing reads a value back
-from the device, except `cone_coefficients` on a CPU and what `torch.linalg.eigh` does inside, at refresh.
+float32, bfloat16 or int8 and converted tile by tile; what is `m x m` is computed in float64. Nothing reads a value
+back from the device, except `cone_coefficients` on a CPU and what `torch.linalg.eigh` does inside, at refresh.
 """
 
 from collections.abc import Iterator, Sequence
