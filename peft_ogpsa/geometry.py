@@ -10,6 +10,7 @@ back from the device, except `cone_coefficients` on a CPU and what `torch.linalg
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 2**20
@@ -146,9 +147,16 @@ def combine(rows: Tensor, coefficients: Tensor) -> Tensor:
         `[B, d]`, float32.
     """
     weights = coefficients.float().unsqueeze(-2)
-    if rows.dtype == torch.float32:
-        return torch.bmm(weights, rows).squeeze(-2)
     blocks, _, d = rows.shape
+    if rows.dtype == torch.float32:
+        if rows.device.type != "cpu":
+            return torch.bmm(weights, rows).squeeze(-2)
+        # Few rows bind, and the others are not read. (An accelerator would have to wait for their number.)
+        used = weights != 0
+        ends = used.sum((-2, -1)).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        index = used.flatten().nonzero().squeeze(-1)
+        return F.embedding_bag(index, rows.reshape(-1, d), starts, mode="sum", per_sample_weights=weights[used])
     result = torch.empty(blocks, d, device=rows.device)
     for b, k in _tiles(rows):
         result[b, k] = (weights[b] @ rows[b, :, k].float()).squeeze(-2)
