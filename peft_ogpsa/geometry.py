@@ -53,13 +53,15 @@ def norms(rows: Tensor) -> Tensor:
         `[B, m]`, float64; not finite where a row has an element that is not.
     """
     dtype = small_dtype(rows.device)
-    rows = rows if rows.is_floating_point() else rows.float()
+    squares = torch.zeros(rows.shape[:2], dtype=dtype, device=rows.device)
     # Without float64 the squares of 1e30 overflow and those of 1e-30 vanish: divide by the largest element first.
-    peaks = torch.linalg.vector_norm(rows, torch.inf, dim=-1).to(dtype)
-    divisors = torch.where(peaks == 0, 1.0, peaks).unsqueeze(-1)
-    squares = torch.zeros_like(peaks)
+    narrow = dtype == torch.float32
+    peaks = rows.abs().amax(-1).to(dtype) if narrow else torch.ones_like(squares)
+    peaks = torch.where(peaks == 0, 1.0, peaks)
     for b, k in _tiles(rows):
-        squares[b] += (rows[b, :, k].to(dtype) / divisors[b]).square().sum(-1)
+        values = rows[b, :, k].to(dtype)
+        values = values / peaks[b].unsqueeze(-1) if narrow else values
+        squares[b] += torch.linalg.vecdot(values, values)
     return peaks * squares.sqrt()
 
 

@@ -104,20 +104,24 @@ class _Watch(torch.autograd.Function):
     """Passes a layer's output on, and its input and output gradient to `tell` in the backward pass.
 
     The input is saved as autograd saves tensors, so that gradient checkpointing recomputes it and does not keep it.
+    `anchor` is a leaf of the graph at every layer: a backward pass that is asked for its gradient alone comes by here,
+    and computes none of the weights' own.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, tell: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, tell: Callable[[Tensor, Tensor], None], anchor: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.tell = tell
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = gradients
         with torch.autocast(gradient.device.type, enabled=False):
             ctx.tell(ctx.saved_tensors[0], gradient)
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 def _hooked_gradients(
@@ -132,6 +136,7 @@ def _hooked_gradients(
     # A loss may flatten batches of (examples, sequences, tokens): an example's sequences then stand side by side.
     flattened = _first_tensor(batch).shape[:2].numel()
     inputs_ok = True
+    anchor = torch.zeros((), requires_grad=True)
 
     def watch(piece: int) -> Callable:
         def tell(x: Tensor, u: Tensor) -> None:
@@ -145,7 +150,7 @@ def _hooked_gradients(
                 sink.add(piece, gradient.mul_(count / _LOSS_SCALE))
 
         def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            return _Watch.apply(output, args[0].detach(), tell) if output.requires_grad else None
+            return _Watch.apply(output, args[0].detach(), tell, anchor) if output.requires_grad else None
 
         return forward_hook
 
@@ -154,7 +159,7 @@ def _hooked_gradients(
     ]
     try:
         loss = _scalar(loss_fn(model, batch))
-        torch.autograd.grad(loss * _LOSS_SCALE, blocks.flat_parameters(), allow_unused=True)
+        torch.autograd.grad(loss * _LOSS_SCALE, anchor, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
