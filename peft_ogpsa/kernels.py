@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The projection of an update onto the cone in a few Triton kernels, for CUDA.
 
-The same step in torch launches about a thousand kernels, and more with more layers. Here it is `3 groups + 1`, a group
-being the parameters of one size (`blocks.py`), so about ten for a model of any depth:
+The same step in torch launches several kernels for each iteration of the solver, and more with more layers. Here it is
+`3 groups + 1`, a group being the parameters of one size (`blocks.py`), whatever the model's depth:
 
     snapshot   a group: the parameters before the optimizer's step, gathered into a stack
-    products   a group: the step, and its inner products with the rows, a chunk of a parameter at a time
+    products   a group: the inner products of the step with the rows, a chunk of a parameter at a time
     solve      once: sums the chunks of every block and solves its cone problem
     correct    a group: takes the rows' combination from the parameters
 
@@ -92,7 +92,6 @@ def _products(
         index = chunk * CHUNK + start + tl.arange(0, TILE)
         inside = index < numel
         step = tl.load(before + index, mask=inside, other=0.0) - tl.load(parameter + index, mask=inside, other=0.0)
-        tl.store(before + index, step, mask=inside)
         tile = tl.load(row_starts + index[None, :], mask=(row < m)[:, None] & inside[None, :], other=0.0)
         products += tile.to(tl.float32) * step[None, :]
         square += step * step
@@ -132,8 +131,7 @@ def _solve(
 
     # Unit diagonal and products of at most 1, so that tolerances are relative.
     entries = gram + block * m * m + i[:, None] * m + i[None, :]
-    inside = own[:, None] & own[None, :]
-    tableau = tl.load(entries, mask=inside, other=0.0)
+    tableau = tl.load(entries, mask=own[:, None] & own[None, :], other=0.0)
     diagonal = tl.load(gram + block * m * m + i * (m + 1), mask=own, other=0.0)
     finite = tl.sum(p - p, axis=0) + tl.sum(tl.sum(tableau - tableau, axis=1), axis=0) == 0.0
     usable = diagonal > 0.0
@@ -179,17 +177,10 @@ def _solve(
             passive = passive ^ at
             count += 1
 
-    # One step of iterative refinement with the matrix itself, where that stays x >= 0. It is read anew, as `volatile` so
-    # that the compiler does not hold it in registers all the while.
-    matrix = tl.load(entries, mask=inside, other=0.0, volatile=True)
-    rest = tl.where(passive, p - tl.sum(matrix * (x * unit)[None, :], axis=1) * unit, 0.0)
-    refined = tl.where(passive, x - tl.sum(tableau * rest[None, :], axis=1), 0.0)
-    x = tl.where(tl.min(refined, axis=0) >= 0.0, refined, x)
-
-    x = tl.where(finite, x * peak * unit, float("nan"))
-    tl.store(coefficients + block * m + i, x, mask=own)
-    square_length = tl.sum(tl.sum(matrix * x[None, :], axis=1) * x, axis=0)
-    tl.store(removed + block, tl.where(square_length < 0.0, 0.0, square_length))
+    # Where x is the minimiser, x H x = x p.
+    square_length = tl.maximum(tl.sum(x * p, axis=0) * peak * peak, 0.0)
+    tl.store(coefficients + block * m + i, tl.where(finite, x * peak * unit, float("nan")), mask=own)
+    tl.store(removed + block, tl.where(finite, square_length, float("nan")))
 
 
 @triton.jit
@@ -255,13 +246,13 @@ def snapshot(addresses: Tensor, numel: int) -> Tensor:
 def products(
     addresses: Tensor, stack: Tensor, rows: Tensor, positions: Tensor, partials: Tensor, squares: Tensor
 ) -> None:
-    """Turns a snapshot into the step, before minus after, and multiplies it with the rows.
+    """Multiplies the step, a snapshot minus what the parameters are now, with the rows.
 
-    Reads the rows once and 8 bytes a parameter, and writes 4.
+    Reads the rows once and 8 bytes a parameter. The step itself stays in registers.
 
     Args:
         addresses: As for `snapshot`.
-        stack: `(pieces, numel)`, float32, from `snapshot`; the step afterwards.
+        stack: `(pieces, numel)`, float32, from `snapshot`.
         rows: `(pieces, m, numel)`, float32 or bfloat16.
         positions: `(pieces,)`, int32: where in `partials` each piece's chunks begin.
         partials: `(chunks of all groups, m)`, float32; takes every chunk's products.
@@ -352,7 +343,7 @@ class Launcher:
             return [snapshot(pointers, group.numel) for pointers, group in groups]
 
     def project(self, subspace: Subspace, before: Stack) -> tuple[Tensor, Tensor]:
-        """Projects the parameters' change since `before`, which becomes the step.
+        """Projects the parameters' change since the snapshot `before`.
 
         Returns:
             The squared norms, over all blocks, of what was removed and of the step before that.
@@ -374,7 +365,7 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
 
     Returns:
         None where the kernels do not apply: to another constraint than the cone, to more than `MOST_ROWS` rows, and
-        to parameters that are not contiguous float32, on a multiple of 16 bytes, on one CUDA device.
+        to parameters that are not plain contiguous float32 tensors, on a multiple of 16 bytes, on one CUDA device.
     """
     blocks = subspace.blocks
     addresses = [[parameter.data_ptr() for parameter in group] for group in blocks.parameters]
@@ -385,7 +376,10 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
         and subspace.capacity <= MOST_ROWS
         and blocks.device.type in DEVICES
         and all(
-            parameter.dtype == torch.float32 and parameter.device == blocks.device and parameter.is_contiguous()
+            type(parameter.data) is Tensor  # and not, say, a shard
+            and parameter.dtype == torch.float32
+            and parameter.device == blocks.device
+            and parameter.is_contiguous()
             for parameter in blocks.flat_parameters()
         )
         and all(address % 16 == 0 for own in addresses for address in own)
