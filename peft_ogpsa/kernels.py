@@ -207,9 +207,9 @@ def _correct(
         for start in range(0, CHUNK, TILE):
             index = chunk * CHUNK + start + tl.arange(0, TILE)
             inside = index < numel
+            value = tl.load(parameter + index, mask=inside, other=0.0)
             tile = tl.load(row_starts + index[None, :], mask=binds[:, None] & inside[None, :], other=0.0)
             correction = tl.sum(tile.to(tl.float32) * own[:, None], axis=0)
-            value = tl.load(parameter + index, mask=inside, other=0.0)
             tl.store(parameter + index, value - correction, mask=inside)
 
 
