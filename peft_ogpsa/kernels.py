@@ -207,6 +207,7 @@ def _correct(
         for start in range(0, CHUNK, TILE):
             index = chunk * CHUNK + start + tl.arange(0, TILE)
             inside = index < numel
+            # Read first: where warps share elements, the sum's barrier then parts all reads from the write.
             value = tl.load(parameter + index, mask=inside, other=0.0)
             tile = tl.load(row_starts + index[None, :], mask=binds[:, None] & inside[None, :], other=0.0)
             correction = tl.sum(tile.to(tl.float32) * own[:, None], axis=0)
