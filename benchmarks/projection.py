@@ -5,6 +5,8 @@
     python benchmarks/projection.py --output docs/projection                                   # CPU, SmolLM2's shape
     python benchmarks/projection.py --shape llama3.1-8b --rows 8 --output docs/projection_8b   # GPU
 
+With `--kernels`, every case is measured with plain torch and then with the Triton kernels (`peft_ogpsa/kernels.py`).
+
 Only the adapter is made, without its base model, and gradients are random. A projection must read the rows twice, once
 for the products and once for the correction, since every coefficient depends on all products; and it must copy the
 parameters before the step, read both, and write the correction.
@@ -119,8 +121,20 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def benchmark(shape: str, rows: int, rows_dtype: str, rank: int, device: str) -> list[dict[str, Any]]:
-    """The case as asked, and with rows, rank and layers halved and doubled."""
+def measured(model: PeftModel, path: str, device: str) -> dict[str, Any]:
+    """Times and kernels of the projection by plain torch (`path="torch"`) or the Triton kernels (`"triton"`)."""
+    model.projector.kernels = path == "triton"
+    seconds = step_seconds(model, device)
+    if model.projector.kernels and model.projector._last_launcher is None:
+        raise RuntimeError("The Triton kernels do not apply here: install triton, and ask for at most 64 rows.")
+    figures = {"seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
+    return {"path": path, **figures, "kernels": kernels(model)}
+
+
+def benchmark(
+    shape: str, rows: int, rows_dtype: str, rank: int, device: str, paths: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The case as asked, and with rows, rank and layers halved and doubled, each by all paths."""
     layers = SHAPES[shape].num_hidden_layers
     cases = [
         ("as asked", rows, rank, layers),
@@ -135,26 +149,26 @@ def benchmark(shape: str, rows: int, rows_dtype: str, rank: int, device: str) ->
     for name, own_rows, own_rank, own_layers in tqdm(cases, "Cases"):
         model = adapter(shape, own_rank, own_layers, own_rows, rows_dtype, device)
         speed = bandwidth(device)  # beside each case, for a machine that does other things too
-        seconds = step_seconds(model, device)
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         width = {"float32": 4, "bfloat16": 2}[rows_dtype]
         must_move = count * (2 * own_rows * width + 4 * PARAMETER_PASSES)
-        results.append(
-            {
-                "case": name,
-                "rows": own_rows,
-                "rank": own_rank,
-                "layers": own_layers,
-                "lora_parameters": count,
-                "seconds": statistics.median(seconds),
-                "least": min(seconds),
-                "most": max(seconds),
-                "bytes": must_move,
-                "bandwidth": speed,
-                "of_the_copy": statistics.median(seconds) / (must_move / speed),
-                "kernels": kernels(model),
-            }
-        )
+        for path in paths:
+            if path == "triton" and own_rows > 64:  # more than the kernels take
+                continue
+            own = measured(model, path, device)
+            results.append(
+                {
+                    "case": name,
+                    "rows": own_rows,
+                    "rank": own_rank,
+                    "layers": own_layers,
+                    "lora_parameters": count,
+                    "bytes": must_move,
+                    "bandwidth": speed,
+                    "of_the_copy": own["seconds"] / (must_move / speed),
+                    **own,
+                }
+            )
         del model
     return results
 
@@ -162,15 +176,16 @@ def benchmark(shape: str, rows: int, rows_dtype: str, rank: int, device: str) ->
 def markdown(results: list[dict[str, Any]]) -> str:
     """A table of the cases."""
     lines = [
-        "| case | rows | rank | layers | milliseconds (least to most) | of the first | of a copy | kernels |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | by | rows | rank | layers | milliseconds (least to most) | of the first | of a copy | kernels |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for own in results:
         milliseconds = f"{1e3 * own['seconds']:.1f} ({1e3 * own['least']:.1f} to {1e3 * own['most']:.1f})"
-        share = own["seconds"] / results[0]["seconds"]
+        first = next(other for other in results if other["path"] == own["path"])
+        share = own["seconds"] / first["seconds"]
         lines.append(
-            f"| {own['case']} | {own['rows']} | {own['rank']} | {own['layers']} | {milliseconds} | {share:.2f} | "
-            f"{own['of_the_copy']:.2f} | {own['kernels'] or ''} |"
+            f"| {own['case']} | {own['path']} | {own['rows']} | {own['rank']} | {own['layers']} | {milliseconds} | "
+            f"{share:.2f} | {own['of_the_copy']:.2f} | {own['kernels'] or ''} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -183,8 +198,12 @@ def main() -> None:
     parser.add_argument("--rows-dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--kernels", action="store_true", help="Measure the Triton kernels as well; needs CUDA.")
     arguments = parser.parse_args()
-    results = benchmark(arguments.shape, arguments.rows, arguments.rows_dtype, arguments.rank, arguments.device)
+    if arguments.kernels and arguments.device != "cuda":
+        parser.error(f"--kernels needs --device cuda, not {arguments.device!r}.")
+    paths = ("torch", "triton") if arguments.kernels else ("torch",)
+    results = benchmark(arguments.shape, arguments.rows, arguments.rows_dtype, arguments.rank, arguments.device, paths)
     report = {
         "arguments": {**vars(arguments), "output": arguments.output.name},
         "machine": torch.cuda.get_device_name()

@@ -9,10 +9,12 @@ adapter the optimizer trains and let it change the gradient before the step, or 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,7 @@ from .modes import undisturbed
 from .subspace import Slots, Subspace
 
 if TYPE_CHECKING:
+    from .kernels import Launcher
     from .model import OGPSAModel
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,9 @@ class Projector:
     Attributes:
         enabled (`bool`): Set to `False` to train as plain LoRA for a while.
         diagnostics (`Diagnostics`): What was done and what it cost.
+        kernels (`bool`): Set to `True`, or set the environment variable `PEFT_OGPSA_KERNELS=1`, for the Triton kernels
+            of `kernels.py` where they apply: the cone on the update of float32 parameters on CUDA, up to 64 rows.
+            Experimental: they have been compiled for GPUs and run in Triton's interpreter, not on a GPU yet.
         steps (`int`): Optimizer steps seen.
     """
 
@@ -64,12 +70,14 @@ class Projector:
         self._model = model
         self.enabled = True
         self.diagnostics = Diagnostics()
+        self.kernels = os.environ.get("PEFT_OGPSA_KERNELS") == "1"
         self.steps = 0
         self.subspace: Subspace | None = None
         self._steps_since_refresh = 0
         self._fresh: list[int] = []  # slots whose rows were computed at the present parameters
         self._before: Stack | None = None
         self._masters: Stack | None = None
+        self._last_launcher: Launcher | None = None
         self._warned = False
         self._known: tuple[tuple[str, ...], list[tuple[str, str, nn.Parameter]]] | None = None
         _projectors.add(self)
@@ -282,7 +290,7 @@ class Projector:
 
     def reset(self) -> None:
         """Forgets the rows and starts counting anew, as for a new stage of training."""
-        self.subspace = self._before = self._masters = None
+        self.subspace = self._before = self._masters = self._last_launcher = None
         self._fresh = []
         self.steps = self._steps_since_refresh = 0
         self.diagnostics.forget()
@@ -405,7 +413,21 @@ class Projector:
                 ]
                 torch._foreach_copy_([gradient for gradient, _ in pairs], [view for _, view in pairs])
 
+    def _launcher(self) -> Launcher | None:
+        """The Triton kernels, if they are switched on and can make this step."""
+        assert self.subspace is not None
+        if not self.kernels or self._masters is not None or find_spec("triton") is None:
+            return None
+        from .kernels import launcher
+
+        self._last_launcher = launcher(self.subspace, self._last_launcher)
+        return self._last_launcher
+
     def _snapshot(self, blocks: Blocks) -> None:
+        launcher = self._launcher()
+        if launcher is not None:
+            self._before = launcher.snapshot()
+            return
         stored = blocks.stack()
         if any(group.dtype in _LOW_PRECISION for group in blocks.groups):
             # Parameters of low precision cannot hold a small projected update, so a float32 copy collects it. Where
@@ -433,6 +455,10 @@ class Projector:
 
     def _project_update(self, blocks: Blocks, before: Stack) -> None:
         assert self.subspace is not None
+        launcher = self._launcher()
+        if launcher is not None:
+            self.diagnostics.record_projection(*launcher.project(self.subspace, before))
+            return
         parameters = [[parameter.data for parameter in group] for group in blocks.parameters]
         # The step as it is subtracted, in the snapshot's memory.
         step = before
