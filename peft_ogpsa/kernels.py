@@ -365,8 +365,8 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
     """What launches the kernels over a subspace: the last one, while the parameters are where they were.
 
     Returns:
-        None where the kernels do not apply: to another constraint than the cone, to more than `MOST_ROWS` rows, and
-        to parameters that are not plain contiguous float32 tensors, on a multiple of 16 bytes, on one CUDA device.
+        None where the kernels do not apply: to another constraint than the cone, to int8 rows or more than
+        `MOST_ROWS`, and to parameters that are not plain contiguous float32 tensors, on a multiple of 16 bytes, on one CUDA device.
     """
     blocks = subspace.blocks
     addresses = [[parameter.data_ptr() for parameter in group] for group in blocks.parameters]
@@ -375,6 +375,7 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
     fits = (
         subspace.constraint == "cone"
         and subspace.capacity <= MOST_ROWS
+        and all(rows.is_floating_point() for rows in subspace.rows)
         and blocks.device.type in DEVICES
         and all(
             type(parameter.data) is Tensor  # and not, say, a shard

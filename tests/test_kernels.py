@@ -304,6 +304,7 @@ def test_launches_do_not_grow_with_layers(device, monkeypatch):
     [
         ({"constraint": "orthogonal"}, None),
         ({"rows": 65}, None),
+        ({"rows_dtype": "int8"}, None),
         ({}, "bfloat16"),
         ({}, "unaligned"),
         ({}, "strided"),
