@@ -366,7 +366,8 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
 
     Returns:
         None where the kernels do not apply: to another constraint than the cone, to int8 rows or more than
-        `MOST_ROWS`, and to parameters that are not plain contiguous float32 tensors, on a multiple of 16 bytes, on one CUDA device.
+        `MOST_ROWS`, and to parameters that are not plain contiguous float32 tensors, on a multiple of 16 bytes, on one
+        CUDA device.
     """
     blocks = subspace.blocks
     addresses = [[parameter.data_ptr() for parameter in group] for group in blocks.parameters]
