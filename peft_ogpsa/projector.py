@@ -62,7 +62,8 @@ class Projector:
         diagnostics (`Diagnostics`): What was done and what it cost.
         kernels (`bool`): Set to `True`, or set the environment variable `PEFT_OGPSA_KERNELS=1`, for the Triton kernels
             of `kernels.py` where they apply: the cone on the update of float32 parameters on CUDA, up to 64 rows in
-            float32 or bfloat16. Experimental: they have been compiled for GPUs and run in Triton's interpreter, not on a GPU yet.
+            float32 or bfloat16. Experimental: they have been compiled for GPUs and run in Triton's interpreter, not on
+            a GPU yet.
         steps (`int`): Optimizer steps seen.
     """
 
