@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 2**20
+TILE = 2**21
 """Most elements of `rows` that are converted to another dtype at a time on a CPU: what stays in its cache."""
 
 ACCELERATOR_TILE = 2**24
@@ -36,11 +36,24 @@ def _tiles(rows: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices over blocks and over dimensions that together cover `rows`, each of about `TILE` elements at most."""
     blocks, m, d = rows.shape
     size = TILE if rows.device.type == "cpu" else ACCELERATOR_TILE
-    width = max(1, min(d, size // max(1, m)))
+    # Parts of equal width, in whole cache lines where they are wide: stray alignment makes products much slower.
+    parts = -(-d * m // size) or 1
+    width = -(-d // parts)
+    width = min(d, -(-width // 64) * 64) if width > 64 else max(1, width)
     height = max(1, size // max(1, m * width))
     for b in range(0, blocks, height):
         for k in range(0, d, width):
             yield slice(b, b + height), slice(k, k + width)
+
+
+def _converted(rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The tiles of `rows` in another dtype, one after the other in the same memory."""
+    memory = rows.new_empty(0, dtype=dtype)
+    for b, k in _tiles(rows):
+        part = rows[b, :, k]
+        if memory.numel() < part.numel():
+            memory = rows.new_empty(part.numel(), dtype=dtype)
+        yield b, k, memory[: part.numel()].view(part.shape).copy_(part)
 
 
 def norms(rows: Tensor) -> Tensor:
@@ -58,8 +71,7 @@ def norms(rows: Tensor) -> Tensor:
     narrow = dtype == torch.float32
     peaks = rows.abs().amax(-1).to(dtype) if narrow else torch.ones_like(squares)
     peaks = torch.where(peaks == 0, 1.0, peaks)
-    for b, k in _tiles(rows):
-        values = rows[b, :, k].to(dtype)
+    for b, _, values in _converted(rows, dtype):
         values = values / peaks[b].unsqueeze(-1) if narrow else values
         squares[b] += torch.linalg.vecdot(values, values)
     return peaks * squares.sqrt()
@@ -79,8 +91,8 @@ def normalize(rows: Tensor, lengths: Tensor | None = None) -> Tensor:
     usable = (lengths > 0) & lengths.isfinite()
     divisors = torch.where(usable, lengths, 1.0).unsqueeze(-1)
     unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    for b, k in _tiles(rows):
-        unit[b, :, k] = rows[b, :, k].to(lengths.dtype) / divisors[b]
+    for b, k, values in _converted(rows, lengths.dtype):
+        unit[b, :, k] = values.div_(divisors[b])
     return unit.masked_fill_(~usable.unsqueeze(-1), 0.0)
 
 
@@ -112,8 +124,7 @@ def gram(rows: Tensor, index: Sequence[int] | None = None) -> Tensor:
     blocks, m, _ = rows.shape
     count = m if index is None else len(index)
     result = torch.zeros(blocks, count, m, dtype=small_dtype(rows.device), device=rows.device)
-    for b, k in _tiles(rows):
-        tile = rows[b, :, k].to(result.dtype)
+    for b, _, tile in _converted(rows, result.dtype):
         result[b] += (tile if index is None else tile[:, index]) @ tile.mT
     return result
 
@@ -133,8 +144,8 @@ def products(rows: Tensor, vectors: Tensor) -> Tensor:
     if rows.dtype == torch.float32:
         return torch.bmm(factors, rows.mT).squeeze(-2)
     result = torch.zeros(rows.shape[0], 1, rows.shape[1], device=rows.device)
-    for b, k in _tiles(rows):
-        result[b] += factors[b, :, k] @ rows[b, :, k].float().mT
+    for b, k, tile in _converted(rows, torch.float32):
+        result[b] += factors[b, :, k] @ tile.mT
     return result.squeeze(-2)
 
 
@@ -160,8 +171,8 @@ def combine(rows: Tensor, coefficients: Tensor) -> Tensor:
         index = used.flatten().nonzero().squeeze(-1)
         return F.embedding_bag(index, rows.reshape(-1, d), starts, mode="sum", per_sample_weights=weights[used])
     result = torch.empty(blocks, d, device=rows.device)
-    for b, k in _tiles(rows):
-        result[b, k] = (weights[b] @ rows[b, :, k].float()).squeeze(-2)
+    for b, k, tile in _converted(rows, torch.float32):
+        result[b, k] = (weights[b] @ tile).squeeze(-2)
     return result
 
 
@@ -223,8 +234,8 @@ def orthonormal_rows(rows: Tensor, weights: Tensor) -> Tensor:
     """
     blocks, _, d = rows.shape
     result = torch.empty(blocks, weights.shape[1], d, dtype=torch.float32, device=rows.device)
-    for b, k in _tiles(rows):
-        result[b, :, k] = weights[b] @ rows[b, :, k].to(weights.dtype)
+    for b, k, tile in _converted(rows, weights.dtype):
+        result[b, :, k] = weights[b] @ tile
     return result
 
 
