@@ -93,6 +93,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),  # the Trainer's default
     "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
 }
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 TILE = 2**24  # of geometry, on an accelerator
 REFRESH_STEPS = 5
 REFRESH_SAMPLES = 8
@@ -415,8 +416,7 @@ def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
     pages are counted too.
     """
     n = shape.lora_parameters(settings.rank)
-    wide = {"float32": 4, "bfloat16": 2}
-    own = wide[settings.adapter_dtype]
+    own = BYTES[settings.adapter_dtype]
     blocks = 2 * len(shape.linears)
     stay: dict[str, float] = {
         "4-bit weights": sum(out * inputs for out, inputs in shape.linears) / 2,
@@ -427,7 +427,7 @@ def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
         "optimizer state": 2 * own * n if settings.optimizer == "adamw" else 2 * n * (1 + 4 / 256),
     }
     if settings.rows:
-        stay["rows"] = wide[settings.rows_dtype] * settings.rows * n
+        stay["rows"] = BYTES[settings.rows_dtype] * settings.rows * n
         stay["Gram matrices, norms, coefficients"] = 8 * blocks * (settings.rows**2 + 2 * settings.rows)
         if own < 4:
             stay["float32 copy of the adapter"] = 4 * n
@@ -502,7 +502,7 @@ def _say(text: str) -> None:
 
 def bytes_of_rows(result: dict[str, Any]) -> int:
     """Rows times LoRA parameters times bytes."""
-    return result["rows"] * result["lora_parameters"] * {"float32": 4, "bfloat16": 2}[result["rows_dtype"]]
+    return result["rows"] * result["lora_parameters"] * BYTES[result["rows_dtype"]]
 
 
 def label(settings: dict[str, Any]) -> str:
@@ -606,7 +606,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--rows", type=int, nargs="+", default=[0, 8], help="0 is plain QLoRA")
-    parser.add_argument("--rows-dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--rows-dtype", choices=BYTES, default="bfloat16")
     parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=list(OPTIMIZERS))
     parser.add_argument("--length", type=int, default=1024, help="tokens of a training example, one a step")

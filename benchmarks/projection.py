@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import SHAPES
+from memory import BYTES, SHAPES
 from peft import PeftModel, get_peft_model
 from torch import nn
 from tqdm import tqdm
@@ -150,7 +150,7 @@ def benchmark(
         model = adapter(shape, own_rank, own_layers, own_rows, rows_dtype, device)
         speed = bandwidth(device)  # beside each case, for a machine that does other things too
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        width = {"float32": 4, "bfloat16": 2}[rows_dtype]
+        width = BYTES[rows_dtype]
         must_move = count * (2 * own_rows * width + 4 * PARAMETER_PASSES)
         for path in paths:
             if path == "triton" and own_rows > 64:  # more than the kernels take
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="Name of the .json file, without its ending.")
     parser.add_argument("--shape", default="smollm2-135m", choices=list(SHAPES))
     parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--rows-dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rows-dtype", default="float32", choices=BYTES)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kernels", action="store_true", help="Measure the Triton kernels as well; needs CUDA.")
