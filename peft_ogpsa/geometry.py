@@ -52,6 +52,8 @@ def norms(rows: Tensor) -> Tensor:
         `[B, m]`, float64; not finite where a row has an element that is not.
     """
     dtype = small_dtype(rows.device)
+    if rows.shape[-1] == 0:  # an empty shard
+        return torch.zeros(rows.shape[:-1], dtype=dtype, device=rows.device)
     # Without float64 the squares of 1e30 overflow and those of 1e-30 vanish: divide by the largest element first.
     peaks = torch.linalg.vector_norm(rows, torch.inf, dim=-1).to(dtype)
     divisors = torch.where(peaks == 0, 1.0, peaks).unsqueeze(-1)
