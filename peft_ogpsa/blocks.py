@@ -22,7 +22,7 @@ from torch import Tensor
 from . import processes
 
 _LARGEST_GROUP = 2**26
-"""Most elements that are stacked, if more than one piece: beyond, stacking saves no time, and work on a group memory."""
+"""Most elements that are stacked, if not one piece alone: larger stacks save no time and cost working memory."""
 
 Stack = list[Tensor]
 
@@ -63,6 +63,7 @@ class Blocks:
             raise ValueError(f"scope={scope!r} is unknown. Choose one of {sorted(_BLOCK_OF)}.")
         self.sharded = processes.are_sharded(parameters.values())
         names = [name for alike in _alike(parameters, Tensor.numel) for name in alike]
+        self._order = names
         keys = {name: _BLOCK_OF[scope](name, owners[name]) for name in names}
         index = {key: i for i, key in enumerate(dict.fromkeys(keys.values()))}
 
@@ -162,6 +163,27 @@ class Blocks:
     def total(self, *values: Tensor) -> list[Tensor]:
         """Sums over the shards of all processes, in one collective; the values themselves where there are none."""
         return processes.summed(values) if self.sharded else list(values)
+
+    def gathered(self, prefix: str, stack: Stack) -> dict[str, Tensor]:
+        """The pieces of a stack as whole tensors, `PREFIX.PARAMETER`; views where parameters are not sharded.
+
+        Where they are, all processes must call it: the first one gets the tensors, in the host's memory.
+        """
+        views = zip(self.names(), self.views(stack), self.flat_parameters(), strict=True)
+        if not self.sharded:
+            return {f"{prefix}.{name}": view for name, view, _ in views}
+        found = {name: (view, parameter) for name, view, parameter in views}
+        tensors = {}
+        for name in self._order:  # the same in all processes, as the pieces' order may not be
+            full = processes.whole(*found[name])
+            if processes.rank() == 0:
+                tensors[f"{prefix}.{name}"] = full.cpu()
+        return tensors
+
+    def scatter(self, prefix: str, tensors: Mapping[str, Tensor], stack: Stack) -> None:
+        """Puts this process's parts of what `gathered` gave into a stack."""
+        for name, view, parameter in zip(self.names(), self.views(stack), self.flat_parameters(), strict=True):
+            view.copy_(processes.own_part(tensors[f"{prefix}.{name}"], parameter))
 
 
 def _alike(parameters: Mapping[str, Tensor], size: Callable[[Tensor], int]) -> list[list[str]]:
