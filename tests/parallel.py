@@ -15,13 +15,14 @@ import torch.multiprocessing
 from loops import batch, loss_of
 from models import tiny_llama
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, processes, projector_of
+from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, checkpoint, processes, projector_of
 
 # What does not divide by four: shards of several sizes, and for the smallest rank of LoRA an empty one.
 SHAPE = {"intermediate_size": 66}
@@ -85,7 +86,8 @@ def train(
     optimizer_of: Callable = adamw,
     accumulation: int = 1,
     refresh: bool = True,
-    before: Callable | None = None,
+    resume: Path | None = None,
+    save: Path | None = None,
 ) -> dict[str, Any]:
     """Trains and tells of the last refresh's losses, every step's collectives, and the worst broken constraint.
 
@@ -93,9 +95,11 @@ def train(
     block, or `|R D|` where it is orthogonal.
     """
     projector = projector_of(model)
+    if resume is not None:
+        model.load_state_dict(load_file(resume / "parameters.safetensors"), strict=False)
     wrapped = wrap(model, how)
-    if before is not None:
-        before(projector)
+    if resume is not None:
+        projector.load_state_dict(checkpoint.load(resume))
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = optimizer_of(trained)
     told: dict[str, Any] = {"collectives": [], "worst": 0.0}
@@ -118,6 +122,11 @@ def train(
             told["worst"] = max(told["worst"], violation(projector, was, whole(model)))
     told["parameters"] = whole(model)
     told["figures"] = projector.diagnostics.collect()
+    if save is not None:
+        saved = projector.state_dict()
+        if processes.rank() == 0:
+            checkpoint.save(save, saved)
+            save_file(told["parameters"], save / "parameters.safetensors")
     return told
 
 
