@@ -132,16 +132,22 @@ def train(
 
 def violation(projector: Any, was: dict, now: dict) -> float:
     saved = projector.state_dict()["tensors"]  # gathered, in the first process
-    worst = 0.0
-    for name in projector.subspace.blocks.names():
-        if f"rows.{name}" not in saved:
+    scope = projector.config.scope
+    products: dict[str, Any] = {}
+    squares: dict[str, Any] = {}
+    for key, rows in saved.items():
+        name = key.removeprefix("rows.")
+        if name == key:
             continue
-        rows = saved[f"rows.{name}"].flatten(1).double()
+        block = {"tensor": name, "module": name.rpartition(".")[0], "model": ""}[scope]
         (own,) = [full for full in now if full.endswith(name)]
         change = (now[own] - was[own]).flatten().double()
-        products = rows @ change / change.norm().clamp(min=1e-30)
-        products = products if projector.config.constraint == "cone" else products.abs()
-        worst = max(worst, float(products.max()))
+        products[block] = products.get(block, 0) + rows.flatten(1).double() @ change
+        squares[block] = squares.get(block, 0) + change.square().sum()
+    worst = 0.0
+    for block, own in products.items():
+        relative = own / squares[block].sqrt().clamp(min=1e-30)
+        worst = max(worst, float((relative if projector.config.constraint == "cone" else relative.abs()).max()))
     return worst
 
 

@@ -17,7 +17,7 @@ TOLERANCE = 1e-5
 # Model, how it is trained. Reference batches of 3, 2 and 1 examples: no share is even.
 CASES: dict[str, tuple[tuple, dict]] = {
     "full": (("full", {}), {}),
-    "full, one row an example": (("full", {"rows_from": "example", "rows_device": "cpu"}), {"optimizer_of": sgd}),
+    "full, one row an example": (("full", {"rows_from": "example", "rows_device": "cpu"}), {}),
     "full, parts left out, accumulation": (
         ("full", {"rows_from": "set", "scope": "module", "exclude": ["*norm", "embed_tokens"]}),
         {"accumulation": 2},
@@ -124,7 +124,7 @@ def alone() -> dict[str, Any]:
 def assert_close(ours: dict, theirs: dict, tolerance: float = TOLERANCE) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        assert float((ours[name] - theirs[name]).abs().max()) <= tolerance, name
 
 
 @pytest.mark.slow
