@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,10 @@ import pytest
 import torch
 from loops import batch, loss_of
 from parallel import build, mine, references, sgd, spawn, train, wrap
+from parallel_trainers import trained
+from safetensors.torch import load_file
 
-from peft_ogpsa import processes, projector_of
+from peft_ogpsa import checkpoint, processes, projector_of
 
 TOLERANCE = 1e-5
 
@@ -221,3 +227,59 @@ def test_resume_in_four_processes_what_two_began(four, kind, how):
 def test_checkpoint_of_shards_resumes_alone(folder, two):
     resumed = train(build("full"), "alone", range(2, 4), sgd, resume=folder / "full fsdp2")["parameters"]
     assert_close(resumed, train(build("full"), "alone", range(4), sgd)["parameters"])
+
+
+# Trainers
+
+TRAINERS = [(stage, kind, how) for stage in ("sft", "dpo") for kind in ("full", "lora") for how in WRAPPERS]
+
+
+def _trainers(folder: Path) -> dict[str, Any]:
+    return {" ".join(key): trained(*key, folder) for key in TRAINERS}
+
+
+@pytest.fixture(scope="module")
+def trainers(folder) -> list[dict]:
+    return spawn(_trainers, 2, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "kind", "how"), TRAINERS)
+def test_trainer_in_two_processes_equals_one(trainers, folder, stage, kind, how):
+    ours, second = (told[f"{stage} {kind} {how}"] for told in trainers)
+    assert_close(ours, second, 0.0)
+    assert_close(ours, _alone(stage, kind, folder))
+
+
+@cache
+def _alone(stage: str, kind: str, folder: Path) -> dict[str, torch.Tensor]:
+    return trained(stage, kind, "alone", folder)
+
+
+# The documented commands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("configuration", "flags"), [("fsdp2", []), ("ddp", ["--lora"])])
+def test_documented_commands(tmp_path, configuration, flags):
+    root = Path(__file__).parents[1]
+    options = "--layers 2 --max_steps 2 --save_steps 2 --per_device_train_batch_size 2 --logging_steps 1 --bf16 false"
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(root / f"examples/accelerate/{configuration}.yaml"), "--main_process_port", "0"]
+    command += [str(root / "examples/full_parameter.py"), *flags, *options.split(), "--report_to", "none"]
+    command += ["--output_dir", str(tmp_path), "--max_length", "64"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ogpsa/removed" in done.stdout
+    saved = load_file(tmp_path / "checkpoint-2" / checkpoint.TENSORS_NAME)
+    if flags:
+        assert saved["norms"].shape == (28, 48)  # 2 layers of 7 linear maps, A and B
+        assert (tmp_path / "adapter_model.safetensors").is_file()
+    else:
+        weights = load_file(tmp_path / "model.safetensors")
+        rows = {name.removeprefix("rows."): rows for name, rows in saved.items() if name.startswith("rows.")}
+        assert len(rows) == 19  # 2 layers of 9 tensors and the last norm
+        for name, own in rows.items():
+            assert own.shape == (4, *weights[name].shape)
+            assert own.flatten(1).norm(dim=1)[:2] == pytest.approx(1, abs=1e-4)
