@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import processes
 
-_LARGEST_GROUP = 2**26
+LARGEST_GROUP = 2**26
 """Most elements that are stacked, if not one piece alone: larger stacks save no time and cost working memory."""
 
 Stack = list[Tensor]
@@ -72,7 +72,7 @@ class Blocks:
             # Of parameters of one size, shards may have several.
             for part in _alike({name: parameters[name] for name in alike}, lambda p: processes.local(p).numel()):
                 piece = processes.local(parameters[part[0]])
-                most = max(1, _LARGEST_GROUP // max(1, piece.numel()))
+                most = max(1, LARGEST_GROUP // max(1, piece.numel()))
                 for i in range(0, len(part), most):
                     self.groups.append(Group(tuple(part[i : i + most]), piece.numel(), piece.dtype, piece.device))
         self.parameters = [[parameters[name] for name in group.names] for group in self.groups]

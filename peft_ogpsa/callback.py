@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm.auto import tqdm
@@ -260,13 +259,14 @@ def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
-    if args.deepspeed or AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
             "OGPSA does not work under DeepSpeed: its engine keeps gradients and steps flat partitions of the "
             "parameters where no optimizer hook sees them. Train without DeepSpeed; FSDP2 shards as well "
             "(fsdp_version: 2)."
         )
-    plugin = AcceleratorState().fsdp_plugin if AcceleratorState().distributed_type == DistributedType.FSDP else None
+    # Making an AcceleratorState to ask it would reset its type of distribution (accelerate 1.15).
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
             f"OGPSA does not work under FSDP {plugin.fsdp_version}, which flattens parameters of different tensors "

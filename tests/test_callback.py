@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from loops import LORA
 from models import chat, tiny_llama, tiny_tokenizer
@@ -391,9 +391,8 @@ def test_deepspeed_is_refused(tmp_path):
 def test_other_sharding_is_refused(tmp_path, monkeypatch, plugin, message):
     callback = OGPSACallback(sets())
     trainer = sft(tmp_path, callbacks=[callback])
-    state = AcceleratorState._shared_state
-    monkeypatch.setitem(state, "distributed_type", DistributedType.FSDP)
-    monkeypatch.setitem(state, "fsdp_plugin", FullyShardedDataParallelPlugin(**plugin))
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", FullyShardedDataParallelPlugin(**plugin))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     with pytest.raises(ValueError, match=message):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
@@ -416,15 +415,16 @@ def test_whole_weights(tmp_path):
 
 
 def test_resumed_whole_weights_equal_an_uninterrupted_run(tmp_path):
-    def run(folder, **options):
+    def run(folder, resume_from=None, **options):
         config = FullParameterConfig(rows=8, refresh_steps=2, refresh_samples=4, rows_dtype="bfloat16")
-        trainer = sft(folder, bare_model(), [OGPSACallback(sets(), config=config)], **options)
-        return trainer
+        callback = OGPSACallback(sets(), config=config, resume_from=resume_from)
+        return sft(folder, bare_model(), [callback], **options)
 
     whole = run(tmp_path / "whole", save_strategy="steps", save_steps=3)
     whole.train()
-    resumed = run(tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "run" / "checkpoint-3"))
+    checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-3")
+    resumed = run(tmp_path / "resumed", checkpoint)
+    resumed.train(resume_from_checkpoint=checkpoint)
     with pytest.raises(AssertionError):
         assert_equal(whole.model, bare_model())
     assert_equal(whole.model, resumed.model)

@@ -63,7 +63,7 @@ def test_rows_in_the_hosts_memory_change_nothing(settings):
 def test_large_groups_are_divided_and_nothing_changes(monkeypatch):
     ends, groups = [], []
     for size in (2**26, 5000):
-        monkeypatch.setattr("peft_ogpsa.blocks._LARGEST_GROUP", size)
+        monkeypatch.setattr("peft_ogpsa.blocks.LARGEST_GROUP", size)
         model = tiny_llama()
         projector = attach(model, FullParameterConfig(refresh_steps=1))
         steps(model, projector)
