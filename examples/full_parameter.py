@@ -68,7 +68,7 @@ def shard_on_cpu(trainer: SFTTrainer) -> None:
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     if asked and state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
         trainer.is_fsdp_enabled = True
 
 

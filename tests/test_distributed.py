@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 from loops import batch, loss_of
-from parallel import build, mine, references, sgd, spawn, train, wrap
+from models import tiny_llama
+from parallel import SHAPE, build, mine, references, sgd, spawn, train, wrap
 from parallel_trainers import trained
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 
-from peft_ogpsa import checkpoint, processes, projector_of
+from peft_ogpsa import FullParameterConfig, attach, checkpoint, processes, projector_of
 
 TOLERANCE = 1e-5
 
@@ -58,7 +62,25 @@ def _two(folder: Path) -> dict[str, Any]:
         train(build("lora"), how, range(2), sgd, save=folder / f"lora {how}")
     told["kept"] = _kept_gradients()
     told["other batches"] = _other_batches()
+    told["refusals"] = _refusals()
     return told
+
+
+def _refusals() -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    part = tiny_llama(**SHAPE)
+    fully_shard(part.model.layers[0], mesh=mesh)
+    attach(part, FullParameterConfig())
+    columns = torch.nn.Linear(4, 4)
+    columns.weight = torch.nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Replicate()]))
+    attach(columns, FullParameterConfig(exclude=[]))
+    columns.bias.requires_grad_(False)
+    messages = []
+    for model in (part, columns):
+        with pytest.raises(ValueError, match="shards") as error:
+            projector_of(model).refresh(references(0), loss_of, model)
+        messages.append(str(error.value))
+    return messages
 
 
 def _leak(how: str) -> list[dict]:
@@ -205,6 +227,13 @@ def test_refresh_leaves_gradients_alone_that_were_there(two):
 @pytest.mark.slow
 def test_processes_with_other_batches_are_told(two):
     assert "sizes of the reference batches" in two[0]["other batches"]
+
+
+@pytest.mark.slow
+def test_other_placements_are_refused(two):
+    part, replicated = two[0]["refusals"]
+    assert "fully_shard to the whole model" in part
+    assert "no tensor parallelism" in replicated
 
 
 @pytest.mark.slow

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 import torch
 from loops import batch, loss_of, references
-from models import tiny_llama
+from models import VOCABULARY, tiny_llama
+from transformers import LlamaConfig
 
 from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, projector_of
 from peft_ogpsa.blocks import Blocks
 from peft_ogpsa.full_parameter import detach
 from peft_ogpsa.projection import ProjectionConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from full_parameter_memory import estimate, markdown, shard
 
 
 def steps(model, projector, count=3, optimizer=None):
@@ -205,3 +212,39 @@ def test_blocks_keep_their_order_where_pieces_change_theirs():
     assert blocks.names() == ["a", "c", "b", "d"]
     values = blocks.reduce([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])
     assert values.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("constraint", ["cone", "orthogonal"])
+def test_memory_estimate_against_what_is_held(constraint):
+    model = tiny_llama()
+    config = FullParameterConfig(rows=3, rows_dtype="bfloat16", exclude=["*norm"], constraint=constraint)
+    projector = attach(model, config)
+    projector.refresh(references(0), loss_of)
+    subspace = projector.subspace
+    told = estimate(model.config, config, 1)
+
+    def held(*stacks):
+        return sum(part.nbytes for stack in stacks for part in stack)
+
+    assert told["parameters"] == told["gradients"] == sum(p.nbytes for p in model.parameters())
+    assert told["AdamW"] == 2 * told["parameters"]
+    assert told["rows"] == held(subspace.rows, *([subspace.directions] if constraint == "orthogonal" else []))
+    assert told["step: snapshot"] == held(subspace.blocks.stack())
+    assert told["step: correction"] == max(part.nbytes for part in subspace.blocks.zeros())
+    products = subspace.directed(subspace.blocks.stack())
+    assert told["exchanged in a step"] == products.nbytes + 4
+    assert told["exchanged by FSDP2"] == 0
+    small = [subspace.norms, subspace.gram, subspace.start]
+    assert told["Gram matrices, norms, coefficients"] == pytest.approx(held(small), rel=0.2)
+    assert "| parameters, GiB |" in markdown({"one": told})
+
+
+def test_memory_estimate_of_shards():
+    assert [shard(torch.Size([10, 3]), n) for n in (1, 2, 4, 20)] == [30, 15, 9, 3]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    one, four = (estimate(config, FullParameterConfig(), n) for n in (1, 4))
+    assert four["rows"] == one["rows"] / 4
+    on_host = estimate(config, FullParameterConfig(rows_device="cpu"), 4)
+    assert (on_host["rows"], on_host["rows in the host's memory"]) == (0, four["rows"])
