@@ -121,7 +121,7 @@ class OGPSACallback(TrainerCallback):
         """Holds the adapter in float32, before the optimizer is made and a checkpoint is loaded."""
         if model is not None and self.config is None:
             with contextlib.suppress(ValueError):  # no OGPSA adapter, which on_train_begin will say
-                projector_of(model).widen()
+                _widen(projector_of(model))
 
     def on_train_begin(
         self,
@@ -170,8 +170,7 @@ class OGPSACallback(TrainerCallback):
     def _projector_of(self, model: nn.Module) -> Projector:
         if self.config is None:
             projector = projector_of(model)
-            if isinstance(projector.config, OGPSAConfig):
-                projector.widen()  # where the callback was added to a trainer already made
+            _widen(projector)  # where the callback was added to a trainer already made
             return projector
         try:
             tuner_of(model)
@@ -281,6 +280,11 @@ def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             f"The model is spread over several devices (device_map) and trained in {processes.count()} processes. "
             "Load it without device_map."
         )
+
+
+def _widen(projector: Projector) -> None:
+    if isinstance(projector.config, OGPSAConfig):  # whole weights keep the type that the user has chosen
+        projector.widen()
 
 
 def _move_to_front(callback: TrainerCallback) -> None:
