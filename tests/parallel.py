@@ -122,6 +122,9 @@ def train(
             told["worst"] = max(told["worst"], violation(projector, was, whole(model)))
     told["parameters"] = whole(model)
     told["figures"] = projector.diagnostics.collect()
+    if projector.subspace is not None:
+        subspace = projector.subspace
+        told["small"] = {"norms": subspace.norms, "gram": subspace.gram, "coefficients": subspace.start}
     if save is not None:
         saved = projector.state_dict()
         if processes.rank() == 0:

@@ -164,6 +164,8 @@ def test_two_processes_equal_one(two, alone, case, how):
     moved = max(float((p - start[name]).abs().max()) for name, p in expected["parameters"].items())
     assert moved > 1e-3  # far more than the tolerance
     assert_close(told["parameters"], expected["parameters"])
+    # The rows' raw lengths, which projection alone does not see.
+    torch.testing.assert_close(told["small"]["norms"], expected["small"]["norms"], rtol=1e-4, atol=1e-5)
     for name, loss in expected["losses"].items():
         assert told["losses"][name] == pytest.approx(loss, abs=1e-5)
     assert told["figures"].keys() == expected["figures"].keys()
@@ -179,6 +181,7 @@ def test_two_processes_equal_one(two, alone, case, how):
 def test_every_process_ends_with_the_same(two, case, how):
     first, second = (told[f"{case} {how}"] for told in two)
     assert_close(first["parameters"], second["parameters"], 0.0)
+    assert_close(first["small"], second["small"], 0.0)  # the last step's coefficients, where the constraint is a cone
     assert first["losses"] == second["losses"]
 
 
