@@ -5,15 +5,18 @@
 from .callback import OGPSACallback
 from .card import push_adapter, save_card
 from .config import OGPSAConfig
+from .full_parameter import FullParameterConfig, attach
 from .merge import merge_adapter
 from .model import OGPSAModel, projector_of
 from .reference import ReferenceSet
 
 __all__ = [
+    "FullParameterConfig",
     "OGPSACallback",
     "OGPSAConfig",
     "OGPSAModel",
     "ReferenceSet",
+    "attach",
     "merge_adapter",
     "projector_of",
     "push_adapter",

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parameters are projected together, and their stacked form.
 
-A *piece* is one parameter tensor, flattened. Pieces of one size, dtype and device lie stacked in one *group*, so that
-a model of any depth costs a handful of kernels. A *block* is a set of pieces that share their projection
-coefficients: one piece (scope `tensor`), the pieces of one module (`module`), or all of them (`model`).
+A *piece* is one parameter tensor, flattened: what this process holds of it, which under FSDP2 is a shard and may be
+empty. Pieces of one size, dtype and device lie stacked in one *group*, so that a model of any depth costs a handful of
+kernels. A *block* is a set of pieces that share their projection coefficients: one piece (scope `tensor`), the pieces
+of one module (`module`), or all of them (`model`). Blocks have one order in all processes, with any number of them.
 
 A *stack* is a list with one tensor per group, `(pieces, numel)`, or `(pieces, rows, numel)` for rows.
 """
@@ -17,6 +18,11 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+
+from . import processes
+
+LARGEST_GROUP = 2**26
+"""Most elements that are stacked, if not one piece alone: larger stacks save no time and cost working memory."""
 
 Stack = list[Tensor]
 
@@ -55,21 +61,30 @@ class Blocks:
             raise ValueError("There is no parameter to project: the adapter in training has no trainable LoRA weight.")
         if scope not in _BLOCK_OF:
             raise ValueError(f"scope={scope!r} is unknown. Choose one of {sorted(_BLOCK_OF)}.")
-        members: dict[tuple, list[str]] = {}
-        for name, parameter in parameters.items():
-            members.setdefault((parameter.numel(), parameter.dtype, parameter.device), []).append(name)
-        self.groups = [Group(tuple(names), *key) for key, names in members.items()]
+        self.sharded = processes.are_sharded(parameters.values())
+        names = [name for alike in _alike(parameters, Tensor.numel) for name in alike]
+        self._order = names
+        keys = {name: _BLOCK_OF[scope](name, owners[name]) for name in names}
+        index = {key: i for i, key in enumerate(dict.fromkeys(keys.values()))}
+
+        self.groups = []
+        for alike in _alike(parameters, Tensor.numel):
+            # Of parameters of one size, shards may have several.
+            for part in _alike({name: parameters[name] for name in alike}, lambda p: processes.local(p).numel()):
+                piece = processes.local(parameters[part[0]])
+                most = max(1, LARGEST_GROUP // max(1, piece.numel()))
+                for i in range(0, len(part), most):
+                    self.groups.append(Group(tuple(part[i : i + most]), piece.numel(), piece.dtype, piece.device))
         self.parameters = [[parameters[name] for name in group.names] for group in self.groups]
         self.scope = scope
 
-        names = [name for group in self.groups for name in group.names]
-        keys = [_BLOCK_OF[scope](name, owners[name]) for name in names]
-        index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        self.pieces = len(names)
+        members = [index[keys[name]] for name in self.names()]
+        self.pieces = len(members)
         self.count = len(index)
+        self._aligned = members == list(range(self.count))  # every piece a block, in its place
         # The small problems of all blocks are solved together, on the device of the first group.
         self.device = self.groups[0].device
-        self._block_of_piece = torch.tensor([index[key] for key in keys], device=self.device)
+        self._block_of_piece = torch.tensor(members, device=self.device)
         self._sizes = [len(group.names) for group in self.groups]
 
     def names(self) -> list[str]:
@@ -80,10 +95,15 @@ class Blocks:
         """The parameters themselves, in the order of the pieces."""
         return [parameter for group in self.parameters for parameter in group]
 
-    def zeros(self, rows: int | None = None, dtype: torch.dtype | None = None) -> Stack:
+    def local_parameters(self) -> list[list[Tensor]]:
+        """What this process holds of the parameters, for each group; views."""
+        return [[processes.local(parameter) for parameter in group] for group in self.parameters]
+
+    def zeros(self, rows: int | None = None, dtype: torch.dtype | None = None, on_host: bool = False) -> Stack:
         """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` where `rows` is given.
 
-        The dtype is float32 by default, or float64 where the parameters are.
+        The dtype is float32 by default, or float64 where the parameters are. With `on_host` it is in the host's
+        memory, pinned where the parameters are on an accelerator.
         """
         middle = () if rows is None else (rows,)
         return [
@@ -92,7 +112,8 @@ class Blocks:
                 *middle,
                 group.numel,
                 dtype=dtype or torch.promote_types(torch.float32, group.dtype),
-                device=group.device,
+                device="cpu" if on_host else group.device,
+                pin_memory=on_host and group.device.type == "cuda",
             )
             for group in self.groups
         ]
@@ -100,8 +121,8 @@ class Blocks:
     def views(self, stack: Stack) -> list[Tensor]:
         """The pieces of a stack in their parameters' shapes, as views; a rows axis stays in front."""
         return [
-            piece.unflatten(-1, parameter.shape)
-            for stacked, parameters in zip(stack, self.parameters, strict=True)
+            piece.view(*piece.shape[:-1], *parameter.shape)
+            for stacked, parameters in zip(stack, self.local_parameters(), strict=True)
             for piece, parameter in zip(stacked.unbind(0), parameters, strict=True)
         ]
 
@@ -120,18 +141,54 @@ class Blocks:
         stack = self.zeros()
         pairs = [(view, t) for view, t in zip(self.views(stack), source, strict=True) if t is not None]
         if pairs:
-            torch._foreach_copy_([view for view, _ in pairs], [t.detach() for _, t in pairs])
+            torch._foreach_copy_([view for view, _ in pairs], [processes.local(t) for _, t in pairs])
         return stack
 
     def reduce(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Sums per-piece values into per-block values: a `(pieces, ...)` tensor per group -> `(blocks, ...)`."""
+        """Sums per-piece values into per-block values: a `(pieces, ...)` tensor per group -> `(blocks, ...)`.
+
+        Of what this process holds: where parameters are sharded, `total` makes them whole.
+        """
         values = torch.cat([value.to(self.device) for value in pieces])
-        if self.count == self.pieces:
+        if self._aligned:
             return values
         total = values.new_zeros(self.count, *values.shape[1:])
         return total.index_add_(0, self._block_of_piece, values)
 
     def spread(self, blocks: Tensor) -> list[Tensor]:
         """Gives every piece its block's values: `(blocks, ...)` -> a `(pieces, ...)` tensor per group."""
-        values = blocks if self.count == self.pieces else blocks.index_select(0, self._block_of_piece)
+        values = blocks if self._aligned else blocks.index_select(0, self._block_of_piece)
         return [part.to(group.device) for part, group in zip(values.split(self._sizes), self.groups, strict=True)]
+
+    def total(self, *values: Tensor) -> list[Tensor]:
+        """Sums over the shards of all processes, in one collective; the values themselves where there are none."""
+        return processes.summed(values) if self.sharded else list(values)
+
+    def gathered(self, prefix: str, stack: Stack) -> dict[str, Tensor]:
+        """The pieces of a stack as whole tensors, `PREFIX.PARAMETER`; views where parameters are not sharded.
+
+        Where they are, all processes must call it: the first one gets the tensors, in the host's memory.
+        """
+        views = zip(self.names(), self.views(stack), self.flat_parameters(), strict=True)
+        if not self.sharded:
+            return {f"{prefix}.{name}": view for name, view, _ in views}
+        found = {name: (view, parameter) for name, view, parameter in views}
+        tensors = {}
+        for name in self._order:  # the same in all processes, as the pieces' order may not be
+            full = processes.whole(*found[name])
+            if processes.rank() == 0:
+                tensors[f"{prefix}.{name}"] = full.cpu()
+        return tensors
+
+    def scatter(self, prefix: str, tensors: Mapping[str, Tensor], stack: Stack) -> None:
+        """Puts this process's parts of what `gathered` gave into a stack."""
+        for name, view, parameter in zip(self.names(), self.views(stack), self.flat_parameters(), strict=True):
+            view.copy_(processes.own_part(tensors[f"{prefix}.{name}"], parameter))
+
+
+def _alike(parameters: Mapping[str, Tensor], size: Callable[[Tensor], int]) -> list[list[str]]:
+    """The names of parameters of one size, dtype and device, by the first of each kind."""
+    members: dict[tuple, list[str]] = {}
+    for name, parameter in parameters.items():
+        members.setdefault((size(parameter), parameter.dtype, parameter.device), []).append(name)
+    return list(members.values())

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import checkpoint
+from . import checkpoint, processes
 from .config import OGPSAConfig
+from .full_parameter import FullParameterConfig, attach
 from .model import projector_of, tuner_of
 from .preferences import Pair, with_margins
+from .projection import ProjectionConfig
 from .projector import Projector
 from .reference import ReferenceLoader, ReferenceSet, batched, collate, reference_loss
 
@@ -43,11 +47,17 @@ class OGPSACallback(TrainerCallback):
 
     Each checkpoint of the trainer also gets the subspace, so that a resumed run goes on exactly.
 
+    In several processes (DDP, FSDP2) all draw the same examples and each passes its share of them. To train a model's
+    own weights instead of an adapter, give `config`.
+
     Args:
         reference_sets (`Sequence[ReferenceSet]`): The abilities to keep.
         processing_class (*optional*): Tokenizer or processor; the trainer's own by default.
-        batch_size (`int`, *optional*): Examples per reference pass; by default the trainer's batch size per device.
-            It changes memory and speed, and with `rows_from="batch"` also what a row is.
+        config (`FullParameterConfig`, *optional*): Projects the model's own weights. An adapter has settings of its
+            own.
+        batch_size (`int`, *optional*): Examples per reference pass and process; by default the trainer's batch size
+            per device. It changes memory and speed, and with `rows_from="batch"` also what a row is: the gradient of
+            so many examples of every process.
         seed (`int`): Of the order in which examples are drawn.
         save_subspace (`bool`): Whether checkpoints get the subspace (`rows` times the size of the adapter).
         resume_from (`str`, *optional*): Checkpoint directory to take the subspace from when a run is resumed; by
@@ -57,9 +67,10 @@ class OGPSACallback(TrainerCallback):
 
     Raises:
         ValueError: At construction, if there is no set or two of one name. At the start of training, if a set is
-            empty or nothing of it is left to learn, no tokenizer is at hand, the model has no OGPSA adapter, training
-            is distributed or under DeepSpeed (not supported yet), or a resumed checkpoint's subspace is missing,
-            damaged, or does not fit.
+            empty or nothing of it is left to learn, no tokenizer is at hand, the model has no OGPSA adapter and
+            `config` is not given (or both are), training is distributed in a way that is not supported (DeepSpeed,
+            FSDP 1, parameters offloaded to the host), or a resumed checkpoint's subspace is missing, damaged, or does
+            not fit.
     """
 
     def __init__(
@@ -67,6 +78,7 @@ class OGPSACallback(TrainerCallback):
         reference_sets: Sequence[ReferenceSet],
         processing_class: Any = None,
         *,
+        config: FullParameterConfig | None = None,
         batch_size: int | None = None,
         seed: int = 0,
         save_subspace: bool = True,
@@ -85,7 +97,13 @@ class OGPSACallback(TrainerCallback):
             raise ValueError(f"OGPSACallback: reference_sets has two sets of the name {twice[0]!r}. Rename one.")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"OGPSACallback: batch_size={batch_size!r} must be an integer of at least 1.")
+        if config is not None and not isinstance(config, FullParameterConfig):
+            raise ValueError(
+                f"OGPSACallback: config={config!r} must be a FullParameterConfig. An OGPSAConfig is given to "
+                "get_peft_model, or to the trainer as peft_config."
+            )
         self.reference_sets = sets
+        self.config = config
         self.processing_class = processing_class
         self.batch_size = batch_size
         self.seed = seed
@@ -102,9 +120,9 @@ class OGPSACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Holds the adapter in float32, before the optimizer is made and a checkpoint is loaded."""
-        if model is not None:
+        if model is not None and self.config is None:
             with contextlib.suppress(ValueError):  # no OGPSA adapter, which on_train_begin will say
-                projector_of(model).widen()
+                _widen(projector_of(model))
 
     def on_train_begin(
         self,
@@ -118,9 +136,8 @@ class OGPSACallback(TrainerCallback):
         """Checks everything, tokenises the references, and restores the subspace of a resumed run."""
         assert model is not None
         _move_to_front(self)
-        _refuse_unsupported(args)
-        projector = projector_of(model)
-        projector.widen()  # where the callback was added to a trainer already made
+        _refuse_unsupported(args, model)
+        projector = self._projector_of(model)
         tokenizer = self.processing_class or processing_class
         if tokenizer is None:
             raise ValueError(
@@ -133,9 +150,15 @@ class OGPSACallback(TrainerCallback):
             for reference_set in tqdm(self.reference_sets, "Tokenising references", delay=2, disable=args.disable_tqdm)
         }
         self._pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        batch_size = self.batch_size or args.per_device_train_batch_size
+        # Each process passes its share of a batch.
+        batch_size = (self.batch_size or args.per_device_train_batch_size) * processes.count()
         for name, own in examples.items():
             if isinstance(own[0], Pair):
+                if self.config is not None:
+                    raise ValueError(
+                        f'Reference set {name!r}: loss="dpo" is measured against the model without its adapter, and '
+                        'there is none where whole weights are trained. Use loss="both" or "answer".'
+                    )
                 bar = tqdm(batched(own, batch_size), f"Reference policy on {name}", disable=args.disable_tqdm)
                 examples[name] = with_margins(model, tuner_of(model), bar, lambda p: self._collate(p, model))
         samples = refresh_samples(projector.config, args, batch_size, len(examples))
@@ -158,6 +181,20 @@ class OGPSACallback(TrainerCallback):
             f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, {drawn / trained:.0%} of the "
             f"training examples; {held / 2**20:,.0f} MiB for the reference gradients, and {more / 2**20:,.0f} MiB "
             "more during an optimizer step."
+        )
+
+    def _projector_of(self, model: nn.Module) -> Projector:
+        if self.config is None:
+            projector = projector_of(model)
+            _widen(projector)  # where the callback was added to a trainer already made
+            return projector
+        try:
+            tuner_of(model)
+        except ValueError:
+            return attach(model, self.config)
+        raise ValueError(
+            "OGPSACallback: config is for a model without an OGPSA adapter, and this one has one, with its own "
+            "settings. Leave config out, or train the base model."
         )
 
     def on_step_begin(
@@ -183,11 +220,11 @@ class OGPSACallback(TrainerCallback):
                 return reference_loss(model, batch)
 
             self._projector.refresh(
-                {name: [self._collate(batch, model) for batch in own] for name, own in batches.items()}, loss
+                {name: [self._collate(batch, model) for batch in own] for name, own in batches.items()}, loss, model
             )
 
     def _collate(self, examples: Sequence[Any], model: nn.Module) -> dict[str, torch.Tensor]:
-        return collate(examples, self._pad_token_id, next(model.parameters()).device)
+        return collate(examples, self._pad_token_id, processes.local(next(model.parameters())).device)
 
     def on_log(
         self,
@@ -209,9 +246,10 @@ class OGPSACallback(TrainerCallback):
         """Puts the subspace into the checkpoint that the trainer has just written."""
         if not self.save_subspace or self._projector.subspace is None:
             return
-        saved = self._projector.state_dict()
+        saved = self._projector.state_dict()  # in all processes, which gathers shards
         saved["rest"]["loader"] = self._loader.state_dict()
-        checkpoint.save(_checkpoint_directory(args, state), saved)
+        if state.is_world_process_zero:
+            checkpoint.save(_checkpoint_directory(args, state), saved)
 
     def _resume(self, args: TrainingArguments, state: TrainerState, projector: Projector) -> None:
         directory = Path(self.resume_from) if self.resume_from else _checkpoint_directory(args, state)
@@ -237,7 +275,7 @@ def examples_per_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def refresh_samples(config: OGPSAConfig, args: TrainingArguments, batch_size: int, sets: int) -> int | None:
+def refresh_samples(config: ProjectionConfig, args: TrainingArguments, batch_size: int, sets: int) -> int | None:
     """How many reference examples a refresh takes; `None` is all.
 
     Args:
@@ -268,17 +306,34 @@ def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _refuse_unsupported(args: TrainingArguments) -> None:
-    if args.deepspeed:
+def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
-            "OGPSA does not work under DeepSpeed yet: its engine steps the parameters where no optimizer hook sees "
-            "them. Train without the `deepspeed` argument."
+            "OGPSA does not work under DeepSpeed: its engine keeps gradients and steps flat partitions of the "
+            "parameters where no optimizer hook sees them. Train without DeepSpeed; FSDP2 shards as well "
+            "(fsdp_version: 2)."
         )
-    if args.world_size > 1:
+    # Making an AcceleratorState to ask it would reset its type of distribution (accelerate 1.15).
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
-            f"OGPSA does not train in several processes yet (world size {args.world_size}): the processes would hold "
-            "different reference gradients. Launch a single process."
+            f"OGPSA does not work under FSDP {plugin.fsdp_version}, which flattens parameters of different tensors "
+            "into one. Use FSDP2: fsdp_version: 2."
         )
+    if plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "OGPSA does not work with FSDP2's offloading of parameters to the host. Set fsdp_offload_params: false."
+        )
+    if processes.count() > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ValueError(
+            f"The model is spread over several devices (device_map) and trained in {processes.count()} processes. "
+            "Load it without device_map."
+        )
+
+
+def _widen(projector: Projector) -> None:
+    if isinstance(projector.config, OGPSAConfig):  # whole weights keep the type that the user has chosen
+        projector.widen()
 
 
 def _move_to_front(callback: TrainerCallback) -> None:

@@ -7,32 +7,22 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftType
 
+from .projection import ProjectionConfig
+
 SIDECAR_NAME = "ogpsa_config.json"
 _FORMAT_VERSION = 1
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "constraint": ("cone", "orthogonal"),
-    "projection": ("update", "gradient"),
-    "scope": ("tensor", "module", "model"),
-    "rows_from": ("example", "batch", "set"),
-    "rows_dtype": ("float32", "bfloat16", "int8"),
-    "missing_reference": ("error", "warn", "ignore"),
-}
-_COUNTS = ("rows", "refresh_steps")
-_OPTIONAL_COUNTS = ("refresh_samples", "subspace_rank")
-_PAPER_REFRESH_STEPS = {"sft": 30, "dpo": 5}
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class OGPSAConfig(LoraConfig):
+class OGPSAConfig(ProjectionConfig, LoraConfig):
     """Configuration of OGPSA: LoRA whose training steps spare a few reference losses.
 
     It takes every argument of [`~peft.LoraConfig`] besides its own. It is saved as a plain LoRA
@@ -68,117 +58,10 @@ class OGPSAConfig(LoraConfig):
         ValueError: If a value is not allowed, or if two contradict each other.
     """
 
-    constraint: Literal["cone", "orthogonal"] = field(
-        default="cone",
-        metadata={
-            "help": "'cone': the closest update along which no reference loss rises to first order. 'orthogonal': "
-            "remove the whole component in the span of the reference gradients, as in the paper."
-        },
-    )
-    projection: Literal["update", "gradient"] = field(
-        default="update",
-        metadata={
-            "help": "'update': project the parameter change that the optimizer made. 'gradient': project the gradient "
-            "before the optimizer, as in the paper."
-        },
-    )
-    scope: Literal["tensor", "module", "model"] = field(
-        default="tensor",
-        metadata={
-            "help": "The parameters projected together: each LoRA matrix ('tensor'), both matrices of a layer "
-            "('module'), or all of them ('model')."
-        },
-    )
-    rows: int = field(
-        default=48,
-        metadata={"help": "Reference gradients held per block, over all sets. The newest replace the oldest."},
-    )
-    rows_from: Literal["example", "batch", "set"] = field(
-        default="example",
-        metadata={"help": "What one row is the gradient of: an 'example', a 'batch', or the mean over a 'set'."},
-    )
-    rows_dtype: Literal["float32", "bfloat16", "int8"] = field(
-        default="float32",
-        metadata={
-            "help": "The type rows are stored in. 'bfloat16' halves their memory, 'int8' (with constraint='cone') "
-            "quarters it."
-        },
-    )
-    subspace_rank: int | None = field(
-        default=None,
-        metadata={"help": "With constraint='orthogonal': keep only so many leading directions. None keeps all."},
-    )
-    refresh_steps: int = field(
-        default=5,
-        metadata={
-            "help": "Optimizer steps from one refresh of the rows to the next. There is always another after the "
-            "first step, because with B = 0 the gradient of A is zero."
-        },
-    )
-    reference_budget: float | None = field(
-        default=0.1,
-        metadata={
-            "help": "Reference examples passed for each training example: the share that references add to the cost "
-            "of training. None uses all of every set at each refresh."
-        },
-    )
-    refresh_samples: int | None = field(
-        default=None,
-        metadata={"help": "So many reference examples at a refresh, over all sets, instead of reference_budget."},
-    )
-    reference_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "How much of the mean fresh reference gradient is added to the training gradient on steps that "
-            "refreshed. This is replay; 0 means none."
-        },
-    )
-    missing_reference: Literal["error", "warn", "ignore"] = field(
-        default="error",
-        metadata={
-            "help": "What a first optimizer step without reference rows does: 'error', 'warn', or 'ignore' (train as "
-            "plain LoRA)."
-        },
-    )
-
     def __post_init__(self) -> None:
-        super().__post_init__()
+        LoraConfig.__post_init__(self)
         self.peft_type = PeftType("OGPSA")
-        for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not allowed. Use one of: {', '.join(map(repr, allowed))}.")
-        for name in _COUNTS + _OPTIONAL_COUNTS:
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL_COUNTS:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                none = ", or None" if name in _OPTIONAL_COUNTS else ""
-                raise ValueError(f"{name}={value!r} is not allowed. Use an integer of at least 1{none}.")
-        budget = self.reference_budget
-        if budget is not None and (
-            not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf
-        ):
-            raise ValueError(f"reference_budget={budget!r} is not allowed. Use a finite number above 0, or None.")
-        weight = self.reference_weight
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
-            raise ValueError(f"reference_weight={weight!r} is not allowed. Use a finite number of at least 0.")
-        if self.rows_dtype == "int8" and self.constraint == "orthogonal":
-            raise ValueError(
-                "rows_dtype='int8' is not allowed with constraint='orthogonal', whose basis needs more digits. Use "
-                "'bfloat16', or constraint='cone'."
-            )
-        if self.subspace_rank is not None:
-            if self.constraint != "orthogonal":
-                raise ValueError(
-                    f"subspace_rank={self.subspace_rank} has no meaning with constraint={self.constraint!r}, which "
-                    "uses every row. Set subspace_rank=None, or constraint='orthogonal'."
-                )
-            if self.subspace_rank > self.rows:
-                raise ValueError(
-                    f"subspace_rank={self.subspace_rank} is more than rows={self.rows} can span. Use at most "
-                    f"{self.rows}, or more rows."
-                )
+        self._check_projection()
 
     @property
     def init_weights(self) -> Any:
@@ -204,24 +87,7 @@ class OGPSAConfig(LoraConfig):
         Raises:
             ValueError: If `stage` is neither.
         """
-        if stage not in _PAPER_REFRESH_STEPS:
-            raise ValueError(f"stage={stage!r} is not in the paper. Use 'sft' or 'dpo'.")
-        rule: dict[str, Any] = {
-            "constraint": "orthogonal",
-            "projection": "gradient",
-            "scope": "tensor",
-            "rows": 2,
-            "rows_from": "set",
-            "refresh_steps": _PAPER_REFRESH_STEPS[stage],
-            "reference_budget": None,
-            "refresh_samples": None,
-            "reference_weight": 0.0,
-        }
-        return cls(**{**rule, **knobs})
-
-    def ogpsa_dict(self) -> dict[str, Any]:
-        """OGPSA's own settings, without LoRA's."""
-        return {name: getattr(self, name) for name in _own_fields()}
+        return cls(**{**cls._paper_rule(stage), **knobs})
 
     def lora_config(self) -> LoraConfig:
         """An independent plain `LoraConfig` with the same LoRA settings."""
@@ -284,5 +150,4 @@ class OGPSAConfig(LoraConfig):
 
 
 def _own_fields() -> list[str]:
-    inherited = {f.name for f in fields(LoraConfig)}
-    return [f.name for f in fields(OGPSAConfig) if f.name not in inherited]
+    return [f.name for f in fields(ProjectionConfig)]

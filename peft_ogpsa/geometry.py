@@ -67,6 +67,8 @@ def norms(rows: Tensor) -> Tensor:
     """
     dtype = small_dtype(rows.device)
     squares = torch.zeros(rows.shape[:2], dtype=dtype, device=rows.device)
+    if rows.shape[-1] == 0:  # an empty shard
+        return squares
     # Without float64 the squares of 1e30 overflow and those of 1e-30 vanish: divide by the largest element first.
     narrow = dtype == torch.float32
     peaks = rows.abs().amax(-1).to(dtype) if narrow else torch.ones_like(squares)
@@ -97,18 +99,19 @@ def normalize(rows: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest multiples of `1/127` of the largest absolute value.
+    """The nearest multiples of `1/127` of the largest absolute value of each vector.
 
     Args:
-        values: Any shape, float32.
+        values: `[..., d]`, float32.
 
     Returns:
-        The multiples, int8, and what they are multiplied with, a scalar; 0 and not finite where `values` are not.
+        The multiples, `[..., d]`, int8, and what they are multiplied with, `[...]`; that is 0 for a zero vector, and
+        not finite for one that is not.
     """
-    peak = torch.linalg.vector_norm(values, torch.inf)
-    usable = peak.isfinite() & (peak > 0)
-    steps = (values / torch.where(usable, peak, 1.0) * 127).round()
-    return torch.where(usable, steps, 0.0).to(torch.int8), torch.where(usable, peak / 127, peak)
+    peaks = values.abs().amax(-1)
+    usable = peaks.isfinite() & (peaks > 0)
+    multiples = (values / torch.where(usable, peaks, 1.0).unsqueeze(-1) * 127).round()
+    return torch.where(usable.unsqueeze(-1), multiples, 0.0).to(torch.int8), torch.where(usable, peaks / 127, peaks)
 
 
 def gram(rows: Tensor, index: Sequence[int] | None = None) -> Tensor:

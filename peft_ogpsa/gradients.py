@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference gradient pass: from a batch and a loss to gradients of the projected parameters.
 
-Run it under `modes.undisturbed(model, gradients=True)`: with dropout on, a gradient is mostly noise. `.grad` is never
-touched.
+Run it under `modes.undisturbed(model, gradients=True)`: with dropout on, a gradient is mostly noise. `.grad` is left
+as it was found.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import processes
 from .blocks import Blocks
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -67,6 +68,50 @@ def batch_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink
     return loss.detach()
 
 
+def sharded_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, weight: float) -> Tensor:
+    """Gives `sink` this process's shard of the sum over processes of `weight` times their losses' gradients.
+
+    FSDP2 gathers and scatters in backward hooks, which `autograd.grad` does not run: so this is a backward pass like
+    the optimizer's, whose gradients are then taken from `.grad`. Every process must call it the same number of times.
+
+    Args:
+        model: Passed to `loss_fn`.
+        batch: This process's examples.
+        loss_fn: `loss_fn(model, batch)` returns a scalar.
+        blocks: The projected parameters, sharded.
+        sink: Receives the gradients.
+        weight: Of this process's loss; 0 for a pass that only keeps the others from waiting.
+
+    Returns:
+        The loss, detached, without its weight.
+
+    Raises:
+        RuntimeError: If no gradient arrived.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        loss = _scalar(loss_fn(model, batch))
+        # FSDP2 takes the mean over processes.
+        (loss * (weight * processes.count() * _LOSS_SCALE)).backward()
+        own = blocks.flat_parameters()
+        if all(parameter.grad is None for parameter in own):
+            raise RuntimeError(
+                "The backward pass of a reference batch left no gradient in any projected shard. Refresh between "
+                "optimizer steps with set_requires_gradient_sync(True), and give refresh() as `model` what the "
+                "outermost fully_shard was called with."
+            )
+        for piece, parameter in enumerate(own):
+            if parameter.grad is not None:
+                sink.add(piece, processes.local(parameter.grad).unsqueeze(0).float() / _LOSS_SCALE)
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+    return loss.detach()
+
+
 def example_gradients(
     model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, linears: Sequence[nn.Linear | None]
 ) -> Tensor:
@@ -96,7 +141,7 @@ def example_gradients(
         with contextlib.suppress(_NotPerExampleError):
             return _hooked_gradients(model, batch, loss_fn, blocks, sink, linears, count)
         sink.clear()
-    losses = [batch_gradient(model, _example(batch, i), loss_fn, blocks, sink, first=i) for i in range(count)]
+    losses = [batch_gradient(model, examples_of(batch, [i]), loss_fn, blocks, sink, first=i) for i in range(count)]
     return torch.stack(losses).mean()
 
 
@@ -182,11 +227,12 @@ def _scalar(loss: Any) -> Tensor:
     return loss
 
 
-def _example(batch: Any, index: int) -> Any:
+def examples_of(batch: Any, indices: Sequence[int]) -> Any:
+    """Some examples of a batch: of every tensor the given entries of the first axis."""
     if isinstance(batch, Tensor):
-        return batch[index : index + 1] if batch.dim() else batch
+        return batch[list(indices)] if batch.dim() else batch
     if isinstance(batch, Mapping):
-        return {key: _example(value, index) for key, value in batch.items()}
+        return {key: examples_of(value, indices) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(_example(value, index) for value in batch)
+        return type(batch)(examples_of(value, indices) for value in batch)
     return batch

@@ -365,18 +365,20 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
     """What launches the kernels over a subspace: the last one, while the parameters are where they were.
 
     Returns:
-        None where the kernels do not apply: to another constraint than the cone, to int8 rows or more than
-        `MOST_ROWS`, and to parameters that are not plain contiguous float32 tensors, on a multiple of 16 bytes, on one
-        CUDA device.
+        None where the kernels do not apply: to another constraint than the cone, to int8 rows, more than `MOST_ROWS`
+        or rows in the host's memory, and to parameters that are not plain contiguous float32 tensors, on a multiple
+        of 16 bytes, on one CUDA device.
     """
     blocks = subspace.blocks
+    if blocks.sharded:
+        return None
     addresses = [[parameter.data_ptr() for parameter in group] for group in blocks.parameters]
     if last is not None and last.blocks is blocks and last.addresses == addresses:
         return last
     fits = (
         subspace.constraint == "cone"
         and subspace.capacity <= MOST_ROWS
-        and all(rows.is_floating_point() for rows in subspace.rows)
+        and all(rows.is_floating_point() and rows.device == blocks.device for rows in subspace.rows)
         and blocks.device.type in DEVICES
         and all(
             type(parameter.data) is Tensor  # and not, say, a shard

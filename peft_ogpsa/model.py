@@ -12,8 +12,10 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from torch import Tensor, nn
 
 from .config import OGPSAConfig
+from .full_parameter import PROJECTOR
 from .projector import Projector
 from .registration import register
+from .targets import AdapterTargets
 
 # Where a base model keeps its OGPSAModel. Set in `__dict__`, past nn.Module, so that it is no submodule: PEFT throws
 # the tuner away when it only injects (`inject_adapter_in_model`, transformers' `add_adapter`), and the projector with
@@ -52,7 +54,7 @@ class OGPSAModel(LoraModel):
         # projector serves them all.
         first = self.model.__dict__.get(_TUNER)
         if first is None or first.peft_config is not self.peft_config:
-            self._projector = Projector(self)
+            self._projector = Projector(AdapterTargets(self))
             self.model.__dict__[_TUNER] = self
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(["lora", "ogpsa"])  # PEFT's model card adds "lora" for its own LoRA alone
@@ -73,7 +75,7 @@ class OGPSAModel(LoraModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_projector" in state:
-            self._projector = Projector(self)
+            self._projector = Projector(AdapterTargets(self))
 
     # PEFT looks for its LORA type alone in three places; the layers are LoRA's, so the same holds here.
 
@@ -111,25 +113,31 @@ class OGPSAModel(LoraModel):
 
 
 def projector_of(model: nn.Module) -> Projector:
-    """The projector of a model that carries an OGPSA adapter.
+    """The projector of a model that carries an OGPSA adapter, or to which one was attached.
 
     Args:
-        model (`nn.Module`): A `PeftModel`, an `OGPSAModel`, a base model with an injected adapter, or any module
-            around one of them (compiled, distributed).
+        model (`nn.Module`): A `PeftModel`, an `OGPSAModel`, a base model with an injected adapter, a model given to
+            `attach`, or any module around one of them (compiled, distributed).
 
     Raises:
         ValueError: If there is none.
     """
+    for module in model.modules():
+        held = module.__dict__.get(PROJECTOR)
+        if held is not None and held.projector is not None:
+            return held.projector
     return tuner_of(model)._projector
 
 
 def tuner_of(model: nn.Module) -> OGPSAModel:
-    """The `OGPSAModel` in a model; arguments and errors are those of `projector_of`."""
+    """The `OGPSAModel` in a model with an adapter; arguments and errors are those of `projector_of`."""
     for module in model.modules():
         if (tuner := module.__dict__.get(_TUNER)) is not None:
             return tuner
     raise ValueError(
-        f"This {type(model).__name__} carries no OGPSA adapter. Add one: get_peft_model(model, OGPSAConfig(...))."
+        f"This {type(model).__name__} carries no OGPSA adapter. Add one: get_peft_model(model, OGPSAConfig(...)). "
+        "To train its own weights: attach(model, FullParameterConfig(...)), or OGPSACallback(..., "
+        "config=FullParameterConfig(...))."
     )
 
 

@@ -3,14 +3,18 @@
 """When projection happens: around the optimizer's own step, in any loop.
 
 Two hooks, registered once for all torch optimizers, surround every optimizer step. They find the projector whose
-adapter the optimizer trains and let it change the gradient before the step, or the parameters after it.
+parameters the optimizer trains and let it change the gradient before the step, or the parameters after it.
+
+In several processes each computes reference gradients of its share of every batch. Under DDP their sum makes the same
+rows everywhere, so that every process projects its own, equal step alone. Under FSDP2 every process holds a shard of
+rows and step, and one sum of inner products in a step is all that they exchange.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,40 +29,38 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from . import processes
 from .blocks import Blocks, Stack
-from .config import OGPSAConfig
 from .diagnostics import Diagnostics
-from .gradients import LossFn, batch_gradient, batch_size, example_gradients
+from .gradients import LossFn, batch_gradient, batch_size, example_gradients, examples_of, sharded_gradient
 from .modes import undisturbed
+from .projection import ProjectionConfig
 from .subspace import Slots, Subspace
 
 if TYPE_CHECKING:
     from .kernels import Launcher
-    from .model import OGPSAModel
+    from .targets import Targets
 
 logger = logging.getLogger(__name__)
 
-_LORA_WEIGHT = re.compile(
-    r"(?P<owner>.*)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(?:\.weight)?"
-)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Projector:
-    """Keeps the reference subspace of the adapter in training and projects each optimizer step onto it.
+    """Keeps the reference subspace of the parameters in training and projects each optimizer step onto it.
 
-    It is made by `get_peft_model(model, OGPSAConfig(...))` and needs no call in the training loop but `refresh`,
-    which `OGPSACallback` makes under transformers' and TRL's trainers. Only the LoRA matrices A and B of the OGPSA
-    adapter in training are projected; other trainable parameters (`modules_to_save`, biases, DoRA magnitudes) are
-    stepped by the optimizer as ever.
+    It is made by `get_peft_model(model, OGPSAConfig(...))`, or by `attach` for a model's own weights, and needs no
+    call in the training loop but `refresh`, which `OGPSACallback` makes under transformers' and TRL's trainers. Of an
+    adapter only the LoRA matrices A and B in training are projected; other trainable parameters (`modules_to_save`,
+    biases, DoRA magnitudes) are stepped by the optimizer as ever.
 
     With `projection="update"` the constraint holds for the parameters' real change in the step, whatever made it:
     momentum, preconditioning, clipping and decoupled weight decay are inside it. With `projection="gradient"` it
     holds for the gradient alone, which is what the paper does; what the optimizer makes of it is another matter.
 
     Attributes:
-        enabled (`bool`): Set to `False` to train as plain LoRA for a while.
+        enabled (`bool`): Set to `False` to train without projection for a while.
         diagnostics (`Diagnostics`): What was done and what it cost.
         kernels (`bool`): Set to `True`, or set the environment variable `PEFT_OGPSA_KERNELS=1`, for the Triton kernels
             of `kernels.py` where they apply: the cone on the update of float32 parameters on CUDA, up to 64 rows in
@@ -67,8 +69,8 @@ class Projector:
         steps (`int`): Optimizer steps seen.
     """
 
-    def __init__(self, model: OGPSAModel) -> None:
-        self._model = model
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
         self.enabled = True
         self.diagnostics = Diagnostics()
         self.kernels = os.environ.get("PEFT_OGPSA_KERNELS") == "1"
@@ -80,51 +82,38 @@ class Projector:
         self._masters: Stack | None = None
         self._last_launcher: Launcher | None = None
         self._warned = False
-        self._known: tuple[tuple[str, ...], list[tuple[str, str, nn.Parameter]]] | None = None
+        # At the refreshing step: the gradient's overlaps with the rows, this process's part.
+        self._overlaps: Tensor | None = None
         _projectors.add(self)
 
-    # The adapter in training
+    # The parameters in training
 
     @property
-    def config(self) -> OGPSAConfig:
-        """The configuration of the OGPSA adapter in training.
+    def config(self) -> ProjectionConfig:
+        """The settings of what is in training.
 
         Raises:
             ValueError: If several trainable OGPSA adapters have different projection settings.
         """
-        own = {name: config for name, config in self._model.peft_config.items() if isinstance(config, OGPSAConfig)}
-        training = {owner.rpartition(":")[2] for _, owner, parameter in self._weights() if parameter.requires_grad}
-        configs = [config for name, config in own.items() if name in training] or list(own.values())
-        if any(config.ogpsa_dict() != configs[0].ogpsa_dict() for config in configs):
-            raise ValueError(
-                f"The adapters in training, {sorted(training)}, have different OGPSA settings. Train one at a time "
-                "(`set_adapter`), or give them the same settings."
-            )
-        return configs[0]
+        return self._targets.config
 
-    def _weights(self) -> list[tuple[str, str, nn.Parameter]]:
-        """Name, owner (`module:adapter`) and parameter of every LoRA matrix of an OGPSA adapter."""
-        # Walking through a large model takes milliseconds, so the list is kept until adapters come or go.
-        adapters = tuple(name for name, c in self._model.peft_config.items() if isinstance(c, OGPSAConfig))
-        if self._known is None or self._known[0] != adapters:
-            matches = ((_LORA_WEIGHT.fullmatch(name), p) for name, p in self._model.named_parameters())
-            found = [(m[0], f"{m['owner']}:{m['adapter']}", p) for m, p in matches if m and m["adapter"] in adapters]
-            self._known = (adapters, found)
-        return self._known[1]
+    @property
+    def _model(self) -> nn.Module:
+        return self._targets.model
 
     def _trained(self) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-        """The LoRA matrices in training by name, and their owners."""
-        trained = [item for item in self._weights() if item[2].requires_grad]
+        """The parameters in training by name, and their owners."""
+        trained = self._targets.trained()
         return {name: parameter for name, _, parameter in trained}, {name: owner for name, owner, _ in trained}
 
     def widen(self) -> None:
-        """Holds the adapter in training in float32, if it is of lower precision.
+        """Holds what is in training in float32, if it is of lower precision; made for adapters.
 
         A small projected update is lost to rounding in bfloat16: rounding alone then breaks the constraint, and Adam's
         moments stand still. TRL casts the adapters of quantised models to bfloat16, without a choice; autocast
         computes in the lower precision all the same.
         """
-        self._known = None
+        self._targets.forget()
         for parameter in self._trained()[0].values():
             if parameter.dtype in _LOW_PRECISION:
                 parameter.data = parameter.data.float()
@@ -151,19 +140,26 @@ class Projector:
 
         Training is not disturbed: `.grad`, random states and every module's mode are as before afterwards.
 
+        In several processes all must call it, with the same batches; each passes every n-th example of a batch (under
+        FSDP2 with `rows_from="example"` all of them, one at a time). Call it between optimizer steps, not between
+        the micro-batches of one.
+
         Args:
             batches (`Mapping[str, Iterable]`): For each reference set, by name, its batches. Each batch gives one
                 reference gradient with `rows_from="batch"`, one per example with `"example"`, and `"set"` averages
                 over all batches of the set, weighted by their numbers of examples.
             loss_fn (`Callable`): `loss_fn(model, batch)` returns the scalar loss to preserve, a mean over the batch.
             model (`nn.Module`, *optional*): What `loss_fn` is given; by default the OGPSA model itself, uncompiled.
+                Under FSDP2 it must be, or be inside, what was sharded as a whole: the outermost `fully_shard`.
 
         Returns:
             The mean loss of each set over its finite batches.
 
         Raises:
-            ValueError: If there is no set, a set without batches, or more reference gradients than `rows`, or if
-                `loss_fn` returns no scalar that depends on the adapter. The older rows then remain as they were.
+            ValueError: If there is no set, a set without batches, or more reference gradients than `rows`, if
+                `loss_fn` returns no scalar that depends on the adapter, or if processes are given different batches.
+                The older rows then remain as they were, but for a failure in the midst of a pass under FSDP2, after
+                which there are none.
             FloatingPointError: If no reference gradient is finite. If some are not, those rows are left out, with a
                 warning.
         """
@@ -179,22 +175,36 @@ class Projector:
         sizes = {name: [batch_size(batch) for batch in items] for name, items in sets.items()}
         counts = {name: _rows_given(config.rows_from, own) for name, own in sizes.items()}
         subspace = self._subspace_for(config, len(sets))
+        processes.check_agreement(
+            [number for own in sizes.values() for number in (len(own), *own)],
+            subspace.blocks.device,
+            "The sizes of the reference batches",
+        )
         slots = subspace.claim(sum(counts.values()))
         model = self._model if model is None else model
         with (
             self.diagnostics.stopwatch("refresh", subspace.blocks.device),
             undisturbed(model, gradients=True),
         ):
-            losses, free = {}, iter(slots)
+            sums, free = [], iter(slots)
             try:
                 for name, items in sets.items():
                     own = [next(free) for _ in range(counts[name])]
-                    losses[name] = self._fill(subspace, own, config.rows_from, model, items, sizes[name], loss_fn)
+                    sums.append(self._fill(subspace, own, config.rows_from, model, items, sizes[name], loss_fn))
             except BaseException:
-                subspace.discard(slots)  # the older rows remain as they were
+                if subspace.blocks.sharded:
+                    self.subspace = None  # to be discarded by all processes, of which some may be elsewhere
+                else:
+                    subspace.discard(slots)  # the older rows remain as they were
                 raise
+            subspace.add_up(slots)
             owners = [name for name, count in counts.items() for _ in range(count)]
             bad = subspace.commit(slots, owners)
+            (means,) = processes.summed([torch.stack(sums)])
+        losses = {
+            name: total / weight if weight else math.nan
+            for name, (total, weight) in zip(sets, means.tolist(), strict=True)
+        }
         self._report_bad(bad, slots, owners)
         self._fresh = [slot for slot in slots if slot not in bad]
         self._steps_since_refresh = 0
@@ -203,9 +213,10 @@ class Projector:
         self.diagnostics.record_losses(losses)
         return losses
 
-    def _subspace_for(self, config: OGPSAConfig, sets: int) -> Subspace:
-        self._known = None  # loading weights may have replaced parameters
-        parameters, owners = self._trained()
+    def _subspace_for(self, config: ProjectionConfig, sets: int) -> Subspace:
+        processes.reshard(self._model)
+        self._targets.forget()  # loading weights may have replaced parameters
+        parameters, _ = self._trained()
         capacity = sets if config.rows_from == "set" else config.rows
         if capacity > config.rows:
             raise ValueError(
@@ -215,14 +226,24 @@ class Projector:
         same = old is not None and old.capacity == capacity and _same_parameters(old.blocks, parameters)
         if old is None or not same:
             self.subspace = None  # the old rows are freed before the new ones are made
-            blocks = Blocks(parameters, owners, config.scope)
-            self.subspace = Subspace(
-                blocks, capacity, config.constraint, _DTYPES[config.rows_dtype], config.subspace_rank
-            )
-            self._linears = [_linear_of(self._model, name) for name in blocks.names()]
+            self.subspace = self._new_subspace(config, capacity)
             self._before = self._masters = None
         assert self.subspace is not None
         return self.subspace
+
+    def _new_subspace(self, config: ProjectionConfig, capacity: int) -> Subspace:
+        parameters, owners = self._trained()
+        blocks = Blocks(parameters, owners, config.scope)
+        linears = _linears_of(self._model)
+        self._linears = [linears.get(id(parameter)) for parameter in blocks.flat_parameters()]
+        return Subspace(
+            blocks,
+            capacity,
+            config.constraint,
+            _DTYPES[config.rows_dtype],
+            config.subspace_rank,
+            self._targets.rows_on_host,
+        )
 
     def _fill(
         self,
@@ -233,34 +254,63 @@ class Projector:
         batches: Sequence[Any],
         sizes: Sequence[int],
         loss_fn: LossFn,
-    ) -> float:
-        """Fills one set's slots with its raw gradients and returns its mean loss over finite batches."""
+    ) -> Tensor:
+        """Fills one set's slots with this process's part of its raw gradients.
+
+        Returns:
+            `(2,)`: the losses of its finite passes, summed with their numbers of examples as weights, and those.
+        """
         blocks = subspace.blocks
-        losses = []
+        losses: list[tuple[Tensor, float]] = []
+
+        def add(batch: Any, size: int, sink: Slots, weight: float) -> None:
+            """Adds this process's part of a batch's gradient, times `weight`, which the sum over processes is."""
+            own = processes.share(size)
+            if blocks.sharded:
+                # All processes must pass something, so that one without examples passes another's for nothing.
+                part = examples_of(batch, own or [0])
+                loss = sharded_gradient(model, part, loss_fn, blocks, sink, weight * len(own) / size)
+            elif own:
+                sink.weight = weight * len(own) / size
+                part = batch if len(own) == size else examples_of(batch, own)
+                loss = batch_gradient(model, part, loss_fn, blocks, sink)
+            if own:
+                losses.append((loss, len(own)))
+
         if rows_from == "set":
             # Added up in float32, whatever the rows' dtype.
             total = blocks.zeros(rows=1)
             mean = Slots(blocks, total, [part.new_ones(part.shape[:2]) for part in total], [0])
             for batch, size in zip(batches, sizes, strict=True):
-                mean.weight = size / sum(sizes)
-                losses.append(batch_gradient(model, batch, loss_fn, blocks, mean))
+                add(batch, size, mean, size / sum(sizes))
             row = subspace.open(slots)
             for piece, view in enumerate(blocks.views(total)):
                 row.add(piece, view)
+        elif rows_from == "batch":
+            for slot, batch, size in zip(slots, batches, sizes, strict=True):
+                add(batch, size, subspace.open([slot]), 1.0)
         else:
+            subspace.open(slots)
             start = 0
             for batch, size in zip(batches, sizes, strict=True):
-                count = _rows_given(rows_from, [size])
-                writer = subspace.open(slots[start : start + count])
-                start += count
-                if rows_from == "example":
-                    losses.append(example_gradients(model, batch, loss_fn, blocks, writer, self._linears))
-                else:
-                    losses.append(batch_gradient(model, batch, loss_fn, blocks, writer))
-        values = torch.stack(losses).double()
-        weights = torch.tensor(sizes, dtype=values.dtype, device=values.device)
+                mine = slots[start : start + size]
+                start += size
+                if blocks.sharded:
+                    for i, slot in enumerate(mine):
+                        share = 1 / processes.count()
+                        part = examples_of(batch, [i])
+                        loss = sharded_gradient(model, part, loss_fn, blocks, subspace.open([slot]), share)
+                        losses.append((loss, share))
+                elif own := processes.share(size):
+                    writer = subspace.open([mine[i] for i in own])
+                    part = batch if len(own) == size else examples_of(batch, own)
+                    losses.append((example_gradients(model, part, loss_fn, blocks, writer, self._linears), len(own)))
+        if not losses:
+            return torch.zeros(2, dtype=torch.float64, device=blocks.device)
+        values = torch.stack([loss for loss, _ in losses]).double()
+        weights = torch.tensor([weight for _, weight in losses], dtype=values.dtype, device=values.device)
         finite = torch.isfinite(values)
-        return float((torch.where(finite, values, 0.0) * weights).sum() / (finite * weights).sum())
+        return torch.stack([(torch.where(finite, values, 0.0) * weights).sum(), (finite * weights).sum()])
 
     def _report_bad(self, bad: Sequence[int], slots: Sequence[int], owners: Sequence[str]) -> None:
         if not bad:
@@ -278,8 +328,8 @@ class Projector:
     def memory(self, sets: int) -> tuple[int, int]:
         """Bytes for `sets` reference sets: of the rows, held throughout, and of what an optimizer step holds beside.
 
-        Computed from the adapter in training, before any row is there. Gram matrices, norms and, for adapters of
-        lower precision, their float32 copy are not counted.
+        Computed from what is in training, before any row is there; of this process's part. Gram matrices, norms and,
+        for parameters of lower precision, their float32 copy are not counted.
         """
         config = self.config
         blocks = Blocks(*self._trained(), config.scope)
@@ -291,7 +341,7 @@ class Projector:
 
     def reset(self) -> None:
         """Forgets the rows and starts counting anew, as for a new stage of training."""
-        self.subspace = self._before = self._masters = self._last_launcher = None
+        self.subspace = self._before = self._masters = self._overlaps = self._last_launcher = None
         self._fresh = []
         self.steps = self._steps_since_refresh = 0
         self.diagnostics.forget()
@@ -342,7 +392,7 @@ class Projector:
         covered = [] if blocks is None else blocks.flat_parameters()
         count = sum(id(parameter) in owned for parameter in covered)
         if count == 0:
-            self._known = None  # the optimizer may hold parameters that have replaced those we know
+            self._targets.forget()  # the optimizer may hold parameters that have replaced those we know
         trained, _ = self._trained()
         stepped = [name for name, parameter in trained.items() if id(parameter) in owned]
         if not stepped:
@@ -353,9 +403,9 @@ class Projector:
         if count < len(covered):
             absent = next(name for name in trained if name not in stepped)
             raise RuntimeError(
-                f"The optimizer holds {count} of the {len(covered)} LoRA parameters in training; {absent}, for one, "
-                "is not in it. Give all of them to one optimizer, or freeze the others (requires_grad_(False)) and "
-                "refresh."
+                f"The optimizer holds {count} of the {len(covered)} {self._targets.kind} parameters in training; "
+                f"{absent}, for one, is not in it. Give all of them to one optimizer, or freeze the others "
+                "(requires_grad_(False)) and refresh."
             )
         return blocks
 
@@ -365,10 +415,10 @@ class Projector:
             return
         found = "reference gradients of another adapter only" if outdated else "no reference gradients"
         message = (
-            f"The optimizer steps an OGPSA adapter that has {found}, so there is nothing to project onto. Add "
+            f"The optimizer steps {self._targets.what} that has {found}, so there is nothing to project onto. Add "
             "OGPSACallback(reference_sets=[ReferenceSet(...)]) to the trainer, or call "
             "model.projector.refresh(batches, loss_fn) before the step in your own loop. To train without projection, "
-            'set missing_reference="ignore" in OGPSAConfig.'
+            f'set missing_reference="ignore" in {self._targets.settings}.'
         )
         if mode == "error":
             raise RuntimeError(message)
@@ -391,7 +441,7 @@ class Projector:
             stack = blocks.stack(gradients)
             changed = project
             if self._fresh:
-                self.diagnostics.record_cosines(subspace.cosines(stack))
+                self._overlaps = subspace.overlaps(stack)
                 if config.reference_weight:
                     weights = subspace.mean_weights(self._fresh) * config.reference_weight
                     # A fused optimizer may unscale float16 gradients itself: then they are still scaled here.
@@ -401,18 +451,37 @@ class Projector:
                     changed = True
                 self._fresh = []
             if project:
-                coefficients, removed = subspace.coefficients(stack)
-                self._record(removed, stack)
+                coefficients = self._solve(stack)
                 views = blocks.views(stack)
                 for own, correction in zip(blocks.by_group(views), subspace.corrections(coefficients), strict=True):
                     torch._foreach_add_(own, correction)
             if changed:
                 pairs = [
-                    (gradient, view)
+                    (processes.local(gradient), view)
                     for gradient, view in zip(gradients, blocks.views(stack), strict=True)
                     if gradient is not None
                 ]
                 torch._foreach_copy_([gradient for gradient, _ in pairs], [view for _, view in pairs])
+
+    def _solve(self, stack: Stack) -> Tensor:
+        """The coefficients of what a descent direction must change by, with all that processes exchange in a step."""
+        subspace = self.subspace
+        assert subspace is not None
+        parts = [torch.linalg.vecdot(part, part).sum().to(subspace.blocks.device) for part in stack]
+        waiting = [] if self._overlaps is None else [self._overlaps]
+        products, total, *overlaps = subspace.blocks.total(
+            subspace.directed(stack), torch.stack(parts).sum(), *waiting
+        )
+        if overlaps:
+            self._record_cosines(overlaps[0])
+        coefficients, removed = subspace.coefficients(None, products)
+        self.diagnostics.record_projection(removed.sum(), total)
+        return coefficients
+
+    def _record_cosines(self, overlaps: Tensor) -> None:
+        assert self.subspace is not None
+        self.diagnostics.record_cosines(self.subspace.cosines(None, overlaps))
+        self._overlaps = None
 
     def _launcher(self) -> Launcher | None:
         """The Triton kernels, if they are switched on and can make this step."""
@@ -458,14 +527,15 @@ class Projector:
         assert self.subspace is not None
         launcher = self._launcher()
         if launcher is not None:
+            if self._overlaps is not None:
+                self._record_cosines(self._overlaps)
             self.diagnostics.record_projection(*launcher.project(self.subspace, before))
             return
-        parameters = [[parameter.data for parameter in group] for group in blocks.parameters]
+        parameters = blocks.local_parameters()
         # The step as it is subtracted, in the snapshot's memory.
         step = before
         torch._foreach_sub_(blocks.views(step), [parameter for group in parameters for parameter in group])
-        coefficients, removed = self.subspace.coefficients(step)
-        self._record(removed, step)
+        coefficients = self._solve(step)
         if self._masters is None:
             # Taking away what is to be removed leaves parameters alone, to the bit, where nothing conflicts.
             for own, correction in zip(parameters, self.subspace.corrections(coefficients), strict=True):
@@ -479,14 +549,12 @@ class Projector:
             torch._foreach_copy_(own, master)
             del correction
 
-    def _record(self, removed: Tensor, stack: Stack) -> None:
-        total = torch.stack([torch.linalg.vecdot(part, part).sum().to(removed.device) for part in stack]).sum()
-        self.diagnostics.record_projection(removed.sum(), total)
-
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on exactly: the subspace and the refresh counters.
+
+        Under FSDP2 all processes must call it; the first one gets the tensors, whole, the others none.
 
         Returns:
             `{"tensors": {name: Tensor}, "rest": JSON-ready dict}`.
@@ -497,10 +565,8 @@ class Projector:
         if self.subspace is None:
             raise RuntimeError("There is no subspace to save yet: call refresh() first.")
         tensors, rest = self.subspace.state_dict()
-        names = self.subspace.blocks.names()
         if self._masters is not None:
-            views = self.subspace.blocks.views(self._masters)
-            tensors |= {f"masters.{name}": view for name, view in zip(names, views, strict=True)}
+            tensors |= self.subspace.blocks.gathered("masters", self._masters)
         rest |= {
             "rows": self.subspace.capacity,
             "config": self.config.ogpsa_dict(),
@@ -513,7 +579,7 @@ class Projector:
         return {"tensors": tensors, "rest": rest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave.
+        """Restores what `state_dict` gave, in any number of processes.
 
         Raises:
             ValueError: If it was made for other settings, parameters, shapes or numbers of rows; nothing is changed.
@@ -531,20 +597,15 @@ class Projector:
                 "rebuild the subspace from the references."
             )
         masters = {name: tensors.pop(name) for name in list(tensors) if name.startswith("masters.")}
-        self._known = None
-        parameters, owners = self._trained()
-        blocks = Blocks(parameters, owners, config.scope)
-        subspace = Subspace(
-            blocks, int(rest["rows"]), config.constraint, _DTYPES[config.rows_dtype], config.subspace_rank
-        )
+        processes.reshard(self._model)
+        self._targets.forget()
+        subspace = self._new_subspace(config, int(rest["rows"]))
         subspace.load_state_dict(tensors, rest)
         self.subspace = subspace
-        self._linears = [_linear_of(self._model, name) for name in blocks.names()]
         self._masters = None
         if masters:
-            self._masters = blocks.zeros()
-            for name, view in zip(blocks.names(), blocks.views(self._masters), strict=True):
-                view.copy_(masters[f"masters.{name}"])
+            self._masters = subspace.blocks.zeros()
+            subspace.blocks.scatter("masters", masters, self._masters)
         self.steps = int(rest["steps"])
         self._steps_since_refresh = int(rest["steps_since_refresh"])
         self._fresh = list(rest["fresh"])
@@ -569,10 +630,13 @@ def _same_parameters(blocks: Blocks, parameters: Mapping[str, Tensor]) -> bool:
     return own.keys() == parameters.keys() and all(own[name] is parameters[name] for name in own)
 
 
-def _linear_of(model: nn.Module, name: str) -> nn.Linear | None:
-    """The linear module whose weight a parameter is, or `None`."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    return module if isinstance(module, nn.Linear) and name.endswith(".weight") else None
+def _linears_of(model: nn.Module) -> dict[int, nn.Linear | None]:
+    """The linear modules by the `id` of their weight; `None` where several share one."""
+    linears: dict[int, nn.Linear | None] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            linears[id(module.weight)] = None if id(module.weight) in linears else module
+    return linears
 
 
 # One pair of hooks serves every projector; a projector that is no longer referenced drops out by itself.

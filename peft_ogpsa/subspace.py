@@ -5,8 +5,10 @@
 The rows of a block form a ring: new reference gradients replace the oldest. They are scaled to unit norm per block,
 which changes neither their span nor their cone, and their norms are kept beside them. What is stored of a row is its
 piece of each parameter times a scale: 1, or with int8 what its largest element asks for. Memory is `rows x projected
-parameters`, and nothing is ever of the size of a base weight; the orthogonal constraint keeps its orthonormal basis as
-well, and so needs it twice.
+parameters`; the orthogonal constraint keeps its orthonormal basis as well, and so needs it twice.
+
+Where parameters are sharded, a process holds the same shard of every row. Norms, Gram matrices and inner products are
+then summed over the processes, so that all of them hold the same; every method that says so must be called by all.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from . import geometry
+from . import geometry, processes
 from .blocks import Blocks, Stack
 
 
@@ -49,10 +51,11 @@ class Slots:
     def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
         """Adds `(n, *shape)` gradients of one piece to the rows `first, first + 1, ...`."""
         view, scales = self._views[piece], self._scales[piece]
-        for slot, gradient in zip(self._slots[first:], gradients, strict=False):
+        for slot, gradient in zip(self._slots[first:], gradients.to(view.device), strict=False):
             if view.dtype == torch.int8:
                 whole = gradient * self.weight + view[slot] * scales[slot]
-                view[slot], scales[slot] = geometry.quantize(whole)
+                multiples, scales[slot] = geometry.quantize(whole.flatten())
+                view[slot] = multiples.view(whole.shape)
             else:
                 view[slot].add_(gradient, alpha=self.weight)
 
@@ -64,9 +67,14 @@ class Subspace:
         blocks (`Blocks`): The layout of the projected parameters.
         rows (`int`): How many rows a block holds.
         constraint (`str`): `"cone"` or `"orthogonal"`.
-        dtype (`torch.dtype`): In which the rows are stored, int8 under the cone alone; every computation is float32 or
-            wider.
+        dtype (`torch.dtype`): In which the rows are stored, int8 under the cone alone and not of shards; every
+            computation is float32 or wider.
         rank (`int`, *optional*): For `"orthogonal"`: keep only the span of the leading `rank` directions.
+        on_host (`bool`): Keep the rows in the host's memory, whence a group at a time is copied to the parameters'
+            device.
+
+    Raises:
+        ValueError: If rows of shards are to be int8.
     """
 
     def __init__(
@@ -76,12 +84,18 @@ class Subspace:
         constraint: str,
         dtype: torch.dtype = torch.float32,
         rank: int | None = None,
+        on_host: bool = False,
     ) -> None:
+        if blocks.sharded and dtype == torch.int8:
+            raise ValueError(
+                "rows_dtype='int8' is not allowed where parameters are sharded: its scales are those of whole "
+                "matrices. Use 'bfloat16'."
+            )
         self.blocks = blocks
         self.capacity = rows
         self.constraint = constraint
         self.rank = rank
-        self.rows = blocks.zeros(rows, dtype)
+        self.rows = blocks.zeros(rows, dtype, on_host)
         self.scales: Stack = [torch.ones(part.shape[:2], device=part.device) for part in self.rows]
         self.norms = torch.zeros(blocks.count, rows, dtype=geometry.small_dtype(blocks.device), device=blocks.device)
         self.sets: list[str | None] = [None] * rows  # which reference set a row came from; None: empty or bad
@@ -121,7 +135,7 @@ class Subspace:
     def commit(self, slots: Sequence[int], sets: Sequence[str]) -> list[int]:
         """Scales freshly written rows to unit norm per block and rebuilds the projection.
 
-        A row that is not finite anywhere becomes a zero row, which constrains nothing.
+        A row that is not finite anywhere becomes a zero row, which constrains nothing. All processes must call it.
 
         Args:
             slots (`Sequence[int]`): The slots that `open` gave access to.
@@ -130,31 +144,59 @@ class Subspace:
         Returns:
             The slots whose row was not finite.
         """
-        usable = torch.stack([self._normalize(slot) for slot in slots]).tolist()
+        own = []
+        for slot in slots:
+            lengths = self._scaled([geometry.norms(row) for row in self._near([slot])], [slot])
+            own.append(self.blocks.reduce([part.square() for part in lengths]))
+        (squares,) = self.blocks.total(torch.stack(own))
+        usable = torch.stack(
+            [self._normalize(slot, square.sqrt()) for slot, square in zip(slots, squares, strict=True)]
+        ).tolist()
         for slot, name, good in zip(slots, sets, usable, strict=True):
             self.sets[slot] = name if good else None
         self._update_gram(slots)
         return [slot for slot, good in zip(slots, usable, strict=True) if not good]
 
-    def _normalize(self, slot: int) -> Tensor:
+    def _near(self, slots: Sequence[int] | None = None, stack: Stack | None = None) -> Iterator[Tensor]:
+        """Rows beside their parameters, `(pieces, rows, numel)`, group by group: all of a stack's, or some slots'."""
+        for rows, group in zip(self.rows if stack is None else stack, self.blocks.groups, strict=True):
+            own = rows if slots is None else rows[:, slots[0] : slots[0] + 1] if len(slots) == 1 else rows[:, slots]
+            yield own.to(group.device, non_blocking=True)
+
+    def _scaled(self, values: Sequence[Tensor], slots: Sequence[int] | None = None) -> list[Tensor]:
+        """Values of stored rows, `(pieces, rows)` per group, times the rows' scales; of all rows, or some slots'."""
+        return [
+            own * (scales if slots is None else scales[:, slots]).to(own.device)
+            for own, scales in zip(values, self.scales, strict=True)
+        ]
+
+    def _normalize(self, slot: int, norms: Tensor) -> Tensor:
         """Scales one row to unit norm per block; returns, on the device, whether it was finite in all of them."""
-        row = [rows[:, slot : slot + 1] for rows in self.rows]
-        scales = [own[:, slot : slot + 1] for own in self.scales]
-        squares = [(geometry.norms(part) * scale).square() for part, scale in zip(row, scales, strict=True)]
-        norms = self.blocks.reduce(squares).sqrt()
         finite = torch.isfinite(norms).all()
-        spread = self.blocks.spread(torch.where(finite, norms, torch.nan))
-        for part, scale, lengths in zip(row, scales, spread, strict=True):
-            if part.dtype == torch.int8:
-                usable = (lengths > 0) & lengths.isfinite()
-                scale.copy_(torch.where(usable, scale / torch.where(usable, lengths, 1.0), 0.0))
+        lengths = self.blocks.spread(torch.where(finite, norms, torch.nan))
+        for rows, scales, row, own in zip(self.rows, self.scales, self._near([slot]), lengths, strict=True):
+            if rows.dtype == torch.int8:
+                usable = (own > 0) & own.isfinite()
+                inverse = torch.where(usable, 1.0 / torch.where(usable, own, 1.0), torch.nan)
+                scales[:, slot : slot + 1] = (scales[:, slot : slot + 1] * inverse.to(scales.device)).nan_to_num(0.0)
             else:
-                part.copy_(geometry.normalize(part, lengths))
+                rows[:, slot : slot + 1].copy_(geometry.normalize(row, own))
         self.norms[:, slot : slot + 1] = torch.where(finite, norms, 0.0)
         return finite
 
+    def add_up(self, slots: Sequence[int]) -> None:
+        """Sums raw gradients over processes that hold whole parameters and wrote their shares; all must call it."""
+        if processes.count() == 1 or self.blocks.sharded:
+            return
+        index = list(slots)
+        for rows, scales, own in zip(self.rows, self.scales, self._near(index), strict=True):
+            (total,) = processes.summed([own * scales[:, index].to(own.device).unsqueeze(-1)])
+            if rows.dtype == torch.int8:
+                total, scales[:, index] = (part.to(rows.device) for part in geometry.quantize(total))
+            rows[:, index] = total.to(rows.device, rows.dtype)
+
     def discard(self, slots: Sequence[int]) -> None:
-        """Empties slots that were opened and cannot be committed."""
+        """Empties slots that were opened and cannot be committed. Not of shards: other processes may be elsewhere."""
         self.open(slots)
         self.norms[:, list(slots)] = 0
         for slot in slots:
@@ -163,12 +205,11 @@ class Subspace:
 
     def _update_gram(self, changed: Sequence[int]) -> None:
         index = list(changed)
-        fresh = self.blocks.reduce(
-            [
-                geometry.gram(rows, index) * scales[:, index].unsqueeze(-1) * scales.unsqueeze(-2)
-                for rows, scales in zip(self.rows, self.scales, strict=True)
-            ]
-        )
+        grams = []
+        for rows, scales in zip(self._near(), self.scales, strict=True):
+            scales = scales.to(rows.device)
+            grams.append(geometry.gram(rows, index) * scales[:, index].unsqueeze(-1) * scales.unsqueeze(-2))
+        (fresh,) = self.blocks.total(self.blocks.reduce(grams))
         self.gram[:, index] = fresh
         self.gram[:, :, index] = fresh.mT
         self._solve()
@@ -181,22 +222,38 @@ class Subspace:
         # An explicit basis keeps nearly parallel rows exact, where the Gram matrix alone would lose them.
         weights = self.blocks.spread(geometry.span_weights(self.gram, self.rank))
         self.directions = [
-            geometry.orthonormal_rows(rows, weight).to(rows.dtype)
-            for weight, rows in zip(weights, self.rows, strict=True)
+            geometry.orthonormal_rows(near, weight).to(rows.device, rows.dtype)
+            for weight, near, rows in zip(weights, self._near(), self.rows, strict=True)
         ]
-        self._matrix = geometry.pseudo_inverse(self.blocks.reduce([geometry.gram(basis) for basis in self.directions]))
+        (gram,) = self.blocks.total(
+            self.blocks.reduce([geometry.gram(basis) for basis in self._near(stack=self.directions)])
+        )
+        self._matrix = geometry.pseudo_inverse(gram)
 
     def products(self, vectors: Stack) -> Tensor:
-        """Inner products of every row with the vectors: `(blocks, rows)`, unit rows, float32."""
-        parts = zip(self.rows, self.scales, vectors, strict=True)
-        return self.blocks.reduce([geometry.products(rows, vector) * scales for rows, scales, vector in parts])
+        """Inner products of all (unit) rows with the vectors: `(blocks, rows)`, float32; of this process's part."""
+        return self.blocks.reduce(
+            self._scaled([geometry.products(rows, vector) for rows, vector in zip(self._near(), vectors, strict=True)])
+        )
 
     def combine(self, coefficients: Tensor) -> Stack:
         """The rows' linear combination, `(blocks, rows)` coefficients of unit rows, as a stack."""
-        parts = zip(self.rows, self.scales, self.blocks.spread(coefficients), strict=True)
-        return [geometry.combine(rows, c * scales) for rows, scales, c in parts]
+        spread = self._scaled(self.blocks.spread(coefficients))
+        return [geometry.combine(rows, c) for rows, c in zip(self._near(), spread, strict=True)]
 
-    def coefficients(self, vectors: Stack) -> tuple[Tensor, Tensor]:
+    def directed(self, vectors: Stack) -> Tensor:
+        """Inner products of the projection's directions with the vectors, `(blocks, rows)`, of this process's part.
+
+        The directions are the unit rows, or their orthonormal basis.
+        """
+        if self.constraint == "cone":
+            return self.products(vectors)
+        directions = self._near(stack=self.directions)
+        return self.blocks.reduce(
+            [geometry.products(rows, vector) for rows, vector in zip(directions, vectors, strict=True)]
+        )
+
+    def coefficients(self, vectors: Stack | None, products: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What combination of the rows, added to descent directions, makes them meet the constraint.
 
         A descent direction `v` is subtracted from the parameters: a gradient, or their value before a step minus that
@@ -206,19 +263,20 @@ class Subspace:
 
         Args:
             vectors (`Stack`): `(pieces, numel)` per group, float32.
+            products (`Tensor`, *optional*): What `directed` gives of them, summed over processes; where it is given,
+                the vectors are not needed.
 
         Returns:
             The coefficients for `corrections`, `(blocks, rows)`, and the squared norm of the correction in each
             block, `(blocks,)`.
         """
+        if products is None:
+            assert vectors is not None
+            (products,) = self.blocks.total(self.directed(vectors))
         if self.constraint == "cone":
-            products = self.products(vectors)
             coefficients = geometry.cone_coefficients(self._matrix, -products, start=self.start)
             self.start = coefficients
             return coefficients, geometry.lengths_squared(self.gram, coefficients)
-        products = self.blocks.reduce(
-            [geometry.products(basis, vector) for basis, vector in zip(self.directions, vectors, strict=True)]
-        )
         coefficients = -geometry.orthogonal_coefficients(self._matrix, products)
         return coefficients, -(coefficients * products).sum(-1)  # Q^T Q v is as long as its inner product with v says
 
@@ -227,13 +285,14 @@ class Subspace:
 
         Only one group's are in memory at a time, if the caller lets go of them.
         """
-        own = self.blocks.spread(coefficients)
+        spread = self.blocks.spread(coefficients)
         if self.constraint == "cone":
-            own = [c * scales for c, scales in zip(own, self.scales, strict=True)]
-        for directions, c, parameters in zip(self.directions, own, self.blocks.parameters, strict=True):
+            spread = self._scaled(spread)
+        parts = zip(self._near(stack=self.directions), spread, self.blocks.local_parameters(), strict=True)
+        for directions, own, parameters in parts:
             yield [
                 piece.view(parameter.shape)
-                for piece, parameter in zip(geometry.combine(directions, c).unbind(0), parameters, strict=True)
+                for piece, parameter in zip(geometry.combine(directions, own).unbind(0), parameters, strict=True)
             ]
 
     def mean_weights(self, slots: Sequence[int]) -> Tensor:
@@ -248,12 +307,28 @@ class Subspace:
             weights[own] = 1.0 / (len(own) * len(members))
         return self.norms * weights.to(self.norms.device)
 
-    def cosines(self, vectors: Stack) -> dict[str, Tensor]:
-        """Cosine of the vectors, over all blocks together, with the mean raw gradient of each set's rows."""
+    def overlaps(self, vectors: Stack) -> Tensor:
+        """What `cosines` needs of the vectors: `(rows + 1,)`, of this process's part.
+
+        Their inner products with the raw rows, over all blocks together, and their squared length.
+        """
         # Small matrices only: the raw rows are the unit rows times their norms, in each block.
         products = (self.norms * self.products(vectors)).sum(0)
+        length = torch.stack([part.square().sum().to(self.blocks.device) for part in vectors]).sum()
+        return torch.cat([products, length.to(products.dtype).unsqueeze(0)])
+
+    def cosines(self, vectors: Stack | None, overlaps: Tensor | None = None) -> dict[str, Tensor]:
+        """Cosine of the vectors, over all blocks together, with the mean raw gradient of each set's rows.
+
+        Args:
+            vectors (`Stack`): `(pieces, numel)` per group.
+            overlaps (`Tensor`, *optional*): What `overlaps` gives of them, summed over processes, in their place.
+        """
+        if overlaps is None:
+            assert vectors is not None
+            (overlaps,) = self.blocks.total(self.overlaps(vectors))
+        products, length = overlaps[:-1], overlaps[-1].sqrt()
         gram = (self.norms.unsqueeze(-1) * self.gram * self.norms.unsqueeze(-2)).sum(0)
-        length = torch.stack([part.square().sum().to(self.blocks.device) for part in vectors]).sum().sqrt()
         cosines = {}
         for name in dict.fromkeys(name for name in self.sets if name is not None):
             own = [slot for slot, owner in enumerate(self.sets) if owner == name]
@@ -262,20 +337,33 @@ class Subspace:
         return cosines
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
-        """The ring as tensors by name (`rows.PARAMETER`: `(rows, *shape)`) and a JSON-ready rest."""
-        names = self.blocks.names()
-        tensors = {f"rows.{name}": view for name, view in zip(names, self.blocks.views(self.rows), strict=True)}
-        tensors |= {"norms": self.norms, "gram": self.gram, "start": self.start}
-        tensors |= {f"scales.{i}": scales for i, scales in enumerate(self.scales)}
+        """The ring as tensors by name (`rows.PARAMETER`: `(rows, *shape)`) and a JSON-ready rest.
+
+        Where parameters are sharded, all processes must call it: the shards are gathered, and the first process gets
+        the tensors, in the host's memory, the others none.
+        """
+        tensors = self.blocks.gathered("rows", self.rows)
+        if not self.blocks.sharded or processes.rank() == 0:
+            tensors |= self._small()
         return tensors, {"sets": list(self.sets), "cursor": self.cursor}
 
+    def _small(self) -> dict[str, Tensor]:
+        """What is saved besides the rows, the same in all processes."""
+        small = {"norms": self.norms, "gram": self.gram, "start": self.start}
+        if self.rows[0].dtype == torch.int8:
+            small |= {f"scales.{i}": scales for i, scales in enumerate(self.scales)}
+        return small
+
     def load_state_dict(self, tensors: Mapping[str, Tensor], rest: Mapping) -> None:
-        """Restores what `state_dict` gave.
+        """Restores what `state_dict` gave, in any number of processes.
 
         Raises:
             ValueError: If the state was made for other parameters, shapes or numbers of rows; nothing is changed.
         """
-        expected, _ = self.state_dict()
+        pieces = dict(zip(self.blocks.names(), self.blocks.flat_parameters(), strict=True))
+        expected = {f"rows.{name}": (self.capacity, *parameter.shape) for name, parameter in pieces.items()}
+        small = self._small()
+        expected |= {name: tuple(own.shape) for name, own in small.items()}
         missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         if missing or surplus:
             raise ValueError(
@@ -284,16 +372,17 @@ class Subspace:
                 f"{len(surplus)} are not known here ({', '.join(surplus[:3]) or 'none'}). "
                 "Load it with the same `target_modules`, `scope` and base model, or rebuild it from the references."
             )
-        for name, own in expected.items():
-            if own.shape != tensors[name].shape:
+        for name, shape in expected.items():
+            if tuple(tensors[name].shape) != shape:
                 raise ValueError(
                     f"The subspace does not fit: {name} has shape {tuple(tensors[name].shape)}, expected "
-                    f"{tuple(own.shape)} (rows x parameter shape). Use the same `rows`, `r` and `scope`, or rebuild "
+                    f"{shape} (rows x parameter shape). Use the same `rows`, `r` and `scope`, or rebuild "
                     "it from the references."
                 )
         if len(rest["sets"]) != self.capacity or not 0 <= int(rest["cursor"]) < self.capacity:
             raise ValueError(f"The subspace does not fit: its ring is not one of rows={self.capacity}.")
-        for name, own in expected.items():
+        self.blocks.scatter("rows", tensors, self.rows)
+        for name, own in small.items():
             own.copy_(tensors[name])
         self.sets, self.cursor = list(rest["sets"]), int(rest["cursor"])
         self._solve()

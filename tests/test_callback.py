@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from loops import LORA
 from models import chat, tiny_llama, tiny_tokenizer
@@ -21,7 +23,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
+from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
 from peft_ogpsa.callback import refresh_samples
 from peft_ogpsa.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
 
@@ -369,17 +371,81 @@ def test_model_without_ogpsa_adapter(tmp_path):
         sft(tmp_path, model).train()
 
 
-def test_deepspeed_and_several_processes_are_refused(tmp_path):
+def test_deepspeed_is_refused(tmp_path):
     callback = OGPSACallback(sets())
     trainer = sft(tmp_path, callbacks=[callback])
 
     class Arguments:
-        def __init__(self, **values):
-            self.__dict__.update({"deepspeed": None, "world_size": 1, **values})
+        deepspeed = "zero2.json"
 
-    for values, message in (({"deepspeed": "zero2.json"}, "DeepSpeed"), ({"world_size": 2}, "world size 2")):
-        with pytest.raises(ValueError, match=message):
-            callback.on_train_begin(Arguments(**values), trainer.state, trainer.control, model=trainer.model)
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        callback.on_train_begin(Arguments(), trainer.state, trainer.control, model=trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ({"fsdp_version": 1, "cpu_offload": False}, "FSDP 1"),
+        ({"fsdp_version": 2, "cpu_offload": True}, "fsdp_offload_params: false"),
+    ],
+)
+def test_other_sharding_is_refused(tmp_path, monkeypatch, plugin, message):
+    callback = OGPSACallback(sets())
+    trainer = sft(tmp_path, callbacks=[callback])
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", FullyShardedDataParallelPlugin(**plugin))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    with pytest.raises(ValueError, match=message):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def bare_model():
+    return tiny_llama(vocab_size=259, max_position_embeddings=256)
+
+
+def test_whole_weights(tmp_path):
+    model = bare_model()
+    config = FullParameterConfig(rows=8, refresh_steps=2, refresh_samples=4, exclude=["embed_tokens"])
+    trainer = sft(tmp_path, model, [OGPSACallback(sets(), config=config)])
+    trainer.train()
+    projector = projector_of(trainer.model)
+    assert projector.steps == 6
+    names = {name for name, _ in model.named_parameters()}
+    assert set(projector.subspace.blocks.names()) == names - {"model.embed_tokens.weight"}
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert max(entry["ogpsa/removed"] for entry in entries) > 0.01
+
+
+def test_resumed_whole_weights_equal_an_uninterrupted_run(tmp_path):
+    def run(folder, resume_from=None, **options):
+        config = FullParameterConfig(rows=8, refresh_steps=2, refresh_samples=4, rows_dtype="bfloat16")
+        callback = OGPSACallback(sets(), config=config, resume_from=resume_from)
+        return sft(folder, bare_model(), [callback], **options)
+
+    whole = run(tmp_path / "whole", save_strategy="steps", save_steps=3)
+    whole.train()
+    checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-3")
+    resumed = run(tmp_path / "resumed", checkpoint)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(AssertionError):
+        assert_equal(whole.model, bare_model())
+    assert_equal(whole.model, resumed.model)
+
+
+def assert_equal(ours, theirs):
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
+    config = FullParameterConfig()
+    with pytest.raises(ValueError, match="Leave config out"):
+        sft(tmp_path, callbacks=[OGPSACallback(sets(), config=config)]).train()
+    with pytest.raises(ValueError, match="config=FullParameterConfig"):
+        sft(tmp_path, bare_model()).train()
+    with pytest.raises(ValueError, match="must be a FullParameterConfig"):
+        OGPSACallback(sets(), config=OGPSAConfig())
+    pairs = [{**row, "chosen": row["completion"], "rejected": row["completion"]} for row in GENERAL]
+    with pytest.raises(ValueError, match='loss="dpo"'):
+        sft(tmp_path, bare_model(), [OGPSACallback([ReferenceSet("pairs", pairs, loss="dpo")], config=config)]).train()
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,13 @@ def _plain(adapter):
     return config.lora_config() if isinstance(config, OGPSAConfig) else config
 
 
+def test_several_processes_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    with pytest.raises(SystemExit, match=r"single process, and was launched in 2\. .*examples/full_parameter\.py"):
+        main(["sft", "--config", str(folder / "sft.yaml")])
+    assert not (folder / "sft").exists()
+
+
 @pytest.mark.parametrize("method", ["ogpsa", "plain"])
 def test_dry_run(folder, capsys, method):
     before = files(folder)

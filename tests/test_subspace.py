@@ -181,16 +181,18 @@ def test_int8_rows_add_up():
 @pytest.mark.parametrize("scale", [1e-36, 1.0, 1e36])
 def test_quantize(shape, scale):
     values = scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    codes, step = geometry.quantize(values)
+    codes, steps = geometry.quantize(values)
     assert codes.dtype == torch.int8
-    assert int(codes.abs().max()) == 127
-    assert (codes * step.double() - values.double()).abs().max() <= 0.5001 * float(values.abs().max()) / 127
-    assert [float(step) for _, step in map(geometry.quantize, (torch.zeros(3), 0 * values))] == [0.0, 0.0]
+    assert codes.shape == shape
+    assert (codes.abs().amax(-1) == 127).all()
+    errors = (codes * steps.double().unsqueeze(-1) - values.double()).abs().amax(-1)
+    assert (errors <= 0.5001 * values.double().abs().amax(-1) / 127).all()
+    assert not geometry.quantize(0 * values)[1].any()
     for bad in (torch.nan, torch.inf, -torch.inf):
         values.view(-1)[0] = bad
-        codes, step = geometry.quantize(values)
-        assert not codes.any()
-        assert not step.isfinite()
+        codes, steps = geometry.quantize(values)
+        assert not codes.view(-1, shape[-1])[0].any()
+        assert steps.isfinite().sum() == steps.numel() - 1
 
 
 @pytest.mark.parametrize("kind", ["plain", "duplicate", "more rows than dimensions"])

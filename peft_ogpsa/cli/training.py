@@ -42,6 +42,11 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
     with contextlib.ExitStack() as cleanup:
         with input_errors(stage):
             ogpsa, data, run, training, model = parser(stage, training_class).parse_args_and_config(list(arguments))
+            if training.world_size > 1:
+                raise ValueError(
+                    f"the command trains in a single process, and was launched in {training.world_size}. For several "
+                    "see examples/full_parameter.py, which trains LoRA too."
+                )
             if run.dry_run:
                 save_nothing(training, cleanup.enter_context(tempfile.TemporaryDirectory()))
             trainer, config = _prepare(stage, trainer_class, ogpsa, data, run, training, model)

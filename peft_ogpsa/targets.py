@@ -1,0 +1,95 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a projector projects: the LoRA matrices of an adapter, or (`full_parameter`) a model's own weights."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Protocol
+
+from torch import nn
+
+from .config import OGPSAConfig
+from .projection import ProjectionConfig
+
+if TYPE_CHECKING:
+    from .model import OGPSAModel
+
+_LORA_WEIGHT = re.compile(
+    r"(?P<owner>.*)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(?:\.weight)?"
+)
+
+
+class Targets(Protocol):
+    """The parameters to project, and how."""
+
+    kind: str  # of parameters, as messages call them
+    what: str  # the optimizer steps
+    settings: str  # the class of the configuration
+    rows_on_host: bool
+
+    @property
+    def model(self) -> nn.Module:
+        """What loss functions are given, and whose modules the parameters are in."""
+
+    @property
+    def config(self) -> ProjectionConfig:
+        """The projection's settings."""
+
+    def trained(self) -> list[tuple[str, str, nn.Parameter]]:
+        """Name, owner (the module that it belongs to) and parameter of everything in training."""
+
+    def forget(self) -> None:
+        """The parameters may have been replaced by others."""
+
+
+class AdapterTargets:
+    """The LoRA matrices A and B of the OGPSA adapter in training.
+
+    Args:
+        model (`OGPSAModel`): The tuner.
+    """
+
+    kind = "LoRA"
+    what = "an OGPSA adapter"
+    settings = "OGPSAConfig"
+    rows_on_host = False
+
+    def __init__(self, model: OGPSAModel) -> None:
+        self.model = model
+        self._known: tuple[tuple[str, ...], list[tuple[str, str, nn.Parameter]]] | None = None
+
+    @property
+    def config(self) -> OGPSAConfig:
+        """The configuration of the OGPSA adapter in training.
+
+        Raises:
+            ValueError: If several trainable OGPSA adapters have different projection settings.
+        """
+        own = {name: config for name, config in self.model.peft_config.items() if isinstance(config, OGPSAConfig)}
+        training = {owner.rpartition(":")[2] for _, owner, parameter in self._weights() if parameter.requires_grad}
+        configs = [config for name, config in own.items() if name in training] or list(own.values())
+        if any(config.ogpsa_dict() != configs[0].ogpsa_dict() for config in configs):
+            raise ValueError(
+                f"The adapters in training, {sorted(training)}, have different OGPSA settings. Train one at a time "
+                "(`set_adapter`), or give them the same settings."
+            )
+        return configs[0]
+
+    def _weights(self) -> list[tuple[str, str, nn.Parameter]]:
+        """Name, owner (`module:adapter`) and parameter of every LoRA matrix of an OGPSA adapter."""
+        # Walking through a large model takes milliseconds, so the list is kept until adapters come or go.
+        adapters = tuple(name for name, c in self.model.peft_config.items() if isinstance(c, OGPSAConfig))
+        if self._known is None or self._known[0] != adapters:
+            matches = ((_LORA_WEIGHT.fullmatch(name), p) for name, p in self.model.named_parameters())
+            found = [(m[0], f"{m['owner']}:{m['adapter']}", p) for m, p in matches if m and m["adapter"] in adapters]
+            self._known = (adapters, found)
+        return self._known[1]
+
+    def trained(self) -> list[tuple[str, str, nn.Parameter]]:
+        """Name, owner (`module:adapter`) and parameter of the LoRA matrices in training."""
+        return [item for item in self._weights() if item[2].requires_grad]
+
+    def forget(self) -> None:
+        """Loading weights may have replaced parameters."""
+        self._known = None
