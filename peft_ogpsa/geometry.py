@@ -165,7 +165,7 @@ def combine(rows: Tensor, coefficients: Tensor) -> Tensor:
     weights = coefficients.float().unsqueeze(-2)
     blocks, _, d = rows.shape
     if rows.dtype == torch.float32:
-        if rows.device.type != "cpu":
+        if rows.device.type != "cpu" or d == 0:  # an empty shard has nothing to choose
             return torch.bmm(weights, rows).squeeze(-2)
         # Few rows bind, and the others are not read. (An accelerator would have to wait for their number.)
         used = weights != 0

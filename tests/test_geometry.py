@@ -331,3 +331,13 @@ def test_nothing_is_read_back_from_an_accelerator():
     ):
         assert geometry.combine(rows, coefficients).shape == vectors.shape
         assert geometry.combine(rows.bfloat16(), coefficients).shape == vectors.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_empty_shards(dtype):
+    rows = torch.empty(2, 3, 0, dtype=dtype)
+    assert geometry.norms(rows).tolist() == [[0.0] * 3] * 2
+    assert not geometry.gram(rows, [1]).any()
+    assert geometry.products(rows, torch.empty(2, 0)).tolist() == [[0.0] * 3] * 2
+    assert geometry.combine(rows, torch.ones(2, 3)).shape == (2, 0)
+    assert geometry.normalize(rows).shape == rows.shape
