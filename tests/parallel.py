@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -159,7 +160,9 @@ def spawn(work: Callable, count: int, folder: Path) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (work, count, folder, port), nprocs=count)
+    # More threads than cores make tiny models wait for one another.
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        torch.multiprocessing.spawn(_process, (work, count, folder, port), nprocs=count)
     return [torch.load(folder / f"result.{rank}.pt", weights_only=True) for rank in range(count)]
 
 
