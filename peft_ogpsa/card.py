@@ -86,8 +86,8 @@ _SCOPES = {"tensor": "each LoRA matrix by itself", "module": "both matrices of a
 _ROWS_FROM = {"example": "one example", "batch": "one batch", "set": "the mean over one reference set"}
 _STAGES = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimization (DPO)"}
 _OGPSA_BIBTEX = """@article{sun2026ogpsa,
-  title   = {Orthogonal Gradient Projection for Safety Alignment},
-  author  = {Sun and Zhang and Wang and Zhu and Su and Zhong},
+  title   = {Safety Alignment as Continual Learning: Mitigating the Alignment Tax via Orthogonal Gradient Projection},
+  author  = {Sun, Guanglong and Zhang, Siyuan and Wang, Liyuan and Zhu, Jun and Su, Hang and Zhong, Yi},
   journal = {arXiv preprint arXiv:2602.07892},
   year    = {2026},
 }"""
