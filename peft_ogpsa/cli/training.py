@@ -111,6 +111,7 @@ def _check_whole(run: Any, training: Any, model: Any) -> None:
 def _save_whole(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: Any) -> None:
     """The model, as any other, and how it was trained; all processes must call it."""
     folder = trainer.args.output_dir
+    shard_on_cpu(trainer)  # again: accelerate has forgotten it when it prepared the optimizer
     trainer.save_model(folder, _internal_call=True)
     if trainer.args.should_save:
         record = _record(stage, ogpsa, data, run, trainer, config)
