@@ -229,7 +229,7 @@ def test_dry_run_in_two_processes(folder):
 
 @pytest.mark.slow
 def test_two_processes_save_the_model_of_one(folder):
-    """DPO from saved weights, which the launcher gives to the first process alone, the reference policy's too."""
+    """DPO from saved weights, those of the reference policy too."""
     sft = ROOT / "examples/paper/llama3.1_8b_sft.yaml"
     random = ["--random_layers", "2", "--random_width", "64", "--model_name_or_path", "llama3.1_8b"]
     main(["sft", "--config", str(sft), *local("sft"), *random, "--max_steps", "1"])

@@ -4,14 +4,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-_EMPTY_WEIGHTS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def shard_on_cpu(trainer: Any) -> None:
@@ -41,21 +37,3 @@ def check_saves_whole_model(trainer: Any) -> None:
             f"fsdp_state_dict_type is {kind.rpartition('.')[2]}, with which no model would be saved. Set "
             "fsdp_state_dict_type: FULL_STATE_DICT."
         )
-
-
-@contextlib.contextmanager
-def weights_everywhere() -> Iterator[None]:
-    """Models loaded inside have their weights in every process.
-
-    Under FSDP transformers by default reads them in the first process alone, and accelerate sends them to the others
-    when it shards the model. TRL shards a reference policy itself and sends nothing (1.16).
-    """
-    before = os.environ.get(_EMPTY_WEIGHTS)
-    os.environ[_EMPTY_WEIGHTS] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_EMPTY_WEIGHTS]
-        else:
-            os.environ[_EMPTY_WEIGHTS] = before

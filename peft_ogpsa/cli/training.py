@@ -30,7 +30,7 @@ from .arguments import adapter_config, parser, whole_config
 from .datasets import PromptSet, check_columns, load_rows, reference_sets
 from .dryrun import dry_run, save_nothing
 from .errors import input_errors
-from .launch import check_saves_whole_model, shard_on_cpu, weights_everywhere
+from .launch import check_saves_whole_model, shard_on_cpu
 from .loading import load_adapter, load_base, read_adapter_config
 from .random_weights import RandomWeights
 
@@ -183,8 +183,7 @@ def _prepare(
         # Its log-probabilities can be had of the model itself before training, but not while that is unsharded.
         precomputed = getattr(training, "precompute_ref_log_probs", False)
         if stage == "dpo" and not (precomputed and training.world_size == 1):
-            with weights_everywhere():
-                policy["ref_model"], _ = load_base(model, **loading)
+            policy["ref_model"], _ = load_base(model, **loading)
     base, processing_class = load_base(model, **loading)
     training.model_init_kwargs = None  # used; the trainer would warn that it cannot
     callbacks = []
