@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import FullyShardedDataParallelPlugin
 from models import tiny_tokenizer
 from safetensors.torch import load_file
 from test_public_data import PREFERENCE, safe_rlhf_row, write
@@ -20,6 +23,7 @@ from trl import DPOConfig, SFTConfig
 from peft_ogpsa import FullParameterConfig
 from peft_ogpsa.cli import main
 from peft_ogpsa.cli.arguments import parser, whole_config
+from peft_ogpsa.cli.launch import check_saves_whole_model
 from peft_ogpsa.cli.random_weights import RandomWeights
 
 ROOT = Path(__file__).parents[1]
@@ -315,6 +319,16 @@ def test_random_weights_are_the_architecture_and_the_same_everywhere():
     other = RandomWeights(layers=2, width=64, seed=4).build(LlamaConfig(**config), torch.bfloat16)
     assert other.dtype == torch.bfloat16
     assert not torch.equal(other.lm_head.weight.float(), first.lm_head.weight)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("SHARDED_STATE_DICT", True), ("FULL_STATE_DICT", False)])
+def test_shards_must_be_put_together_to_be_saved(kind, refused):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=True, accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    )
+    with pytest.raises(ValueError, match=r"is SHARDED_STATE_DICT, .* Set") if refused else nullcontext():
+        check_saves_whole_model(trainer)
 
 
 def test_dataset_samples(folder):

@@ -190,16 +190,21 @@ class ConfigParser(TrlParser):
 
 def _with_defaults(path: Path) -> dict[str, Any] | None:
     """A file's options over those of the file that it names, or None where it names none."""
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    given = _read_yaml(path)
     if not isinstance(given, dict) or "defaults" not in given:
         return None
     below = path.parent / str(given.pop("defaults"))
     if not below.is_file():
         raise ValueError(f"defaults={str(below)!r} in {path} is no file. Name one relative to {path.name}.")
-    defaults = yaml.safe_load(below.read_text(encoding="utf-8"))
+    defaults = _read_yaml(below)
     if not isinstance(defaults, dict) or "defaults" in defaults:
         raise ValueError(f"{below}, which {path} names as its defaults, must hold options and no further defaults.")
     return {**defaults, **given}
+
+
+def _read_yaml(path: Path) -> Any:
+    with open(path, encoding="utf-8") as file:  # whose name errors then tell
+        return yaml.safe_load(file)
 
 
 def parser(stage: str, training: type) -> ConfigParser:
