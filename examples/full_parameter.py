@@ -10,15 +10,14 @@ Every option of TRL's `SFTConfig` works. Data: the small built-in set; put your 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, data
+from peft_ogpsa.cli.launch import shard_on_cpu
 from peft_ogpsa.cli.models import SMOLLM2, load_model
 
 
@@ -60,16 +59,6 @@ def main() -> None:
     shard_on_cpu(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
-
-
-def shard_on_cpu(trainer: SFTTrainer) -> None:
-    """Lets FSDP2 run without a GPU, for trying things out: accelerate has it on accelerators alone."""
-    state = trainer.accelerator.state
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    if asked and state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        trainer.is_fsdp_enabled = True
 
 
 if __name__ == "__main__":

@@ -290,6 +290,18 @@ def _check_evaluation(evaluation: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where} is not a result of `ogpsa eval` ({error!r}). Run `ogpsa eval` again.") from error
 
 
+def save_run(directory: str | os.PathLike, run: Mapping[str, Any]) -> None:
+    """Writes `ogpsa_run.json` beside a whole model, of which there is no card: the facts of `save_card`'s `run`.
+
+    Of files and folders only the name is stored, not the path.
+
+    Args:
+        directory (`str` or `os.PathLike`): The folder of the model.
+        run (`Mapping`): How the model was trained; further entries are stored as they are.
+    """
+    _write_json(Path(directory) / RUN_NAME, _shareable_run(run))
+
+
 def _shareable_run(run: Mapping[str, Any]) -> dict[str, Any]:
     shared = dict(run)
     for name in ("started_from", "dataset"):

@@ -4,14 +4,19 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
 import torch
+import yaml
 from peft import LoraConfig
 from trl import ModelConfig, TrlParser
 
 from ..config import OGPSAConfig
+from ..full_parameter import FullParameterConfig
 from ..reference import ReferenceSet
 
 METHODS = ("ogpsa", "paper", "plain")
@@ -20,6 +25,7 @@ METHODS = ("ogpsa", "paper", "plain")
 def _knobs() -> list[tuple[str, Any, Any]]:
     """OGPSAConfig's own fields, as optional ones."""
     hints, own = get_type_hints(OGPSAConfig), OGPSAConfig().ogpsa_dict()
+    whole = FullParameterConfig().ogpsa_dict()
     knobs = []
     for knob in fields(OGPSAConfig):
         if knob.name not in own or knob.name == "missing_reference":  # the command always has references
@@ -27,7 +33,10 @@ def _knobs() -> list[tuple[str, Any, Any]]:
         text = knob.metadata["help"]
         if knob.name == "reference_budget":  # None, which is all there, means "not given" here
             text = text.replace("None uses all", "0 uses all")
-        text += f" Not given: {knob.default}, or what the paper does with method=paper."
+        default = f"{knob.default}"
+        if whole[knob.name] != own[knob.name]:
+            default += f" ({whole[knob.name]} with full_parameter)"
+        text += f" Not given: {default}, or what the paper does with method=paper."
         knobs.append((knob.name, hints[knob.name] | None, field(default=None, metadata={"help": text})))
     return knobs
 
@@ -38,8 +47,8 @@ def _check_method(self: Any) -> None:
 
 
 _METHOD_HELP = (
-    "'ogpsa': OGPSAConfig's defaults and what is set here. 'paper': the published rule and schedule. 'plain': LoRA "
-    "without projection; references and the other OGPSA options are then ignored."
+    "'ogpsa': OGPSAConfig's (or FullParameterConfig's) defaults and what is set here. 'paper': the published rule and "
+    "schedule. 'plain': no projection; references and the other OGPSA options are then ignored."
 )
 OGPSAArguments: Any = make_dataclass(
     "OGPSAArguments",
@@ -63,6 +72,10 @@ class DataArguments:
             "or a hub name with an optional :config and [split]."
         },
     )
+    dataset_samples: int | None = field(
+        default=None,
+        metadata={"help": "Most rows used of the training data: of a public set a shuffled choice, else the first."},
+    )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Held-out data, a SPEC, for TRL's evaluation (eval_strategy)."}
     )
@@ -81,6 +94,8 @@ class DataArguments:
             self.references = [self.references]
         if not self.dataset:
             raise ValueError("dataset is missing. Name the training data, for example --dataset builtin:harmful.")
+        if self.dataset_samples is not None and self.dataset_samples < 1:
+            raise ValueError(f"dataset_samples={self.dataset_samples} must be at least 1. Leave it out for all rows.")
 
 
 @dataclass
@@ -98,9 +113,101 @@ class RunArguments:
         default=False,
         metadata={"help": "Load everything, take two steps, print memory and projected time, and save nothing."},
     )
+    full_parameter: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the model's own weights, as the paper does, instead of a LoRA adapter, and save a whole "
+            "model. Works in several processes (accelerate launch). lora_* options are ignored."
+        },
+    )
+    exclude: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "With full_parameter: modules that are trained but not projected, such as embed_tokens; * as in "
+            "file names."
+        },
+    )
+    rows_device: str = field(
+        default="model",
+        metadata={
+            "help": "With full_parameter: where the rows are, beside the parameters or in the host's memory (slow).",
+            "choices": ["model", "cpu"],
+        },
+    )
+    random_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Random weights instead of the model's, and only so many layers, to try a run without "
+            "downloading weights: of model_name_or_path only configuration and tokenizer are read."
+        },
+    )
+    random_width: int | None = field(
+        default=None,
+        metadata={"help": "With random_layers: hidden size, to which the other widths shrink in proportion."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exclude, str):  # YAML without the dash
+            self.exclude = [self.exclude]
+        if self.random_width is not None and self.random_layers is None:
+            raise ValueError(
+                f"random_width={self.random_width} has no meaning without random_layers. Set random_layers too."
+            )
+        if not self.full_parameter:
+            for name, default in (("exclude", []), ("rows_device", "model")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} is for whole weights. Set full_parameter, or leave it out."
+                    )
+        elif self.adapter:
+            raise ValueError(
+                f"adapter={self.adapter!r} cannot be trained with full_parameter. Merge it "
+                "(peft_ogpsa.merge_adapter) and give the merged model as model_name_or_path."
+            )
 
 
-def parser(stage: str, training: type) -> TrlParser:
+class ConfigParser(TrlParser):
+    """TRL's parser, for configuration files that may name another one beside them."""
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, *rest: Any, **options: Any) -> tuple:
+        """As TRL's. A file's `defaults: FILE` names a file whose options hold where it is silent itself.
+
+        Raises:
+            ValueError: If one of the files is no mapping, or the second names a third.
+            OSError: If one of them cannot be read.
+        """
+        words = list(args or ())
+        place = words.index("--config") + 1 if "--config" in words[:-1] else None
+        merged = None if place is None else _with_defaults(Path(words[place]))
+        if place is None or merged is None:
+            return super().parse_args_and_config(words, *rest, **options)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / Path(words[place]).name
+            path.write_text(yaml.safe_dump(merged), encoding="utf-8")
+            words[place] = str(path)
+            return super().parse_args_and_config(words, *rest, **options)
+
+
+def _with_defaults(path: Path) -> dict[str, Any] | None:
+    """A file's options over those of the file that it names, or None where it names none."""
+    given = _read_yaml(path)
+    if not isinstance(given, dict) or "defaults" not in given:
+        return None
+    below = path.parent / str(given.pop("defaults"))
+    if not below.is_file():
+        raise ValueError(f"defaults={str(below)!r} in {path} is no file. Name one relative to {path.name}.")
+    defaults = _read_yaml(below)
+    if not isinstance(defaults, dict) or "defaults" in defaults:
+        raise ValueError(f"{below}, which {path} names as its defaults, must hold options and no further defaults.")
+    return {**defaults, **given}
+
+
+def _read_yaml(path: Path) -> Any:
+    with open(path, encoding="utf-8") as file:  # whose name errors then tell
+        return yaml.safe_load(file)
+
+
+def parser(stage: str, training: type) -> ConfigParser:
     """The parser of a training command.
 
     Args:
@@ -112,7 +219,7 @@ def parser(stage: str, training: type) -> TrlParser:
         is no accelerator, `use_cpu` is on unless it is given: TRL's bf16 default would stop the run there.
     """
     classes = (OGPSAArguments, DataArguments, RunArguments, training, ModelConfig)
-    made = TrlParser(cast(Any, classes), prog=f"ogpsa {stage}")
+    made = ConfigParser(cast(Any, classes), prog=f"ogpsa {stage}")
     made.set_defaults_with_config(use_cpu=not torch.accelerator.is_available())
     return made
 
@@ -132,8 +239,30 @@ def adapter_config(ogpsa: Any, lora: LoraConfig, stage: Literal["sft", "dpo"]) -
         lora = lora.lora_config()
     if ogpsa.method == "plain":
         return lora
+    knobs = _given(ogpsa) | {f.name: getattr(lora, f.name) for f in fields(lora)}
+    return OGPSAConfig.paper(stage, **knobs) if ogpsa.method == "paper" else OGPSAConfig(**knobs)
+
+
+def whole_config(ogpsa: Any, run: RunArguments, stage: Literal["sft", "dpo"]) -> FullParameterConfig | None:
+    """The method's configuration where whole weights are trained; None for `method="plain"`.
+
+    Args:
+        ogpsa: The `OGPSAArguments`.
+        run: The `RunArguments`.
+        stage: The schedule of the paper's method.
+
+    Raises:
+        ValueError: If `FullParameterConfig` does not allow a value.
+    """
+    if ogpsa.method == "plain":
+        return None
+    knobs = _given(ogpsa) | {"exclude": run.exclude, "rows_device": run.rows_device}
+    return FullParameterConfig.paper(stage, **knobs) if ogpsa.method == "paper" else FullParameterConfig(**knobs)
+
+
+def _given(ogpsa: Any) -> dict[str, Any]:
+    """What the user has set of the projection."""
     knobs = {name: value for name, value in vars(ogpsa).items() if name != "method" and value is not None}
     if knobs.get("reference_budget") == 0:
         knobs["reference_budget"] = None
-    knobs |= {f.name: getattr(lora, f.name) for f in fields(lora)}
-    return OGPSAConfig.paper(stage, **knobs) if ogpsa.method == "paper" else OGPSAConfig(**knobs)
+    return knobs

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ..config import OGPSAConfig
 from ..model import projector_of
+from ..projection import ProjectionConfig
 from ..projector import Projector
 
-_STEPS = 2  # LoRA's first two steps both refresh, and the second of each is past all warming up
+_STEPS = 2  # the first two steps both refresh, and the second of each is past all warming up
 
 
 def save_nothing(training: Any, scratch: str) -> None:
@@ -34,10 +34,22 @@ def save_nothing(training: Any, scratch: str) -> None:
 class _Clock(TrainerCallback):
     """Seconds of every step and of every refresh, in order."""
 
-    def __init__(self, projector: Projector | None) -> None:
-        self.projector = projector
+    def __init__(self, projected: bool) -> None:
+        self.projected = projected
+        self.projector: Projector | None = None
         self.steps: list[float] = []
         self.refreshes: list[float] = []
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.projected:  # by now OGPSACallback has made it, where whole weights are trained
+            self.projector = projector_of(cast(nn.Module, model))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,25 +76,29 @@ def dry_run(trainer: Trainer, config: Any, console: Console) -> None:
 
     Args:
         trainer: Ready to train, with `save_nothing` done to its arguments and `OGPSACallback` among its callbacks.
-        config: The adapter's configuration.
+        config: The method's configuration; the projection is looked at if it is a `ProjectionConfig`.
         console: Where to print.
     """
     steps = planned_steps(trainer)
     trainer.args.max_steps = _STEPS
-    projector = projector_of(cast(nn.Module, trainer.model)) if isinstance(config, OGPSAConfig) else None
-    clock = _Clock(projector)
+    clock = _Clock(isinstance(config, ProjectionConfig))
     trainer.add_callback(clock)  # after OGPSACallback, so that its refresh is not in the step's time
     trainer.train()
+    projector = clock.projector
 
     step = clock.steps[-1]
     total = steps * step
     figures = {"peak memory": _peak_memory()}
+    processes = trainer.args.world_size
+    each = f", in each of {processes} processes" if processes > 1 else ""
     if projector is not None:
         assert projector.subspace is not None
         subspace = projector.subspace
         stacks = [subspace.rows] if subspace.directions is subspace.rows else [subspace.rows, subspace.directions]
         size = sum(part.numel() * part.element_size() for stack in stacks for part in stack)
-        figures["reference rows"] = f"{size:,} bytes ({_mebibytes(size)}), {subspace.capacity} rows in each block"
+        figures["reference rows"] = (
+            f"{size:,} bytes ({_mebibytes(size)}), {subspace.capacity} rows in each block{each}"
+        )
     figures["seconds per step"] = f"{step:.3f}"
     if projector is not None:
         refresh = clock.refreshes[-1]
@@ -99,11 +115,11 @@ def dry_run(trainer: Trainer, config: Any, console: Console) -> None:
 
 
 def planned_steps(trainer: Trainer) -> int:
-    """The optimizer steps of the whole run, in a single process."""
+    """The optimizer steps of the whole run, in as many processes as this one."""
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps
-    batches = len(trainer.train_dataset) / args.train_batch_size  # type: ignore[arg-type]
+    batches = len(trainer.train_dataset) / (args.train_batch_size * args.world_size)  # type: ignore[arg-type]
     whole = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     return math.ceil(args.num_train_epochs * max(math.ceil(whole / args.gradient_accumulation_steps), 1))
 

@@ -9,15 +9,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from .models import local_source
+from .random_weights import RandomWeights
 
 
 def load_base(
-    model: ModelConfig, *, trust_remote_code: bool = False, init_kwargs: dict[str, Any] | None = None
+    model: ModelConfig,
+    *,
+    trust_remote_code: bool = False,
+    init_kwargs: dict[str, Any] | None = None,
+    random: RandomWeights | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """The model and its tokenizer (or processor), loaded as TRL's scripts do, in 4 or 8 bits if asked.
 
@@ -27,9 +32,11 @@ def load_base(
         model: TRL's model options.
         trust_remote_code: Run code that comes with the model.
         init_kwargs: Further arguments of `from_pretrained`, which win over the model options.
+        random: Takes configuration and tokenizer alone, and makes up weights.
 
     Raises:
-        ValueError: If no name is given, or the model or its tokenizer cannot be loaded.
+        ValueError: If no name is given, the model or its tokenizer cannot be loaded, or weights are to be made up
+            for a model that cannot be shrunk so, or be quantised.
         ImportError: If it is to be quantised and bitsandbytes is not installed.
     """
     name = model.model_name_or_path
@@ -44,19 +51,29 @@ def load_base(
     if (quantization := get_quantization_config(model)) is not None:
         options["quantization_config"] = quantization
     options |= init_kwargs or {}
+    if random is not None and "quantization_config" in options:
+        raise ValueError(
+            "random_layers makes weights that cannot be quantised. Leave load_in_4bit and load_in_8bit out."
+        )
     try:
         dtype = options["dtype"]
         dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.bfloat16)
         source = local_source(name, dtype)
-        loaded = create_model_from_path(source, **options)
-        processing_class = AutoProcessor.from_pretrained(
-            source, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
+        shared = {name: options[name] for name in ("revision", "trust_remote_code")}
+        # Of random weights only the configuration is read.
+        loaded: Any = (
+            create_model_from_path(source, **options)
+            if random is None
+            else AutoConfig.from_pretrained(source, **shared)
         )
+        processing_class = AutoProcessor.from_pretrained(source, **shared)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model_name_or_path={name!r} cannot be loaded: {error} Give a folder with model and tokenizer, or a "
             "name on the Hugging Face hub that can be reached from here."
         ) from error
+    if random is not None:
+        loaded = random.build(loaded, options["dtype"], options["attn_implementation"])
     # What a saved adapter names as its base must not be a folder in the cache.
     loaded.config._name_or_path = loaded.name_or_path = name
     return loaded, processing_class

@@ -8,25 +8,31 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
 from rich.console import Console
 from trl import get_peft_config
 
 from ..callback import OGPSACallback
-from ..card import push_adapter, save_card, weights_digest
+from ..card import push_adapter, save_card, save_run, weights_digest
 from ..checkpoint import CheckpointError
 from ..config import SIDECAR_NAME, OGPSAConfig
+from ..full_parameter import FullParameterConfig
 from ..model import projector_of
+from ..projection import ProjectionConfig
 from ..reference import ReferenceSet
-from .arguments import adapter_config, parser
+from .arguments import adapter_config, parser, whole_config
 from .datasets import PromptSet, check_columns, load_rows, reference_sets
 from .dryrun import dry_run, save_nothing
 from .errors import input_errors
+from .launch import check_saves_whole_model, shard_on_cpu
 from .loading import load_adapter, load_base, read_adapter_config
+from .random_weights import RandomWeights
 
 
 def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: type, arguments: Sequence[str]) -> None:
@@ -42,11 +48,15 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
     with contextlib.ExitStack() as cleanup:
         with input_errors(stage):
             ogpsa, data, run, training, model = parser(stage, training_class).parse_args_and_config(list(arguments))
-            if training.world_size > 1:
+            if run.full_parameter:
+                _check_whole(run, training, model)
+            elif training.world_size > 1:
                 raise ValueError(
-                    f"the command trains in a single process, and was launched in {training.world_size}. For several "
-                    "see examples/full_parameter.py, which trains LoRA too."
+                    f"with LoRA the command trains in a single process, and was launched in {training.world_size}. "
+                    "For several set full_parameter, or see examples/full_parameter.py, which trains LoRA too."
                 )
+            if training.process_index:  # one process tells
+                console.quiet = True
             if run.dry_run:
                 save_nothing(training, cleanup.enter_context(tempfile.TemporaryDirectory()))
             trainer, config = _prepare(stage, trainer_class, ogpsa, data, run, training, model)
@@ -62,6 +72,10 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
             if trainer.state.global_step and not isinstance(error, CheckpointError):
                 raise
             raise SystemExit(f"ogpsa {stage}: {error}") from error
+    if run.full_parameter:
+        _save_whole(stage, ogpsa, data, run, trainer, config)
+        console.print(f"Saved the model: {Path(training.output_dir).resolve()}", soft_wrap=True)
+        return
     if "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")  # DPO's copy of the adapter that it started from
     if not isinstance(config, OGPSAConfig):  # of an earlier run, perhaps
@@ -77,7 +91,36 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
     trainer.end()
 
 
-def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: LoraConfig) -> dict[str, Any]:
+def _check_whole(run: Any, training: Any, model: Any) -> None:
+    """Refuses what does not go with whole weights."""
+    for name in ("load_in_4bit", "load_in_8bit", "use_peft"):
+        if getattr(model, name):
+            raise ValueError(f"{name} cannot be combined with full_parameter. Leave one of them out.")
+    if training.push_to_hub:
+        raise ValueError(
+            "push_to_hub is for adapters. Leave it out with full_parameter, and upload the saved folder afterwards: "
+            "hf upload OWNER/NAME OUTPUT_DIR."
+        )
+    if not run.dry_run and (Path(training.output_dir) / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"output_dir={training.output_dir!r} holds a LoRA adapter, which would be loaded on top of the saved "
+            "model. Give another folder, or delete it."
+        )
+
+
+def _save_whole(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: Any) -> None:
+    """The model, as any other, and how it was trained; all processes must call it."""
+    folder = trainer.args.output_dir
+    shard_on_cpu(trainer)  # again: accelerate has forgotten it when it prepared the optimizer
+    trainer.save_model(folder, _internal_call=True)
+    if trainer.args.should_save:
+        record = _record(stage, ogpsa, data, run, trainer, config)
+        record["started_from"] = trainer.model.config._name_or_path
+        save_run(folder, record | {"full_parameter": {} if config is None else asdict(config)})
+    trainer.end()
+
+
+def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: Any) -> dict[str, Any]:
     """What the model card tells of the run."""
     training = trainer.args
     record = {
@@ -91,8 +134,9 @@ def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: L
     summary = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
     if summary:
         record["seconds"] = summary[-1]["train_runtime"]
-    if isinstance(config, OGPSAConfig):
+    if isinstance(config, ProjectionConfig):
         examples = trainer.state.global_step * training.train_batch_size * training.gradient_accumulation_steps
+        examples *= training.world_size
         record["references"] = dict(entry.split("=", 1) for entry in data.references)
         record["reference_share"] = projector_of(trainer.model).diagnostics.reference_examples / examples
     return record
@@ -100,39 +144,75 @@ def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: L
 
 def _prepare(
     stage: Literal["sft", "dpo"], trainer_class: type, ogpsa: Any, data: Any, run: Any, training: Any, model: Any
-) -> tuple[Any, LoraConfig]:
-    """The trainer, ready to go, and the adapter's configuration. What is quick to check is checked first."""
-    model.use_peft = True
-    lora = read_adapter_config(run.adapter) if run.adapter else get_peft_config(model)
-    assert isinstance(lora, LoraConfig)
-    config = adapter_config(ogpsa, lora, stage)
-    model.model_name_or_path = model.model_name_or_path or lora.base_model_name_or_path
-    train_rows = load_rows(data.dataset, "dataset")
+) -> tuple[Any, LoraConfig | FullParameterConfig | None]:
+    """The trainer, ready to go, and the method's configuration. What is quick to check is checked first."""
+    config: LoraConfig | FullParameterConfig | None
+    if run.full_parameter:
+        config = whole_config(ogpsa, run, stage)
+    else:
+        model.use_peft = True
+        lora = read_adapter_config(run.adapter) if run.adapter else get_peft_config(model)
+        assert isinstance(lora, LoraConfig)
+        config = adapter_config(ogpsa, lora, stage)
+        model.model_name_or_path = model.model_name_or_path or lora.base_model_name_or_path
+    train_rows = load_rows(data.dataset, "dataset", data.dataset_samples)
+    if data.dataset_samples is not None:
+        train_rows = train_rows.select(range(min(data.dataset_samples, len(train_rows))))
     check_columns(train_rows, stage, "dataset", data.dataset)
     held_out = load_rows(data.eval_dataset, "eval_dataset") if data.eval_dataset else None
     sets = []
-    if isinstance(config, OGPSAConfig):
+    if isinstance(config, ProjectionConfig):
         beta = getattr(training, "beta", ReferenceSet.beta)
         sets = reference_sets(data.references, data.reference_samples, data.reference_max_length, beta)
-    base, processing_class = load_base(
-        model, trust_remote_code=training.trust_remote_code, init_kwargs=training.model_init_kwargs
-    )
+    if training.world_size > 1 and any(isinstance(s, PromptSet) for s in sets):
+        raise ValueError(
+            "references has prompts without answers, which the base model answers in a single process alone. Give "
+            "references with answers."
+        )
+    loading: dict[str, Any] = {
+        "trust_remote_code": training.trust_remote_code,
+        "init_kwargs": training.model_init_kwargs,
+        "random": None
+        if run.random_layers is None
+        else RandomWeights(run.random_layers, run.random_width, training.seed),
+    }
+    policy: dict[str, Any] = {}
+    if run.full_parameter:
+        # Not spread over the GPUs of this machine, of which each process has one.
+        loading["init_kwargs"] = {"device_map": None, **(training.model_init_kwargs or {})}
+        # Its log-probabilities can be had of the model itself before training, but not while that is unsharded.
+        precomputed = getattr(training, "precompute_ref_log_probs", False)
+        if stage == "dpo" and not (precomputed and training.world_size == 1):
+            policy["ref_model"], _ = load_base(model, **loading)
+    base, processing_class = load_base(model, **loading)
     training.model_init_kwargs = None  # used; the trainer would warn that it cannot
     callbacks = []
     if sets:
         known = [s.answered(base, processing_class) if isinstance(s, PromptSet) else s for s in sets]
         resume = training.resume_from_checkpoint
         callbacks.append(
-            OGPSACallback(known, seed=training.seed, resume_from=resume if isinstance(resume, str) else None)
+            OGPSACallback(
+                known,
+                config=config if isinstance(config, FullParameterConfig) else None,
+                seed=training.seed,
+                resume_from=resume if isinstance(resume, str) else None,
+            )
         )
     trainer = trainer_class(
-        model=load_adapter(base, run.adapter, config, trainable=True) if run.adapter else base,
+        model=load_adapter(base, run.adapter, cast(LoraConfig, config), trainable=True) if run.adapter else base,
         args=training,
         train_dataset=train_rows,
         eval_dataset=held_out if training.eval_strategy != "no" else None,
         processing_class=processing_class,
-        peft_config=None if run.adapter else config,
+        peft_config=config if isinstance(config, LoraConfig) and not run.adapter else None,
         callbacks=callbacks,
+        **policy,
     )
+    if run.full_parameter:
+        shard_on_cpu(trainer)
+        if not run.dry_run:
+            check_saves_whole_model(trainer)
+        if policy and training.precompute_ref_log_probs:
+            trainer.ref_model = None  # done with
     trainer.create_model_card = lambda *args, **kwargs: None  # TRL's would replace ours at every checkpoint
     return trainer, config

@@ -1,0 +1,39 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What `accelerate launch` has set up, as far as whole weights in several processes depend on it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+
+def shard_on_cpu(trainer: Any) -> None:
+    """Lets FSDP2 run without a GPU, for trying things out: accelerate has it on accelerators alone.
+
+    Where FSDP was not asked for, or there are GPUs, nothing happens.
+    """
+    state = trainer.accelerator.state
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    if asked and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        trainer.is_fsdp_enabled = True
+
+
+def check_saves_whole_model(trainer: Any) -> None:
+    """Refuses shards that the trainer would not put together at the end.
+
+    Raises:
+        ValueError: If FSDP keeps a state dict of another kind than the full one.
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+    if "FULL_STATE_DICT" not in kind:
+        raise ValueError(
+            f"fsdp_state_dict_type is {kind.rpartition('.')[2]}, with which no model would be saved. Set "
+            "fsdp_state_dict_type: FULL_STATE_DICT."
+        )

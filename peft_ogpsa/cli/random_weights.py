@@ -1,0 +1,81 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A model of the right architecture with random weights, to try a run without downloading any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """What is left of an architecture: so many layers, of this width, with weights drawn from `seed`."""
+
+    layers: int
+    width: int | None = None
+    seed: int = 0
+
+    def build(self, config: PreTrainedConfig, dtype: Any = None, attention: str | None = None) -> PreTrainedModel:
+        """A causal language model whose weights are the same in every process.
+
+        Args:
+            config: The architecture; changed in place.
+            dtype: A torch dtype or its name. `None` and `"auto"` take the configuration's.
+            attention: The implementation of attention; `None` leaves it to transformers.
+
+        Raises:
+            ValueError: If the architecture has fewer layers, or cannot be given that width.
+        """
+        shrink(config, self.layers, self.width)
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = getattr(torch, dtype)
+        if not isinstance(dtype, torch.dtype):
+            dtype = config.dtype or torch.float32
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def shrink(config: PreTrainedConfig, layers: int, width: int | None = None) -> None:
+    """Cuts an architecture to its first layers and, if asked, narrows it; heads and vocabulary stay.
+
+    Args:
+        config: Changed in place.
+        layers: How many layers are kept.
+        width: The hidden size. The intermediate size and the size of a head shrink in proportion.
+
+    Raises:
+        ValueError: If there are fewer layers, or the heads cannot share the width in even sizes, which rotary
+            embeddings need.
+    """
+    text = config.get_text_config()
+    if not 1 <= layers <= text.num_hidden_layers:
+        raise ValueError(
+            f"random_layers={layers} is not allowed: this {text.model_type} has {text.num_hidden_layers} layers. Use "
+            f"1 to {text.num_hidden_layers}."
+        )
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = text.layer_types[:layers]
+    if width is None:
+        return
+    missing = [n for n in ("hidden_size", "intermediate_size", "num_attention_heads") if not hasattr(text, n)]
+    if missing:
+        raise ValueError(
+            f"random_width={width} is not for {text.model_type}, whose configuration has no {missing[0]}. Leave it "
+            "out."
+        )
+    heads = text.num_attention_heads
+    if width < 1 or width % (2 * heads):
+        raise ValueError(
+            f"random_width={width} is not allowed. Use a multiple of {2 * heads}: this {text.model_type} has {heads} "
+            "heads, whose size must be even."
+        )
+    text.intermediate_size = max(1, round(text.intermediate_size * width / text.hidden_size))
+    text.hidden_size = width
+    if getattr(text, "head_dim", None) is not None:
+        text.head_dim = width // heads
