@@ -194,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="Name of the .json file, without its ending.")
     parser.add_argument("--shape", default="smollm2-135m", choices=list(SHAPES))
-    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=OGPSAConfig().rows)
     parser.add_argument("--rows-dtype", default="float32", choices=BYTES)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -53,7 +53,7 @@ class ProjectionConfig:
         },
     )
     rows: int = field(
-        default=48,
+        default=24,
         metadata={"help": "Reference gradients held per block, over all sets. The newest replace the oldest."},
     )
     rows_from: Literal["example", "batch", "set"] = field(

@@ -22,7 +22,7 @@ DEFAULTS = {
     "constraint": "cone",
     "projection": "update",
     "scope": "tensor",
-    "rows": 48,
+    "rows": 24,
     "rows_from": "example",
     "rows_dtype": "float32",
     "subspace_rank": None,
