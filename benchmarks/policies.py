@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How reference gradients are best spent: ways of refreshing at equal cost, over several seeds, beside replay.
 
-    python benchmarks/policies.py --output docs/policies
+    OMP_NUM_THREADS=1 python benchmarks/policies.py --output docs/policies
 
 Trains SmolLM2-135M-Instruct as `ogpsa quickstart` does, once for each policy and seed. Every finished run is written
 down at once and not done again, so the command can be stopped and repeated, and more policies or seeds added.
@@ -59,8 +59,8 @@ def cone(threshold: float | None = None, **knobs: Any) -> Policy:
     return Policy(lambda: OGPSAConfig(**{**LORA, "rows": 48, **knobs}), threshold=threshold)
 
 
-# "4/5" is 4 reference examples every 5 steps. All but the last two groups are at 10 % of the training examples, as far
-# as whole examples allow.
+# "4/5" is 4 reference examples every 5 steps. All are at 10 % of the training examples, as far as whole examples
+# allow, but for "192/10" and the last group.
 POLICIES = {
     "plain": Policy(lambda: LoraConfig(**LORA)),
     "replay 4/5": Policy(lambda: LoraConfig(**LORA), replay=4),

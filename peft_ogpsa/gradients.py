@@ -181,7 +181,7 @@ def _hooked_gradients(
     # A loss may flatten batches of (examples, sequences, tokens): an example's sequences then stand side by side.
     flattened = _first_tensor(batch).shape[:2].numel()
     inputs_ok = True
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), device=blocks.device, requires_grad=True)
 
     def watch(piece: int) -> Callable:
         def tell(x: Tensor, u: Tensor) -> None:
