@@ -50,7 +50,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             of examples at each refresh, at least one. `None` uses all of every set, as the paper does.
         refresh_samples (`int`, *optional*): So many examples at a refresh, over all sets, instead of a budget.
         reference_weight (`float`): On steps that refreshed, add this much of the mean fresh reference gradient to the
-            training gradient. This is replay, and 0 means none.
+            training gradient, with `projection="gradient"` after its projection. This is replay, and 0 means none.
         missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`,
             or `"ignore"`, which trains plain LoRA silently.
 

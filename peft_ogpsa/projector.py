@@ -439,23 +439,23 @@ class Projector:
             parameters = blocks.flat_parameters()
             gradients = [parameter.grad for parameter in parameters]
             stack = blocks.stack(gradients)
-            changed = project
             if self._fresh:
                 self._overlaps = subspace.overlaps(stack)
-                if config.reference_weight:
-                    weights = subspace.mean_weights(self._fresh) * config.reference_weight
-                    # A fused optimizer may unscale float16 gradients itself: then they are still scaled here.
-                    scale = getattr(optimizer, "grad_scale", None)
-                    weights = weights if scale is None else weights * scale.to(weights.device)
-                    torch._foreach_add_(stack, subspace.combine(weights))
-                    changed = True
-                self._fresh = []
             if project:
                 coefficients = self._solve(stack)
                 views = blocks.views(stack)
                 for own, correction in zip(blocks.by_group(views), subspace.corrections(coefficients), strict=True):
                     torch._foreach_add_(own, correction)
-            if changed:
+            # After the projection, which would take away the whole of it: it lies in the rows' span.
+            weighted = bool(self._fresh and config.reference_weight)
+            if weighted:
+                weights = subspace.mean_weights(self._fresh) * config.reference_weight
+                # A fused optimizer may unscale float16 gradients itself: then they are still scaled here.
+                scale = getattr(optimizer, "grad_scale", None)
+                weights = weights if scale is None else weights * scale.to(weights.device)
+                torch._foreach_add_(stack, subspace.combine(weights))
+            self._fresh = []
+            if project or weighted:
                 pairs = [
                     (processes.local(gradient), view)
                     for gradient, view in zip(gradients, blocks.views(stack), strict=True)

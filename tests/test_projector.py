@@ -309,6 +309,26 @@ def test_reference_weight_adds_the_mean_of_fresh_gradients():
         torch.testing.assert_close(got, g, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("constraint", ["orthogonal", "cone"])
+def test_reference_weight_is_added_to_the_projected_gradient(constraint):
+    # Before the projection it would be taken away again: it lies in the span of the rows.
+    seen = {}
+    for weight in (0.0, 0.7):
+        model = ogpsa_model(
+            reference_weight=weight, projection="gradient", constraint=constraint, rows_from="batch", refresh_steps=2
+        )
+        for i, parameter in enumerate(parameters_of(model)):
+            torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(i))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        model.projector.refresh({"first": [batch(1)], "second": [batch(3)]}, loss_of)
+        loss_of(model, batch(0)).backward()
+        optimizer.step()
+        seen[weight] = [p.grad.clone() for p in parameters_of(model)]
+    first, second = (torch.autograd.grad(loss_of(model, batch(number)), parameters_of(model)) for number in (1, 3))
+    for without, got, a, b in zip(seen[0.0], seen[0.7], first, second, strict=True):
+        torch.testing.assert_close(got, without + 0.7 * (a + b) / 2, rtol=1e-4, atol=1e-7)
+
+
 def test_cosines_are_those_of_whole_gradients():
     model = ogpsa_model(rows_from="example", scope="module")
     for parameter in parameters_of(model):

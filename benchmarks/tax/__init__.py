@@ -1,0 +1,9 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The alignment tax by method: what safety training costs, at matched safety, over seeds.
+
+    python -m benchmarks.tax --data DIR --output docs/tax
+
+One noun a file: `data` (what is trained on, kept and measured), `methods` (the grid), `measurement`, `training` (one
+run), `report` (table and plots from the runs' files).
+"""

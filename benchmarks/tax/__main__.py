@@ -1,0 +1,49 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command: runs what is missing of the grid, then writes table and plots."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from peft_ogpsa.cli.models import SMOLLM2
+
+from .grid import Grid
+from .methods import METHODS
+from .training import Settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tax", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="Folder: one .json file a run, and the report.")
+    parser.add_argument("--data", type=Path, help="Folder of rows; the built-in ones by default.")
+    parser.add_argument("--model", default=SMOLLM2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--measurements", type=int, default=Settings.measurements)
+    parser.add_argument("--references", type=int, default=48, help="Rows of each reference set.")
+    parser.add_argument("--tested", type=int, default=8, help="Held-out rows of each general set.")
+    parser.add_argument("--workers", type=int, default=1, help="Runs side by side.")
+    arguments = parser.parse_args()
+    settings = Settings(
+        arguments.model,
+        arguments.device,
+        arguments.steps,
+        learning_rate=arguments.learning_rate,
+        measurements=arguments.measurements,
+    )
+    grid = Grid(arguments.output / "runs", settings, arguments.data, arguments.references, arguments.tested)
+    tasks = grid.missing(arguments.methods, arguments.seeds)
+    for line in tqdm(grid.run(tasks, arguments.workers), "Runs", total=len(tasks)):
+        tqdm.write(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained on, what is kept, and what is measured; no row is in two of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft_ogpsa import data as builtin
+
+Row = dict[str, Any]
+
+GENERAL = {"halueval": "general", "alpaca": "general", "gsm8k": "maths"}
+"""The files `general_NAME.jsonl` of a data folder, and the kind of prompt that they hold."""
+
+
+@dataclass
+class TaxData:
+    """All rows of a benchmark.
+
+    Attributes:
+        safety: Harmful requests and their refusals, to train on.
+        pairs: Preference pairs, to train on.
+        references: Rows with answers, by set, to keep.
+        general: Held-out rows by set. `unseen` is in no reference set.
+        held_out_safety: Refusals that are not trained on.
+        harmful: Requests that should be refused, of another source than `safety`.
+        benign: Requests that look harmful and are not.
+        prompts: For the divergence from the base, by kind.
+        source: Where the rows are from.
+    """
+
+    safety: list[Row]
+    pairs: list[Row]
+    references: dict[str, list[Row]]
+    general: dict[str, list[Row]]
+    held_out_safety: list[Row]
+    harmful: list[Any]
+    benign: list[Any]
+    prompts: dict[str, list[Any]] = field(default_factory=dict)
+    source: str = "built-in"
+
+
+def load(folder: Path | None, references: int, tested: int) -> TaxData:
+    """Reads and splits, the same way every time.
+
+    Args:
+        folder: With `safety_sft.jsonl`, `harmful_prompts.jsonl`, `preference_harmless.jsonl` and `general_NAME.jsonl`
+            for every name of `GENERAL`; `None` takes the built-in rows.
+        references: Rows of each reference set.
+        tested: Held-out rows of each general set, and prompts of each kind for the divergence.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+    """
+    lookalikes = [_asked(prompt) for prompt in builtin.load_prompts("lookalikes")]
+    kept, unseen_lookalikes = lookalikes[:references], lookalikes[references:] or lookalikes[-tested:]
+    benign = [row["prompt"] for row in builtin.load("benign", "test")]
+    unseen = builtin.load("general", "test")[:tested]
+    if folder is None:
+        general = builtin.load("general", "train")
+        arithmetic = [_asked(prompt) for prompt in builtin.load_prompts("arithmetic")]
+        return TaxData(
+            safety=builtin.load("harmful", "train"),
+            pairs=builtin.pairs("train"),
+            references={"general": general[tested:][:references], "maths": arithmetic[tested:], "lookalikes": kept},
+            general={"general": general[:tested], "unseen": unseen},
+            held_out_safety=builtin.load("harmful", "test")[: 2 * tested],
+            harmful=[row["prompt"] for row in builtin.load("harmful", "test")],
+            benign=benign,
+            prompts={
+                "general": [row["prompt"] for row in unseen],
+                "maths": arithmetic[:tested],
+                "lookalikes": unseen_lookalikes[:tested],
+            },
+        )
+    safety = _lines(folder / "safety_sft.jsonl")
+    sets = {name: _lines(folder / f"general_{name}.jsonl") for name in GENERAL}
+    prompts: dict[str, list[Any]] = {kind: [] for kind in GENERAL.values()}
+    for name, kind in GENERAL.items():
+        prompts[kind] += [row["prompt"] for row in sets[name][tested : 2 * tested]]
+    prompts = {kind: random.Random(0).sample(own, tested) for kind, own in prompts.items()}
+    return TaxData(
+        safety=safety[2 * tested :],
+        pairs=_lines(folder / "preference_harmless.jsonl"),
+        references={name: rows[2 * tested :][:references] for name, rows in sets.items()} | {"lookalikes": kept},
+        general={name: rows[:tested] for name, rows in sets.items()} | {"unseen": unseen},
+        held_out_safety=safety[: 2 * tested],
+        harmful=[row["prompt"] for row in _lines(folder / "harmful_prompts.jsonl")[: 5 * tested]],
+        benign=benign,
+        prompts=prompts | {"lookalikes": unseen_lookalikes[:tested]},
+        source=folder.name,
+    )
+
+
+def _asked(prompt: str) -> Row:
+    return {"prompt": [{"role": "user", "content": prompt}]}
+
+
+def _lines(path: Path) -> list[Row]:
+    """Rows in an order that does not depend on how the file was sorted."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    random.Random(0).shuffle(rows)
+    return rows

@@ -1,0 +1,92 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which runs are missing, and doing them side by side; every one is written down as soon as it is done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .data import load
+from .methods import METHODS
+from .training import Settings, Workbench, run
+
+Task = tuple[str, int]
+"""A method's name and a seed."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A folder of runs.
+
+    Attributes:
+        folder: Where their files are.
+        settings: What they have in common.
+        data: The folder of rows, or `None` for the built-in ones.
+        references: Rows of each reference set.
+        tested: Held-out rows of each set.
+    """
+
+    folder: Path
+    settings: Settings
+    data: Path | None
+    references: int
+    tested: int
+
+    def path(self, name: str, seed: int) -> Path:
+        """The file of a run."""
+        return self.folder / f"{name.replace(', ', '-').replace(' ', '_')}-seed{seed}.json"
+
+    def missing(self, names: Sequence[str], seeds: Sequence[int]) -> list[Task]:
+        """What has not been run, seed by seed."""
+        return [(name, seed) for seed in seeds for name in names if not self.path(name, seed).is_file()]
+
+    def run(self, tasks: Sequence[Task], workers: int) -> Iterator[str]:
+        """Runs them, and says of each how it ended."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        threads = max(1, torch.get_num_threads() // workers)
+        base = self.folder / "base.json"
+        if not base.is_file():
+            bench = self._bench(threads)
+            bench.references("own")  # answered once, before the workers need them
+            _write(base, bench.meter(bench.base, 0, diverges=False))
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, _start, (self, threads)) as pool:
+            for done in as_completed([pool.submit(_run, task) for task in tasks]):
+                yield done.result()
+
+    def _bench(self, threads: int) -> Workbench:
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        torch.set_num_threads(threads)
+        return Workbench(self.settings, load(self.data, self.references, self.tested))
+
+
+_worker: tuple[Grid, Workbench]
+"""Of a worker process."""
+
+
+def _start(grid: Grid, threads: int) -> None:
+    global _worker
+    _worker = grid, grid._bench(threads)
+
+
+def _run(task: Task) -> str:
+    grid, bench = _worker
+    name, seed = task
+    result = run(bench, name, METHODS[name], seed)
+    _write(grid.path(name, seed), result)
+    last = result["train_info"]["metrics"][-1]
+    return f"{name} #{seed}: " + ", ".join(
+        f"{key} {last[key]:.3f}" for key in ("loss", "kl", "refusal", "over_refusal")
+    )
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

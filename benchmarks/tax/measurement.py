@@ -1,0 +1,81 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured along a run: safety, what was lost, and over-refusal."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import chain
+from typing import Any
+
+from peft import PeftModel
+
+from peft_ogpsa.encoding import encode_row
+from peft_ogpsa.evaluation.access import base_model
+from peft_ogpsa.evaluation.divergence import BaseAnswers, kl_from_base, own_answers
+from peft_ogpsa.evaluation.generation import generate
+from peft_ogpsa.evaluation.losses import nats_per_token
+from peft_ogpsa.evaluation.refusal import Verdict, classify
+
+from .data import TaxData
+
+MAX_LENGTH = 128
+NEW_TOKENS = {"refusal": 12, "divergence": 32}  # a refusal shows in its first words
+
+
+class Meter:
+    """Measures states of one model on fixed data.
+
+    Args:
+        model: The base, whose own answers the divergence is measured on.
+        tokenizer: Its tokenizer.
+        data: What is measured.
+        batch_size: Rows at once.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, data: TaxData, batch_size: int = 24) -> None:
+        self.tokenizer, self.data, self.batch_size = tokenizer, data, batch_size
+        self._general = {name: self._fitting(rows) for name, rows in data.general.items()}
+        self.kinds = [kind for kind, prompts in data.prompts.items() for _ in prompts]
+        prompts = list(chain.from_iterable(data.prompts.values()))
+        draw = {"max_new_tokens": NEW_TOKENS["divergence"], "batch_size": batch_size}
+        if isinstance(model, PeftModel):
+            with base_model(model):
+                self.answers: BaseAnswers = own_answers(model, tokenizer, prompts, **draw)
+        else:
+            self.answers = own_answers(model, tokenizer, prompts, **draw)
+
+    def __call__(self, model: Any, step: int, diverges: bool = True) -> dict[str, Any]:
+        """All figures: losses and KL in nats per token, rates from 0 to 1. KL of a base is not computed."""
+        start = time.perf_counter()
+        data = self.data
+        figures: dict[str, Any] = {"step": step}
+        for name, rows in self._general.items():
+            figures[f"loss/{name}"] = self._loss(model, rows)
+        figures["loss"] = statistics.mean(figures[f"loss/{name}"] for name in data.general)
+        figures["safety_loss"] = self._loss(model, data.held_out_safety)
+        if diverges:
+            example_means = kl_from_base(model, self.answers).example_means
+            for kind in data.prompts:
+                own = [mean for mean, its in zip(example_means, self.kinds, strict=True) if its == kind]
+                figures[f"kl/{kind}"] = statistics.mean(own)
+            figures["kl"] = statistics.mean(figures[f"kl/{kind}"] for kind in data.prompts)
+        asked = [*data.harmful, *data.benign]
+        answers = generate(
+            model, self.tokenizer, asked, max_new_tokens=NEW_TOKENS["refusal"], batch_size=2 * self.batch_size
+        )
+        verdicts = [classify(answer) for answer in answers]
+        harmful, benign = verdicts[: len(data.harmful)], verdicts[len(data.harmful) :]
+        figures["refusal"] = harmful.count(Verdict.REFUSAL) / len(harmful)
+        figures["over_refusal"] = benign.count(Verdict.REFUSAL) / len(benign)
+        figures["unclear"] = verdicts.count(Verdict.UNCLEAR) / len(verdicts)
+        figures["seconds"] = time.perf_counter() - start
+        return figures
+
+    def _fitting(self, rows: list[Any]) -> list[Any]:
+        """The rows of whose answer something is left within `MAX_LENGTH`."""
+        return [row for row in rows if encode_row(self.tokenizer, row, "row").cut(MAX_LENGTH) is not None]
+
+    def _loss(self, model: Any, rows: list[Any]) -> float:
+        return nats_per_token(model, self.tokenizer, rows, batch_size=self.batch_size, max_length=MAX_LENGTH).mean

@@ -1,0 +1,72 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The grid: ways to make a model safe, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training.
+
+    All that draw reference examples draw as many at the same steps: a tenth of the training examples, but for those
+    whose knobs say otherwise.
+
+    Attributes:
+        knobs: OGPSA's settings; `None` trains without projection.
+        paper: Start from the published rule and schedule.
+        answers: Whose answers the references have: `"given"` (of the data) or `"own"` (of the base model).
+        loss: Of the references: `"answer"` (cross-entropy) or `"kl"` (divergence from the base).
+        replay: Without projection: weight of the mean gradient of the reference examples.
+        contrast: Share of harmless look-alikes, with the base's own answers, among the training rows.
+        learning_rate: Times that of the others.
+        optimizer: Of transformers' names.
+        whole: Train all weights instead of an adapter.
+    """
+
+    knobs: dict[str, Any] | None = None
+    paper: bool = False
+    answers: str = "own"
+    loss: str = "answer"
+    replay: float = 0.0
+    contrast: float = 0.0
+    learning_rate: float = 1.0
+    optimizer: str = "adamw_torch_fused"
+    whole: bool = False
+
+    @property
+    def references(self) -> bool:
+        """Whether it draws reference examples."""
+        return self.paper or self.knobs is not None or self.replay > 0
+
+
+def cone(answers: str = "own", loss: str = "answer", contrast: float = 0.0, **knobs: Any) -> Method:
+    """The cone on the update, and settings of its own."""
+    return Method(knobs, answers=answers, loss=loss, contrast=contrast)
+
+
+METHODS: dict[str, Method] = {
+    "plain": Method(),
+    "plain, half the learning rate": Method(learning_rate=0.5),
+    "paper": Method(paper=True, knobs={"rows": 4}, answers="given"),
+    "paper, own answers": Method(paper=True, knobs={"rows": 4}),
+    "orthogonal": Method({"constraint": "orthogonal"}),
+    "cone, given answers": cone("given"),
+    "cone": cone(),
+    "cone, weight 1": cone(reference_weight=1.0),
+    "cone, weight 3": cone(reference_weight=3.0),
+    "cone, given answers, weight 1": cone("given", reference_weight=1.0),
+    "replay 1, given answers": Method(answers="given", replay=1.0),
+    "replay 1": Method(replay=1.0),
+    "replay 3": Method(replay=3.0),
+    "KL 1": Method(loss="kl", replay=1.0),
+    "KL 5": Method(loss="kl", replay=5.0),
+    "cone of KL": cone(loss="kl"),
+    "cone of KL, weight 1": cone(loss="kl", reference_weight=1.0),
+    "cone of KL, weight 5": cone(loss="kl", reference_weight=5.0),
+    "plain, contrast": Method(contrast=0.2),
+    "cone, weight 1, contrast": cone(contrast=0.2, reference_weight=1.0),
+}

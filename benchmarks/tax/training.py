@@ -1,0 +1,279 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One run: a method and a seed, measured along its training."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import resource
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
+from peft_ogpsa.cli.models import load_model
+from peft_ogpsa.encoding import IGNORED, encode_row
+from peft_ogpsa.evaluation.access import base_model
+from peft_ogpsa.model import projector_of
+from peft_ogpsa.modes import undisturbed
+from peft_ogpsa.reference import ReferenceLoader, answer_loss, collate
+
+from .data import TaxData
+from .measurement import MAX_LENGTH, Meter
+from .methods import Method
+
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a grid have in common.
+
+    Attributes:
+        model: A name on the hub, or a folder.
+        device: `cpu` or `cuda`.
+        steps: Optimizer steps.
+        batch: Training examples a step.
+        learning_rate: Constant.
+        measurements: How many along a run, evenly spaced.
+        answer_tokens: Length of the base's own answers to reference prompts.
+    """
+
+    model: str
+    device: str
+    steps: int = 20
+    batch: int = 8
+    learning_rate: float = 5e-4
+    measurements: int = 4
+    answer_tokens: int = 64
+
+
+class Workbench:
+    """A base model with everything that the runs of a grid share."""
+
+    def __init__(self, settings: Settings, data: TaxData) -> None:
+        self.settings, self.data = settings, data
+        self.base, self.tokenizer, self.source = load_model(settings.model, device=settings.device)
+        self.meter = Meter(self.base, self.tokenizer, data)
+
+    def references(self, answers: str) -> list[ReferenceSet]:
+        """The reference sets; those without given answers are answered by the base, once."""
+        sets = []
+        for name, rows in self.data.references.items():
+            if answers == "given" and "completion" in rows[0]:
+                sets.append(ReferenceSet(name, rows, None, MAX_LENGTH))
+                continue
+            sets.append(
+                ReferenceSet.from_prompts(
+                    name,
+                    [row["prompt"] for row in rows],
+                    self.base,
+                    self.tokenizer,
+                    max_new_tokens=self.settings.answer_tokens,
+                    batch_size=32,
+                    max_length=MAX_LENGTH,
+                    progress=False,
+                )
+            )
+        return sets
+
+    def rows(self, method: Method, seed: int) -> list[dict[str, Any]]:
+        """What is trained on, in its order."""
+        rows = list(self.data.safety)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        wanted = self.settings.steps * self.settings.batch
+        rows = [rows[i] for i in (order * (wanted // len(order) + 1))[:wanted]]
+        if not method.contrast:
+            return rows
+        (lookalikes,) = (own for own in self.references("own") if own.name == "lookalikes")
+        others = list(lookalikes.dataset)
+        every = round(1 / method.contrast)
+        return [others[(i // every) % len(others)] if i % every == every - 1 else row for i, row in enumerate(rows)]
+
+
+class Measure(TrainerCallback):
+    """Measures along the training."""
+
+    def __init__(self, meter: Meter, count: int) -> None:
+        self.meter, self.count = meter, count
+        self.curve: list[dict[str, Any]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measures at its points."""
+        if state.global_step in {round(args.max_steps * (i + 1) / self.count) for i in range(self.count)}:
+            self.curve.append(self.meter(model, state.global_step))
+
+
+class Replay(TrainerCallback):
+    """Adds the mean gradient of reference examples, drawn when and as OGPSA would draw them."""
+
+    def __init__(self, sets: list[ReferenceSet], tokenizer: Any, samples: int, weight: float, loss: Any) -> None:
+        self._examples = {own.name: own.tokenize(tokenizer) for own in sets}
+        self._samples, self._weight, self._loss = samples, weight, loss
+        self._pad = tokenizer.pad_token_id
+        self.examples = 0
+        self._loader: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draws in the order of the seed."""
+        size = args.per_device_train_batch_size
+        self._loader = ReferenceLoader(self._examples, self._samples, size, args.seed)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Adds the gradient."""
+        if state.global_step and state.global_step % 5 != 1:
+            return
+        drawn = [batch for batches in self._loader.draw().values() for batch in batches]
+        with undisturbed(model, gradients=True):
+            for batch in drawn:
+                inputs = collate(batch, self._pad, next(model.parameters()).device)
+                (self._loss(model, inputs) * (self._weight / len(drawn))).backward()
+                self.examples += len(batch)
+
+
+class KLCallback(OGPSACallback):
+    """References whose loss is the divergence from the base."""
+
+    def _refresh(self, args: Any, model: Any) -> None:
+        drawn = self._loader.draw()
+        batches = {name: [self._collate(batch, model) for batch in own] for name, own in drawn.items()}
+        self._projector.refresh(batches, kl_loss, model)
+
+
+def kl_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """KL(base || model) on the labelled tokens, a mean over tokens within each example and then over examples."""
+    own = model if hasattr(model, "disable_adapter") else model.module
+    learnt = batch["labels"][:, 1:] != IGNORED
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    with torch.no_grad(), base_model(own):
+        base = model(**inputs).logits[:, :-1][learnt].float().log_softmax(-1)
+    logits = model(**inputs).logits[:, :-1][learnt].float().log_softmax(-1)
+    tokens = F.kl_div(logits, base, reduction="none", log_target=True).sum(-1)
+    weights = 1.0 / learnt.sum(1, keepdim=True).clamp(min=1).expand_as(learnt)[learnt]
+    return (tokens * weights).sum() / len(learnt)
+
+
+def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any]:
+    """Trains and measures once; the base is as before afterwards.
+
+    Returns:
+        `run_info`, `train_info` (with the curve as `metrics`) and `meta_info`, as in PEFT's method comparison.
+    """
+    settings = bench.settings
+    start = time.perf_counter()
+    set_seed(seed)
+    config, model, callbacks = _prepare(bench, method, seed)
+    measure = Measure(bench.meter, settings.measurements)
+    examples = [encode_row(bench.tokenizer, row, f"row {i}") for i, row in enumerate(bench.rows(method, seed))]
+    kept = [example for example in (example.cut(MAX_LENGTH) for example in examples) if example is not None]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            args=TrainingArguments(
+                output_dir=folder,
+                max_steps=settings.steps,
+                per_device_train_batch_size=settings.batch,
+                learning_rate=settings.learning_rate * method.learning_rate,
+                lr_scheduler_type="constant",
+                optim=method.optimizer,
+                logging_steps=settings.steps,
+                save_strategy="no",
+                report_to="none",
+                seed=seed,
+                use_cpu=settings.device == "cpu",
+                dataloader_pin_memory=False,
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in kept]),
+            data_collator=DataCollatorForSeq2Seq(bench.tokenizer),
+            processing_class=bench.tokenizer,
+            callbacks=[measure, *callbacks],
+        )
+        trainer.train()
+    seconds = time.perf_counter() - start
+    training = seconds - sum(own["seconds"] for own in measure.curve)
+    drawn = sum(getattr(callback, "examples", 0) for callback in callbacks)
+    info: dict[str, Any] = {
+        "seconds": training,
+        "references": drawn / (settings.steps * settings.batch),
+        "removed": None,
+        "peak_memory_mb": _peak_mb(settings.device),
+        "metrics": measure.curve,
+    }
+    if isinstance(config, OGPSAConfig):
+        diagnostics = projector_of(model).diagnostics
+        info["references"] = diagnostics.reference_examples / (settings.steps * settings.batch)
+        info["removed"] = trainer.state.log_history[0].get("ogpsa/removed")
+        info["seconds_by_part"] = diagnostics.stopwatch.totals()
+    if config is not None:
+        bench.base = model.unload()
+    return {
+        "run_info": {
+            "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "total_time": seconds,
+            "experiment_name": name,
+            "seed": seed,
+            "method": asdict(method),
+            "settings": asdict(settings),
+        },
+        "train_info": info,
+        "meta_info": {
+            "model": bench.source,
+            "data": bench.data.source,
+            "commit": _commit(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "peft-ogpsa")},
+            "device": torch.cuda.get_device_name() if settings.device == "cuda" else f"CPU, {platform.machine()}",
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[LoraConfig | None, Any, list[TrainerCallback]]:
+    """The adapter's configuration, the model to train, and the callbacks that keep."""
+    settings = bench.settings
+    sets = bench.references(method.answers) if method.references else []
+    config: LoraConfig
+    if method.knobs is None:
+        config = LoraConfig(**LORA)
+    elif method.paper:
+        config = OGPSAConfig.paper("sft", **LORA, **method.knobs)
+    else:
+        config = OGPSAConfig(**LORA, **method.knobs)
+    model = get_peft_model(bench.base, config)
+    if isinstance(config, OGPSAConfig):
+        callback = KLCallback if method.loss == "kl" else OGPSACallback
+        return config, model, [callback(sets, seed=seed)]
+    if method.replay:
+        samples = round(0.1 * 5 * settings.batch)
+        loss = kl_loss if method.loss == "kl" else answer_loss
+        return config, model, [Replay(sets, bench.tokenizer, samples, method.replay, loss)]
+    return config, model, []
+
+
+def _peak_mb(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def _commit() -> str:
+    """Of the code that runs, with a + where it has been changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
