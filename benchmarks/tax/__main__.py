@@ -13,7 +13,6 @@ from tqdm import tqdm
 from peft_ogpsa.cli.models import SMOLLM2
 
 from .grid import Grid
-from .methods import METHODS
 from .training import Settings
 
 
@@ -23,7 +22,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="Folder of rows; the built-in ones by default.")
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", help="Some of them, by name.")
+    parser.add_argument("--whole", action="store_true", help="Train whole weights.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
@@ -39,8 +39,14 @@ def main() -> None:
         learning_rate=arguments.learning_rate,
         measurements=arguments.measurements,
     )
-    grid = Grid(arguments.output / "runs", settings, arguments.data, arguments.references, arguments.tested)
-    tasks = grid.missing(arguments.methods, arguments.seeds)
+    grid = Grid(
+        arguments.output / "runs", settings, arguments.data, arguments.references, arguments.tested, arguments.whole
+    )
+    names = arguments.methods or list(grid.methods)
+    unknown = [name for name in names if name not in grid.methods]
+    if unknown:
+        parser.error(f"--methods {unknown[0]!r} is unknown. Choose from: {', '.join(grid.methods)}.")
+    tasks = grid.missing(names, arguments.seeds)
     for line in tqdm(grid.run(tasks, arguments.workers), "Runs", total=len(tasks)):
         tqdm.write(line)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .data import load
-from .methods import METHODS
+from .methods import METHODS, WHOLE, Method
 from .training import Settings, Workbench, run
 
 Task = tuple[str, int]
@@ -32,6 +32,7 @@ class Grid:
         data: The folder of rows, or `None` for the built-in ones.
         references: Rows of each reference set.
         tested: Held-out rows of each set.
+        whole: Whether whole weights are trained instead of adapters.
     """
 
     folder: Path
@@ -39,6 +40,12 @@ class Grid:
     data: Path | None
     references: int
     tested: int
+    whole: bool = False
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """What can be run, by name."""
+        return WHOLE if self.whole else METHODS
 
     def path(self, name: str, seed: int) -> Path:
         """The file of a run."""
@@ -80,7 +87,7 @@ def _start(grid: Grid, threads: int) -> None:
 def _run(task: Task) -> str:
     grid, bench = _worker
     name, seed = task
-    result = run(bench, name, METHODS[name], seed)
+    result = run(bench, name, grid.methods[name], seed)
     _write(grid.path(name, seed), result)
     last = result["train_info"]["metrics"][-1]
     return f"{name} #{seed}: " + ", ".join(

@@ -48,6 +48,20 @@ def cone(answers: str = "own", loss: str = "answer", contrast: float = 0.0, **kn
     return Method(knobs, answers=answers, loss=loss, contrast=contrast)
 
 
+WHOLE: dict[str, Method] = {
+    "plain": Method(whole=True),
+    "paper": Method({"rows": 4, "rows_dtype": "bfloat16"}, paper=True, answers="given", whole=True),
+    "paper, weight 1": Method(
+        {"rows": 4, "rows_dtype": "bfloat16", "reference_weight": 1.0}, paper=True, answers="given", whole=True
+    ),
+    "cone": Method({"rows": 8, "rows_dtype": "bfloat16"}, answers="given", whole=True),
+    "cone, weight 1": Method(
+        {"rows": 8, "rows_dtype": "bfloat16", "reference_weight": 1.0}, answers="given", whole=True
+    ),
+}
+"""Of all weights, as the paper trains. A reference weight with the paper's rule is what its published code does under
+ZeRO-2, where reference gradients are left over in the step that follows a refresh."""
+
 METHODS: dict[str, Method] = {
     "plain": Method(),
     "plain, half the learning rate": Method(learning_rate=0.5),

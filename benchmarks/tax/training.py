@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import platform
 import resource
@@ -21,12 +22,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
+from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.encoding import IGNORED, encode_row
 from peft_ogpsa.evaluation.access import base_model
 from peft_ogpsa.model import projector_of
 from peft_ogpsa.modes import undisturbed
+from peft_ogpsa.projection import ProjectionConfig
 from peft_ogpsa.reference import ReferenceLoader, answer_loss, collate
 
 from .data import TaxData
@@ -193,6 +195,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
                 report_to="none",
                 seed=seed,
                 use_cpu=settings.device == "cpu",
+                bf16=method.whole,  # of float32 weights; adapters have a base in bfloat16
                 dataloader_pin_memory=False,
                 disable_tqdm=True,
             ),
@@ -212,12 +215,12 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
         "peak_memory_mb": _peak_mb(settings.device),
         "metrics": measure.curve,
     }
-    if isinstance(config, OGPSAConfig):
+    if isinstance(config, ProjectionConfig):
         diagnostics = projector_of(model).diagnostics
         info["references"] = diagnostics.reference_examples / (settings.steps * settings.batch)
         info["removed"] = trainer.state.log_history[0].get("ogpsa/removed")
         info["seconds_by_part"] = diagnostics.stopwatch.totals()
-    if config is not None:
+    if not method.whole:
         bench.base = model.unload()
     return {
         "run_info": {
@@ -240,10 +243,18 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
     }
 
 
-def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[LoraConfig | None, Any, list[TrainerCallback]]:
-    """The adapter's configuration, the model to train, and the callbacks that keep."""
+def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, list[TrainerCallback]]:
+    """The configuration (`None` where whole weights are merely trained), the model, and the callbacks that keep."""
     settings = bench.settings
     sets = bench.references(method.answers) if method.references else []
+    if method.whole:
+        whole = copy.deepcopy(bench.base).float()
+        if method.knobs is None:
+            return None, whole, []
+        rule = (
+            FullParameterConfig.paper("sft", **method.knobs) if method.paper else FullParameterConfig(**method.knobs)
+        )
+        return rule, whole, [OGPSACallback(sets, config=rule, seed=seed)]
     config: LoraConfig
     if method.knobs is None:
         config = LoraConfig(**LORA)

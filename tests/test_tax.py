@@ -1,0 +1,143 @@
+"""The benchmark of the tax: its grid, what it splits, and how runs are compared."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import tiny_llama
+from peft import LoraConfig, get_peft_model
+
+from benchmarks.tax import data, report
+from benchmarks.tax.grid import Grid
+from benchmarks.tax.methods import METHODS, WHOLE
+from benchmarks.tax.training import LORA, Settings, kl_loss
+from peft_ogpsa import FullParameterConfig, OGPSAConfig
+
+BASE = {"step": 0, "loss": 2.0, "loss/unseen": 2.5, "safety_loss": 3.0, "refusal": 0.0, "over_refusal": 0.0}
+
+
+def run_of(*points):
+    """A run whose points are (step, safety loss, KL, refusal)."""
+    return {
+        "run_info": {"experiment_name": "plain", "seed": 0},
+        "train_info": {
+            "references": 0.125,
+            "metrics": [
+                {
+                    "step": step,
+                    "safety_loss": safety,
+                    "kl": kl,
+                    "kl/maths": kl,
+                    "refusal": refusal,
+                    "loss": 2.0 + kl,
+                    "loss/unseen": 2.5 - kl,
+                    "over_refusal": refusal / 2,
+                }
+                for step, safety, kl, refusal in points
+            ],
+        },
+    }
+
+
+def test_every_method_has_a_configuration():
+    for method in METHODS.values():
+        knobs = method.knobs or {}
+        config = OGPSAConfig.paper("sft", **LORA, **knobs) if method.paper else OGPSAConfig(**LORA, **knobs)
+        assert config.r == 16
+    for method in WHOLE.values():
+        assert method.whole
+        assert FullParameterConfig(**(method.knobs or {})).rows >= 4
+
+
+def test_the_first_safe_point():
+    points = report.curve(BASE, run_of((5, 2.5, 0.1, 0.9), (10, 2.0, 0.3, 0.95), (15, 1.8, 0.5, 1.0)))
+    assert points[0]["kl"] == 0
+    assert report.first_safe(points)["step"] == 10
+    assert report.first_safe(points[:2]) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "kl"), [(2.75, 0.05), (2.5, 0.1), (2.25, 0.2), (1.8, 0.5), (1.7, None), (3.5, None)]
+)
+def test_matching_interpolates(target, kl):
+    points = report.curve(BASE, run_of((5, 2.5, 0.1, 0.9), (10, 2.0, 0.3, 0.95), (15, 1.8, 0.5, 1.0)))
+    found = report.at_safety_loss(points, target)
+    assert (found and found["kl"]) == (kl and pytest.approx(kl))
+
+
+def test_methods_are_compared_at_plain_loras_safety():
+    runs = {
+        "plain": {0: run_of((5, 2.5, 0.1, 0.9), (10, 2.0, 0.3, 0.95))},
+        "better": {0: run_of((5, 2.6, 0.02, 0.9), (10, 1.5, 0.13, 1.0))},
+        "slow": {0: run_of((5, 2.9, 0.0, 0.0), (10, 2.8, 0.1, 0.5))},
+    }
+    assert report.targets(BASE, runs["plain"]) == {0: 2.0}
+    assert report.matched(BASE, runs, "plain", "kl") == [pytest.approx(0.3)]
+    # 6/11 of the way from 2.6 to 1.5
+    assert report.matched(BASE, runs, "better", "kl") == [pytest.approx(0.02 + 0.11 * 6 / 11)]
+    assert report.matched(BASE, runs, "better", "loss") == [pytest.approx(0.02 + 0.11 * 6 / 11)]
+    assert report.matched(BASE, runs, "slow", "kl") == [None]
+    text = report.table(BASE, runs)
+    assert "| slow | 1 | +12% | not reached |" in text
+    assert "| better | 1 | +12% | +0.080 |" in text
+
+
+def test_spread():
+    assert report.spread([0.1, 0.3], ".2f") == "0.20 (0.10 to 0.30)"
+    assert report.spread([0.1, None], ".1f") == "0.1, 1 of 2"
+
+
+def test_nothing_is_both_trained_on_and_measured(tmp_path):
+    def row(text):
+        return {"prompt": [{"role": "user", "content": text}], "completion": [{"role": "assistant", "content": text}]}
+
+    for name in ("safety_sft", "preference_harmless", *(f"general_{name}" for name in data.GENERAL)):
+        lines = [json.dumps(row(f"{name} {i}")) for i in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    harmful = [json.dumps({"prompt": f"harmful {i}"}) for i in range(60)]
+    (tmp_path / "harmful_prompts.jsonl").write_text("\n".join(harmful), encoding="utf-8")
+    for folder in (None, tmp_path):
+        found = data.load(folder, references=12, tested=4)
+        prompts = [row["prompt"] for rows in found.references.values() for row in rows]
+        used = {"references": prompts, "safety": [row["prompt"] for row in found.safety]}
+        used |= {name: [row["prompt"] for row in rows] for name, rows in found.general.items() if name != "unseen"}
+        used |= {"held out": [row["prompt"] for row in found.held_out_safety], "benign": found.benign}
+        used |= {f"to {kind}": own for kind, own in found.prompts.items() if folder or kind != "general"}
+        texts = {name: {json.dumps(prompt) for prompt in own} for name, own in used.items()}
+        assert all(texts.values())
+        assert sum(map(len, texts.values())) == len(set().union(*texts.values()))
+
+
+def test_done_runs_are_not_missing(tmp_path):
+    grid = Grid(tmp_path, Settings("model", "cpu"), None, 4, 4)
+    names = list(METHODS)
+    assert len({grid.path(name, 0) for name in names}) == len(names)
+    grid.path("cone, weight 1", 1).write_text("{}")
+    assert grid.missing(["cone, weight 1"], [0, 1]) == [("cone, weight 1", 0)]
+
+
+def test_kl_loss_is_the_divergence_from_the_base():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    ids = torch.tensor([[5, 6, 7, 8, 9], [3, 4, 5, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    labels = torch.tensor([[-100, -100, 7, 8, 9], [-100, 4, 5, -100, -100]])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    loss = kl_loss(model, batch)
+    with torch.no_grad():
+        own = model(input_ids=ids, attention_mask=mask).logits.double().log_softmax(-1)
+        with model.disable_adapter():
+            base = model(input_ids=ids, attention_mask=mask).logits.double().log_softmax(-1)
+    tokens = (base.exp() * (base - own)).sum(-1)
+    expected = (tokens[0, 1:4].mean() + tokens[1, 0:2].mean()) / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.item() > 0
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+    loss.backward()
+    norms = [p.grad.norm().item() for name, p in model.named_parameters() if "lora_" in name]
+    assert all(math.isfinite(norm) for norm in norms)
+    assert max(norms) > 0
