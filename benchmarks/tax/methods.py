@@ -25,6 +25,7 @@ class Method:
         learning_rate: Times that of the others.
         optimizer: Of transformers' names.
         whole: Train all weights instead of an adapter.
+        osf: Train them outside their leading singular directions, with PEFT's OSF.
     """
 
     knobs: dict[str, Any] | None = None
@@ -36,6 +37,7 @@ class Method:
     learning_rate: float = 1.0
     optimizer: str = "adamw_torch_fused"
     whole: bool = False
+    osf: bool = False
 
     @property
     def references(self) -> bool:
@@ -62,6 +64,9 @@ WHOLE: dict[str, Method] = {
 """Of all weights, as the paper trains. A reference weight with the paper's rule is what its published code does under
 ZeRO-2, where reference gradients are left over in the step that follows a refresh."""
 
+SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 400.0}
+"""Makes a first step about as long as AdamW's."""
+
 METHODS: dict[str, Method] = {
     "plain": Method(),
     "plain, half the learning rate": Method(learning_rate=0.5),
@@ -82,5 +87,20 @@ METHODS: dict[str, Method] = {
     "cone of KL, weight 1": cone(loss="kl", reference_weight=1.0),
     "cone of KL, weight 5": cone(loss="kl", reference_weight=5.0),
     "plain, contrast": Method(contrast=0.2),
+    "plain, half contrast": Method(contrast=0.5),
     "cone, weight 1, contrast": cone(contrast=0.2, reference_weight=1.0),
+    "cone, weight 1, half contrast": cone(contrast=0.5, reference_weight=1.0),
+    "replay 1, contrast": Method(replay=1.0, contrast=0.2),
+    "KL 5, contrast": Method(loss="kl", replay=5.0, contrast=0.2),
+    "cone of KL, weight 5, contrast": cone(loss="kl", contrast=0.2, reference_weight=5.0),
+    "cone, scope module": cone(scope="module"),
+    "cone, scope model": cone(scope="model"),
+    "cone, one row a set": cone(rows_from="set", rows=4),
+    "cone, 96 rows": cone(rows=96),
+    "A-GEM": cone(projection="gradient", scope="model", rows_from="batch", rows=1),
+    "SGD, plain": Method(**SGD),
+    "SGD, paper": Method(paper=True, knobs={"rows": 4}, answers="given", **SGD),
+    "SGD, cone": Method({}, **SGD),
+    "SGD, replay 1": Method(replay=1.0, **SGD),
+    "OSF": Method(osf=True, learning_rate=0.2),
 }

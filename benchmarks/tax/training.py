@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
@@ -195,7 +195,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
                 report_to="none",
                 seed=seed,
                 use_cpu=settings.device == "cpu",
-                bf16=method.whole,  # of float32 weights; adapters have a base in bfloat16
+                bf16=method.whole or method.osf,  # of float32 weights; adapters have a base in bfloat16
                 dataloader_pin_memory=False,
                 disable_tqdm=True,
             ),
@@ -220,7 +220,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
         info["references"] = diagnostics.reference_examples / (settings.steps * settings.batch)
         info["removed"] = trainer.state.log_history[0].get("ogpsa/removed")
         info["seconds_by_part"] = diagnostics.stopwatch.totals()
-    if not method.whole:
+    if not (method.whole or method.osf):
         bench.base = model.unload()
     return {
         "run_info": {
@@ -255,6 +255,8 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
             FullParameterConfig.paper("sft", **method.knobs) if method.paper else FullParameterConfig(**method.knobs)
         )
         return rule, whole, [OGPSACallback(sets, config=rule, seed=seed)]
+    if method.osf:
+        return None, get_peft_model(copy.deepcopy(bench.base).float(), OSFConfig(target_modules="all-linear")), []
     config: LoraConfig
     if method.knobs is None:
         config = LoraConfig(**LORA)
