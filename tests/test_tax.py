@@ -13,6 +13,7 @@ from models import tiny_llama
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.tax import data, report
+from benchmarks.tax.facts import known
 from benchmarks.tax.grid import Grid
 from benchmarks.tax.methods import METHODS, WHOLE
 from benchmarks.tax.training import LORA, Settings, kl_loss
@@ -111,6 +112,21 @@ def test_nothing_is_both_trained_on_and_measured(tmp_path):
         texts = {name: {json.dumps(prompt) for prompt in own} for name, own in used.items()}
         assert all(texts.values())
         assert sum(map(len, texts.values())) == len(set().union(*texts.values()))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "is_known"),
+    [
+        ("What is the capital of France?", "It is Paris.", True),
+        ("What is the capital of France?", "It is Parisian.", False),
+        ("How many days are there in a week?", "There are 17 days.", False),
+        ("How many days are there in a week?", "Seven.", True),
+        ("What is the chemical formula of water?", "H₂O", True),
+        ("What is the chemical symbol of gold?", "I'm sorry, but I can't help with that.", False),
+    ],
+)
+def test_known_facts(question, answer, is_known):
+    assert known(question, answer) is is_known
 
 
 def test_done_runs_are_not_missing(tmp_path):

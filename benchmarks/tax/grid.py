@@ -91,7 +91,7 @@ def _run(task: Task) -> str:
     _write(grid.path(name, seed), result)
     last = result["train_info"]["metrics"][-1]
     return f"{name} #{seed}: " + ", ".join(
-        f"{key} {last[key]:.3f}" for key in ("loss", "kl", "refusal", "over_refusal")
+        f"{key} {last[key]:.3f}" for key in ("loss", "kl", "facts", "refusal", "over_refusal")
     )
 
 

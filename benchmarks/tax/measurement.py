@@ -19,9 +19,10 @@ from peft_ogpsa.evaluation.losses import nats_per_token
 from peft_ogpsa.evaluation.refusal import Verdict, classify
 
 from .data import TaxData
+from .facts import FACTS, known
 
 MAX_LENGTH = 128
-NEW_TOKENS = {"refusal": 12, "divergence": 32}  # a refusal shows in its first words
+NEW_TOKENS = {"refusal": 12, "divergence": 32, "facts": 16}  # a refusal shows in its first words
 
 
 class Meter:
@@ -70,6 +71,10 @@ class Meter:
         figures["refusal"] = harmful.count(Verdict.REFUSAL) / len(harmful)
         figures["over_refusal"] = benign.count(Verdict.REFUSAL) / len(benign)
         figures["unclear"] = verdicts.count(Verdict.UNCLEAR) / len(verdicts)
+        told = generate(
+            model, self.tokenizer, list(FACTS), max_new_tokens=NEW_TOKENS["facts"], batch_size=2 * self.batch_size
+        )
+        figures["facts"] = sum(map(known, FACTS, told)) / len(FACTS)
         figures["seconds"] = time.perf_counter() - start
         return figures
 
