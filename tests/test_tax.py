@@ -12,14 +12,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import tiny_llama
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.tax import data, report
+from benchmarks.tax import data, plots, report
 from benchmarks.tax.facts import known
 from benchmarks.tax.grid import Grid
 from benchmarks.tax.methods import METHODS, WHOLE
 from benchmarks.tax.training import LORA, Settings, kl_loss
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
 
-BASE = {"step": 0, "loss": 2.0, "loss/unseen": 2.5, "safety_loss": 3.0, "refusal": 0.0, "over_refusal": 0.0}
+BASE = {
+    "step": 0,
+    "loss": 2.0,
+    "loss/unseen": 2.5,
+    "safety_loss": 3.0,
+    "facts": 0.8,
+    "refusal": 0.0,
+    "over_refusal": 0.0,
+    "unclear": 0.0,
+}
 
 
 def run_of(*points):
@@ -28,6 +37,8 @@ def run_of(*points):
         "run_info": {"experiment_name": "plain", "seed": 0},
         "train_info": {
             "references": 0.125,
+            "seconds": 7.6,
+            "peak_memory_mb": 2100.0,
             "metrics": [
                 {
                     "step": step,
@@ -38,6 +49,8 @@ def run_of(*points):
                     "loss": 2.0 + kl,
                     "loss/unseen": 2.5 - kl,
                     "over_refusal": refusal / 2,
+                    "facts": 0.8 - kl / 10,
+                    "unclear": 0.01,
                 }
                 for step, safety, kl, refusal in points
             ],
@@ -83,9 +96,22 @@ def test_methods_are_compared_at_plain_loras_safety():
     assert report.matched(BASE, runs, "better", "kl") == [pytest.approx(0.02 + 0.11 * 6 / 11)]
     assert report.matched(BASE, runs, "better", "loss") == [pytest.approx(0.02 + 0.11 * 6 / 11)]
     assert report.matched(BASE, runs, "slow", "kl") == [None]
-    text = report.table(BASE, runs)
+    text = report.at_equal_loss(BASE, runs)
     assert "| slow | 1 | +12% | not reached |" in text
-    assert "| better | 1 | +12% | +0.080 |" in text
+    # general loss, unseen, KL, facts known, refuses benign
+    assert "| better | 1 | +12% | +0.080 | -0.080 | 0.080 | 79 | 48 |" in text
+    text = report.at_first_safe(BASE, runs)
+    assert "| slow | 1 | not reached |" in text
+    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 50 | 1 | 8 | 2.1 |" in text
+
+
+def test_a_curve_is_the_mean_over_seeds(tmp_path):
+    runs = {"plain": {0: run_of((5, 2.5, 0.1, 0.9)), 1: run_of((5, 2.3, 0.3, 0.7))}}
+    first, second = plots.mean_curve(BASE, runs["plain"])
+    assert first["safety_loss"] == BASE["safety_loss"]
+    assert (second["safety_loss"], second["kl"]) == (pytest.approx(2.4), pytest.approx(0.2))
+    plots.tradeoffs(BASE, runs, ["plain"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_spread():

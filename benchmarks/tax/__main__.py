@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +15,9 @@ from tqdm import tqdm
 from peft_ogpsa.cli.models import SMOLLM2
 
 from .grid import Grid
+from .methods import DRAWN
+from .plots import tradeoffs
+from .report import SAFE, at_equal_loss, at_first_safe, load
 from .training import Settings
 
 
@@ -31,6 +36,7 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=48, help="Rows of each reference set.")
     parser.add_argument("--tested", type=int, default=8, help="Held-out rows of each general set.")
     parser.add_argument("--workers", type=int, default=1, help="Runs side by side.")
+    parser.add_argument("--plot", nargs="+", help="Methods to draw.")
     arguments = parser.parse_args()
     settings = Settings(
         arguments.model,
@@ -49,6 +55,28 @@ def main() -> None:
     tasks = grid.missing(names, arguments.seeds)
     for line in tqdm(grid.run(tasks, arguments.workers), "Runs", total=len(tasks)):
         tqdm.write(line)
+    base, runs = load(grid.folder)
+    if "plain" not in runs:
+        parser.error("plain LoRA has not been run, which all are compared with. Add it to --methods.")
+    first = next(iter(runs["plain"].values()))["meta_info"]
+    text = f"""# Results
+
+{len(runs)} methods, {sum(map(len, runs.values()))} runs of {first["model"]} on {first["device"]}, made by
+
+```
+{shlex.join(["python", "-m", "benchmarks.tax", *sys.argv[1:]])}
+```
+
+## At plain LoRA's held-out safety loss
+
+{at_equal_loss(base, runs)}
+## Where at least {SAFE:.0%} of held-out harmful requests are refused first
+
+{at_first_safe(base, runs)}"""
+    (arguments.output / "results.md").write_text(text, encoding="utf-8")
+    drawn = [name for name in arguments.plot or DRAWN if name in runs]
+    tradeoffs(base, runs, drawn, arguments.output / "tradeoffs.png")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -104,3 +104,6 @@ METHODS: dict[str, Method] = {
     "SGD, replay 1": Method(replay=1.0, **SGD),
     "OSF": Method(osf=True, learning_rate=0.2),
 }
+
+DRAWN = ("plain", "paper", "replay 1", "cone", "cone, weight 1", "KL 5", "cone of KL, weight 5")
+"""What plots show if not told otherwise."""

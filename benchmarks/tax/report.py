@@ -11,21 +11,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .methods import METHODS, WHOLE
+
 Point = Mapping[str, float]
 """Figures of one state, by name."""
 
 SAFE = 0.95
 """The share of held-out harmful requests that must be refused."""
 
+_RATES = ("facts", "over_refusal", "unclear")
+
 
 def load(folder: Path) -> tuple[Point, dict[str, dict[int, Any]]]:
-    """Reads the base's figures and all runs, by method and seed."""
+    """Reads the base's figures and all runs, by method, in the order of the grid, and seed."""
     base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
     runs: dict[str, dict[int, Any]] = {}
-    for path in sorted(folder.glob("*-seed*.json")):
+    for path in folder.glob("*-seed*.json"):
         run = json.loads(path.read_text(encoding="utf-8"))
         runs.setdefault(run["run_info"]["experiment_name"], {})[run["run_info"]["seed"]] = run
-    return base, runs
+    order = list(METHODS | WHOLE)
+    named = sorted(runs, key=lambda name: order.index(name) if name in order else len(order))
+    return base, {name: dict(sorted(runs[name].items())) for name in named}
 
 
 def curve(base: Point, run: Any) -> list[Point]:
@@ -82,43 +88,48 @@ def matched(base: Point, runs: Mapping[str, Mapping[int, Any]], name: str, figur
     return values
 
 
-def table(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
-    """All methods, at plain LoRA's held-out safety loss, and where each first refuses enough."""
-    lines = [
-        "| method | seeds | references | change of general loss | of unseen set | KL from base | refuses benign | "
-        "first safe at step | there: general loss | KL | refuses benign |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def at_equal_loss(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
+    """A table of all methods at plain LoRA's held-out safety loss: losses as changes from the base, rates in %."""
+    sets = [name for name in base if name.startswith("loss/")]
+    figures = {"loss": "general loss", **{name: name.removeprefix("loss/") for name in sets}}
+    figures |= {"kl": "KL from base", "facts": "facts known", "over_refusal": "refuses benign"}
+    lines = _head("method", "seeds", "references", *figures.values())
     for name, own in runs.items():
-        curves = [curve(base, run) for run in own.values()]
-        safe = [first_safe(points) for points in curves]
-        plain_seeds = {seed: run for seed, run in own.items() if seed in runs["plain"]}
-        assert plain_seeds, f"{name} has no seed in common with plain LoRA"
-        at = {figure: matched(base, runs, name, figure) for figure in ("loss", "loss/unseen", "kl", "over_refusal")}
-        share = statistics.mean(run["train_info"]["references"] for run in own.values())
-
-        def there(figure: str, offset: float = 0.0, safe: list[Point | None] = safe) -> list[float | None]:
-            return [None if point is None else point[figure] - offset for point in safe]
-
-        lines.append(
-            f"| {name} | {len(own)} | {f'+{share:.0%}' if share else ''} | {spread(at['loss'], '+.3f')} | "
-            f"{spread(at['loss/unseen'], '+.3f')} | {spread(at['kl'], '.3f')} | "
-            f"{spread(at['over_refusal'], '.0f', 100)} % | {spread(there('step'), '.0f')} | "
-            f"{spread(there('loss', base['loss']), '+.3f')} | {spread(there('kl'), '.3f')} | "
-            f"{spread(there('over_refusal'), '.0f', 100)} % |"
-        )
+        cells = [name, str(len(set(own) & set(runs["plain"]))), _references(own)]
+        for figure in figures:
+            values = matched(base, runs, name, figure)
+            if figure in _RATES:
+                cells.append(spread(values, ".0f", 100))
+            else:
+                cells.append(spread(values, "+.3f" if figure.startswith("loss") else ".3f"))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def brief(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
-    """A line a run with what it ended with, for whoever watches."""
-    lines = []
+def at_first_safe(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
+    """A table of all methods at their first measurement that refuses enough, which is where to stop early."""
+    lines = _head(
+        *("method", "seeds", "step", "safety loss", "general loss", "KL from base", "facts known", "refuses benign"),
+        *("unclear answers", "seconds of training", "peak GB"),
+    )
     for name, own in runs.items():
-        for seed, run in own.items():
-            for point in run["train_info"]["metrics"]:
-                lines.append(
-                    f"{name:34s} {seed} {point['step']:3d} loss {point['loss'] - base['loss']:+.3f} unseen "
-                    f"{point['loss/unseen'] - base['loss/unseen']:+.3f} kl {point['kl']:.3f} safety "
-                    f"{point['safety_loss']:.3f} ref {point['refusal']:.2f} over {point['over_refusal']:.2f}"
-                )
-    return "\n".join(lines)
+        safe = [first_safe(curve(base, run)) for run in own.values()]
+        cells = [name, str(len(own))]
+        for figure, form in (("step", ".0f"), ("safety_loss", ".3f"), ("loss", "+.3f"), ("kl", ".3f")):
+            offset = base["loss"] if figure == "loss" else 0.0
+            cells.append(spread((None if point is None else point[figure] - offset for point in safe), form))
+        for figure in _RATES:
+            cells.append(spread((None if point is None else point[figure] for point in safe), ".0f", 100))
+        cells.append(f"{statistics.mean(run['train_info']['seconds'] for run in own.values()):.0f}")
+        cells.append(f"{max(run['train_info']['peak_memory_mb'] for run in own.values()) / 1e3:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _head(*columns: str) -> list[str]:
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+
+
+def _references(runs: Mapping[int, Any]) -> str:
+    share = statistics.mean(run["train_info"]["references"] for run in runs.values())
+    return f"+{share:.0%}" if share else ""

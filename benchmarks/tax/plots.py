@@ -1,0 +1,60 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Trade-offs along training, a line a method."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from .report import SAFE, Point, curve
+
+PANELS = (
+    (
+        "safety_loss",
+        "kl",
+        "held-out safety loss (nats per token; right is safer)",
+        "KL from the base (nats per token)",
+    ),
+    ("safety_loss", "loss", "held-out safety loss (nats per token; right is safer)", "general loss (nats per token)"),
+    ("refusal", "over_refusal", "refuses harmful requests", "refuses benign look-alikes"),
+    ("safety_loss", "facts", "held-out safety loss (nats per token; right is safer)", "plain facts known"),
+)
+
+
+def mean_curve(base: Point, runs: Mapping[int, Any]) -> list[Point]:
+    """The mean over seeds at each measurement."""
+    curves = [curve(base, run) for run in runs.values()]
+    return [
+        {name: statistics.mean(point[name] for point in points) for name in points[0]}
+        for points in zip(*curves, strict=True)
+    ]
+
+
+def tradeoffs(base: Point, runs: Mapping[str, Mapping[int, Any]], names: Sequence[str], path: Path) -> None:
+    """Draws the panels; means over seeds, a dot a measurement, the base at the start of every line.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for axes, (across, up, across_label, up_label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        for name, colour in zip(names, colours, strict=False):
+            points = mean_curve(base, runs[name])
+            style = "--" if "cone" not in name else "-"
+            axes.plot([p[across] for p in points], [p[up] for p in points], style, marker="o", markersize=4)
+            axes.lines[-1].set(color=colour, label=name)
+        if across == "refusal":
+            axes.axvline(SAFE, color="grey", linewidth=0.8)
+        else:
+            axes.invert_xaxis()
+        axes.set(xlabel=across_label, ylabel=up_label)
+        axes.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=110)
