@@ -90,12 +90,15 @@ def answered_set(
     sample: bool,
     cache_dir: str | os.PathLike | None,
     max_length: int,
+    loss: str,
     progress: bool,
 ) -> AnsweredSet:
     """See `ReferenceSet.from_prompts`."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if isinstance(prompts, str | Mapping):
         raise ValueError(f"Reference set {name!r}: prompts is a single {type(prompts).__name__}. Give a list of them.")
+    if loss not in ("answer", "kl"):
+        raise ValueError(f"Reference set {name!r}: loss={loss!r} has no meaning for a model's own answers. Use 'kl'.")
     ReferenceSet(name, [], samples, max_length)  # its checks, before the work
     given = [
         _content(prompt, tokenizer, f"Reference set {name!r}: prompt {i}")
@@ -151,7 +154,7 @@ def answered_set(
             "keep. Give prompts that it answers, an instruct model, or rows with answers."
         )
     logger.info("Reference set %r: %s. Answers are in %s.", name, summary, path)
-    return AnsweredSet(name, kept, None, max_length, counts=counts)
+    return AnsweredSet(name, kept, None, max_length, loss, counts=counts)
 
 
 def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> str | list[dict[str, Any]]:

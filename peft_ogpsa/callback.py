@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import checkpoint, processes
 from .config import OGPSAConfig
+from .divergence import Anchored
 from .full_parameter import FullParameterConfig, attach
 from .model import projector_of, tuner_of
 from .preferences import Pair, with_margins
@@ -153,12 +154,15 @@ class OGPSACallback(TrainerCallback):
         # Each process passes its share of a batch.
         batch_size = (self.batch_size or args.per_device_train_batch_size) * processes.count()
         for name, own in examples.items():
+            if isinstance(own[0], Pair | Anchored) and self.config is not None:
+                loss, others = (
+                    ("dpo", 'loss="both" or "answer"') if isinstance(own[0], Pair) else ("kl", 'loss="answer"')
+                )
+                raise ValueError(
+                    f'Reference set {name!r}: loss="{loss}" is measured against the model without its adapter, and '
+                    f"there is none where whole weights are trained. Use {others}."
+                )
             if isinstance(own[0], Pair):
-                if self.config is not None:
-                    raise ValueError(
-                        f'Reference set {name!r}: loss="dpo" is measured against the model without its adapter, and '
-                        'there is none where whole weights are trained. Use loss="both" or "answer".'
-                    )
                 bar = tqdm(batched(own, batch_size), f"Reference policy on {name}", disable=args.disable_tqdm)
                 examples[name] = with_margins(model, tuner_of(model), bar, lambda p: self._collate(p, model))
         samples = refresh_samples(projector.config, args, batch_size, len(examples))

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ class Example:
 
     def cut(self, max_length: int) -> Example | None:
         """The first `max_length` tokens; `None` if no token of the answer is among them."""
-        return Example(self.ids[:max_length], self.answer_start) if self.answer_start < max_length else None
+        return replace(self, ids=self.ids[:max_length]) if self.answer_start < max_length else None
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Example:

@@ -8,6 +8,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -43,6 +45,31 @@ def undisturbed(model: nn.Module, *, gradients: bool = False, seed: int | None =
             model.eval()
             for module in training:
                 module.training = True
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The base, inside a model with an adapter of any of PEFT's types, wrapped or not.
+
+    PEFT turns the gradients of every active adapter on when it enables adapters again, those of a frozen one too, so
+    the parameters' flags are put back.
+
+    Raises:
+        ValueError: If the model has no adapter.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    if not layers:
+        raise ValueError(f"This {type(model).__name__} has no adapter, and without one there is no base beside it.")
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
 
 
 def _keep_checkpointing(model: nn.Module) -> None:

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .divergence import Anchored, divergence_loss
 from .encoding import IGNORED, Example, Prompt, encode_row
 from .preferences import Pair, preference_loss
 
 if TYPE_CHECKING:
     from .answers import AnsweredSet
 
-LOSSES = ("answer", "all", "both", "dpo")
+LOSSES = ("answer", "all", "kl", "both", "dpo")
 
 
 @dataclass
@@ -39,8 +40,10 @@ class ReferenceSet:
         samples (`int`, *optional*): Use at most this many rows, from the start. `None`: all.
         max_length (`int`): In tokens; what is longer is cut off at the end.
         loss (`str`): `"answer"` (the completion, the chosen answer, or the last assistant turn; all of a `text`),
-            or `"all"` (every token). For preference pairs also `"both"` (the chosen and the rejected answer, an
-            example each, which is what the published code does in its DPO stage) and `"dpo"`: the DPO loss of the
+            `"all"` (every token), or `"kl"`: the divergence of the model from its base along the answer, which cannot
+            be lowered by learning the answer's style; it needs an adapter and one forward pass more. For preference
+            pairs also `"both"` (the chosen and the rejected answer, an example each, which is what the published
+            code does in its DPO stage) and `"dpo"`: the DPO loss of the
             pair against the frozen reference policy, which is TRL's `ref` adapter where there is one (a DPO run that
             goes on with an adapter), and else the base model.
         beta (`float`): Of the DPO loss; take the trainer's.
@@ -87,6 +90,7 @@ class ReferenceSet:
         sample: bool = False,
         cache_dir: str | os.PathLike | None = None,
         max_length: int = 512,
+        loss: str = "answer",
         progress: bool = True,
     ) -> AnsweredSet:
         """A set without labelled data: the base model answers the prompts, and its answers are what is kept.
@@ -112,6 +116,7 @@ class ReferenceSet:
             cache_dir (`str`, *optional*): Where answers are kept. `None`: `peft_ogpsa` in the user's cache directory
                 (`$XDG_CACHE_HOME` or `~/.cache`).
             max_length (`int`): See the class; prompts that leave no room for an answer are dropped.
+            loss (`str`): `"answer"`, or `"kl"`; see the class.
             progress (`bool`): Show a bar.
 
         Raises:
@@ -133,6 +138,7 @@ class ReferenceSet:
             sample=sample,
             cache_dir=cache_dir,
             max_length=max_length,
+            loss=loss,
             progress=progress,
         )
 
@@ -159,6 +165,8 @@ class ReferenceSet:
         whole: list[Any] = encoded
         if self.loss == "all":
             whole = [Example(example.ids, 1) for example in encoded]
+        elif self.loss == "kl":
+            whole = [Anchored(example.ids, example.answer_start) for example in encoded]
         elif self.loss == "dpo":
             whole = [Pair(*sides, self.beta) for sides in zip(encoded[::2], encoded[1::2], strict=True)]
         examples = [example for example in (example.cut(self.max_length) for example in whole) if example is not None]
@@ -184,7 +192,8 @@ def collate(
     """Pads examples on the right.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, each `(examples, tokens)`. Of pairs `(pairs, 2, tokens)` each, the
+        `input_ids`, `attention_mask` and `labels`, each `(examples, tokens)`, and of anchored examples also
+        `anchored`, `(examples,)`. Of pairs `(pairs, 2, tokens)` each, the
         chosen answer first, and `beta` and, where it is known, `margin`, `(pairs,)`.
     """
     if isinstance(examples[0], Pair):
@@ -201,16 +210,21 @@ def collate(
         width = max(map(len, rows))
         return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
 
-    return {
+    batch = {
         "input_ids": padded([example.ids for example in examples], pad_token_id),
         "attention_mask": padded([[1] * len(example.ids) for example in examples], 0),
         "labels": padded([example.labels for example in examples], IGNORED),
     }
+    if isinstance(examples[0], Anchored):
+        batch["anchored"] = torch.ones(len(examples), dtype=torch.bool, device=device)
+    return batch
 
 
 def reference_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of a batch from `collate`: `preference_loss` of pairs, `answer_loss` of everything else."""
-    return preference_loss(model, batch) if "margin" in batch else answer_loss(model, batch)
+    """The loss of a batch from `collate`: `preference_loss` of pairs, `divergence_loss`, or `answer_loss`."""
+    if "margin" in batch:
+        return preference_loss(model, batch)
+    return divergence_loss(model, batch) if "anchored" in batch else answer_loss(model, batch)
 
 
 def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

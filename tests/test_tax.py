@@ -3,21 +3,22 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import tiny_llama
-from peft import LoraConfig, get_peft_model
+from models import tiny_llama, tiny_tokenizer
 
 from benchmarks.tax import data, plots, report
 from benchmarks.tax.facts import known
 from benchmarks.tax.grid import Grid
 from benchmarks.tax.methods import METHODS, WHOLE
-from benchmarks.tax.training import LORA, Settings, kl_loss
+from benchmarks.tax.training import LORA, Settings, Workbench, run
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
+from peft_ogpsa.evaluation.refusal import Verdict
 
 BASE = {
     "step": 0,
@@ -163,23 +164,47 @@ def test_done_runs_are_not_missing(tmp_path):
     assert grid.missing(["cone, weight 1"], [0, 1]) == [("cone, weight 1", 0)]
 
 
-def test_kl_loss_is_the_divergence_from_the_base():
-    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    ids = torch.tensor([[5, 6, 7, 8, 9], [3, 4, 5, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    labels = torch.tensor([[-100, -100, 7, 8, 9], [-100, 4, 5, -100, -100]])
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    loss = kl_loss(model, batch)
-    with torch.no_grad():
-        own = model(input_ids=ids, attention_mask=mask).logits.double().log_softmax(-1)
-        with model.disable_adapter():
-            base = model(input_ids=ids, attention_mask=mask).logits.double().log_softmax(-1)
-    tokens = (base.exp() * (base - own)).sum(-1)
-    expected = (tokens[0, 1:4].mean() + tokens[1, 0:2].mean()) / 2
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert loss.item() > 0
-    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
-    loss.backward()
-    norms = [p.grad.norm().item() for name, p in model.named_parameters() if "lora_" in name]
-    assert all(math.isfinite(norm) for norm in norms)
-    assert max(norms) > 0
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A workbench with a tiny model of random weights and a few of the built-in rows."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(vocab_size=259, max_position_embeddings=512, hidden_size=64).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    rows = data.load(None, references=4, tested=2)
+    rows.harmful, rows.benign = rows.harmful[:2], rows.benign[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.tax.measurement.MAX_LENGTH", 400)  # tokens are bytes
+        patch.setattr("benchmarks.tax.training.MAX_LENGTH", 400)
+        # What random weights answer would not be kept.
+        patch.setattr("peft_ogpsa.answers.classify", lambda text: Verdict.COMPLIANCE)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        settings = Settings(str(folder), "cpu", steps=4, batch=2, measurements=2, answer_tokens=4)
+        yield Workbench(settings, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [("sft",), ("dpo",), ("sft", "dpo")])
+@pytest.mark.parametrize("name", ["plain", "cone, weight 1, contrast", "cone of KL, weight 5", "replay 1", "OSF"])
+def test_a_run(bench, name, stages):
+    bench.settings = replace(bench.settings, stages=stages)
+    before = {name: tensor.clone() for name, tensor in bench.base.state_dict().items()}
+    result = run(bench, name, METHODS[name], 0)
+    points = result["train_info"]["metrics"]
+    assert [point["step"] for point in points] == [2, 4]
+    assert all(math.isfinite(value) for point in points for value in point.values())
+    assert points[-1]["kl"] > 0
+    assert (result["train_info"]["references"] > 0) == METHODS[name].references
+    after = bench.base.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_pairs_are_refusals_over_answers_and_answers_over_refusals(bench):
+    rows = bench.rows(METHODS["plain, contrast"], 0)
+    pairs = bench.pairs(rows)
+    refusals = [row["completion"] for row in bench.data.safety]
+    assert len(pairs) == len(rows) == 8
+    for row, pair in zip(rows, pairs, strict=True):
+        assert (pair["prompt"], pair["chosen"]) == (row["prompt"], row["completion"])
+        assert (pair["chosen"] in refusals) != (pair["rejected"] in refusals)

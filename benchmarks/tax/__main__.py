@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--methods", nargs="+", help="Some of them, by name.")
+    parser.add_argument("--stages", nargs="+", default=["sft"], choices=["sft", "dpo"], help="They share the steps.")
     parser.add_argument("--whole", action="store_true", help="Train whole weights.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Settings.steps)
@@ -44,6 +45,7 @@ def main() -> None:
         arguments.steps,
         learning_rate=arguments.learning_rate,
         measurements=arguments.measurements,
+        stages=tuple(arguments.stages),
     )
     grid = Grid(
         arguments.output / "runs", settings, arguments.data, arguments.references, arguments.tested, arguments.whole

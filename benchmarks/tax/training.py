@@ -6,30 +6,32 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
+import json
 import platform
 import resource
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, OSFConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+from trl import DPOConfig, DPOTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli.models import load_model
-from peft_ogpsa.encoding import IGNORED, encode_row
-from peft_ogpsa.evaluation.access import base_model
+from peft_ogpsa.encoding import encode_row
 from peft_ogpsa.model import projector_of
 from peft_ogpsa.modes import undisturbed
 from peft_ogpsa.projection import ProjectionConfig
-from peft_ogpsa.reference import ReferenceLoader, answer_loss, collate
+from peft_ogpsa.reference import ReferenceLoader, collate, reference_loss
 
 from .data import TaxData
 from .measurement import MAX_LENGTH, Meter
@@ -50,6 +52,7 @@ class Settings:
         learning_rate: Constant.
         measurements: How many along a run, evenly spaced.
         answer_tokens: Length of the base's own answers to reference prompts.
+        stages: `"sft"`, `"dpo"`, or both, which then share the steps.
     """
 
     model: str
@@ -59,6 +62,7 @@ class Settings:
     learning_rate: float = 5e-4
     measurements: int = 4
     answer_tokens: int = 64
+    stages: tuple[str, ...] = ("sft",)
 
 
 class Workbench:
@@ -69,12 +73,12 @@ class Workbench:
         self.base, self.tokenizer, self.source = load_model(settings.model, device=settings.device)
         self.meter = Meter(self.base, self.tokenizer, data)
 
-    def references(self, answers: str) -> list[ReferenceSet]:
+    def references(self, answers: str, loss: str = "answer") -> list[ReferenceSet]:
         """The reference sets; those without given answers are answered by the base, once."""
         sets = []
         for name, rows in self.data.references.items():
             if answers == "given" and "completion" in rows[0]:
-                sets.append(ReferenceSet(name, rows, None, MAX_LENGTH))
+                sets.append(ReferenceSet(name, rows, None, MAX_LENGTH, loss))
                 continue
             sets.append(
                 ReferenceSet.from_prompts(
@@ -85,6 +89,7 @@ class Workbench:
                     max_new_tokens=self.settings.answer_tokens,
                     batch_size=32,
                     max_length=MAX_LENGTH,
+                    loss=loss,
                     progress=False,
                 )
             )
@@ -104,26 +109,51 @@ class Workbench:
         every = round(1 / method.contrast)
         return [others[(i // every) % len(others)] if i % every == every - 1 else row for i, row in enumerate(rows)]
 
+    def pairs(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with answers -> pairs: refusals over the base's own answers, its own over refusals for look-alikes."""
+        harmful = {json.dumps(row["prompt"]): row["completion"] for row in self.data.safety}
+        refused = [row for row in rows if json.dumps(row["prompt"]) in harmful]
+        own = ReferenceSet.from_prompts(
+            "rejected",
+            [row["prompt"] for row in refused],
+            self.base,
+            self.tokenizer,
+            max_new_tokens=self.settings.answer_tokens,
+            batch_size=32,
+            max_length=MAX_LENGTH,
+            progress=False,
+        )
+        answers = {json.dumps(row["prompt"]): row["completion"] for row in own.dataset}
+        refusals = itertools.cycle([row["completion"] for row in refused])
+        pairs = []
+        for row in rows:
+            name = json.dumps(row["prompt"])
+            rejected = answers.get(name) if name in harmful else next(refusals)
+            if rejected is not None:
+                pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
+        return pairs
+
 
 class Measure(TrainerCallback):
     """Measures along the training."""
 
     def __init__(self, meter: Meter, count: int) -> None:
         self.meter, self.count = meter, count
+        self.first = 0  # steps of earlier stages
         self.curve: list[dict[str, Any]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Measures at its points."""
         if state.global_step in {round(args.max_steps * (i + 1) / self.count) for i in range(self.count)}:
-            self.curve.append(self.meter(model, state.global_step))
+            self.curve.append(self.meter(model, self.first + state.global_step))
 
 
 class Replay(TrainerCallback):
     """Adds the mean gradient of reference examples, drawn when and as OGPSA would draw them."""
 
-    def __init__(self, sets: list[ReferenceSet], tokenizer: Any, samples: int, weight: float, loss: Any) -> None:
+    def __init__(self, sets: list[ReferenceSet], tokenizer: Any, samples: int, weight: float) -> None:
         self._examples = {own.name: own.tokenize(tokenizer) for own in sets}
-        self._samples, self._weight, self._loss = samples, weight, loss
+        self._samples, self._weight = samples, weight
         self._pad = tokenizer.pad_token_id
         self.examples = 0
         self._loader: Any = None
@@ -141,30 +171,8 @@ class Replay(TrainerCallback):
         with undisturbed(model, gradients=True):
             for batch in drawn:
                 inputs = collate(batch, self._pad, next(model.parameters()).device)
-                (self._loss(model, inputs) * (self._weight / len(drawn))).backward()
+                (reference_loss(model, inputs) * (self._weight / len(drawn))).backward()
                 self.examples += len(batch)
-
-
-class KLCallback(OGPSACallback):
-    """References whose loss is the divergence from the base."""
-
-    def _refresh(self, args: Any, model: Any) -> None:
-        drawn = self._loader.draw()
-        batches = {name: [self._collate(batch, model) for batch in own] for name, own in drawn.items()}
-        self._projector.refresh(batches, kl_loss, model)
-
-
-def kl_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """KL(base || model) on the labelled tokens, a mean over tokens within each example and then over examples."""
-    own = model if hasattr(model, "disable_adapter") else model.module
-    learnt = batch["labels"][:, 1:] != IGNORED
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    with torch.no_grad(), base_model(own):
-        base = model(**inputs).logits[:, :-1][learnt].float().log_softmax(-1)
-    logits = model(**inputs).logits[:, :-1][learnt].float().log_softmax(-1)
-    tokens = F.kl_div(logits, base, reduction="none", log_target=True).sum(-1)
-    weights = 1.0 / learnt.sum(1, keepdim=True).clamp(min=1).expand_as(learnt)[learnt]
-    return (tokens * weights).sum() / len(learnt)
 
 
 def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any]:
@@ -177,34 +185,15 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
     start = time.perf_counter()
     set_seed(seed)
     config, model, callbacks = _prepare(bench, method, seed)
-    measure = Measure(bench.meter, settings.measurements)
-    examples = [encode_row(bench.tokenizer, row, f"row {i}") for i, row in enumerate(bench.rows(method, seed))]
-    kept = [example for example in (example.cut(MAX_LENGTH) for example in examples) if example is not None]
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model,
-            args=TrainingArguments(
-                output_dir=folder,
-                max_steps=settings.steps,
-                per_device_train_batch_size=settings.batch,
-                learning_rate=settings.learning_rate * method.learning_rate,
-                lr_scheduler_type="constant",
-                optim=method.optimizer,
-                logging_steps=settings.steps,
-                save_strategy="no",
-                report_to="none",
-                seed=seed,
-                use_cpu=settings.device == "cpu",
-                bf16=method.whole or method.osf,  # of float32 weights; adapters have a base in bfloat16
-                dataloader_pin_memory=False,
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in kept]),
-            data_collator=DataCollatorForSeq2Seq(bench.tokenizer),
-            processing_class=bench.tokenizer,
-            callbacks=[measure, *callbacks],
-        )
-        trainer.train()
+    measure = Measure(bench.meter, settings.measurements // len(settings.stages))
+    rows = bench.rows(method, seed)
+    share = len(rows) // len(settings.stages)
+    for i, stage in enumerate(settings.stages):
+        with tempfile.TemporaryDirectory() as folder:
+            own = rows[i * share : (i + 1) * share]
+            trainer = _trainer(bench, stage, model, method, own, folder, seed, [measure, *callbacks])
+            trainer.train()
+        measure.first += trainer.state.global_step
     seconds = time.perf_counter() - start
     training = seconds - sum(own["seconds"] for own in measure.curve)
     drawn = sum(getattr(callback, "examples", 0) for callback in callbacks)
@@ -243,10 +232,56 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
     }
 
 
+def _trainer(
+    bench: Workbench,
+    stage: str,
+    model: Any,
+    method: Method,
+    rows: list[dict[str, Any]],
+    folder: str,
+    seed: int,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    settings = bench.settings
+    steps = settings.steps // len(settings.stages)
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.batch,
+        "learning_rate": settings.learning_rate * method.learning_rate,
+        "lr_scheduler_type": "constant",
+        "optim": method.optimizer,
+        "logging_steps": steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": seed,
+        "use_cpu": settings.device == "cpu",
+        "bf16": method.whole or method.osf,  # of float32 weights; adapters have a base in bfloat16
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
+    if stage == "dpo":
+        arguments = DPOConfig(max_length=MAX_LENGTH, gradient_checkpointing=False, **common)
+        pairs = Dataset.from_list(bench.pairs(rows))
+        return DPOTrainer(
+            model, args=arguments, train_dataset=pairs, processing_class=bench.tokenizer, callbacks=callbacks
+        )
+    examples = [encode_row(bench.tokenizer, row, f"row {i}") for i, row in enumerate(rows)]
+    kept = [example for example in (example.cut(MAX_LENGTH) for example in examples) if example is not None]
+    return Trainer(
+        model,
+        args=TrainingArguments(**common),
+        train_dataset=Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in kept]),
+        data_collator=DataCollatorForSeq2Seq(bench.tokenizer),
+        processing_class=bench.tokenizer,
+        callbacks=callbacks,
+    )
+
+
 def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, list[TrainerCallback]]:
     """The configuration (`None` where whole weights are merely trained), the model, and the callbacks that keep."""
     settings = bench.settings
-    sets = bench.references(method.answers) if method.references else []
+    sets = bench.references(method.answers, method.loss) if method.references else []
     if method.whole:
         whole = copy.deepcopy(bench.base).float()
         if method.knobs is None:
@@ -266,12 +301,10 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
         config = OGPSAConfig(**LORA, **method.knobs)
     model = get_peft_model(bench.base, config)
     if isinstance(config, OGPSAConfig):
-        callback = KLCallback if method.loss == "kl" else OGPSACallback
-        return config, model, [callback(sets, seed=seed)]
+        return config, model, [OGPSACallback(sets, seed=seed)]
     if method.replay:
         samples = round(0.1 * 5 * settings.batch)
-        loss = kl_loss if method.loss == "kl" else answer_loss
-        return config, model, [Replay(sets, bench.tokenizer, samples, method.replay, loss)]
+        return config, model, [Replay(sets, bench.tokenizer, samples, method.replay)]
     return config, model, []
 
 

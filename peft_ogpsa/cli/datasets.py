@@ -135,11 +135,18 @@ class PromptSet:
     prompts: Sequence[Prompt]
     samples: int
     max_length: int
+    loss: str
 
     def answered(self, model: Any, processing_class: Any) -> ReferenceSet:
         """The set with the answers of a model, whose adapter, if it has one, is off meanwhile."""
         return ReferenceSet.from_prompts(
-            self.name, self.prompts, model, processing_class, samples=self.samples, max_length=self.max_length
+            self.name,
+            self.prompts,
+            model,
+            processing_class,
+            samples=self.samples,
+            max_length=self.max_length,
+            loss=self.loss,
         )
 
 
@@ -150,7 +157,8 @@ def reference_sets(
 
     Args:
         entries: `NAME=SPEC` each, with a SPEC as `load_rows` reads it, or `NAME:LOSS=SPEC` with a loss of
-            `ReferenceSet`, or `NAME=prompts:SPEC` for prompts that the base model answers itself, where the SPEC may
+            `ReferenceSet`, or `NAME=prompts:SPEC` or
+            `NAME:kl=prompts:SPEC` for prompts that the base model answers itself, where the SPEC may
             also be the name of a built-in set of prompts.
         samples: Most rows used of each set.
         max_length: Most tokens used of each row.
@@ -178,12 +186,12 @@ def reference_sets(
             rows = load_rows(spec, field, samples)
             sets.append(ReferenceSet(name, rows, samples, max_length, loss or "answer", beta))
             continue
-        if loss not in ("", "answer"):
+        if loss not in ("", "answer", "kl"):
             raise ValueError(
                 f"references has the entry {entry!r}, but of prompts alone there are only the model's own answers. "
-                f"Leave :{loss} out."
+                f"Leave :{loss} out, or write :kl."
             )
         source = spec.removeprefix(_PROMPTS)
         prompts = data.load_prompts(source) if source in data.PROMPTS else load_rows(source, field, samples).to_list()
-        sets.append(PromptSet(name, prompts, samples, max_length))
+        sets.append(PromptSet(name, prompts, samples, max_length, loss or "answer"))
     return sets

@@ -1,0 +1,56 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Divergence from the base as a reference loss: what an answer's loss can be gained by, this cannot.
+
+The loss of given answers falls as the model learns their style, and says nothing of the other answers that the model
+might have given. KL(base || model) is zero for the base alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .encoding import IGNORED, Example
+from .modes import without_adapter
+
+
+@dataclass(frozen=True)
+class Anchored(Example):
+    """A prompt with an answer, along which the model is to stay as its base is."""
+
+
+def divergence_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """KL(base || model) at the answers' tokens, over the whole vocabulary, in nats per token.
+
+    Its gradient is zero as long as the adapter changes nothing. The base is the model without its adapter, passed
+    beside it: a third more work than a loss of its own answers.
+
+    Args:
+        model: A causal language model with an adapter, called with `input_ids` and `attention_mask`.
+        batch: From `reference.collate`.
+
+    Returns:
+        A scalar: the mean over tokens within each example, then over examples, so that the gradient of every example
+        is its own, whatever else is in the batch.
+
+    Raises:
+        ValueError: If the model has no adapter.
+    """
+    learnt = batch["labels"][:, 1:] != IGNORED
+
+    def log_probabilities() -> Tensor:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        # Only the positions that count are widened to float32: the logits are the largest tensor of the pass.
+        return logits[:, :-1][learnt].float().log_softmax(-1)
+
+    with torch.no_grad(), without_adapter(model):
+        base = log_probabilities()
+    tokens = F.kl_div(log_probabilities(), base, reduction="none", log_target=True).sum(-1)
+    weights = 1.0 / learnt.sum(1, keepdim=True).clamp(min=1).expand_as(learnt)[learnt]
+    return (tokens * weights).sum() / len(learnt)
