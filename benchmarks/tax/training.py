@@ -211,6 +211,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
         info["seconds_by_part"] = diagnostics.stopwatch.totals()
     if not (method.whole or method.osf):
         bench.base = model.unload()
+        bench.base.__dict__.pop("forward", None)  # TRL's own for DPO, which a copy would share with its original
     return {
         "run_info": {
             "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
