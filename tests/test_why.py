@@ -28,7 +28,7 @@ from benchmarks.why import observe, rounded
 from peft_ogpsa import OGPSAConfig, ReferenceSet
 from peft_ogpsa.blocks import Blocks
 from peft_ogpsa.encoding import Example
-from peft_ogpsa.reference import answer_loss, collate
+from peft_ogpsa.reference import ReferenceLoader, answer_loss, collate
 
 RATE = 5e-4
 
@@ -140,9 +140,9 @@ def test_the_probe_gives_every_example_its_own_gradient():
         for i, own in enumerate(expected):
             np.testing.assert_allclose(view[i].numpy().ravel(), own[name], rtol=1e-3, atol=1e-7)
     means = blocks.views(probe.means(found))
-    by_hand = mean_of(expected[1:])
-    for name, view in zip(blocks.names(), means, strict=True):
-        np.testing.assert_allclose(view[1].numpy().ravel(), by_hand[name], rtol=1e-3, atol=1e-7)
+    for i, own in enumerate((mean_of(expected[:1]), mean_of(expected[1:]))):
+        for name, view in zip(blocks.names(), means, strict=True):
+            np.testing.assert_allclose(view[i].numpy().ravel(), own[name], rtol=1e-3, atol=1e-7)
 
 
 def optimizer_by_hand(name, gradients):
@@ -209,8 +209,8 @@ def test_the_first_step_is_as_by_hand():
     gradient = {name: own * min(1.0, CLIP / (length + 1e-6)) for name, own in gradient.items()}
     proposed = {name: optimizer_by_hand("AdamW", [own]) for name, own in gradient.items()}
 
-    for i, own in enumerate(SETS.values()):
-        reference = joined(mean_of([gradients_of(fresh, [example]) for example in own[:2]]))
+    references = [joined(mean_of([gradients_of(fresh, [example]) for example in own[:2]])) for own in SETS.values()]
+    for i, reference in enumerate(references):
         assert found["cosines"]["gradient"][0][i] == pytest.approx(-cosine(joined(gradient), reference), abs=1e-3)
         assert found["cosines"]["proposed"][0][i] == pytest.approx(cosine(joined(proposed), reference), abs=1e-3)
 
@@ -218,19 +218,45 @@ def test_the_first_step_is_as_by_hand():
     rows = dict(zip(subspace.blocks.names(), subspace.blocks.views(subspace.rows), strict=True))
     for constraint in ("cone", "orthogonal"):
         removed, total = {"A": 0.0, "B": 0.0}, {"A": 0.0, "B": 0.0}
+        made = dict(proposed)
         for name, change in proposed.items():
             own = rows[name.removeprefix("base_model.")].flatten(1).double().numpy()
             own = own[np.linalg.norm(own, axis=1) > 0]
             matrix = place(name).matrix
             total[matrix] += change @ change
             if len(own):
-                taken = projected_by_hand(RULES[f"{constraint}, update"], -change, own) + change
-                removed[matrix] += taken @ taken
+                made[name] = -projected_by_hand(RULES[f"{constraint}, update"], -change, own)
+                removed[matrix] += (change - made[name]) @ (change - made[name])
         assert total["A"] == 0
         assert removed["B"] > 0
         expected = math.sqrt(removed["B"] / total["B"])
         assert found["shares"]["matrix"][constraint]["B"] == pytest.approx(expected, rel=5e-3)
         assert found["shares"]["matrix"][constraint]["A"] == 0
+        if constraint == "cone":
+            expected = [cosine(joined(made), reference) for reference in references]
+            assert found["cosines"]["made"][0] == pytest.approx(expected, abs=1e-3)
+            assert found["cosines"]["made"][0] != pytest.approx(found["cosines"]["proposed"][0], abs=5e-3)
+
+
+def test_watching_changes_nothing(monkeypatch):
+    monkeypatch.setattr("benchmarks.anatomy.watch.CLIP", 0.05)
+    rate = 0.02
+    looked_at, alone = adapter(), adapter()
+    watch(looked_at, TRAINING, SETS, probed=2, rate=rate, pad=0)
+    weights = [parameter for parameter in alone.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    loader = ReferenceLoader({name: own[2:] for name, own in SETS.items()}, 4, 8)
+    for batch in TRAINING:
+        if alone.projector.due:
+            drawn = {name: [collate(part, 0, "cpu") for part in own] for name, own in loader.draw().items()}
+            alone.projector.refresh(drawn, answer_loss)
+        answer_loss(alone, collate(batch, 0, "cpu")).backward()
+        assert torch.nn.utils.clip_grad_norm_(weights, 0.05) > 0.06
+        optimizer.step()
+        optimizer.zero_grad()
+    others = [parameter for parameter in looked_at.parameters() if parameter.requires_grad]
+    for own, other in zip(weights, others, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
 
 
 def test_shares_are_those_of_the_projector(run):
@@ -278,7 +304,9 @@ def test_figures_and_tables_show_the_report(run, tmp_path):
     mean = np.mean(found["rules"]["AdamW"]["cone, update"]["whole"])
     assert f"| AdamW | cone, update | {mean:+.3f} |" in table
     assert table.count("\n") == 2 + len(OPTIMIZERS) * len(RULES)
-    rising = sum(value > 0 for value, _ in found["cosines"]["proposed"])
-    assert f"rises in {rising} of 4 |" in tables.cosines(found)
+    assert tables.cosines(found).count("of 4 |") == 6
+    steps = {"gradient": [[0.2], [0.4], [-0.3]], "proposed": [[-0.1]] * 3, "made": [[0.0]] * 3}
+    few = tables.cosines({"cosines": {"sets": ["a"], **steps}})
+    assert "| gradient | +0.100, rises in 2 of 3 |\n| proposed | -0.100, rises in 0 of 3 |" in few
     assert f"| cone | {found['shares']['all']['cone']['all']:.0%} |" in tables.shares(found)
     assert f"| A, 1 | {np.mean(found['ages']['cosines']['A']['1'][0]):.2f} |" in tables.ages(found)
