@@ -88,7 +88,7 @@ def ages(report: Mapping[str, Any]) -> Figure:
         axes.axhline(statistics.mean(others), color="#555555", linestyle=":", label="another example's")
         _finish(axes, f"the same example's gradient of {matrix}", "steps later", "cosine")
         axes.set_ylim(top=1.02)
-    panels[1].legend(frameon=False, fontsize=8, loc="center right")
+    _legend(figure, panels[1])  # which has all of them: at the start A has no gradient
     for matrix, style in STYLES.items():
         panels[2].plot(found["lengths"][matrix], style, color=COLOURS[0], label=matrix)
     panels[2].legend(frameon=False, fontsize=8)
