@@ -1,0 +1,45 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Cosines of stacked vectors with stacked rows, in float64.
+
+A change of the parameters whose cosine with a reference gradient is above 0 raises that reference loss to first order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_ogpsa.blocks import Stack
+
+
+def products(rows: Stack, vectors: Stack) -> Tensor:
+    """Inner products in every tensor: `(pieces, rows)`."""
+    parts = zip(rows, vectors, strict=True)
+    return torch.cat([torch.einsum("prd,pd->pr", own.double(), vector.double()) for own, vector in parts])
+
+
+def squares(stack: Stack) -> Tensor:
+    """Squared lengths in every tensor: `(pieces,)` of vectors, `(pieces, rows)` of rows."""
+    return torch.cat([torch.linalg.vecdot(part.double(), part.double()) for part in stack])
+
+
+def cosine(inner: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Of inner products and squared lengths; not a number where one of the two is zero."""
+    return inner / (left * right).sqrt()
+
+
+def whole(rows: Stack, vectors: Stack) -> Tensor:
+    """Cosine of the vectors with each row, over all tensors together: `(rows,)`."""
+    return cosine(products(rows, vectors).sum(0), squares(rows).sum(0), squares(vectors).sum())
+
+
+def worst(rows: Stack, vectors: Stack) -> float:
+    """The largest cosine that one tensor of the vectors has with one row of its own; zero tensors do not count."""
+    cosines = cosine(products(rows, vectors), squares(rows), squares(vectors).unsqueeze(1))
+    return float(cosines[cosines.isfinite()].max())
+
+
+def plain(cosines: Tensor) -> list[float | None]:
+    """For JSON, which has no number for what is none."""
+    return [value if value == value else None for value in cosines.tolist()]

@@ -1,0 +1,58 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A few reference examples whose gradients are looked at in every state, and which no row is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_ogpsa.blocks import Blocks, Stack
+from peft_ogpsa.encoding import Example
+from peft_ogpsa.gradients import example_gradients
+from peft_ogpsa.modes import undisturbed
+from peft_ogpsa.reference import answer_loss, collate
+from peft_ogpsa.subspace import Slots
+
+
+class Probe:
+    """Reference examples, in an order that pads little.
+
+    Args:
+        sets: Tokenised examples by set.
+        pad: The token to pad with.
+        batch: Examples of one pass.
+
+    Attributes:
+        names: The sets.
+        owners: The set of each example.
+    """
+
+    def __init__(self, sets: Mapping[str, Sequence[Example]], pad: int, batch: int) -> None:
+        pairs = sorted(((name, own) for name, rows in sets.items() for own in rows), key=lambda pair: len(pair[1].ids))
+        self.names = list(sets)
+        self.owners = [name for name, _ in pairs]
+        self._examples = [own for _, own in pairs]
+        self._pad, self._batch = pad, batch
+
+    def gradients(self, model: Any, blocks: Blocks) -> Stack:
+        """The gradient of every example at the present parameters: `(pieces, examples, numel)` per group."""
+        linears = {id(module.weight): module for module in model.modules() if isinstance(module, nn.Linear)}
+        layers = [linears.get(id(parameter)) for parameter in blocks.flat_parameters()]
+        stack = blocks.zeros(rows=len(self.owners))
+        ones = [torch.ones(part.shape[:2]) for part in stack]
+        with undisturbed(model, gradients=True):
+            for start in range(0, len(self.owners), self._batch):
+                part = self._examples[start : start + self._batch]
+                slots = Slots(blocks, stack, ones, range(start, start + len(part)))
+                inputs = collate(part, self._pad, blocks.device)
+                example_gradients(model, inputs, answer_loss, blocks, slots, layers)
+        return stack
+
+    def means(self, gradients: Stack) -> Stack:
+        """Their mean over each set: `(pieces, sets, numel)` per group."""
+        members = [[i for i, owner in enumerate(self.owners) if owner == name] for name in self.names]
+        return [torch.stack([part[:, own].mean(1) for own in members], 1) for part in gradients]
