@@ -100,6 +100,7 @@ METHODS: dict[str, Method] = {
     "cone, scope model": cone(scope="model"),
     "cone, one row a set": cone(rows_from="set", rows=4),
     "cone, 96 rows": cone(rows=96),
+    "cone on the gradient": cone(projection="gradient"),
     "A-GEM": cone(projection="gradient", scope="model", rows_from="batch", rows=1),
     "SGD, plain": Method(**SGD),
     "SGD, paper": Method(paper=True, knobs={"rows": 4}, answers="given", **SGD),
