@@ -134,6 +134,7 @@ def test_nothing_is_both_trained_on_and_measured(tmp_path):
         prompts = [row["prompt"] for rows in found.references.values() for row in rows]
         used = {"references": prompts, "safety": [row["prompt"] for row in found.safety]}
         used |= {name: [row["prompt"] for row in rows] for name, rows in found.general.items() if name != "unseen"}
+        used |= {"contrast": found.contrast[len(found.references["lookalikes"]) :]}  # and the references' own
         used |= {"held out": [row["prompt"] for row in found.held_out_safety], "benign": found.benign}
         used |= {f"to {kind}": own for kind, own in found.prompts.items() if folder or kind != "general"}
         texts = {name: {json.dumps(prompt) for prompt in own} for name, own in used.items()}

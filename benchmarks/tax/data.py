@@ -31,6 +31,7 @@ class TaxData:
         harmful: Requests that should be refused, of another source than `safety`.
         benign: Requests that look harmful and are not.
         prompts: For the divergence from the base, by kind.
+        contrast: Requests that look harmful and are not, to train on with the base's own answers.
         source: Where the rows are from.
     """
 
@@ -42,6 +43,7 @@ class TaxData:
     harmful: list[Any]
     benign: list[Any]
     prompts: dict[str, list[Any]] = field(default_factory=dict)
+    contrast: list[Any] = field(default_factory=list)
     source: str = "built-in"
 
 
@@ -58,7 +60,9 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
         FileNotFoundError: If a file is missing.
     """
     lookalikes = [_asked(prompt) for prompt in builtin.load_prompts("lookalikes")]
-    kept, unseen_lookalikes = lookalikes[:references], lookalikes[references:] or lookalikes[-tested:]
+    kept, others = lookalikes[:references], lookalikes[references:] or lookalikes[-tested:]
+    unseen_lookalikes = others[:tested]
+    contrast = [row["prompt"] for row in [*kept, *others[tested:]]]
     benign = [row["prompt"] for row in builtin.load("benign", "test")]
     unseen = builtin.load("general", "test")[:tested]
     if folder is None:
@@ -75,8 +79,9 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
             prompts={
                 "general": [row["prompt"] for row in unseen],
                 "maths": arithmetic[:tested],
-                "lookalikes": unseen_lookalikes[:tested],
+                "lookalikes": unseen_lookalikes,
             },
+            contrast=contrast,
         )
     safety = _lines(folder / "safety_sft.jsonl")
     sets = {name: _lines(folder / f"general_{name}.jsonl") for name in GENERAL}
@@ -92,7 +97,8 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
         held_out_safety=safety[: 2 * tested],
         harmful=[row["prompt"] for row in _lines(folder / "harmful_prompts.jsonl")[: 5 * tested]],
         benign=benign,
-        prompts=prompts | {"lookalikes": unseen_lookalikes[:tested]},
+        prompts=prompts | {"lookalikes": unseen_lookalikes},
+        contrast=contrast,
         source=folder.name,
     )
 

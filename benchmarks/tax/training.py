@@ -26,7 +26,9 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from trl import DPOConfig, DPOTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
+from peft_ogpsa.answers import AnsweredSet
 from peft_ogpsa.cli.models import load_model
+from peft_ogpsa.contrast import with_contrast
 from peft_ogpsa.encoding import encode_row
 from peft_ogpsa.model import projector_of
 from peft_ogpsa.modes import undisturbed
@@ -80,20 +82,21 @@ class Workbench:
             if answers == "given" and "completion" in rows[0]:
                 sets.append(ReferenceSet(name, rows, None, MAX_LENGTH, loss))
                 continue
-            sets.append(
-                ReferenceSet.from_prompts(
-                    name,
-                    [row["prompt"] for row in rows],
-                    self.base,
-                    self.tokenizer,
-                    max_new_tokens=self.settings.answer_tokens,
-                    batch_size=32,
-                    max_length=MAX_LENGTH,
-                    loss=loss,
-                    progress=False,
-                )
-            )
+            sets.append(self._answered(name, [row["prompt"] for row in rows], loss))
         return sets
+
+    def _answered(self, name: str, prompts: list[Any], loss: str = "answer") -> AnsweredSet:
+        return ReferenceSet.from_prompts(
+            name,
+            prompts,
+            self.base,
+            self.tokenizer,
+            max_new_tokens=self.settings.answer_tokens,
+            batch_size=32,
+            max_length=MAX_LENGTH,
+            loss=loss,
+            progress=False,
+        )
 
     def rows(self, method: Method, seed: int) -> list[dict[str, Any]]:
         """What is trained on, in its order."""
@@ -104,25 +107,14 @@ class Workbench:
         rows = [rows[i] for i in (order * (wanted // len(order) + 1))[:wanted]]
         if not method.contrast:
             return rows
-        (lookalikes,) = (own for own in self.references("own") if own.name == "lookalikes")
-        others = list(lookalikes.dataset)
-        every = round(1 / method.contrast)
-        return [others[(i // every) % len(others)] if i % every == every - 1 else row for i, row in enumerate(rows)]
+        answered = self._answered("contrast", self.data.contrast)
+        return with_contrast(rows, answered, method.contrast)[:wanted]
 
     def pairs(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with answers -> pairs: refusals over the base's own answers, its own over refusals for look-alikes."""
         harmful = {json.dumps(row["prompt"]): row["completion"] for row in self.data.safety}
         refused = [row for row in rows if json.dumps(row["prompt"]) in harmful]
-        own = ReferenceSet.from_prompts(
-            "rejected",
-            [row["prompt"] for row in refused],
-            self.base,
-            self.tokenizer,
-            max_new_tokens=self.settings.answer_tokens,
-            batch_size=32,
-            max_length=MAX_LENGTH,
-            progress=False,
-        )
+        own = self._answered("rejected", [row["prompt"] for row in refused])
         answers = {json.dumps(row["prompt"]): row["completion"] for row in own.dataset}
         refusals = itertools.cycle([row["completion"] for row in refused])
         pairs = []

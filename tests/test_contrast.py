@@ -1,0 +1,88 @@
+"""Look-alikes with the model's own answers among safety rows."""
+
+import pytest
+from models import chat
+
+from peft_ogpsa.answers import AnswerCounts, AnsweredSet
+from peft_ogpsa.contrast import with_contrast
+
+COUNTS = AnswerCounts(2, 2, 0, 0, 0, 1)
+
+
+def answered(*answers, unfinished=True):
+    rows = [{**chat(f"look-alike {i}", answer), "unfinished": unfinished} for i, answer in enumerate(answers)]
+    return AnsweredSet("lookalikes", rows, None, counts=COUNTS)
+
+
+def content(row):
+    return row["completion"][0]["content"]
+
+
+SAFETY = [chat(f"harmful {i}", "No.") for i in range(12)]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.25, 0.5, 0.75])
+def test_share_and_order(share):
+    mixed = with_contrast(SAFETY, answered("One.", "Two."), share)
+    assert [row for row in mixed if row in SAFETY] == SAFETY
+    likes = [row for row in mixed if row not in SAFETY]
+    assert len(likes) == int(len(SAFETY) * share / (1 - share) + 1e-6)
+    assert [content(row) for row in likes] == (["One.", "Two."] * len(likes))[: len(likes)]
+    # Spread evenly: every beginning has its share, to within a row.
+    for end in range(1, len(mixed) + 1):
+        assert abs(sum(row in likes for row in mixed[:end]) - share * end) <= 1
+    assert all(row.keys() == {"prompt", "completion"} for row in mixed)
+
+
+@pytest.mark.parametrize(
+    ("answer", "ended"),
+    [
+        ("It is safe. You may go on and", "It is safe."),
+        ("Why not? It costs 3.50 euros and", "Why not?"),
+        ('He said "Stop!" and then', 'He said "Stop!"'),
+        ("First.\n\nSecond (of two.) Third", "First.\n\nSecond (of two.)"),
+        ("Whole. Sentences.", "Whole. Sentences."),
+        ("e.g", None),
+        ("No end", None),
+    ],
+)
+def test_cut_answers_end_with_a_whole_sentence(answer, ended):
+    mixed = with_contrast(SAFETY, answered(answer, "Other."), 0.25)
+    answers = [content(row) for row in mixed if row not in SAFETY]
+    assert answers[:2] == ([ended, "Other."] if ended else ["Other.", "Other."])
+    finished = with_contrast(SAFETY, answered(answer, unfinished=False), 0.5)
+    assert content(finished[1]) == answer
+
+
+def test_pairs_prefer_the_answer_to_a_refusal():
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "Sure."} for row in SAFETY]
+    mixed = with_contrast(pairs, answered("One.", "Two."), 0.75)
+    assert mixed[0] == pairs[0]
+    assert all(row["chosen"][0]["content"] in ("One.", "Two.") for row in mixed[1:4])
+    assert all(row["rejected"][0]["content"] == "No." for row in mixed[1:4])
+    assert all(row["prompt"][0]["content"].startswith("look-alike") for row in mixed[1:4])
+
+
+def test_messages():
+    rows = [{"messages": row["prompt"] + row["completion"], "other": 1} for row in SAFETY]
+    mixed = with_contrast(rows, answered("One."), 0.5)
+    assert [message["role"] for message in mixed[1]["messages"]] == ["user", "assistant"]
+    assert mixed[1]["messages"][1]["content"] == "One."
+    assert mixed[0] == {"messages": rows[0]["messages"]}
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, "half"])
+def test_shares_that_are_none(share):
+    with pytest.raises(ValueError, match="share="):
+        with_contrast(SAFETY, answered("One."), share)
+
+
+def test_bad_rows():
+    with pytest.raises(ValueError, match="rows is empty"):
+        with_contrast([], answered("One."))
+    with pytest.raises(ValueError, match=r"row 1 has the columns \['text'\]"):
+        with_contrast([SAFETY[0], {"text": "x"}], answered("One."))
+    with pytest.raises(ValueError, match="row 0 is plain text"):
+        with_contrast([{"prompt": "Why?", "completion": "No."}], answered("One."), 0.5)
+    with pytest.raises(ValueError, match="no answer of the set 'lookalikes' has a whole sentence"):
+        with_contrast(SAFETY, answered("no end"))
