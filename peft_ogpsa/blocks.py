@@ -6,6 +6,8 @@ A *piece* is one parameter tensor, flattened: what this process holds of it, whi
 empty. Pieces of one size, dtype and device lie stacked in one *group*, so that a model of any depth costs a handful of
 kernels. A *block* is a set of pieces that share their projection coefficients: one piece (scope `tensor`), the pieces
 of one module (`module`), or all of them (`model`). Blocks have one order in all processes, with any number of them.
+Under scope `slice` a parameter is cut into `SLICES` equal pieces, each a block of its own: the rows of A, one for each
+of the adapter's directions if it has so many, and as many groups of B's.
 
 A *stack* is a list with one tensor per group, `(pieces, numel)`, or `(pieces, rows, numel)` for rows.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 
 import torch
 from torch import Tensor
@@ -24,9 +26,13 @@ from . import processes
 LARGEST_GROUP = 2**26
 """Most elements that are stacked, if not one piece alone: larger stacks save no time and cost working memory."""
 
+SLICES = 16
+"""Pieces of a parameter under scope `slice`, or the largest number below that divides its size."""
+
 Stack = list[Tensor]
 
 _BLOCK_OF: dict[str, Callable[[str, str], str]] = {
+    "slice": lambda name, owner: name,
     "tensor": lambda name, owner: name,
     "module": lambda name, owner: owner,
     "model": lambda name, owner: "",
@@ -35,12 +41,26 @@ _BLOCK_OF: dict[str, Callable[[str, str], str]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of one size, dtype and device, stacked along the first axis."""
+    """Parameters of one size, dtype and device, stacked along the first axis.
+
+    Attributes:
+        names: Of the parameters.
+        slices: Pieces of each.
+        numel: Elements of a piece.
+        dtype: Of the parameters.
+        device: Where they are.
+    """
 
     names: tuple[str, ...]
+    slices: int
     numel: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces there are."""
+        return len(self.names) * self.slices
 
 
 class Blocks:
@@ -50,10 +70,10 @@ class Blocks:
         parameters (`Mapping[str, Tensor]`): The projected parameters by name.
         owners (`Mapping[str, str]`): For each parameter the name of the module that it belongs to; pieces with one
             owner form one block under scope `module`.
-        scope (`str`): `"tensor"`, `"module"` or `"model"`.
+        scope (`str`): `"slice"`, `"tensor"`, `"module"` or `"model"`.
 
     Raises:
-        ValueError: If `parameters` is empty or `scope` is unknown.
+        ValueError: If `parameters` is empty, `scope` is unknown, or shards are to be cut into slices.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], owners: Mapping[str, str], scope: str) -> None:
@@ -62,6 +82,11 @@ class Blocks:
         if scope not in _BLOCK_OF:
             raise ValueError(f"scope={scope!r} is unknown. Choose one of {sorted(_BLOCK_OF)}.")
         self.sharded = processes.are_sharded(parameters.values())
+        if self.sharded and scope == "slice":
+            raise ValueError(
+                "scope='slice' is not allowed where parameters are sharded: what a process holds of a parameter is no "
+                "whole number of its slices. Use scope='tensor'."
+            )
         names = [name for alike in _alike(parameters, Tensor.numel) for name in alike]
         self._order = names
         keys = {name: _BLOCK_OF[scope](name, owners[name]) for name in names}
@@ -71,33 +96,42 @@ class Blocks:
         for alike in _alike(parameters, Tensor.numel):
             # Of parameters of one size, shards may have several.
             for part in _alike({name: parameters[name] for name in alike}, lambda p: processes.local(p).numel()):
-                piece = processes.local(parameters[part[0]])
-                most = max(1, LARGEST_GROUP // max(1, piece.numel()))
+                own = processes.local(parameters[part[0]])
+                slices = _slices(own.numel()) if scope == "slice" else 1
+                most = max(1, LARGEST_GROUP // max(1, own.numel()))
                 for i in range(0, len(part), most):
-                    self.groups.append(Group(tuple(part[i : i + most]), piece.numel(), piece.dtype, piece.device))
+                    stacked = tuple(part[i : i + most])
+                    self.groups.append(Group(stacked, slices, own.numel() // slices, own.dtype, own.device))
         self.parameters = [[parameters[name] for name in group.names] for group in self.groups]
         self.scope = scope
 
-        members = [index[keys[name]] for name in self.names()]
-        self.pieces = len(members)
-        self.count = len(index)
+        self.pieces = sum(group.pieces for group in self.groups)
+        cut = scope == "slice"
+        members = list(range(self.pieces)) if cut else [index[keys[name]] for name in self.names()]
+        self.count = self.pieces if cut else len(index)
         self._aligned = members == list(range(self.count))  # every piece a block, in its place
         # The small problems of all blocks are solved together, on the device of the first group.
         self.device = self.groups[0].device
         self._block_of_piece = torch.tensor(members, device=self.device)
-        self._sizes = [len(group.names) for group in self.groups]
+        self._sizes = [group.pieces for group in self.groups]
 
     def names(self) -> list[str]:
-        """The parameters' names, in the order of the pieces."""
+        """The parameters' names, in the order of their pieces."""
         return [name for group in self.groups for name in group.names]
 
     def flat_parameters(self) -> list[Tensor]:
-        """The parameters themselves, in the order of the pieces."""
+        """The parameters themselves, in the order of their pieces."""
         return [parameter for group in self.parameters for parameter in group]
 
     def local_parameters(self) -> list[list[Tensor]]:
-        """What this process holds of the parameters, for each group; views."""
-        return [[processes.local(parameter) for parameter in group] for group in self.parameters]
+        """What this process holds of the parameters, for each group, in the shapes of `views`; views."""
+        return self.by_group(self.fitted(self.flat_parameters()))
+
+    def fitted(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What this process holds of one tensor per parameter, in the shapes of `views`; views where possible."""
+        slices = [group.slices for group in self.groups for _ in group.names]
+        local = map(processes.local, tensors)
+        return [own if count == 1 else own.reshape(count, -1) for own, count in zip(local, slices, strict=True)]
 
     def zeros(self, rows: int | None = None, dtype: torch.dtype | None = None, on_host: bool = False) -> Stack:
         """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` where `rows` is given.
@@ -108,7 +142,7 @@ class Blocks:
         middle = () if rows is None else (rows,)
         return [
             torch.zeros(
-                len(group.names),
+                group.pieces,
                 *middle,
                 group.numel,
                 dtype=dtype or torch.promote_types(torch.float32, group.dtype),
@@ -119,29 +153,40 @@ class Blocks:
         ]
 
     def views(self, stack: Stack) -> list[Tensor]:
-        """The pieces of a stack in their parameters' shapes, as views; a rows axis stays in front."""
-        return [
-            piece.view(*piece.shape[:-1], *parameter.shape)
-            for stacked, parameters in zip(stack, self.local_parameters(), strict=True)
-            for piece, parameter in zip(stacked.unbind(0), parameters, strict=True)
-        ]
+        """A stack's part of each parameter in the parameter's shape, as views; a rows axis stays in front.
 
-    def by_group(self, pieces: Sequence[Tensor]) -> list[list[Tensor]]:
-        """One tensor per piece, in the order of the pieces -> a list of them per group."""
-        remaining = iter(pieces)
-        return [list(islice(remaining, size)) for size in self._sizes]
+        A parameter in slices has the shape `(slices, numel)` instead.
+        """
+        views = []
+        for stacked, group, parameters in zip(stack, self.groups, self.parameters, strict=True):
+            if group.slices == 1:
+                shapes = [processes.local(parameter).shape for parameter in parameters]
+                views += [own.view(*own.shape[:-1], *shape) for own, shape in zip(stacked, shapes, strict=True)]
+            else:
+                views += [own.movedim(0, -2) for own in stacked.unflatten(0, (-1, group.slices))]
+        return views
+
+    def by_group(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """One tensor per parameter, in the order of their pieces -> a list of them per group."""
+        remaining = iter(tensors)
+        return [list(islice(remaining, len(group.names))) for group in self.groups]
 
     def stack(self, tensors: Sequence[Tensor | None] | None = None) -> Stack:
         """A copy of `tensors` (of the parameters, if not given) in float32 or wider, stacked.
 
         Args:
-            tensors (`Sequence[Tensor | None]`): One per piece, in the order of the pieces; `None` counts as zeros.
+            tensors (`Sequence[Tensor | None]`): One per parameter, in the order of their pieces; `None` counts as
+                zeros.
         """
         source = self.flat_parameters() if tensors is None else tensors
         stack = self.zeros()
-        pairs = [(view, t) for view, t in zip(self.views(stack), source, strict=True) if t is not None]
-        if pairs:
-            torch._foreach_copy_([view for view, _ in pairs], [processes.local(t) for _, t in pairs])
+        given = [t is not None for t in source]
+        views = list(compress(self.views(stack), given))
+        if views:
+            whole = [
+                parameter if t is None else t for parameter, t in zip(self.flat_parameters(), source, strict=True)
+            ]
+            torch._foreach_copy_(views, list(compress(self.fitted(whole), given)))
         return stack
 
     def reduce(self, pieces: Sequence[Tensor]) -> Tensor:
@@ -165,13 +210,16 @@ class Blocks:
         return processes.summed(values) if self.sharded else list(values)
 
     def gathered(self, prefix: str, stack: Stack) -> dict[str, Tensor]:
-        """The pieces of a stack as whole tensors, `PREFIX.PARAMETER`; views where parameters are not sharded.
+        """The pieces of a stack as whole tensors, `PREFIX.PARAMETER`; views where parameters are not sharded or cut.
 
         Where they are, all processes must call it: the first one gets the tensors, in the host's memory.
         """
         views = zip(self.names(), self.views(stack), self.flat_parameters(), strict=True)
         if not self.sharded:
-            return {f"{prefix}.{name}": view for name, view, _ in views}
+            return {
+                f"{prefix}.{name}": view.reshape(*view.shape[: stack[0].dim() - 2], *parameter.shape)
+                for name, view, parameter in views
+            }
         found = {name: (view, parameter) for name, view, parameter in views}
         tensors = {}
         for name in self._order:  # the same in all processes, as the pieces' order may not be
@@ -183,7 +231,11 @@ class Blocks:
     def scatter(self, prefix: str, tensors: Mapping[str, Tensor], stack: Stack) -> None:
         """Puts this process's parts of what `gathered` gave into a stack."""
         for name, view, parameter in zip(self.names(), self.views(stack), self.flat_parameters(), strict=True):
-            view.copy_(processes.own_part(tensors[f"{prefix}.{name}"], parameter))
+            view.copy_(processes.own_part(tensors[f"{prefix}.{name}"], parameter).reshape(view.shape))
+
+
+def _slices(numel: int) -> int:
+    return next(count for count in range(SLICES, 0, -1) if numel % count == 0)
 
 
 def _alike(parameters: Mapping[str, Tensor], size: Callable[[Tensor], int]) -> list[list[str]]:

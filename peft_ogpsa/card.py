@@ -82,7 +82,12 @@ _RULES = {
     ("orthogonal", "gradient"): "the gradient lost, before the optimizer, its component in the span of the reference "
     "gradients",
 }
-_SCOPES = {"tensor": "each LoRA matrix by itself", "module": "both matrices of a layer", "model": "all LoRA matrices"}
+_SCOPES = {
+    "slice": "each sixteenth of a LoRA matrix by itself",
+    "tensor": "each LoRA matrix by itself",
+    "module": "both matrices of a layer",
+    "model": "all LoRA matrices",
+}
 _ROWS_FROM = {"example": "one example", "batch": "one batch", "set": "the mean over one reference set"}
 _STAGES = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimization (DPO)"}
 _OGPSA_BIBTEX = """@article{sun2026ogpsa,

@@ -365,12 +365,12 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
     """What launches the kernels over a subspace: the last one, while the parameters are where they were.
 
     Returns:
-        None where the kernels do not apply: to another constraint than the cone, to int8 rows, more than `MOST_ROWS`
-        or rows in the host's memory, and to parameters that are not plain contiguous float32 tensors, on a multiple
-        of 16 bytes, on one CUDA device.
+        None where the kernels do not apply: to another constraint than the cone, to slices, to int8 rows, more than
+        `MOST_ROWS` or rows in the host's memory, and to parameters that are not plain contiguous float32 tensors, on
+        a multiple of 16 bytes, on one CUDA device.
     """
     blocks = subspace.blocks
-    if blocks.sharded:
+    if blocks.sharded or blocks.scope == "slice":
         return None
     addresses = [[parameter.data_ptr() for parameter in group] for group in blocks.parameters]
     if last is not None and last.blocks is blocks and last.addresses == addresses:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 _CHOICES: dict[str, tuple[str, ...]] = {
     "constraint": ("cone", "orthogonal"),
     "projection": ("update", "gradient"),
-    "scope": ("tensor", "module", "model"),
+    "scope": ("slice", "tensor", "module", "model"),
     "rows_from": ("example", "batch", "set"),
     "rows_dtype": ("float32", "bfloat16", "int8"),
     "missing_reference": ("error", "warn", "ignore"),
@@ -45,11 +45,11 @@ class ProjectionConfig:
             "before the optimizer, as in the paper."
         },
     )
-    scope: Literal["tensor", "module", "model"] = field(
+    scope: Literal["slice", "tensor", "module", "model"] = field(
         default="tensor",
         metadata={
-            "help": "The parameters projected together: each LoRA matrix ('tensor'), both matrices of a layer "
-            "('module'), or all of them ('model')."
+            "help": "The parameters projected together: a sixteenth of each LoRA matrix ('slice'), each matrix "
+            "('tensor'), both matrices of a layer ('module'), or all of them ('model')."
         },
     )
     rows: int = field(

@@ -335,7 +335,7 @@ class Projector:
         blocks = Blocks(*self._trained(), config.scope)
         rows = sets if config.rows_from == "set" else config.rows
         bases = 1 if config.constraint == "cone" else 2
-        numels = [len(group.names) * group.numel for group in blocks.groups]
+        numels = [group.pieces * group.numel for group in blocks.groups]
         held = bases * rows * sum(numels) * _DTYPES[config.rows_dtype].itemsize
         return held, 4 * (sum(numels) + max(numels))  # the snapshot, and the correction of one group
 
@@ -456,12 +456,14 @@ class Projector:
                 torch._foreach_add_(stack, subspace.combine(weights))
             self._fresh = []
             if project or weighted:
-                pairs = [
+                found = [
                     (processes.local(gradient), view)
                     for gradient, view in zip(gradients, blocks.views(stack), strict=True)
                     if gradient is not None
                 ]
-                torch._foreach_copy_([gradient for gradient, _ in pairs], [view for _, view in pairs])
+                torch._foreach_copy_(
+                    [gradient for gradient, _ in found], [view.reshape(gradient.shape) for gradient, view in found]
+                )
 
     def _solve(self, stack: Stack) -> Tensor:
         """The coefficients of what a descent direction must change by, with all that processes exchange in a step."""

@@ -38,7 +38,12 @@ class Slots:
     def __init__(self, blocks: Blocks, stack: Stack, scales: Stack, slots: Sequence[int]) -> None:
         self.weight = 1.0
         self._views = blocks.views(stack)
-        self._scales = [piece for part in scales for piece in part.unbind(0)]
+        # (rows,) of each parameter, or (slices, rows).
+        self._scales = [
+            own[0] if group.slices == 1 else own
+            for part, group in zip(scales, blocks.groups, strict=True)
+            for own in part.unflatten(0, (-1, group.slices))
+        ]
         self._slots = list(slots)
         self.clear()
 
@@ -46,15 +51,19 @@ class Slots:
         """Sets the rows to zero."""
         for view, scales in zip(self._views, self._scales, strict=True):
             view[self._slots] = 0
-            scales[self._slots] = 1
+            scales[..., self._slots] = 1
 
     def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
-        """Adds `(n, *shape)` gradients of one piece to the rows `first, first + 1, ...`."""
+        """Adds `(n, *shape)` gradients of one parameter to the rows `first, first + 1, ...`."""
         view, scales = self._views[piece], self._scales[piece]
-        for slot, gradient in zip(self._slots[first:], gradients.to(view.device), strict=False):
+        for slot, gradient in zip(
+            self._slots[first:], gradients.to(view.device).reshape(-1, *view.shape[1:]), strict=False
+        ):
             if view.dtype == torch.int8:
-                whole = gradient * self.weight + view[slot] * scales[slot]
-                multiples, scales[slot] = geometry.quantize(whole.flatten())
+                whole = gradient * self.weight + view[slot] * scales[..., slot].unsqueeze(-1)
+                multiples, scales[..., slot] = geometry.quantize(
+                    whole.flatten() if scales.dim() == 1 else whole  # a scale for each piece
+                )
                 view[slot] = multiples.view(whole.shape)
             else:
                 view[slot].add_(gradient, alpha=self.weight)
@@ -281,7 +290,7 @@ class Subspace:
         return coefficients, -(coefficients * products).sum(-1)  # Q^T Q v is as long as its inner product with v says
 
     def corrections(self, coefficients: Tensor) -> Iterator[list[Tensor]]:
-        """The corrections that `coefficients` gave, group by group: a list of the pieces in their parameters' shapes.
+        """The corrections that `coefficients` gave, group by group: of each parameter, in the shapes of `views`.
 
         Only one group's are in memory at a time, if the caller lets go of them.
         """
@@ -290,9 +299,10 @@ class Subspace:
             spread = self._scaled(spread)
         parts = zip(self._near(stack=self.directions), spread, self.blocks.local_parameters(), strict=True)
         for directions, own, parameters in parts:
+            combined = geometry.combine(directions, own)
             yield [
-                piece.view(parameter.shape)
-                for piece, parameter in zip(geometry.combine(directions, own).unbind(0), parameters, strict=True)
+                part.view(parameter.shape)
+                for part, parameter in zip(combined.unflatten(0, (len(parameters), -1)), parameters, strict=True)
             ]
 
     def mean_weights(self, slots: Sequence[int]) -> Tensor:

@@ -62,7 +62,7 @@ def test_every_own_field_has_help():
     [
         ("constraint", ["cone", "orthogonal"]),
         ("projection", ["update", "gradient"]),
-        ("scope", ["tensor", "module", "model"]),
+        ("scope", ["slice", "tensor", "module", "model"]),
         ("rows_from", ["example", "batch", "set"]),
         ("rows_dtype", ["float32", "bfloat16", "int8"]),
         ("missing_reference", ["error", "warn", "ignore"]),

@@ -529,7 +529,7 @@ def test_embeddings_and_convolutions():
     assert float((products.amax(1) / length).max()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("scope", ["tensor", "module"])
+@pytest.mark.parametrize("scope", ["slice", "tensor", "module"])
 def test_state_restores_to_the_bit(scope):
     straight, stopped = ogpsa_model(scope=scope), ogpsa_model(scope=scope)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (straight, stopped)]
