@@ -6,8 +6,8 @@ A *piece* is one parameter tensor, flattened: what this process holds of it, whi
 empty. Pieces of one size, dtype and device lie stacked in one *group*, so that a model of any depth costs a handful of
 kernels. A *block* is a set of pieces that share their projection coefficients: one piece (scope `tensor`), the pieces
 of one module (`module`), or all of them (`model`). Blocks have one order in all processes, with any number of them.
-Under scope `slice` a parameter is cut into `SLICES` equal pieces, each a block of its own: the rows of A, one for each
-of the adapter's directions if it has so many, and as many groups of B's.
+Under scope `slice` a parameter is cut into equal pieces, each a block of its own: with as many as the adapter's rank,
+the rows of A, one for each of its directions, and as many groups of B's rows.
 
 A *stack* is a list with one tensor per group, `(pieces, numel)`, or `(pieces, rows, numel)` for rows.
 """
@@ -25,9 +25,6 @@ from . import processes
 
 LARGEST_GROUP = 2**26
 """Most elements that are stacked, if not one piece alone: larger stacks save no time and cost working memory."""
-
-SLICES = 16
-"""Pieces of a parameter under scope `slice`, or the largest number below that divides its size."""
 
 Stack = list[Tensor]
 
@@ -71,12 +68,15 @@ class Blocks:
         owners (`Mapping[str, str]`): For each parameter the name of the module that it belongs to; pieces with one
             owner form one block under scope `module`.
         scope (`str`): `"slice"`, `"tensor"`, `"module"` or `"model"`.
+        slices (`int`): Pieces of a parameter under scope `slice`, or the largest number below that divides its size.
 
     Raises:
         ValueError: If `parameters` is empty, `scope` is unknown, or shards are to be cut into slices.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], owners: Mapping[str, str], scope: str) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], owners: Mapping[str, str], scope: str, slices: int = 16
+    ) -> None:
         if not parameters:
             raise ValueError("There is no parameter to project: the adapter in training has no trainable LoRA weight.")
         if scope not in _BLOCK_OF:
@@ -97,11 +97,11 @@ class Blocks:
             # Of parameters of one size, shards may have several.
             for part in _alike({name: parameters[name] for name in alike}, lambda p: processes.local(p).numel()):
                 own = processes.local(parameters[part[0]])
-                slices = _slices(own.numel()) if scope == "slice" else 1
+                count = _divisor(own.numel(), slices) if scope == "slice" else 1
                 most = max(1, LARGEST_GROUP // max(1, own.numel()))
                 for i in range(0, len(part), most):
                     stacked = tuple(part[i : i + most])
-                    self.groups.append(Group(stacked, slices, own.numel() // slices, own.dtype, own.device))
+                    self.groups.append(Group(stacked, count, own.numel() // count, own.dtype, own.device))
         self.parameters = [[parameters[name] for name in group.names] for group in self.groups]
         self.scope = scope
 
@@ -234,8 +234,8 @@ class Blocks:
             view.copy_(processes.own_part(tensors[f"{prefix}.{name}"], parameter).reshape(view.shape))
 
 
-def _slices(numel: int) -> int:
-    return next(count for count in range(SLICES, 0, -1) if numel % count == 0)
+def _divisor(numel: int, most: int) -> int:
+    return next(count for count in range(most, 0, -1) if numel % count == 0)
 
 
 def _alike(parameters: Mapping[str, Tensor], size: Callable[[Tensor], int]) -> list[list[str]]:

@@ -83,7 +83,7 @@ _RULES = {
     "gradients",
 }
 _SCOPES = {
-    "slice": "each sixteenth of a LoRA matrix by itself",
+    "slice": "each of {slices} slices of a LoRA matrix by itself",
     "tensor": "each LoRA matrix by itself",
     "module": "both matrices of a layer",
     "model": "all LoRA matrices",
@@ -454,9 +454,9 @@ def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[st
         f"abilities to keep. At every optimizer step {rule}.",
         "",
         f"- {_paper_note(settings)}",
-        f"- Projected together: {_SCOPES[settings['scope']]} (`scope={settings['scope']}`), against at most "
-        f"{settings['rows']} reference gradients, each of {_ROWS_FROM[settings['rows_from']]} and held in "
-        f"{settings['rows_dtype']}.{leading}",
+        f"- Projected together: {_SCOPES[settings['scope']].format(**settings)} (`scope={settings['scope']}`), "
+        f"against at most {settings['rows']} reference gradients, each of {_ROWS_FROM[settings['rows_from']]} and "
+        f"held in {settings['rows_dtype']}.{leading}",
         f"- Refreshed before and after the first optimizer step, and then every {settings['refresh_steps']} steps, "
         f"{amount}.",
     ]

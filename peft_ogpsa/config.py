@@ -35,9 +35,11 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             `"orthogonal"` removes the whole component in the span of the reference gradients (arXiv 2602.07892).
         projection (`str`): `"update"` projects the parameter change that the optimizer made, `"gradient"` the
             gradient before the optimizer (arXiv 2602.07892).
-        scope (`str`): The parameters projected together, called a block: a sixteenth of each LoRA matrix (`"slice"`;
-            not of sharded ones), each matrix (`"tensor"`), both matrices of a layer (`"module"`), or all of them
+        scope (`str`): The parameters projected together, called a block: a slice of each LoRA matrix (`"slice"`; not
+            of sharded ones), each matrix (`"tensor"`), both matrices of a layer (`"module"`), or all of them
             (`"model"`). Smaller blocks keep more, as the constraint binds in each of them.
+        slices (`int`): With `scope="slice"`, into how many slices of equal size each matrix is cut, or the largest
+            number below that divides its size.
         rows (`int`): Reference gradients held per block, over all reference sets. The newest replace the oldest.
         rows_from (`str`): What one row is the gradient of: an `"example"`, a `"batch"`, or the mean over a `"set"`.
         rows_dtype (`str`): `"float32"`, `"bfloat16"` for half the memory, or `"int8"` for a quarter, with one scale

@@ -31,8 +31,9 @@ class FullParameterConfig(ProjectionConfig):
     Args:
         constraint (`str`): See [`OGPSAConfig`].
         projection (`str`): See [`OGPSAConfig`].
-        scope (`str`): The parameters projected together: a sixteenth of each tensor (`"slice"`, where they are not
-            sharded), each tensor, all of a module (weight and bias), or all.
+        scope (`str`): The parameters projected together: a slice of each tensor (where they are not sharded), each
+            tensor, all of a module (weight and bias), or all.
+        slices (`int`): See [`OGPSAConfig`].
         rows (`int`): Reference gradients held per block, over all reference sets. The newest replace the oldest.
         rows_from (`str`): What one row is the gradient of: a `"batch"` (of all processes together), the mean over a
             `"set"`, or an `"example"`.

@@ -8,6 +8,7 @@ back from the device, except `cone_coefficients` on a CPU and what `torch.linalg
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -272,7 +273,39 @@ def orthogonal_coefficients(inverse_gram: Tensor, products: Tensor) -> Tensor:
     return _times(inverse_gram, products.to(inverse_gram.dtype))
 
 
-def cone_coefficients(gram: Tensor, products: Tensor, iterations: int = 32, start: Tensor | None = None) -> Tensor:
+class Correlations(NamedTuple):
+    """A Gram matrix of rows scaled to length 1, and what it takes to solve with it; see `correlations`."""
+
+    matrix: Tensor
+    """`[B, m, m]`, with the ridge."""
+    lengths: Tensor
+    """`[B, m]`, 1 for a zero row."""
+    empty: Tensor
+    """`[B, m]`: whether a row is zero."""
+    finite: Tensor
+    """`[B]`: whether a block's matrix is."""
+    ridge: float
+
+
+def correlations(gram: Tensor) -> Correlations:
+    """Scales a Gram matrix to a unit diagonal, so that tolerances are relative; made once for many solutions.
+
+    Args:
+        gram: `[B, m, m]`, from `gram`.
+    """
+    dtype = small_dtype(gram.device)
+    diagonal = gram.to(dtype).diagonal(dim1=-2, dim2=-1)
+    empty = diagonal <= 0
+    lengths = torch.where(empty, 1.0, diagonal).sqrt()
+    matrix = gram.to(dtype) / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2))
+    ridge = 1e-9 if dtype == torch.float64 else 1e-5
+    matrix.diagonal(dim1=-2, dim2=-1).add_(torch.where(empty, 1.0, ridge))
+    return Correlations(matrix, lengths, empty, matrix.isfinite().all(-1).all(-1), ridge)
+
+
+def cone_coefficients(
+    gram: Tensor | Correlations, products: Tensor, iterations: int = 32, start: Tensor | None = None
+) -> Tensor:
     """Coefficients `l >= 0` for which `D' = D - R^T l` is the update closest to `D` with `R D' <= 0`.
 
     They minimise `l^T G l / 2 - l^T p`, the dual problem (Lopez-Paz and Ranzato 2017, equation 11). On a CPU block
@@ -289,7 +322,7 @@ def cone_coefficients(gram: Tensor, products: Tensor, iterations: int = 32, star
     ridge treats rows that cancel to within float32 rounding as cancelling, which they are but for that rounding.)
 
     Args:
-        gram: `[B, m, m]`, `G = R R^T`, from `gram`.
+        gram: `[B, m, m]`, `G = R R^T`, from `gram`, or its `correlations`.
         products: `[B, m]`, `p = R D`.
         iterations: Interior-point iterations run on an accelerator, with nothing read back from it; a CPU stops as
             soon as all blocks have converged. Independent rows take 10 to 18, dependent ones up to 28.
@@ -299,22 +332,14 @@ def cone_coefficients(gram: Tensor, products: Tensor, iterations: int = 32, star
     Returns:
         `[B, m]`, float64; NaN for a block with input that is not finite, the other blocks being unharmed.
     """
-    dtype = small_dtype(gram.device)
-
-    # Unit diagonal and products of at most 1, so that tolerances are relative. NaN must stay NaN.
-    diagonal = gram.to(dtype).diagonal(dim1=-2, dim2=-1)
-    empty = diagonal <= 0
-    lengths = torch.where(empty, 1.0, diagonal).sqrt()
-    p = torch.where(empty, -torch.inf, products.to(dtype) / lengths)
+    h, lengths, empty, finite, ridge = gram if isinstance(gram, Correlations) else correlations(gram)
+    # Products of at most 1. NaN must stay NaN.
+    p = torch.where(empty, -torch.inf, products.to(h.dtype) / lengths)
     peak = torch.where(empty, 0.0, p).abs().amax(-1, keepdim=True)
     peak = torch.where(peak == 0, 1.0, peak)
     p = (p / peak).clamp(min=-1.0)
-    h = gram.to(dtype) / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2))
-    ridge = 1e-9 if dtype == torch.float64 else 1e-5
-    h = h + torch.diag_embed(torch.where(empty, 1.0, ridge))
-
     if p.device.type == "cpu":
-        x = _pivoted(h, p, ridge, p > 0 if start is None else start > 0, iterations)
+        x = _pivoted(h, p, ridge, finite, p > 0 if start is None else start > 0, iterations)
     else:
         x = _interior_point(h, p, ridge, iterations)
     return x * peak / lengths
@@ -324,9 +349,9 @@ _ROUNDS = 10
 """Of pivoting, before a block counts as cycling."""
 
 
-def _pivoted(h: Tensor, p: Tensor, ridge: float, passive: Tensor, iterations: int) -> Tensor:
+def _pivoted(h: Tensor, p: Tensor, ridge: float, finite: Tensor, passive: Tensor, iterations: int) -> Tensor:
     """Minimises `x^T h x / 2 - x^T p` over `x >= 0`, reading back after every round which blocks are left."""
-    finite = p.isfinite().all(-1) & h.isfinite().all(-1).all(-1)
+    finite = finite & p.isfinite().all(-1)
     x = torch.zeros_like(p).masked_fill_(~finite.unsqueeze(-1), torch.nan)
     left = ((p > 0).any(-1) & finite).nonzero()[:, 0]
     passive = passive[left]

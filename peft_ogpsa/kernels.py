@@ -315,7 +315,7 @@ class Launcher:
 
     Args:
         blocks (`Blocks`): The layout.
-        addresses (`list[list[int]]`): For each group those of its parameters.
+        addresses (`list[list[int]]`): For each group those of its pieces.
     """
 
     def __init__(self, blocks: Blocks, addresses: list[list[int]]) -> None:
@@ -326,13 +326,13 @@ class Launcher:
         self._owners = blocks.spread(torch.arange(blocks.count, device=device))
         # Chunks are numbered block by block, and within a block piece by piece.
         owners = torch.cat(self._owners).tolist()
-        chunks = [_chunks(group.numel) for group in blocks.groups for _ in group.names]
+        chunks = [_chunks(group.numel) for group in blocks.groups for _ in range(group.pieces)]
         positions, block_chunks, total = [0] * blocks.pieces, [0] * blocks.count, 0
         for piece in sorted(range(blocks.pieces), key=owners.__getitem__):
             positions[piece] = total
             total += chunks[piece]
             block_chunks[owners[piece]] += chunks[piece]
-        sizes = [len(group.names) for group in blocks.groups]
+        sizes = [group.pieces for group in blocks.groups]
         self._positions = torch.tensor(positions, dtype=torch.int32, device=device).split(sizes)
         self._offsets = torch.tensor([0, *accumulate(block_chunks)], dtype=torch.int32, device=device)
         self._chunks = total
@@ -365,14 +365,17 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
     """What launches the kernels over a subspace: the last one, while the parameters are where they were.
 
     Returns:
-        None where the kernels do not apply: to another constraint than the cone, to slices, to int8 rows, more than
-        `MOST_ROWS` or rows in the host's memory, and to parameters that are not plain contiguous float32 tensors, on
+        None where the kernels do not apply: to another constraint than the cone, to int8 rows, more than `MOST_ROWS`
+        or rows in the host's memory, and to parameters that are not plain contiguous float32 tensors, their slices on
         a multiple of 16 bytes, on one CUDA device.
     """
     blocks = subspace.blocks
-    if blocks.sharded or blocks.scope == "slice":
+    if blocks.sharded:
         return None
-    addresses = [[parameter.data_ptr() for parameter in group] for group in blocks.parameters]
+    addresses = [
+        [parameter.data_ptr() + 4 * group.numel * i for parameter in parameters for i in range(group.slices)]
+        for group, parameters in zip(blocks.groups, blocks.parameters, strict=True)
+    ]
     if last is not None and last.blocks is blocks and last.addresses == addresses:
         return last
     fits = (

@@ -16,7 +16,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rows_dtype": ("float32", "bfloat16", "int8"),
     "missing_reference": ("error", "warn", "ignore"),
 }
-_COUNTS = ("rows", "refresh_steps")
+_COUNTS = ("slices", "rows", "refresh_steps")
 _OPTIONAL_COUNTS = ("refresh_samples", "subspace_rank")
 _PAPER_REFRESH_STEPS = {"sft": 30, "dpo": 5}
 
@@ -48,9 +48,13 @@ class ProjectionConfig:
     scope: Literal["slice", "tensor", "module", "model"] = field(
         default="tensor",
         metadata={
-            "help": "The parameters projected together: a sixteenth of each LoRA matrix ('slice'), each matrix "
+            "help": "The parameters projected together: a slice of each LoRA matrix ('slice'), each matrix "
             "('tensor'), both matrices of a layer ('module'), or all of them ('model')."
         },
+    )
+    slices: int = field(
+        default=16,
+        metadata={"help": "With scope='slice': into how many equal slices each matrix is cut."},
     )
     rows: int = field(
         default=24,

@@ -233,7 +233,7 @@ class Projector:
 
     def _new_subspace(self, config: ProjectionConfig, capacity: int) -> Subspace:
         parameters, owners = self._trained()
-        blocks = Blocks(parameters, owners, config.scope)
+        blocks = Blocks(parameters, owners, config.scope, config.slices)
         linears = _linears_of(self._model)
         self._linears = [linears.get(id(parameter)) for parameter in blocks.flat_parameters()]
         return Subspace(
@@ -332,7 +332,7 @@ class Projector:
         for parameters of lower precision, their float32 copy are not counted.
         """
         config = self.config
-        blocks = Blocks(*self._trained(), config.scope)
+        blocks = Blocks(*self._trained(), config.scope, config.slices)
         rows = sets if config.rows_from == "set" else config.rows
         bases = 1 if config.constraint == "cone" else 2
         numels = [group.pieces * group.numel for group in blocks.groups]
@@ -591,7 +591,8 @@ class Projector:
         differing = sorted(
             f"{field}={value!r} (saved: {rest['config'].get(field)!r})"
             for field, value in config.ogpsa_dict().items()
-            if field in ("constraint", "scope", "rows_from", "rows_dtype") and rest["config"].get(field) != value
+            if field in ("constraint", "scope", "slices", "rows_from", "rows_dtype")
+            and rest["config"].get(field) != value
         )
         if differing:
             raise ValueError(

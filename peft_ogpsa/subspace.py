@@ -115,7 +115,7 @@ class Subspace:
         # decide the last bit.
         self.start = torch.zeros_like(self.norms)
         self.directions = self.rows
-        self._matrix = self.gram
+        self._matrix: Tensor | geometry.Correlations = geometry.correlations(self.gram)
 
     @property
     def filled(self) -> int:
@@ -226,6 +226,7 @@ class Subspace:
     def _solve(self) -> None:
         """Prepares what a projection needs from the rows and their Gram matrix."""
         if self.constraint == "cone":
+            self._matrix = geometry.correlations(self.gram)
             return
         self.directions = self.rows  # frees the old basis before the new one is made
         # An explicit basis keeps nearly parallel rows exact, where the Gram matrix alone would lose them.
@@ -286,6 +287,7 @@ class Subspace:
             coefficients = geometry.cone_coefficients(self._matrix, -products, start=self.start)
             self.start = coefficients
             return coefficients, geometry.lengths_squared(self.gram, coefficients)
+        assert isinstance(self._matrix, Tensor)
         coefficients = -geometry.orthogonal_coefficients(self._matrix, products)
         return coefficients, -(coefficients * products).sum(-1)  # Q^T Q v is as long as its inner product with v says
 

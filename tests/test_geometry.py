@@ -231,6 +231,7 @@ def test_large_degenerate_cones_converge(kind, shape):
     length = vectors.double().norm(dim=-1, keepdim=True)
     assert (slopes <= 1e-6 * length).all()
     assert torch.equal(coefficients, geometry.cone_coefficients(gram, products, iterations=100))
+    assert torch.equal(coefficients, geometry.cone_coefficients(geometry.correlations(gram), products))
 
 
 @pytest.mark.parametrize("angle", [1e-2, 1e-3])

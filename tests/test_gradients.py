@@ -44,8 +44,9 @@ def raw_rows(model) -> list[list[torch.Tensor]]:
         rows * norms.unsqueeze(-1).to(rows.dtype)
         for rows, norms in zip(subspace.rows, subspace.blocks.spread(subspace.norms), strict=True)
     ]
-    views = dict(zip(subspace.blocks.names(), subspace.blocks.views(scaled), strict=True))
-    return [[view[i] for view in views.values()] for i in range(subspace.filled)]
+    shapes = [parameter.shape for parameter in subspace.blocks.flat_parameters()]
+    views = [view.reshape(-1, *shape) for view, shape in zip(subspace.blocks.views(scaled), shapes, strict=True)]
+    return [[view[i] for view in views] for i in range(subspace.filled)]
 
 
 def one_at_a_time(model, examples, loss=answer_loss) -> list[list[torch.Tensor]]:
@@ -64,7 +65,7 @@ def assert_rows_equal(got, expected, tolerance=1e-5):
             assert (g - e).norm() <= tolerance * e.norm()
 
 
-@pytest.mark.parametrize("scope", ["tensor", "module", "model"])
+@pytest.mark.parametrize("scope", ["slice", "tensor", "module", "model"])
 def test_rows_of_a_padded_batch(scope):
     model = model_with_random_adapter(scope=scope, lora_dropout=0.5)
     model.train()

@@ -242,11 +242,11 @@ def trained(model, kernels_on: bool, moved: bool = False) -> tuple[list[float], 
 
 @runs
 @pytest.mark.parametrize("rows_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scope", ["tensor", "module", "model"])
+@pytest.mark.parametrize("scope", ["slice", "tensor", "module", "model"])
 def test_steps_are_those_of_torch(device, scope, rows_dtype, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 64)  # so that these small parameters have several chunks and tiles
     monkeypatch.setattr(kernels, "_TILE", 256)
-    knobs = {"scope": scope, "rows_dtype": rows_dtype, "target_modules": ["q_proj", "down_proj"]}
+    knobs = {"scope": scope, "slices": 2, "rows_dtype": rows_dtype, "target_modules": ["q_proj", "down_proj"]}
     _, expected, share = trained(ogpsa_model(**knobs).to(device), False)
     violations, found, own_share = trained(ogpsa_model(**knobs).to(device), True)
     assert max(violations) <= 1e-5

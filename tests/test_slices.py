@@ -1,4 +1,4 @@
-"""Scope `slice`: each sixteenth of a matrix is a block of its own."""
+"""Scope `slice`: each slice of a matrix is a block of its own."""
 
 import pytest
 import torch
@@ -7,8 +7,7 @@ from peft import get_peft_model
 from test_projector import ogpsa_model
 
 from peft_ogpsa import OGPSAConfig
-from peft_ogpsa.blocks import SLICES, Blocks
-from peft_ogpsa.kernels import launcher
+from peft_ogpsa.blocks import Blocks
 from peft_ogpsa.reference import answer_loss
 from peft_ogpsa.subspace import Subspace
 
@@ -80,9 +79,20 @@ def test_slices_are_projected_as_parameters_of_their_own(dtype, constraint):
         assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(("slices", "odd"), [(1, 1), (4, 3), (16, 15)])
+def test_number_of_slices(slices, odd):
+    layout = Blocks(parameters(), dict.fromkeys(SHAPES, ""), "slice", slices)
+    counts = {name: group.slices for group in layout.groups for name in group.names}
+    assert (counts["a"], counts["odd"], counts["prime"]) == (slices, odd, 1)
+    config = OGPSAConfig(r=4, target_modules=["q_proj"], scope="slice", slices=slices)
+    model = get_peft_model(tiny_llama(), config)
+    ids = tokens()
+    model.projector.refresh({"kept": [{"input_ids": ids}]}, lambda m, b: m(input_ids=b["input_ids"]).logits.mean())
+    assert {group.slices for group in model.projector.subspace.blocks.groups} == {slices}
+
+
 def test_layout():
     layout = Blocks(parameters(), dict.fromkeys(SHAPES, ""), "slice")
-    assert SLICES == 16
     assert {name: group.slices for group in layout.groups for name in group.names} == COUNTS
     stack = layout.stack()
     for name, view in zip(layout.names(), layout.views(stack), strict=True):
@@ -123,8 +133,8 @@ def test_no_slice_of_an_update_raises_a_reference_loss(rows_dtype, weight):
         tolerance = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}[rows_dtype]
         for gradient in gradients:
             for old, new, g in zip(before, own, gradient, strict=True):
-                change = (new.detach() - old).double().reshape(SLICES, -1)
-                g = g.double().reshape(SLICES, -1)
+                change = (new.detach() - old).double().reshape(16, -1)
+                g = g.double().reshape(16, -1)
                 rise = (change * g).sum(1)
                 assert (rise <= tolerance * change.norm(dim=1) * g.norm(dim=1) + 1e-12).all()
 
@@ -142,16 +152,9 @@ def test_gradient_projection_in_slices():
     answer_loss(model, other).backward()
     torch.optim.SGD(own, lr=0.0).step()
     for parameter, g in zip(own, reference, strict=True):
-        left = (parameter.grad.reshape(SLICES, -1) * g.reshape(SLICES, -1)).sum(1)
-        bound = 1e-5 * parameter.grad.reshape(SLICES, -1).norm(dim=1) * g.reshape(SLICES, -1).norm(dim=1)
+        left = (parameter.grad.reshape(16, -1) * g.reshape(16, -1)).sum(1)
+        bound = 1e-5 * parameter.grad.reshape(16, -1).norm(dim=1) * g.reshape(16, -1).norm(dim=1)
         assert (left.abs() <= bound + 1e-9).all()
-
-
-def test_kernels_leave_slices_to_torch():
-    model = get_peft_model(tiny_llama(), OGPSAConfig(r=4, target_modules=["q_proj"], scope="slice"))
-    ids = tokens()
-    model.projector.refresh({"kept": [{"input_ids": ids}]}, lambda m, b: m(input_ids=b["input_ids"]).logits.mean())
-    assert launcher(model.projector.subspace, None) is None
 
 
 def test_memory_counts_every_slice():

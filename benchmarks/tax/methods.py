@@ -87,6 +87,8 @@ METHODS: dict[str, Method] = {
     "cone of KL, weight 1": cone(loss="kl", reference_weight=1.0),
     "cone of KL, weight 5": cone(loss="kl", reference_weight=5.0),
     "cone of KL, slices": cone(loss="kl", scope="slice"),
+    "cone of KL, 64 slices": cone(loss="kl", scope="slice", slices=64),
+    "cone of KL, 64 slices, weight 5": cone(loss="kl", scope="slice", slices=64, reference_weight=5.0),
     "cone of KL, slices, weight 5": cone(loss="kl", scope="slice", reference_weight=5.0),
     "cone of KL, weight 20": cone(loss="kl", reference_weight=20.0),
     "plain, contrast": Method(contrast=0.2),
