@@ -78,6 +78,8 @@ METHODS: dict[str, Method] = {
     "cone, weight 1": cone(reference_weight=1.0),
     "cone, weight 3": cone(reference_weight=3.0),
     "cone, given answers, weight 1": cone("given", reference_weight=1.0),
+    "cone, slices, given answers, weight 1": cone("given", scope="slice", reference_weight=1.0),
+    "cone, slices, given answers, weight 5": cone("given", scope="slice", reference_weight=5.0),
     "replay 1, given answers": Method(answers="given", replay=1.0),
     "replay 1": Method(replay=1.0),
     "replay 3": Method(replay=3.0),
