@@ -45,9 +45,12 @@ class Method:
         return self.paper or self.knobs is not None or self.replay > 0
 
 
+BARE: dict[str, Any] = {"scope": "tensor", "reference_weight": 0.0}
+
+
 def cone(answers: str = "own", loss: str = "answer", contrast: float = 0.0, **knobs: Any) -> Method:
-    """The cone on the update, and settings of its own."""
-    return Method(knobs, answers=answers, loss=loss, contrast=contrast)
+    """The cone on the update of each tensor, and settings of its own, whatever the defaults are."""
+    return Method(BARE | knobs, answers=answers, loss=loss, contrast=contrast)
 
 
 WHOLE: dict[str, Method] = {
@@ -56,9 +59,9 @@ WHOLE: dict[str, Method] = {
     "paper, weight 1": Method(
         {"rows": 4, "rows_dtype": "bfloat16", "reference_weight": 1.0}, paper=True, answers="given", whole=True
     ),
-    "cone": Method({"rows": 8, "rows_dtype": "bfloat16"}, answers="given", whole=True),
+    "cone": Method(BARE | {"rows": 8, "rows_dtype": "bfloat16"}, answers="given", whole=True),
     "cone, weight 1": Method(
-        {"rows": 8, "rows_dtype": "bfloat16", "reference_weight": 1.0}, answers="given", whole=True
+        BARE | {"rows": 8, "rows_dtype": "bfloat16", "reference_weight": 1.0}, answers="given", whole=True
     ),
 }
 """Of all weights, as the paper trains. A reference weight with the paper's rule is what its published code does under
@@ -72,7 +75,7 @@ METHODS: dict[str, Method] = {
     "plain, half the learning rate": Method(learning_rate=0.5),
     "paper": Method(paper=True, knobs={"rows": 4}, answers="given"),
     "paper, own answers": Method(paper=True, knobs={"rows": 4}),
-    "orthogonal": Method({"constraint": "orthogonal"}),
+    "orthogonal": Method(BARE | {"constraint": "orthogonal"}),
     "cone, given answers": cone("given"),
     "cone": cone(),
     "cone, weight 1": cone(reference_weight=1.0),
@@ -111,7 +114,7 @@ METHODS: dict[str, Method] = {
     "A-GEM": cone(projection="gradient", scope="model", rows_from="batch", rows=1),
     "SGD, plain": Method(**SGD),
     "SGD, paper": Method(paper=True, knobs={"rows": 4}, answers="given", **SGD),
-    "SGD, cone": Method({}, **SGD),
+    "SGD, cone": Method(BARE, **SGD),
     "SGD, replay 1": Method(replay=1.0, **SGD),
     "OSF": Method(osf=True, learning_rate=0.2),
 }
