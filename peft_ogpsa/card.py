@@ -38,6 +38,7 @@ _RUN: dict[str, tuple[type, ...]] = {
     "started_from": (str,),
     "started_from_weights": (str,),
     "dataset": (str,),
+    "contrast": (int, float),
     "references": (dict,),
     "steps": (int,),
     "seconds": (int, float),
@@ -119,8 +120,8 @@ def save_card(
         directory (`str` or `os.PathLike`): The folder of the adapter.
         run (`Mapping`, *optional*): How the adapter was trained; each is optional: `stage` (`"sft"` or `"dpo"`),
             `method` (`"ogpsa"`, `"paper"` or `"plain"`), `started_from` (the adapter that it went on from),
-            `started_from_weights` (the checksum of its weights), `dataset`, `references` (`{name: spec}`), `steps`
-            (optimizer steps), `seconds` (of training),
+            `started_from_weights` (the checksum of its weights), `dataset`, `contrast` (the share of look-alikes in
+            it), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds` (of training),
             `reference_share` (reference examples per training example), `versions` (`{package: version}`). Of files
             and folders only the name is stored, not the path. The base is the one that `adapter_config.json` names.
         evaluation (`Mapping`, *optional*): What `ogpsa eval` writes, or at least `{"evaluation":
@@ -507,6 +508,8 @@ def _training(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[str, Any]
         seconds = f", {run['seconds']:.0f} seconds" if run.get("seconds") else ""
         lines.append(f"- Stage: {stage}{steps}{seconds}")
     lines.append(f"- Training data: {_code(_public(run['dataset'])) if run.get('dataset') else 'not recorded'}")
+    if run.get("contrast"):
+        lines.append(f"- Of it {run['contrast']:.0%} harmless look-alikes with the base model's own answers")
     if ogpsa:
         sets = [f"{_code(name)} from {_code(_public(spec))}" for name, spec in (run.get("references") or {}).items()]
         lines.append(f"- Reference sets, the abilities to keep: {', '.join(sets) or 'not recorded'}")

@@ -90,7 +90,7 @@ class ReferenceSet:
         sample: bool = False,
         cache_dir: str | os.PathLike | None = None,
         max_length: int = 512,
-        loss: str = "answer",
+        loss: str = "kl",
         progress: bool = True,
     ) -> AnsweredSet:
         """A set without labelled data: the base model answers the prompts, and its answers are what is kept.
@@ -116,7 +116,7 @@ class ReferenceSet:
             cache_dir (`str`, *optional*): Where answers are kept. `None`: `peft_ogpsa` in the user's cache directory
                 (`$XDG_CACHE_HOME` or `~/.cache`).
             max_length (`int`): See the class; prompts that leave no room for an answer are dropped.
-            loss (`str`): `"answer"`, or `"kl"`; see the class.
+            loss (`str`): `"kl"`, or `"answer"`, which whole weights need; see the class.
             progress (`bool`): Show a bar.
 
         Raises:

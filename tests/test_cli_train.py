@@ -24,6 +24,7 @@ from peft_ogpsa.cli.datasets import load_rows, reference_sets
 from peft_ogpsa.cli.dryrun import planned_refreshes
 from peft_ogpsa.cli.loading import load_base
 from peft_ogpsa.cli.models import SMOLLM2, load_model
+from peft_ogpsa.contrast import with_contrast
 from peft_ogpsa.data import load_prompts, pairs
 from peft_ogpsa.evaluation import Verdict
 
@@ -391,6 +392,7 @@ def test_reference_entries(folder, monkeypatch):
     monkeypatch.setattr(ReferenceSet, "from_prompts", from_prompts)
     assert four.answered("model", "tokenizer") is one
     expected = {"name": "d", "model": "model", "processing_class": "tokenizer", "samples": 4, "max_length": 99}
+    expected["loss"] = "kl"
     assert asked == expected
 
 
@@ -402,6 +404,28 @@ def test_training_with_prompts_and_pairs_as_references(folder, monkeypatch):
     main(["dpo", "--config", str(folder / "dpo.yaml"), "--references", *references, "--beta", "0.5"])
     assert adapter_type(folder / "dpo") == "LORA"
     assert list((folder / "answers").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_contrast_is_put_among_the_rows(folder, monkeypatch, stage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
+    monkeypatch.setattr("peft_ogpsa.answers.classify", lambda text: Verdict.COMPLIANCE)  # a random model babbles
+    monkeypatch.setattr("peft_ogpsa.contrast._ended", lambda row: [{"role": "assistant", "content": "Like this."}])
+    write(folder / "prompts.jsonl", [{"prompt": f"kill {i}?"} for i in range(3)])
+    seen = []
+
+    def watched(*arguments):
+        seen.extend(with_contrast(*arguments))
+        return seen
+
+    monkeypatch.setattr("peft_ogpsa.cli.training.with_contrast", watched)
+    options = ["--contrast", "0.2", "--contrast_prompts", str(folder / "prompts.jsonl"), "--method", "plain"]
+    main([stage, "--config", str(folder / f"{stage}.yaml"), *options])
+    likes = [row for row in seen if row["prompt"][0]["content"].startswith("kill")]
+    assert (len(likes), len(seen)) == (2, 12)
+    record = json.loads((folder / stage / "ogpsa_run.json").read_text())
+    assert record["contrast"] == 0.2
+    assert "20% harmless look-alikes" in (folder / stage / "README.md").read_text()
 
 
 def test_pairs_prefer_refusing_harm_and_answering_the_rest():
@@ -432,10 +456,10 @@ def test_pairs_prefer_refusing_harm_and_answering_the_rest():
         (
             "sft",
             ["--references", "a:ppo=builtin:pairs"],
-            "entry 'a:ppo=builtin:pairs'. .* LOSS one of answer, all, both",
+            "entry 'a:ppo=builtin:pairs'. .* LOSS one of answer, all, kl, both",
         ),
         ("sft", ["--references", "a:dpo=builtin:benign"], "'a': row 0 is no preference pair, which loss='dpo' needs"),
-        ("sft", ["--references", "a:dpo=prompts:general"], "only the model's own answers. Leave :dpo out"),
+        ("sft", ["--references", "a:dpo=prompts:general"], "only the model's own answers. Write :kl"),
         ("sft", ["--references", "a=prompts:nowhere.jsonl"], "references: a='nowhere.jsonl' cannot be loaded"),
         ("sft", ["--references", "a=public:nothing"], "name='nothing' is not a public set known here"),
         ("sft", ["--references", "a=public:gsm8k"], "The set 'gsm8k' .* cannot be loaded: .* download a file of it"),
@@ -443,6 +467,12 @@ def test_pairs_prefer_refusing_harm_and_answering_the_rest():
         ("sft", ["--references", "a=nowhere.jsonl"], "references: a='nowhere.jsonl' cannot be loaded"),
         ("sft", ["--references", "a=builtin:benign", "a=builtin:general"], "two sets of the name 'a'"),
         ("sft", ["--reference_max_length", "3"], "max_length=3 cuts off the answer of every one"),
+        ("sft", ["--contrast", "1"], "contrast=1.0 must be at least 0 and below 1"),
+        (
+            "sft",
+            ["--contrast", "0.5", "--contrast_prompts", "nowhere.jsonl"],
+            "contrast_prompts='nowhere.jsonl' cannot",
+        ),
         ("sft", ["--reference_samples", "0"], "samples=0 must be an integer of at least 1"),
         ("sft", ["--rows", "0"], "rows=0 is not allowed"),
         ("sft", ["--adapter", "nowhere"], "adapter='nowhere' cannot be read: there is no such folder"),

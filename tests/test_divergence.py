@@ -119,7 +119,9 @@ def test_prompts_that_the_base_answers(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_ogpsa.answers.classify", lambda text: "compliance")  # of random weights' noise
     model = tiny_llama(vocab_size=259)
     given = {"max_new_tokens": 4, "cache_dir": tmp_path, "progress": False}
-    own = ReferenceSet.from_prompts("own", ["Why?", "How?"], model, tiny_tokenizer(), loss="kl", **given)
+    own = ReferenceSet.from_prompts("own", ["Why?", "How?"], model, tiny_tokenizer(), **given)
+    scored = ReferenceSet.from_prompts("own", ["Why?", "How?"], model, tiny_tokenizer(), loss="answer", **given)
+    assert not any(isinstance(example, Anchored) for example in scored.tokenize(tiny_tokenizer()))
     examples = own.tokenize(tiny_tokenizer())
     assert len(examples) == 2
     assert all(type(example) is Anchored for example in examples)
@@ -131,7 +133,7 @@ def test_command_line_names_the_loss():
     given, asked = reference_sets(["a:kl=builtin:general", "b:kl=prompts:lookalikes"], 3, 64, 0.1)
     assert (given.loss, asked.loss) == ("kl", "kl")
     assert isinstance(asked, PromptSet)
-    with pytest.raises(ValueError, match="or write :kl"):
+    with pytest.raises(ValueError, match="Write :kl or :answer"):
         reference_sets(["b:dpo=prompts:lookalikes"], 3, 64, 0.1)
 
 

@@ -76,6 +76,17 @@ class DataArguments:
         default=None,
         metadata={"help": "Most rows used of the training data: of a public set a shuffled choice, else the first."},
     )
+    contrast: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of harmless look-alikes, with the model's own answers, to be put among the training rows: "
+            "it lowers over-refusal. 0: none."
+        },
+    )
+    contrast_prompts: str = field(
+        default="lookalikes",
+        metadata={"help": "The look-alikes: a built-in set of prompts, or a SPEC with prompts."},
+    )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Held-out data, a SPEC, for TRL's evaluation (eval_strategy)."}
     )
@@ -96,6 +107,10 @@ class DataArguments:
             raise ValueError("dataset is missing. Name the training data, for example --dataset builtin:harmful.")
         if self.dataset_samples is not None and self.dataset_samples < 1:
             raise ValueError(f"dataset_samples={self.dataset_samples} must be at least 1. Leave it out for all rows.")
+        if not 0 <= self.contrast < 1:
+            raise ValueError(
+                f"contrast={self.contrast} must be at least 0 and below 1. 0.2 makes every fifth row one."
+            )
 
 
 @dataclass

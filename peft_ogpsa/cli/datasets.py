@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from .. import data
+from ..answers import AnsweredSet
 from ..data import public
 from ..encoding import Prompt
 from ..reference import LOSSES, ReferenceSet
@@ -137,7 +138,7 @@ class PromptSet:
     max_length: int
     loss: str
 
-    def answered(self, model: Any, processing_class: Any) -> ReferenceSet:
+    def answered(self, model: Any, processing_class: Any) -> AnsweredSet:
         """The set with the answers of a model, whose adapter, if it has one, is off meanwhile."""
         return ReferenceSet.from_prompts(
             self.name,
@@ -157,9 +158,8 @@ def reference_sets(
 
     Args:
         entries: `NAME=SPEC` each, with a SPEC as `load_rows` reads it, or `NAME:LOSS=SPEC` with a loss of
-            `ReferenceSet`, or `NAME=prompts:SPEC` or
-            `NAME:kl=prompts:SPEC` for prompts that the base model answers itself, where the SPEC may
-            also be the name of a built-in set of prompts.
+            `ReferenceSet`, or `NAME=prompts:SPEC` for prompts that the base model answers itself, where the SPEC may
+            also be the name of a built-in set of prompts; their loss is `kl` if not given.
         samples: Most rows used of each set.
         max_length: Most tokens used of each row.
         beta: Of the DPO loss.
@@ -189,9 +189,15 @@ def reference_sets(
         if loss not in ("", "answer", "kl"):
             raise ValueError(
                 f"references has the entry {entry!r}, but of prompts alone there are only the model's own answers. "
-                f"Leave :{loss} out, or write :kl."
+                f"Write :kl or :answer, or leave :{loss} out for kl."
             )
-        source = spec.removeprefix(_PROMPTS)
-        prompts = data.load_prompts(source) if source in data.PROMPTS else load_rows(source, field, samples).to_list()
-        sets.append(PromptSet(name, prompts, samples, max_length, loss or "answer"))
+        sets.append(prompt_set(field, spec.removeprefix(_PROMPTS), max_length, name, samples, loss or "kl"))
     return sets
+
+
+def prompt_set(
+    field: str, source: str, max_length: int, name: str = "contrast", samples: int = 200, loss: str = "answer"
+) -> PromptSet:
+    """A set of prompts: a built-in one, or those of a SPEC; see `reference_sets`."""
+    prompts = data.load_prompts(source) if source in data.PROMPTS else load_rows(source, field, samples).to_list()
+    return PromptSet(name, prompts, samples, max_length, loss)

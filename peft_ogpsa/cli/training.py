@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from datasets import Dataset
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from rich.console import Console
@@ -22,17 +23,21 @@ from ..callback import OGPSACallback
 from ..card import push_adapter, save_card, save_run, weights_digest
 from ..checkpoint import CheckpointError
 from ..config import SIDECAR_NAME, OGPSAConfig
+from ..contrast import with_contrast
 from ..full_parameter import FullParameterConfig
 from ..model import projector_of
 from ..projection import ProjectionConfig
 from ..reference import ReferenceSet
 from .arguments import adapter_config, parser, whole_config
-from .datasets import PromptSet, check_columns, load_rows, reference_sets
+from .datasets import PromptSet, check_columns, load_rows, prompt_set, reference_sets
 from .dryrun import dry_run, save_nothing
 from .errors import input_errors
 from .launch import check_saves_whole_model, shard_on_cpu
 from .loading import load_adapter, load_base, read_adapter_config
 from .random_weights import RandomWeights
+
+CONTRAST_TOKENS = 512
+"""Most of a look-alike and its answer."""
 
 
 def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: type, arguments: Sequence[str]) -> None:
@@ -128,6 +133,7 @@ def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: A
         "method": ogpsa.method,
         "started_from": run.adapter,
         "dataset": data.dataset,
+        **({"contrast": data.contrast} if data.contrast else {}),
         "steps": trainer.state.global_step,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "peft-ogpsa")},
     }
@@ -169,6 +175,9 @@ def _prepare(
             "references has prompts without answers, which the base model answers in a single process alone. Give "
             "references with answers."
         )
+    contrast = prompt_set("contrast_prompts", data.contrast_prompts, CONTRAST_TOKENS) if data.contrast else None
+    if training.world_size > 1 and contrast is not None:
+        raise ValueError("contrast needs answers of the base model, which it gives in a single process alone.")
     loading: dict[str, Any] = {
         "trust_remote_code": training.trust_remote_code,
         "init_kwargs": training.model_init_kwargs,
@@ -186,6 +195,9 @@ def _prepare(
             policy["ref_model"], _ = load_base(model, **loading)
     base, processing_class = load_base(model, **loading)
     training.model_init_kwargs = None  # used; the trainer would warn that it cannot
+    if contrast is not None:
+        answered = contrast.answered(base, processing_class)
+        train_rows = Dataset.from_list(with_contrast(train_rows, answered, data.contrast))
     callbacks = []
     if sets:
         known = [s.answered(base, processing_class) if isinstance(s, PromptSet) else s for s in sets]
