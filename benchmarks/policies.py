@@ -56,7 +56,7 @@ class Policy:
 
 def cone(threshold: float | None = None, **knobs: Any) -> Policy:
     """The cone on the update, with 48 rows and settings of its own."""
-    return Policy(lambda: OGPSAConfig(**{**LORA, "rows": 48, **knobs}), threshold=threshold)
+    return Policy(lambda: OGPSAConfig(**{**LORA, "rows": 48, "reference_weight": 0.0, **knobs}), threshold=threshold)
 
 
 # "4/5" is 4 reference examples every 5 steps. All are at 10 % of the training examples, as far as whole examples

@@ -26,7 +26,10 @@ class ScriptArguments:
     model_name_or_path: str = field(
         default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Instruct model to train."}
     )
-    reference_weight: float = field(default=0.0, metadata={"help": "Replay of the reference examples; 0 is none."})
+    reference_weight: float = field(
+        default=OGPSAConfig.reference_weight,
+        metadata={"help": "How much of the reference gradient is added; 0: none."},
+    )
 
 
 def main() -> None:

@@ -464,7 +464,9 @@ def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[st
     if settings["projection"] == "gradient":
         lines.append("- The step that an optimizer such as AdamW makes of a projected gradient is not itself bound.")
     if weight := settings["reference_weight"]:
-        lines.append(f"- Replay: {weight:g} times the mean fresh reference gradient was added after each refresh.")
+        lines.append(
+            f"- Reference weight: {weight:g} times the mean fresh reference gradient was added after each refresh."
+        )
     if settings["missing_reference"] != "error":
         lines.append(
             f"- `missing_reference={settings['missing_reference']}`: had no references been given, the training would "

@@ -53,7 +53,9 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             of examples at each refresh, at least one. `None` uses all of every set, as the paper does.
         refresh_samples (`int`, *optional*): So many examples at a refresh, over all sets, instead of a budget.
         reference_weight (`float`): On steps that refreshed, add this much of the mean fresh reference gradient to the
-            training gradient, with `projection="gradient"` after its projection. This is replay, and 0 means none.
+            training gradient, with `projection="gradient"` after its projection. At 5, and 5 `refresh_steps`, a
+            reference gradient counts as much as a training gradient. Of references with given answers this is replay
+            (1 lets safety be learnt faster), of those with `loss="kl"` a pull to the base. 0 means none.
         missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`,
             or `"ignore"`, which trains plain LoRA silently.
 

@@ -43,7 +43,7 @@ class FullParameterConfig(ProjectionConfig):
         refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next, and once more after the first.
         reference_budget (`float`, *optional*): See [`OGPSAConfig`].
         refresh_samples (`int`, *optional*): See [`OGPSAConfig`].
-        reference_weight (`float`): See [`OGPSAConfig`].
+        reference_weight (`float`): See [`OGPSAConfig`]; none by default.
         missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`,
             or `"ignore"`, which trains without projection silently.
         exclude (`Sequence[str]`): Modules whose parameters are trained but not projected, and of which no rows are
@@ -60,6 +60,10 @@ class FullParameterConfig(ProjectionConfig):
     rows_from: Literal["example", "batch", "set"] = field(
         default="batch",
         metadata={"help": "What one row is the gradient of: an 'example', a 'batch', or the mean over a 'set'."},
+    )
+    reference_weight: float = field(
+        default=0.0,
+        metadata={"help": "How much of the mean fresh reference gradient is added to the training gradient (replay)."},
     )
     exclude: Sequence[str] = field(
         default=(),

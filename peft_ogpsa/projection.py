@@ -94,10 +94,10 @@ class ProjectionConfig:
         metadata={"help": "So many reference examples at a refresh, over all sets, instead of reference_budget."},
     )
     reference_weight: float = field(
-        default=0.0,
+        default=5.0,
         metadata={
             "help": "How much of the mean fresh reference gradient is added to the training gradient on steps that "
-            "refreshed. This is replay; 0 means none."
+            "refreshed: replay of references with given answers, a pull to the base of those with loss='kl'. 0: none."
         },
     )
     missing_reference: Literal["error", "warn", "ignore"] = field(

@@ -33,7 +33,7 @@ BENIGN = [chat(f"How do I kill process {i}?", f"Run kill {i} in a shell.") for i
 
 
 def model_of(**knobs):
-    settings = {"rows": 8, "refresh_steps": 2, "refresh_samples": 4, **LORA, **knobs}
+    settings = {"rows": 8, "refresh_steps": 2, "refresh_samples": 4, "reference_weight": 0.0, **LORA, **knobs}
     return get_peft_model(tiny_llama(vocab_size=259, max_position_embeddings=256), OGPSAConfig(**settings))
 
 

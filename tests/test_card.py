@@ -149,7 +149,9 @@ METHODS = {
         ["a variant of the paper's", "no reference loss changes", "Only their 11 leading", "held in bfloat16"],
     ),
     "cone-gradient": (OGPSAConfig(projection="gradient", **LORA), ["whose descent raises", "is not itself bound"]),
-    "replay": (OGPSAConfig(reference_weight=0.25, **LORA), ["Replay: 0.25 times"]),
+    "weight": (OGPSAConfig(reference_weight=0.25, **LORA), ["Reference weight: 0.25 times"]),
+    "no-weight": (OGPSAConfig(reference_weight=0.0, **LORA), ["no reference loss rises"]),
+    "slices": (OGPSAConfig(scope="slice", slices=8, **LORA), ["each of 8 slices of a LoRA matrix by itself"]),
     "optional": (OGPSAConfig(missing_reference="ignore", **LORA), ["would have been plain LoRA"]),
     "module": (OGPSAConfig(scope="module", rows_from="batch", **LORA), ["both matrices of a layer", "of one batch"]),
     "plain": (LoraConfig(**LORA), ["Plain LoRA as far as the folder tells"]),
@@ -167,7 +169,7 @@ def test_the_method_is_told_in_words(name, tmp_path):
     assert ("Reference sets" in text) == (name != "plain")
     assert ("ogpsa" in ModelCard(text).data.tags) == (name != "plain")
     assert ("is not itself bound" in text) == (getattr(config, "projection", None) == "gradient")
-    assert ("Replay" in text) == (name == "replay")
+    assert ("Reference weight" in text) == (name not in ("plain", "no-weight") and not name.startswith("paper"))
 
 
 def test_the_citation_is_the_readmes():

@@ -30,7 +30,7 @@ DEFAULTS = {
     "refresh_steps": 5,
     "reference_budget": 0.1,
     "refresh_samples": None,
-    "reference_weight": 0.0,
+    "reference_weight": 5.0,
     "missing_reference": "error",
 }
 

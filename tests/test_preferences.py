@@ -154,7 +154,7 @@ def test_reference_policy_is_the_ref_adapter_or_else_the_base():
 @pytest.mark.parametrize("given", ["base and config", "trained adapter"])
 def test_dpo_trainer_with_the_dpo_loss_as_reference(tmp_path, given):
     base = tiny_llama(vocab_size=259, max_position_embeddings=256)
-    config = OGPSAConfig(rows=8, refresh_steps=2, refresh_samples=4, **LORA)
+    config = OGPSAConfig(rows=8, refresh_steps=2, refresh_samples=4, reference_weight=0.0, **LORA)
     trained = given == "trained adapter"
     model = randomize(get_peft_model(base, config)) if trained else base
     start = copy.deepcopy(model)  # not later: TRL replaces `forward`, and a copy would run the original

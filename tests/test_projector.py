@@ -444,7 +444,7 @@ def test_frozen_matrices_are_not_projected():
 
 def test_only_the_adapter_in_training_is_touched():
     model = ogpsa_model()
-    model.add_adapter("other", OGPSAConfig(rows=8, **LORA))
+    model.add_adapter("other", OGPSAConfig(rows=8, reference_weight=0.0, **LORA))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     other = {n: p.detach().clone() for n, p in model.named_parameters() if ".other." in n}
     assert max(step_violations(model, optimizer)) <= TOLERANCE
@@ -475,7 +475,7 @@ def test_trained_parameters_other_than_lora_matrices_step_as_ever():
 def test_unloaded_adapter_leaves_its_successor_alone():
     first = ogpsa_model()
     list(step_violations(first, torch.optim.AdamW(first.parameters(), lr=1e-2), steps=1))
-    second = get_peft_model(first.unload(), OGPSAConfig(rows=8, refresh_steps=2, **LORA))
+    second = get_peft_model(first.unload(), OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA))
     assert max(step_violations(second, torch.optim.AdamW(second.parameters(), lr=1e-2))) <= TOLERANCE
     third = get_peft_model(second.unload(), LoraConfig(**LORA))
     optimizer = torch.optim.AdamW(third.parameters(), lr=1e-2)
@@ -485,7 +485,7 @@ def test_unloaded_adapter_leaves_its_successor_alone():
 
 def test_injected_adapter_is_projected():
     model = tiny_llama()
-    model.add_adapter(OGPSAConfig(rows=8, **{**LORA, "task_type": None}))
+    model.add_adapter(OGPSAConfig(rows=8, reference_weight=0.0, **{**LORA, "task_type": None}))
     projector = projector_of(model)
     optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
     loss_of(model, batch(0)).backward()
@@ -509,7 +509,9 @@ def test_embeddings_and_convolutions():
         def forward(self, ids):
             return self.head(self.conv(self.embed(ids).mT).mT).mean(1)
 
-    model = get_peft_model(Net(), OGPSAConfig(r=3, target_modules=["embed", "conv", "head"], rows=8))
+    model = get_peft_model(
+        Net(), OGPSAConfig(r=3, target_modules=["embed", "conv", "head"], rows=8, reference_weight=0.0)
+    )
     for parameter in parameters_of(model):
         torch.nn.init.normal_(parameter.data, std=0.1)
 

@@ -47,7 +47,9 @@ def prepared(folder, dtype=torch.bfloat16, **options):
 
 
 def config_of(**knobs):
-    return OGPSAConfig(**{"rows": 8, "refresh_steps": 2, "refresh_samples": 4, **LORA, **knobs})
+    return OGPSAConfig(
+        **{"rows": 8, "refresh_steps": 2, "refresh_samples": 4, "reference_weight": 0.0, **LORA, **knobs}
+    )
 
 
 def trainer_of(stage, model, folder, *, ogpsa=True, peft_config=None, callbacks=(), **options):

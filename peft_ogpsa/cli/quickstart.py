@@ -52,7 +52,7 @@ METHODS: dict[str, Callable[[], LoraConfig]] = {
     "plain": lambda: LoraConfig(**_LORA),
     "paper": lambda: OGPSAConfig.paper("sft", **_LORA),
     "ogpsa": lambda: OGPSAConfig(**_LORA),
-    "ogpsa+weight": lambda: OGPSAConfig(reference_weight=1.0, **_LORA),
+    "projection": lambda: OGPSAConfig(reference_weight=0.0, **_LORA),
 }
 
 
