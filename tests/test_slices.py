@@ -164,3 +164,9 @@ def test_memory_counts_every_slice():
         for scope in ("slice", "tensor")
     }
     assert by["slice"] == by["tensor"]
+
+
+def test_shards_are_refused(monkeypatch):
+    monkeypatch.setattr("peft_ogpsa.blocks.processes.are_sharded", lambda parameters: True)
+    with pytest.raises(ValueError, match="scope='slice' is not allowed where parameters are sharded"):
+        Blocks(parameters(), dict.fromkeys(SHAPES, ""), "slice")
