@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -60,13 +59,14 @@ def main() -> None:
     base, runs = load(grid.folder)
     if "plain" not in runs:
         parser.error("plain LoRA has not been run, which all are compared with. Add it to --methods.")
-    first = next(iter(runs["plain"].values()))["meta_info"]
+    meta = [run["meta_info"] for own in runs.values() for run in own.values()]
     text = f"""# Results
 
-{len(runs)} methods, {sum(map(len, runs.values()))} runs of {first["model"]} on {first["device"]}, made by
+{len(runs)} methods, {len(meta)} runs of {meta[0]["model"]} on {meta[0]["device"]}, at commits
+{", ".join(sorted({own["commit"] for own in meta}))} (+: with changes not yet committed), made by
 
 ```
-{shlex.join(["python", "-m", "benchmarks.tax", *sys.argv[1:]])}
+{_command(parser, arguments)}
 ```
 
 ## At plain LoRA's held-out safety loss
@@ -79,6 +79,18 @@ def main() -> None:
     drawn = [name for name in arguments.plot or DRAWN if name in runs]
     tradeoffs(base, runs, drawn, arguments.output / "tradeoffs.png")
     print(text)
+
+
+def _command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """What makes all runs of a folder, whatever part of them this command has made."""
+    words = ["python", "-m", "benchmarks.tax"]
+    for name, value in vars(arguments).items():
+        if value == parser.get_default(name) or name in ("methods", "seeds", "plot", "workers", "device"):
+            continue
+        words += [f"--{name.replace('_', '-')}"]
+        words += [] if value is True else value if isinstance(value, list) else [str(value)]
+    words = ["FOLDER" if word == str(arguments.data) else word for word in words]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

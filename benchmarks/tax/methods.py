@@ -119,5 +119,14 @@ METHODS: dict[str, Method] = {
     "OSF": Method(osf=True, learning_rate=0.2),
 }
 
-DRAWN = ("plain", "paper", "replay 1", "cone", "cone, weight 1", "KL 5", "cone of KL, weight 5")
+DRAWN = (
+    "plain",
+    "paper",
+    "replay 1",
+    "KL 5",
+    "cone of KL, weight 5",
+    "cone of KL, slices",
+    "cone of KL, slices, weight 5",
+    "cone of KL, slices, weight 5, contrast",
+)
 """What plots show if not told otherwise."""
