@@ -34,6 +34,7 @@ KNOBS = {
     "constraint": "orthogonal",
     "projection": "gradient",
     "scope": "module",
+    "slices": 5,
     "rows": 7,
     "rows_from": "batch",
     "rows_dtype": "bfloat16",

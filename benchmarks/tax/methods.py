@@ -104,6 +104,7 @@ METHODS: dict[str, Method] = {
     "KL 5, contrast": Method(loss="kl", replay=5.0, contrast=0.2),
     "cone of KL, weight 5, contrast": cone(loss="kl", contrast=0.2, reference_weight=5.0),
     "cone of KL, slices, weight 5, contrast": cone(loss="kl", contrast=0.2, scope="slice", reference_weight=5.0),
+    "cone of KL, weight 5, third contrast": cone(loss="kl", contrast=1 / 3, reference_weight=5.0),
     "cone of KL, weight 5, half contrast": cone(loss="kl", contrast=0.5, reference_weight=5.0),
     "cone of KL, weight 20, contrast": cone(loss="kl", contrast=0.2, reference_weight=20.0),
     "cone, scope module": cone(scope="module"),
