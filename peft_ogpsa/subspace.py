@@ -57,7 +57,7 @@ class Slots:
         """Adds `(n, *shape)` gradients of one parameter to the rows `first, first + 1, ...`."""
         view, scales = self._views[piece], self._scales[piece]
         for slot, gradient in zip(
-            self._slots[first:], gradients.to(view.device).reshape(-1, *view.shape[1:]), strict=False
+            self._slots[first:], gradients.to(view.device).reshape(len(gradients), *view.shape[1:]), strict=False
         ):
             if view.dtype == torch.int8:
                 whole = gradient * self.weight + view[slot] * scales[..., slot].unsqueeze(-1)
