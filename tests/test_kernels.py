@@ -241,8 +241,18 @@ def trained(model, kernels_on: bool, moved: bool = False) -> tuple[list[float], 
 
 
 @runs
-@pytest.mark.parametrize("rows_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scope", ["slice", "tensor", "module", "model"])
+@pytest.mark.parametrize(
+    ("scope", "rows_dtype"),
+    [
+        ("slice", "float32"),
+        ("tensor", "float32"),
+        ("tensor", "bfloat16"),
+        ("module", "float32"),
+        ("module", "bfloat16"),
+        ("model", "float32"),
+        ("model", "bfloat16"),
+    ],
+)
 def test_steps_are_those_of_torch(device, scope, rows_dtype, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 64)  # so that these small parameters have several chunks and tiles
     monkeypatch.setattr(kernels, "_TILE", 256)
