@@ -51,7 +51,8 @@ Rows = dict[str, list[dict[str, Any]]]
 METHODS: dict[str, Callable[[], LoraConfig]] = {
     "plain": lambda: LoraConfig(**_LORA),
     "paper": lambda: OGPSAConfig.paper("sft", **_LORA),
-    "ogpsa": lambda: OGPSAConfig(**_LORA),
+    # Its references have given answers, of which more would be learnt at the expense of the refusals.
+    "ogpsa": lambda: OGPSAConfig(reference_weight=1.0, **_LORA),
     "projection": lambda: OGPSAConfig(reference_weight=0.0, **_LORA),
 }
 
