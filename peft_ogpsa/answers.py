@@ -98,7 +98,9 @@ def answered_set(
     if isinstance(prompts, str | Mapping):
         raise ValueError(f"Reference set {name!r}: prompts is a single {type(prompts).__name__}. Give a list of them.")
     if loss not in ("answer", "kl"):
-        raise ValueError(f"Reference set {name!r}: loss={loss!r} has no meaning for a model's own answers. Use 'kl'.")
+        raise ValueError(
+            f"Reference set {name!r}: loss={loss!r} has no meaning for a model's own answers. Use 'kl' or 'answer'."
+        )
     ReferenceSet(name, [], samples, max_length)  # its checks, before the work
     given = [
         _content(prompt, tokenizer, f"Reference set {name!r}: prompt {i}")

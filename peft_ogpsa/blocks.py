@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress, islice
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -125,13 +125,10 @@ class Blocks:
 
     def local_parameters(self) -> list[list[Tensor]]:
         """What this process holds of the parameters, for each group, in the shapes of `views`; views."""
-        return self.by_group(self.fitted(self.flat_parameters()))
-
-    def fitted(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What this process holds of one tensor per parameter, in the shapes of `views`; views where possible."""
-        slices = [group.slices for group in self.groups for _ in group.names]
-        local = map(processes.local, tensors)
-        return [own if count == 1 else own.reshape(count, -1) for own, count in zip(local, slices, strict=True)]
+        return [
+            [_fitted(parameter, group.slices) for parameter in parameters]
+            for group, parameters in zip(self.groups, self.parameters, strict=True)
+        ]
 
     def zeros(self, rows: int | None = None, dtype: torch.dtype | None = None, on_host: bool = False) -> Stack:
         """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` where `rows` is given.
@@ -180,13 +177,11 @@ class Blocks:
         """
         source = self.flat_parameters() if tensors is None else tensors
         stack = self.zeros()
-        given = [t is not None for t in source]
-        views = list(compress(self.views(stack), given))
-        if views:
-            whole = [
-                parameter if t is None else t for parameter, t in zip(self.flat_parameters(), source, strict=True)
-            ]
-            torch._foreach_copy_(views, list(compress(self.fitted(whole), given)))
+        slices = [group.slices for group in self.groups for _ in group.names]
+        parts = zip(self.views(stack), source, slices, strict=True)
+        pairs = [(view, _fitted(tensor, count)) for view, tensor, count in parts if tensor is not None]
+        if pairs:
+            torch._foreach_copy_([view for view, _ in pairs], [own for _, own in pairs])
         return stack
 
     def reduce(self, pieces: Sequence[Tensor]) -> Tensor:
@@ -232,6 +227,12 @@ class Blocks:
         """Puts this process's parts of what `gathered` gave into a stack."""
         for name, view, parameter in zip(self.names(), self.views(stack), self.flat_parameters(), strict=True):
             view.copy_(processes.own_part(tensors[f"{prefix}.{name}"], parameter).reshape(view.shape))
+
+
+def _fitted(tensor: Tensor, slices: int) -> Tensor:
+    """What this process holds of a parameter, or of a tensor like it, in the shape of `Blocks.views`."""
+    own = processes.local(tensor)
+    return own if slices == 1 else own.reshape(slices, -1)
 
 
 def _divisor(numel: int, most: int) -> int:

@@ -48,28 +48,41 @@ def undisturbed(model: nn.Module, *, gradients: bool = False, seed: int | None =
 
 
 @contextlib.contextmanager
-def without_adapter(model: nn.Module) -> Iterator[None]:
-    """The base, inside a model with an adapter of any of PEFT's types, wrapped or not.
+def same_trainable(model: nn.Module) -> Iterator[None]:
+    """Puts back which parameters are in training.
 
-    PEFT turns the gradients of every active adapter on when it enables adapters again, those of a frozen one too, so
-    the parameters' flags are put back.
+    PEFT turns the gradients of every active adapter on when it enables or switches adapters, those of a frozen one
+    too.
+    """
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The base, inside a model whose adapter is of layers, wrapped or not.
 
     Raises:
         ValueError: If the model has no adapter.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     if not layers:
-        raise ValueError(f"This {type(model).__name__} has no adapter, and without one there is no base beside it.")
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        raise ValueError(
+            f"This {type(model).__name__} has no adapter, and without one there is no base beside it. Add an adapter, "
+            'or give references loss="answer".'
+        )
+    with same_trainable(model):
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
 
 def _keep_checkpointing(model: nn.Module) -> None:

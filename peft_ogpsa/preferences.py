@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoding import IGNORED, Example
-from .modes import undisturbed
+from .modes import same_trainable, undisturbed
 
 if TYPE_CHECKING:
     from .model import OGPSAModel
@@ -108,16 +108,14 @@ def reference_policy(tuner: OGPSAModel) -> Iterator[None]:
     Args:
         tuner: The model's tuner.
     """
-    trainable = [(parameter, parameter.requires_grad) for parameter in tuner.model.parameters()]
     active = tuner.active_adapters
-    try:
-        if "ref" in tuner.peft_config:
-            tuner.set_adapter("ref")
-        else:
-            tuner.disable_adapter_layers()
-        yield
-    finally:
-        tuner.enable_adapter_layers()
-        tuner.set_adapter(active)
-        for parameter, requires_grad in trainable:  # PEFT sets them as it switches
-            parameter.requires_grad_(requires_grad)
+    with same_trainable(tuner.model):
+        try:
+            if "ref" in tuner.peft_config:
+                tuner.set_adapter("ref")
+            else:
+                tuner.disable_adapter_layers()
+            yield
+        finally:
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(active)

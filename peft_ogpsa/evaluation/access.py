@@ -10,6 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from peft_ogpsa.modes import same_trainable
+
 
 def language_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a `PeftModel` (its adapter layers stay in place), or the model itself."""
@@ -23,10 +25,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 @contextmanager
 def base_model(model: torch.nn.Module) -> Iterator[None]:
-    """The model without its adapter.
-
-    PEFT turns the gradients of every active adapter on when it enables adapters again, those of a frozen one too, so
-    the parameters' flags are put back.
+    """The model without its adapter, of whatever type.
 
     Raises:
         ValueError: The model is no `PeftModel`, so its base cannot be reached.
@@ -36,10 +35,5 @@ def base_model(model: torch.nn.Module) -> Iterator[None]:
             f"model is a {type(model).__name__}, not a PeftModel: there is no adapter to disable, so its base"
             " cannot be reached. Measure the base before training: Evaluator.base(base_model)."
         )
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+    with same_trainable(model), model.disable_adapter():
+        yield
