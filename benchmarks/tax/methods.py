@@ -21,7 +21,9 @@ class Method:
         answers: Whose answers the references have: `"given"` (of the data) or `"own"` (of the base model).
         loss: Of the references: `"answer"` (cross-entropy) or `"kl"` (divergence from the base).
         replay: Without projection: weight of the mean gradient of the reference examples.
+        budget: Of replay: reference examples for each training example.
         contrast: Share of harmless look-alikes, with the base's own answers, among the training rows.
+        first_tokens: Of every training answer, so many tokens count; `None` counts all.
         learning_rate: Times that of the others.
         optimizer: Of transformers' names.
         whole: Train all weights instead of an adapter.
@@ -33,7 +35,9 @@ class Method:
     answers: str = "own"
     loss: str = "answer"
     replay: float = 0.0
+    budget: float = 0.1
     contrast: float = 0.0
+    first_tokens: int | None = None
     learning_rate: float = 1.0
     optimizer: str = "adamw_torch_fused"
     whole: bool = False
@@ -86,11 +90,15 @@ METHODS: dict[str, Method] = {
     "replay 1, given answers": Method(answers="given", replay=1.0),
     "replay 1": Method(replay=1.0),
     "replay 3": Method(replay=3.0),
+    "replay 1, twentieth": Method(replay=1.0, budget=0.05),
+    "replay 1, quarter": Method(replay=1.0, budget=0.25),
     "KL 1": Method(loss="kl", replay=1.0),
     "KL 5": Method(loss="kl", replay=5.0),
     "cone of KL": cone(loss="kl"),
     "cone of KL, weight 1": cone(loss="kl", reference_weight=1.0),
     "cone of KL, weight 5": cone(loss="kl", reference_weight=5.0),
+    "cone of KL, weight 5, every 10 steps": cone(loss="kl", reference_weight=5.0, refresh_steps=10),
+    "cone of KL, weight 10, every 10 steps": cone(loss="kl", reference_weight=10.0, refresh_steps=10),
     "cone of KL, slices": cone(loss="kl", scope="slice"),
     "cone of KL, 64 slices": cone(loss="kl", scope="slice", slices=64),
     "cone of KL, 64 slices, weight 5": cone(loss="kl", scope="slice", slices=64, reference_weight=5.0),
@@ -98,6 +106,9 @@ METHODS: dict[str, Method] = {
     "cone of KL, weight 20": cone(loss="kl", reference_weight=20.0),
     "plain, contrast": Method(contrast=0.2),
     "plain, half contrast": Method(contrast=0.5),
+    "plain, third contrast": Method(contrast=1 / 3),
+    "plain, first 16 tokens": Method(first_tokens=16),
+    "plain, third contrast, first 16 tokens": Method(contrast=1 / 3, first_tokens=16),
     "cone, weight 1, contrast": cone(contrast=0.2, reference_weight=1.0),
     "cone, weight 1, half contrast": cone(contrast=0.5, reference_weight=1.0),
     "replay 1, contrast": Method(replay=1.0, contrast=0.2),

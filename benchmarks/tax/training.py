@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -260,6 +260,8 @@ def _trainer(
             model, args=arguments, train_dataset=pairs, processing_class=bench.tokenizer, callbacks=callbacks
         )
     examples = [encode_row(bench.tokenizer, row, f"row {i}") for i, row in enumerate(rows)]
+    if method.first_tokens is not None:
+        examples = [replace(e, ids=e.ids[: e.answer_start + method.first_tokens]) for e in examples]
     kept = [example for example in (example.cut(MAX_LENGTH) for example in examples) if example is not None]
     return Trainer(
         model,
@@ -296,7 +298,7 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
     if isinstance(config, OGPSAConfig):
         return config, model, [OGPSACallback(sets, seed=seed)]
     if method.replay:
-        samples = round(0.1 * 5 * settings.batch)
+        samples = round(method.budget * 5 * settings.batch)
         return config, model, [Replay(sets, bench.tokenizer, samples, method.replay)]
     return config, model, []
 
