@@ -136,9 +136,18 @@ class Blocks:
         The dtype is float32 by default, or float64 where the parameters are. With `on_host` it is in the host's
         memory, pinned where the parameters are on an accelerator.
         """
+        return self._make(torch.zeros, rows, dtype, on_host)
+
+    def _make(
+        self,
+        make: Callable[..., Tensor],
+        rows: int | None = None,
+        dtype: torch.dtype | None = None,
+        on_host: bool = False,
+    ) -> Stack:
         middle = () if rows is None else (rows,)
         return [
-            torch.zeros(
+            make(
                 group.pieces,
                 *middle,
                 group.numel,
@@ -176,7 +185,8 @@ class Blocks:
                 zeros.
         """
         source = self.flat_parameters() if tensors is None else tensors
-        stack = self.zeros()
+        whole = tensors is None or all(tensor is not None for tensor in tensors)
+        stack = self._make(torch.empty) if whole else self.zeros()
         slices = [group.slices for group in self.groups for _ in group.names]
         parts = zip(self.views(stack), source, slices, strict=True)
         pairs = [(view, _fitted(tensor, count)) for view, tensor, count in parts if tensor is not None]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 2**21
+TILE = 2**20
 """Most elements of `rows` that are converted to another dtype at a time on a CPU: what stays in its cache."""
 
 ACCELERATOR_TILE = 2**24
@@ -80,23 +80,24 @@ def norms(rows: Tensor) -> Tensor:
     return peaks * squares.sqrt()
 
 
-def normalize(rows: Tensor, lengths: Tensor | None = None) -> Tensor:
+def normalize(rows: Tensor, lengths: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Rows divided by their lengths; a row whose length is zero or not finite becomes zero, which constrains nothing.
 
     Args:
         rows: `[B, m, d]`, any floating dtype.
         lengths: `[B, m]`, float64: of whole rows where `rows` is a part of them; by default `norms(rows)`.
+        out: `[B, m, d]`, float32, where the result is put; it may be `rows` itself.
 
     Returns:
         `[B, m, d]`, float32.
     """
     lengths = norms(rows) if lengths is None else lengths
-    usable = (lengths > 0) & lengths.isfinite()
-    divisors = torch.where(usable, lengths, 1.0).unsqueeze(-1)
-    unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    usable = ((lengths > 0) & lengths.isfinite()).unsqueeze(-1)
+    divisors = torch.where(usable, lengths.unsqueeze(-1), 1.0)
+    unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device) if out is None else out
     for b, k, values in _converted(rows, lengths.dtype):
-        unit[b, :, k] = values.div_(divisors[b])
-    return unit.masked_fill_(~usable.unsqueeze(-1), 0.0)
+        unit[b, :, k] = values.div_(divisors[b]).masked_fill_(~usable[b], 0.0)
+    return unit
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:

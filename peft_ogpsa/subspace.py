@@ -37,6 +37,7 @@ class Slots:
 
     def __init__(self, blocks: Blocks, stack: Stack, scales: Stack, slots: Sequence[int]) -> None:
         self.weight = 1.0
+        self._stack, self._stacked_scales = stack, scales
         self._views = blocks.views(stack)
         # (rows,) of each parameter, or (slices, rows).
         self._scales = [
@@ -49,24 +50,34 @@ class Slots:
 
     def clear(self) -> None:
         """Sets the rows to zero."""
-        for view, scales in zip(self._views, self._scales, strict=True):
-            view[self._slots] = 0
-            scales[..., self._slots] = 1
+        for _, own in _runs(self._slots):
+            for part, scales in zip(self._stack, self._stacked_scales, strict=True):
+                part[:, own] = 0
+                scales[:, own] = 1
 
     def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
         """Adds `(n, *shape)` gradients of one parameter to the rows `first, first + 1, ...`."""
         view, scales = self._views[piece], self._scales[piece]
-        for slot, gradient in zip(
-            self._slots[first:], gradients.to(view.device).reshape(len(gradients), *view.shape[1:]), strict=False
-        ):
+        new = gradients.to(view.device).reshape(len(gradients), *view.shape[1:])
+        for given, own in _runs(self._slots[first : first + len(new)]):
             if view.dtype == torch.int8:
-                whole = gradient * self.weight + view[slot] * scales[..., slot].unsqueeze(-1)
-                multiples, scales[..., slot] = geometry.quantize(
-                    whole.flatten() if scales.dim() == 1 else whole  # a scale for each piece
+                old = scales[..., own].movedim(-1, 0)
+                whole = new[given] * self.weight + view[own] * old.reshape(old.shape + (1,) * (view.dim() - old.dim()))
+                multiples, fresh = geometry.quantize(
+                    whole.flatten(1) if old.dim() == 1 else whole  # a scale for each piece
                 )
-                view[slot] = multiples.view(whole.shape)
+                view[own], scales[..., own] = multiples.view(whole.shape), fresh.movedim(0, -1)
             else:
-                view[slot].add_(gradient, alpha=self.weight)
+                view[own].add_(new[given], alpha=self.weight)
+
+
+def _runs(slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Slots as runs of neighbours, each with its place among them: a slice of rows is a view, a list of them no."""
+    start = 0
+    for end in range(1, len(slots) + 1):
+        if end == len(slots) or slots[end] != slots[end - 1] + 1:
+            yield slice(start, end), slice(slots[start], slots[end - 1] + 1)
+            start = end
 
 
 class Subspace:
@@ -189,7 +200,10 @@ class Subspace:
                 inverse = torch.where(usable, 1.0 / torch.where(usable, own, 1.0), torch.nan)
                 scales[:, slot : slot + 1] = (scales[:, slot : slot + 1] * inverse.to(scales.device)).nan_to_num(0.0)
             else:
-                rows[:, slot : slot + 1].copy_(geometry.normalize(row, own))
+                in_place = rows.dtype == torch.float32 and rows.device == row.device
+                unit = geometry.normalize(row, own, out=row if in_place else None)
+                if not in_place:
+                    rows[:, slot : slot + 1].copy_(unit)
         self.norms[:, slot : slot + 1] = torch.where(finite, norms, 0.0)
         return finite
 

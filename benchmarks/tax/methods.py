@@ -99,6 +99,8 @@ METHODS: dict[str, Method] = {
     "cone of KL, weight 5": cone(loss="kl", reference_weight=5.0),
     "cone of KL, weight 5, every 10 steps": cone(loss="kl", reference_weight=5.0, refresh_steps=10),
     "cone of KL, weight 10, every 10 steps": cone(loss="kl", reference_weight=10.0, refresh_steps=10),
+    "cone of KL, weight 5, 12 rows": cone(loss="kl", reference_weight=5.0, rows=12),
+    "cone of KL, weight 5, 8 rows": cone(loss="kl", reference_weight=5.0, rows=8),
     "cone of KL, slices": cone(loss="kl", scope="slice"),
     "cone of KL, 64 slices": cone(loss="kl", scope="slice", slices=64),
     "cone of KL, 64 slices, weight 5": cone(loss="kl", scope="slice", slices=64, reference_weight=5.0),
