@@ -33,6 +33,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli.models import load_model
+from peft_ogpsa.divergence import divergence_loss
+from peft_ogpsa.gradients import LossFn
 from peft_ogpsa.reference import answer_loss
 
 PAPER_EXAMPLES = 400  # of its two reference sets, at every refresh
@@ -62,10 +64,18 @@ class Method:
         config: The adapter's.
         samples: Reference examples of a cycle: of a refresh, or with `replay` of extra training examples.
         replay: Whether they are trained on.
+        loss: Of the references.
     """
 
-    def __init__(self, settings: Settings, config: LoraConfig, samples: float = 0, replay: bool = False) -> None:
-        self.settings, self.samples, self.replay = settings, samples, replay
+    def __init__(
+        self,
+        settings: Settings,
+        config: LoraConfig,
+        samples: float = 0,
+        replay: bool = False,
+        loss: LossFn = answer_loss,
+    ) -> None:
+        self.settings, self.samples, self.replay, self.loss = settings, samples, replay, loss
         self.model: Any = get_peft_model(_base(settings), config).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -98,7 +108,7 @@ class Method:
     def _refresh(self, count: int) -> None:
         size, length = self.settings.batch, self.settings.reference_length
         batches = [self._batch(min(size, count - i), length) for i in range(0, count, size)]
-        self.projector.refresh({"references": batches}, answer_loss)
+        self.projector.refresh({"references": batches}, self.loss)
 
     def _batch(self, examples: int, length: int) -> dict[str, torch.Tensor]:
         ids = torch.randint(self.model.config.vocab_size, (examples, length), generator=self._generator)
@@ -138,6 +148,9 @@ def methods(settings: Settings) -> dict[str, Callable[[], Method]]:
     return {
         "plain LoRA": functools.partial(Method, settings, LoraConfig(**lora)),
         "OGPSA, default": functools.partial(Method, settings, default, samples),
+        "OGPSA, default, divergence from the base": functools.partial(
+            Method, settings, default, samples, loss=divergence_loss
+        ),
         "replay of as many examples": functools.partial(Method, settings, LoraConfig(**lora), samples, replay=True),
         "the paper's rule and schedule": functools.partial(
             Method, settings, paper, PAPER_EXAMPLES * settings.steps / paper.refresh_steps

@@ -398,7 +398,9 @@ class Projector:
         if not stepped:
             return None
         if blocks is None or set(blocks.names()) != trained.keys() or count == 0:
-            self._missing_reference(blocks is not None)
+            if any(bool(group.get("lr", 1.0)) for group in optimizer.param_groups):
+                self._missing_reference(blocks is not None)
+            # Else nothing moves: torch makes such a step when it loads an optimizer's state from shards.
             return None
         if count < len(covered):
             absent = next(name for name in trained if name not in stepped)

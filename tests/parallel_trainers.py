@@ -25,8 +25,10 @@ GENERAL = [chat(f"What comes after {i}?", f"After {i} comes {i + 1}.") for i in 
 BENIGN = [chat(f"How do I kill process {i}?", f"Run kill {i} in a shell.") for i in range(7)]
 
 
-def trained(stage: str, kind: str, how: str, folder: Path, **options) -> dict[str, torch.Tensor]:
-    """Trains for three steps of two micro-batches and returns the assembled parameters."""
+def trained(
+    stage: str, kind: str, how: str, folder: Path, resume: str | None = None, **options
+) -> dict[str, torch.Tensor]:
+    """Trains for three steps of two micro-batches, perhaps from a checkpoint, and returns the assembled parameters."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()  # one trainer a process is what accelerate expects
 
@@ -69,7 +71,7 @@ def trained(stage: str, kind: str, how: str, folder: Path, **options) -> dict[st
         )
     if how == "fsdp2":
         shard_on_cpu(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     sharded = any(isinstance(p, DTensor) for p in trainer.model.parameters())
     assert sharded == (how == "fsdp2")
     assert "ogpsa/removed" in trainer.state.log_history[-2]

@@ -279,7 +279,13 @@ TRAINERS = [(stage, kind, how) for stage in ("sft", "dpo") for kind in ("full", 
 
 
 def _trainers(folder: Path) -> dict[str, Any]:
-    return {" ".join(key): trained(*key, folder) for key in TRAINERS}
+    told = {}
+    for key in TRAINERS:
+        name = " ".join(key)
+        told[name] = trained(*key, folder, save_strategy="steps", save_steps=2)
+        if key[0] == "dpo":
+            told[f"{name} resumed"] = trained(*key, folder, resume=str(folder / name / "checkpoint-2"))
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +299,13 @@ def test_trainer_in_two_processes_equals_one(trainers, folder, stage, kind, how)
     ours, second = (told[f"{stage} {kind} {how}"] for told in trainers)
     assert_close(ours, second, 0.0)
     assert_close(ours, _alone(stage, kind, folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "kind", "how"), [key for key in TRAINERS if key[0] == "dpo"])
+def test_trainer_resumes_what_it_began(trainers, stage, kind, how):
+    for told in trainers:
+        assert_close(told[f"{stage} {kind} {how} resumed"], told[f"{stage} {kind} {how}"], 0.0)
 
 
 @cache

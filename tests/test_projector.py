@@ -384,6 +384,18 @@ def test_step_without_references_is_an_error_that_says_what_to_add():
     assert all(torch.equal(p, q) for p, q in zip(parameters_of(model), before, strict=True))
 
 
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+def test_step_that_moves_nothing_needs_no_references(lr):
+    # torch makes one when it loads an optimizer's state from shards.
+    model = ogpsa_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    before = [p.detach().clone() for p in parameters_of(model)]
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(parameters_of(model), before, strict=True))
+    assert model.projector.due
+
+
 def test_missing_reference_can_warn_once_or_be_ignored(caplog):
     for mode, warnings in (("warn", 1), ("ignore", 0)):
         caplog.clear()
