@@ -14,7 +14,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli import main
 from peft_ogpsa.cli.quickstart import load_rows
-from peft_ogpsa.evaluation import Measurement
+from peft_ogpsa.evaluation import Measurement, Verdict
 
 
 @pytest.fixture
@@ -34,8 +34,11 @@ def folders(tmp_path):
     return model, data
 
 
-def test_quickstart(folders, tmp_path, capsys):
+def test_quickstart(folders, tmp_path, capsys, monkeypatch):
     model, data = folders
+    # What random weights answer would not be kept.
+    monkeypatch.setattr("peft_ogpsa.answers.classify", lambda text: Verdict.COMPLIANCE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "out"
     options = ["--model", str(model), "--data", str(data), "--output_dir", str(output), "--device", "cpu"]
     main(["quickstart", *options, "--steps", "3", "--measurements", "2", "--methods", "plain", "paper", "ogpsa"])

@@ -51,10 +51,10 @@ Rows = dict[str, list[dict[str, Any]]]
 METHODS: dict[str, Callable[[], LoraConfig]] = {
     "plain": lambda: LoraConfig(**_LORA),
     "paper": lambda: OGPSAConfig.paper("sft", **_LORA),
-    # Its references have given answers, of which more would be learnt at the expense of the refusals.
-    "ogpsa": lambda: OGPSAConfig(reference_weight=1.0, **_LORA),
+    "ogpsa": lambda: OGPSAConfig(**_LORA),
     "projection": lambda: OGPSAConfig(reference_weight=0.0, **_LORA),
 }
+"""The paper's references have the given answers, the others' those of the base model."""
 
 
 @dataclass
@@ -195,6 +195,21 @@ def train(
     return result, model
 
 
+def references(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, samples: int, *, given: bool
+) -> list[ReferenceSet]:
+    """What is to be kept: general and benign conversations, with the given answers or with the base model's own."""
+    names = ("general", "benign")
+    if given:
+        return [ReferenceSet(name, rows[name], samples=samples) for name in names]
+    return [
+        ReferenceSet.from_prompts(
+            name, [row["prompt"] for row in rows[name]], base, tokenizer, samples=samples, max_new_tokens=64
+        )
+        for name in names
+    ]
+
+
 def load_rows(folder: str | None) -> tuple[Rows, Rows]:
     """Training and held-out rows by name: harmful, benign and general.
 
@@ -269,16 +284,16 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     measured_base = evaluator.base(base)
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    sets = [
-        ReferenceSet(name, train_rows[name], samples=arguments.reference_samples) for name in ("general", "benign")
-    ]
     results: dict[str, MethodResult] = {}
     report: dict[str, Any] = {}
     for name in arguments.methods:
         console.print(f"Training [bold]{name}[/bold] ...")
         config = METHODS[name]()
-        references = [OGPSACallback(sets, seed=arguments.seed)] if isinstance(config, OGPSAConfig) else []
-        results[name], model = train(base, tokenizer, config, name, train_rows, evaluator, arguments, references)
+        callbacks = []
+        if isinstance(config, OGPSAConfig):
+            sets = references(base, tokenizer, train_rows, arguments.reference_samples, given=name == "paper")
+            callbacks = [OGPSACallback(sets, seed=arguments.seed)]
+        results[name], model = train(base, tokenizer, config, name, train_rows, evaluator, arguments, callbacks)
         if name == "ogpsa":
             model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
         base = model.unload()
