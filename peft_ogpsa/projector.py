@@ -82,6 +82,8 @@ class Projector:
         self._masters: Stack | None = None
         self._last_launcher: Launcher | None = None
         self._warned = False
+        # Other models' optimizers, with the parameters that they and we had: so that their steps cost them no search.
+        self._strangers: weakref.WeakKeyDictionary[Optimizer, tuple[set[int], set[int]]] = weakref.WeakKeyDictionary()
         # At the refreshing step: the gradient's overlaps with the rows, this process's part.
         self._overlaps: Tensor | None = None
         _projectors.add(self)
@@ -105,6 +107,9 @@ class Projector:
         """The parameters in training by name, and their owners."""
         trained = self._targets.trained()
         return {name: parameter for name, _, parameter in trained}, {name: owner for name, owner, _ in trained}
+
+    def _trained_ids(self) -> set[int]:
+        return {id(parameter) for _, _, parameter in self._targets.trained()}
 
     def widen(self) -> None:
         """Holds what is in training in float32, if it is of lower precision; made for adapters.
@@ -392,10 +397,13 @@ class Projector:
         covered = [] if blocks is None else blocks.flat_parameters()
         count = sum(id(parameter) in owned for parameter in covered)
         if count == 0:
+            if self._strangers.get(optimizer) == (owned, self._trained_ids()):
+                return None
             self._targets.forget()  # the optimizer may hold parameters that have replaced those we know
         trained, _ = self._trained()
         stepped = [name for name, parameter in trained.items() if id(parameter) in owned]
         if not stepped:
+            self._strangers[optimizer] = owned, self._trained_ids()
             return None
         if blocks is None or set(blocks.names()) != trained.keys() or count == 0:
             if any(bool(group.get("lr", 1.0)) for group in optimizer.param_groups):

@@ -435,6 +435,20 @@ def test_other_optimizers_are_left_alone():
     assert model.projector.steps == 0
 
 
+def test_a_stranger_whose_parameters_come_into_training_is_one_no_longer():
+    model = ogpsa_model()
+    own = parameters_of(model)
+    optimizer = torch.optim.SGD([*own, torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    for parameter in own:
+        parameter.requires_grad_(False)
+    for _ in range(2):
+        optimizer.step()  # of nothing that is projected
+    for parameter in own:
+        parameter.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="no reference gradients"):
+        optimizer.step()
+
+
 def test_optimizer_with_some_of_the_parameters_is_refused():
     model = ogpsa_model()
     model.projector.refresh(references(0), loss_of)
