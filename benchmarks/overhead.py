@@ -7,8 +7,8 @@
     python benchmarks/overhead.py --shape llama3.1-8b --quantized --length 512 --output docs/overhead_8b
 
 All methods take the same training steps in turn, cycle by cycle, in one process; a figure is the median over cycles of
-the ratio to plain LoRA in the same round, so that whatever else the machine does falls on all alike. A turn begins with
-a step that is not counted: what another method has left in the caches is none of a run's own cost.
+the ratio to plain LoRA in the same round, so that whatever else the machine does falls on all alike. A turn begins
+with a step that is not counted: what another method has left in the caches is none of a run's own cost.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ def main() -> None:
 
     torch.manual_seed(0)
     base, tokenizer, _ = load_model(arguments.model, dtype=torch.float32)
-    model = get_peft_model(base, OGPSAConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    # Given answers are also learnt with a reference weight; the default is for the model's own (examples/sft.py).
+    config = OGPSAConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", reference_weight=1.0)
+    model = get_peft_model(base, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
 
     def batches(rows: list[dict]):

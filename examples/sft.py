@@ -1,10 +1,10 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Safety SFT with TRL, and the abilities to keep as reference sets.
+"""Safety SFT with TRL, and the abilities to keep as prompts that the base model answers itself.
 
     python examples/sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --output_dir safe --max_steps 60
 
-Every option of TRL's `SFTConfig` works. Data: the small built-in set; put your own rows in its place.
+Every option of TRL's `SFTConfig` works. Data: the small built-in set; put your own rows and prompts in its place.
 """
 
 from __future__ import annotations
@@ -26,26 +26,28 @@ class ScriptArguments:
     model_name_or_path: str = field(
         default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Instruct model to train."}
     )
-    reference_weight: float = field(
-        default=OGPSAConfig.reference_weight,
-        metadata={"help": "How much of the reference gradient is added; 0: none."},
-    )
+    reference_samples: int = field(default=64, metadata={"help": "Prompts of each reference set."})
+    answer_tokens: int = field(default=64, metadata={"help": "Tokens at which the base's answers to them are cut."})
 
 
 def main() -> None:
     script, training = TrlParser((ScriptArguments, SFTConfig)).parse_args_and_config()
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="auto")
-    config = OGPSAConfig(
-        r=16,
-        lora_alpha=32,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        reference_weight=script.reference_weight,
-    )
+    config = OGPSAConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     safety = Dataset.from_list(data.load("harmful")).select_columns(["prompt", "completion"])
-    references = [ReferenceSet("general", data.load("general")), ReferenceSet("benign", data.load("benign"))]
+    references = [
+        ReferenceSet.from_prompts(
+            name,
+            data.load_prompts(name),
+            model,
+            tokenizer,
+            samples=script.reference_samples,
+            max_new_tokens=script.answer_tokens,
+        )
+        for name in ("general", "arithmetic", "lookalikes")
+    ]
     trainer = SFTTrainer(
         model,
         args=training,

@@ -24,6 +24,10 @@ SHORT = [
     "no",
     "--logging_steps",
     "1",
+    "--reference_samples",
+    "2",
+    "--contrast",
+    "0",
 ]
 SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--learning_rate", "2e-3"]
 
