@@ -103,6 +103,8 @@ class Blocks:
                     stacked = tuple(part[i : i + most])
                     self.groups.append(Group(stacked, count, own.numel() // count, own.dtype, own.device))
         self.parameters = [[parameters[name] for name in group.names] for group in self.groups]
+        # Of what this process holds.
+        self._shapes = [[processes.local(parameter).shape for parameter in own] for own in self.parameters]
         self.scope = scope
 
         self.pieces = sum(group.pieces for group in self.groups)
@@ -164,10 +166,10 @@ class Blocks:
         A parameter in slices has the shape `(slices, numel)` instead.
         """
         views = []
-        for stacked, group, parameters in zip(stack, self.groups, self.parameters, strict=True):
+        for stacked, group, shapes in zip(stack, self.groups, self._shapes, strict=True):
             if group.slices == 1:
-                shapes = [processes.local(parameter).shape for parameter in parameters]
-                views += [own.view(*own.shape[:-1], *shape) for own, shape in zip(stacked, shapes, strict=True)]
+                rows = stacked.shape[1:-1]
+                views += [own.view(*rows, *shape) for own, shape in zip(stacked, shapes, strict=True)]
             else:
                 views += [own.movedim(0, -2) for own in stacked.unflatten(0, (-1, group.slices))]
         return views
