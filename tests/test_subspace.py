@@ -163,6 +163,28 @@ def test_int8_rows_are_close_and_their_cone_is_exact(scope):
     assert float(squares.sum()) == pytest.approx(float(total), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("slots", [[5, 0, 1], [4, 2, 3], [1, 3, 5], [3]])
+def test_writing_changes_the_opened_rows_alone(dtype, slots):
+    subspace = Subspace(blocks("tensor"), 6, "cone", dtype)
+    old = [parameters(seed) for seed in range(6)]
+    fill(subspace, old)
+    before = {name: view.clone() for name, view in by_name(subspace.blocks, subspace.rows).items()}
+    writer = subspace.open(slots)
+    new = [parameters(10 + i) for i in range(len(slots))]
+    for piece, name in enumerate(subspace.blocks.names()):
+        writer.add(piece, torch.stack([own[name] for own in new[:1]]))
+        if new[1:]:
+            writer.add(piece, torch.stack([own[name] for own in new[1:]]), first=1)
+    subspace.commit(slots, ["set"] * len(slots))
+    for name, view in by_name(subspace.blocks, subspace.rows).items():
+        for slot in set(range(6)) - set(slots):
+            assert torch.equal(view[slot], before[name][slot])
+        for slot, own in zip(slots, new, strict=True):
+            got, expected = view[slot].double().flatten(), own[name].double().flatten()
+            assert torch.cosine_similarity(got, expected, dim=0) > 1 - (1e-3 if dtype == torch.int8 else 1e-4)
+
+
 def test_int8_rows_add_up():
     subspace = Subspace(blocks("tensor"), 2, "cone", torch.int8)
     writer = subspace.open(subspace.claim(1))
