@@ -100,6 +100,7 @@ METHODS: dict[str, Method] = {
     "cone of KL, weight 5, every 10 steps": cone(loss="kl", reference_weight=5.0, refresh_steps=10, rows=16),
     "cone of KL, weight 10, every 10 steps": cone(loss="kl", reference_weight=10.0, refresh_steps=10, rows=16),
     "cone of KL, weight 5, 16 rows, 3 of 40": cone(loss="kl", reference_weight=5.0, rows=16, reference_budget=0.075),
+    "cone of KL, weight 5, 16 rows, 2 of 40": cone(loss="kl", reference_weight=5.0, rows=16, reference_budget=0.05),
     "cone of KL, weight 5, 12 rows": cone(loss="kl", reference_weight=5.0, rows=12),
     "cone of KL, weight 5, 8 rows": cone(loss="kl", reference_weight=5.0, rows=8),
     "cone of KL, slices": cone(loss="kl", scope="slice"),
