@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli.models import load_model
-from peft_ogpsa.divergence import divergence_loss
+from peft_ogpsa.divergence import COST, divergence_loss
 from peft_ogpsa.gradients import LossFn
 from peft_ogpsa.reference import answer_loss
 
@@ -153,7 +153,7 @@ def methods(settings: Settings) -> dict[str, Callable[[], Method]]:
         "plain LoRA": functools.partial(Method, settings, LoraConfig(**lora)),
         "OGPSA, default": functools.partial(Method, settings, default, samples),
         "OGPSA, default, divergence from the base": functools.partial(
-            Method, settings, default, samples, loss=divergence_loss
+            Method, settings, default, round(samples / COST), loss=divergence_loss
         ),
         "replay of as many examples": functools.partial(Method, settings, LoraConfig(**lora), samples, replay=True),
         "the paper's rule and schedule": functools.partial(

@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import checkpoint, processes
 from .config import OGPSAConfig
-from .divergence import Anchored
+from .divergence import COST, Anchored
 from .full_parameter import FullParameterConfig, attach
 from .model import projector_of, tuner_of
 from .preferences import Pair, with_margins
@@ -165,7 +165,9 @@ class OGPSACallback(TrainerCallback):
             if isinstance(own[0], Pair):
                 bar = tqdm(batched(own, batch_size), f"Reference policy on {name}", disable=args.disable_tqdm)
                 examples[name] = with_margins(model, tuner_of(model), bar, lambda p: self._collate(p, model))
-        samples = refresh_samples(projector.config, args, batch_size, len(examples))
+        costs = [COST if isinstance(own[0], Anchored) else 1.0 for own in examples.values()]
+        cost = sum(costs) / len(costs)
+        samples = refresh_samples(projector.config, args, batch_size, len(examples), cost)
         self._loader = ReferenceLoader(examples, samples, batch_size, self.seed)
         self._projector = projector
         # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
@@ -173,17 +175,18 @@ class OGPSACallback(TrainerCallback):
         if state.global_step > 0 and not self.rebuild_subspace:
             self._resume(args, state, projector)
         if not args.disable_tqdm:
-            tqdm.write(self._plan(args, samples))
+            tqdm.write(self._plan(args, samples, cost))
 
-    def _plan(self, args: TrainingArguments, samples: int | None) -> str:
+    def _plan(self, args: TrainingArguments, samples: int | None, cost: float) -> str:
         """What the run will cost, for the user to see before it starts."""
         config = self._projector.config
         drawn = samples or sum(map(len, self._loader.sets.values()))
         trained = config.refresh_steps * examples_per_step(args)
         held, more = self._projector.memory(len(self._loader.sets))
+        share = drawn * cost / trained
         return (
-            f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, {drawn / trained:.0%} of the "
-            f"training examples; {held / 2**20:,.0f} MiB for the reference gradients, and {more / 2**20:,.0f} MiB "
+            f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, {share:.0%} of the training's own "
+            f"passes; {held / 2**20:,.0f} MiB for the reference gradients, and {more / 2**20:,.0f} MiB "
             "more during an optimizer step."
         )
 
@@ -279,7 +282,9 @@ def examples_per_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def refresh_samples(config: ProjectionConfig, args: TrainingArguments, batch_size: int, sets: int) -> int | None:
+def refresh_samples(
+    config: ProjectionConfig, args: TrainingArguments, batch_size: int, sets: int, cost: float = 1.0
+) -> int | None:
     """How many reference examples a refresh takes; `None` is all.
 
     Args:
@@ -287,6 +292,7 @@ def refresh_samples(config: ProjectionConfig, args: TrainingArguments, batch_siz
         args: The trainer's, which tell how many examples are trained on from one refresh to the next.
         batch_size: Of a reference pass.
         sets: How many reference sets there are.
+        cost: Of a reference example, where that of a training example is 1.
 
     Raises:
         ValueError: If `refresh_samples` leaves a set without its row, with `rows_from="set"`.
@@ -299,7 +305,7 @@ def refresh_samples(config: ProjectionConfig, args: TrainingArguments, batch_siz
         )
     if given is not None or config.reference_budget is None:
         return given
-    wanted = max(1, round(config.reference_budget * config.refresh_steps * examples_per_step(args)))
+    wanted = max(1, round(config.reference_budget * config.refresh_steps * examples_per_step(args) / cost))
     if config.rows_from == "set":
         return max(wanted, sets)
     # More than the ring holds would be work thrown away.

@@ -446,7 +446,7 @@ def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[st
     leading = f" Only their {rank} leading directions were used." if rank else ""
     samples, budget = settings["refresh_samples"], settings["reference_budget"]
     if samples is None and budget is not None:
-        amount = f"with {budget:g} reference examples for each training example"
+        amount = f"with {budget:g} passes of reference examples for each of a training example"
     else:
         amount = f"from {samples or 'all'} reference examples each time"
     lines = [

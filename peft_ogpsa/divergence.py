@@ -19,6 +19,9 @@ from torch import Tensor
 from .encoding import IGNORED, Example
 from .modes import without_adapter
 
+COST = 4 / 3
+"""Of such an example, where a pass forward and backward is 1: the base is passed forward as well."""
+
 
 @dataclass(frozen=True)
 class Anchored(Example):

@@ -85,8 +85,8 @@ class ProjectionConfig:
     reference_budget: float | None = field(
         default=0.1,
         metadata={
-            "help": "Reference examples passed for each training example: the share that references add to the cost "
-            "of training. None uses all of every set at each refresh."
+            "help": "Passes of reference examples for each of a training example: the share that references add to "
+            "the cost of training. With loss='kl' an example counts 4/3. None uses all of every set at each refresh."
         },
     )
     refresh_samples: int | None = field(

@@ -471,6 +471,23 @@ def test_budget(knobs, batch_size, accumulation, expected):
     assert refresh_samples(OGPSAConfig(**knobs), args, batch_size=64, sets=3) == expected
 
 
+@pytest.mark.parametrize(("batch_size", "expected"), [(8, 3), (32, 12), (1, 1)])
+def test_budget_counts_the_pass_of_the_base(batch_size, expected):
+    args = TrainingArguments(per_device_train_batch_size=batch_size, use_cpu=True)
+    assert refresh_samples(OGPSAConfig(), args, batch_size=64, sets=3, cost=4 / 3) == expected
+
+
+@pytest.mark.parametrize(("losses", "expected"), [(("answer", "answer"), 8), (("kl", "kl"), 6), (("kl", "answer"), 7)])
+def test_budget_of_divergences_in_training(losses, expected, tmp_path):
+    model = model_of(refresh_samples=None, reference_budget=1.0)
+    references = [
+        ReferenceSet(name, rows, loss=loss)
+        for name, rows, loss in zip(("general", "benign"), (GENERAL, BENIGN), losses, strict=True)
+    ]
+    sft(tmp_path, model, [OGPSACallback(references)], max_steps=1, per_device_train_batch_size=4).train()
+    assert model.projector.diagnostics.reference_examples == expected  # for 2 steps of 4
+
+
 def test_too_few_samples_for_rows_of_sets():
     config = OGPSAConfig(rows_from="set", refresh_samples=2)
     with pytest.raises(ValueError, match="refresh_samples=2 is less than the 3 reference sets"):
@@ -498,7 +515,7 @@ def test_plan_is_told_before_training(knobs, bytes_per_parameter, tmp_path, caps
     trainer = sft(tmp_path, model, max_steps=1, disable_tqdm=False)
     trainer.train()
     out = capsys.readouterr().out
-    assert "OGPSA: 2 reference examples every 2 steps, 50% of the training examples" in out
+    assert "OGPSA: 2 reference examples every 2 steps, 50% of the training's own passes" in out
     subspace = model.projector.subspace
     held, more = model.projector.memory(sets=2)
     stacks = [subspace.rows] if subspace.directions is subspace.rows else [subspace.rows, subspace.directions]

@@ -49,7 +49,13 @@ class Method:
         return self.paper or self.knobs is not None or self.replay > 0
 
 
-BARE: dict[str, Any] = {"scope": "tensor", "reference_weight": 0.0, "rows": 24, "refresh_steps": 5}
+BARE: dict[str, Any] = {
+    "scope": "tensor",
+    "reference_weight": 0.0,
+    "rows": 24,
+    "refresh_steps": 5,
+    "refresh_samples": 4,
+}
 
 
 def cone(answers: str = "own", loss: str = "answer", contrast: float = 0.0, **knobs: Any) -> Method:
@@ -97,10 +103,14 @@ METHODS: dict[str, Method] = {
     "cone of KL": cone(loss="kl"),
     "cone of KL, weight 1": cone(loss="kl", reference_weight=1.0),
     "cone of KL, weight 5": cone(loss="kl", reference_weight=5.0),
-    "cone of KL, weight 5, every 10 steps": cone(loss="kl", reference_weight=5.0, refresh_steps=10, rows=16),
-    "cone of KL, weight 10, every 10 steps": cone(loss="kl", reference_weight=10.0, refresh_steps=10, rows=16),
-    "cone of KL, weight 5, 16 rows, 3 of 40": cone(loss="kl", reference_weight=5.0, rows=16, reference_budget=0.075),
-    "cone of KL, weight 5, 16 rows, 2 of 40": cone(loss="kl", reference_weight=5.0, rows=16, reference_budget=0.05),
+    "cone of KL, weight 5, every 10 steps": cone(
+        loss="kl", reference_weight=5.0, refresh_steps=10, refresh_samples=8, rows=16
+    ),
+    "cone of KL, weight 10, every 10 steps": cone(
+        loss="kl", reference_weight=10.0, refresh_steps=10, refresh_samples=8, rows=16
+    ),
+    "cone of KL, weight 5, 16 rows, 3 of 40": cone(loss="kl", reference_weight=5.0, rows=16, refresh_samples=3),
+    "cone of KL, weight 5, 16 rows, 2 of 40": cone(loss="kl", reference_weight=5.0, rows=16, refresh_samples=2),
     "cone of KL, weight 5, 12 rows": cone(loss="kl", reference_weight=5.0, rows=12),
     "cone of KL, weight 5, 8 rows": cone(loss="kl", reference_weight=5.0, rows=8),
     "cone of KL, slices": cone(loss="kl", scope="slice"),
