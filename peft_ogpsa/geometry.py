@@ -80,24 +80,24 @@ def norms(rows: Tensor) -> Tensor:
     return peaks * squares.sqrt()
 
 
-def normalize(rows: Tensor, lengths: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def normalize(rows: Tensor, lengths: Tensor | None = None, in_place: bool = False) -> Tensor:
     """Rows divided by their lengths; a row whose length is zero or not finite becomes zero, which constrains nothing.
 
     Args:
         rows: `[B, m, d]`, any floating dtype.
         lengths: `[B, m]`, float64: of whole rows where `rows` is a part of them; by default `norms(rows)`.
-        out: `[B, m, d]`, float32, where the result is put; it may be `rows` itself.
+        in_place: Whether the result takes the place of `rows`, which are float32.
 
     Returns:
         `[B, m, d]`, float32.
     """
-    lengths = norms(rows) if lengths is None else lengths
-    usable = ((lengths > 0) & lengths.isfinite()).unsqueeze(-1)
-    divisors = torch.where(usable, lengths.unsqueeze(-1), 1.0)
-    unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device) if out is None else out
-    for b, k, values in _converted(rows, lengths.dtype):
-        unit[b, :, k] = values.div_(divisors[b]).masked_fill_(~usable[b], 0.0)
-    return unit
+    lengths = (norms(rows) if lengths is None else lengths).unsqueeze(-1)
+    usable = (lengths > 0) & lengths.isfinite()
+    lengths = torch.where(usable, lengths, 1.0)
+    # A power of two, so without rounding, brings any length within float32's range.
+    shift = lengths.log2().round().clamp(min=-126, max=126).neg().exp2()
+    unit = rows if in_place else rows.to(torch.float32, copy=True)
+    return unit.mul_(shift.float()).div_((lengths * shift).float()).masked_fill_(~usable, 0.0)
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -479,7 +479,7 @@ class Projector:
         """The coefficients of what a descent direction must change by, with all that processes exchange in a step."""
         subspace = self.subspace
         assert subspace is not None
-        parts = [torch.linalg.vecdot(part, part).sum().to(subspace.blocks.device) for part in stack]
+        parts = [part.flatten().dot(part.flatten()).to(subspace.blocks.device) for part in stack]
         waiting = [] if self._overlaps is None else [self._overlaps]
         products, total, *overlaps = subspace.blocks.total(
             subspace.directed(stack), torch.stack(parts).sum(), *waiting

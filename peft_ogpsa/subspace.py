@@ -201,7 +201,7 @@ class Subspace:
                 scales[:, slot : slot + 1] = (scales[:, slot : slot + 1] * inverse.to(scales.device)).nan_to_num(0.0)
             else:
                 in_place = rows.dtype == torch.float32 and rows.device == row.device
-                unit = geometry.normalize(row, own, out=row if in_place else None)
+                unit = geometry.normalize(row, own, in_place)
                 if not in_place:
                     rows[:, slot : slot + 1].copy_(unit)
         self.norms[:, slot : slot + 1] = torch.where(finite, norms, 0.0)
