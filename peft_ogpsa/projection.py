@@ -57,7 +57,7 @@ class ProjectionConfig:
         metadata={"help": "With scope='slice': into how many equal slices each matrix is cut."},
     )
     rows: int = field(
-        default=16,
+        default=12,
         metadata={"help": "Reference gradients held per block, over all sets. The newest replace the oldest."},
     )
     rows_from: Literal["example", "batch", "set"] = field(

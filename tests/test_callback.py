@@ -456,7 +456,7 @@ def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
         ({}, 1, 1, 1),  # at least one
         ({"reference_budget": 0.25}, 8, 1, 10),
         ({"refresh_steps": 1}, 16, 1, 2),
-        ({}, 256, 1, 16),  # no more than the rows that are held
+        ({}, 256, 1, 12),  # no more than the rows that are held
         ({"rows_from": "batch", "rows": 2}, 256, 1, 128),
         ({"rows_from": "set"}, 256, 4, 512),
         ({"rows_from": "set"}, 1, 1, 3),  # every set has a row

@@ -129,7 +129,7 @@ PAPER = "This is the paper's rule and its {} schedule"
 METHODS = {
     "default": (
         OGPSAConfig(**LORA),
-        ["not the paper's rule", "no reference loss rises", "scope=tensor", "at most 16"],
+        ["not the paper's rule", "no reference loss rises", "scope=tensor", "at most 12"],
     ),
     "paper-sft": (
         OGPSAConfig.paper("sft", **LORA),

@@ -23,7 +23,7 @@ DEFAULTS = {
     "projection": "update",
     "scope": "tensor",
     "slices": 16,
-    "rows": 16,
+    "rows": 12,
     "rows_from": "example",
     "rows_dtype": "float32",
     "subspace_rank": None,

@@ -331,7 +331,7 @@ def test_documented_commands(tmp_path, configuration, flags):
     assert "ogpsa/removed" in done.stdout
     saved = load_file(tmp_path / "checkpoint-2" / checkpoint.TENSORS_NAME)
     if flags:
-        assert saved["norms"].shape == (28, 16)  # 2 layers of 7 linear maps, A and B
+        assert saved["norms"].shape == (28, 12)  # 2 layers of 7 linear maps, A and B
         assert (tmp_path / "adapter_model.safetensors").is_file()
     else:
         weights = load_file(tmp_path / "model.safetensors")
