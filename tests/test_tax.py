@@ -191,6 +191,7 @@ def bench(tmp_path_factory):
         ("cone, weight 1, contrast", ("sft", "dpo")),
         ("cone of KL, slices, weight 5", ("dpo",)),
         ("replay 1", ("sft",)),
+        ("A-GEM", ("sft",)),
         ("OSF", ("sft",)),
     ],
 )

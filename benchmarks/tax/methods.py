@@ -21,6 +21,7 @@ class Method:
         answers: Whose answers the references have: `"given"` (of the data) or `"own"` (of the base model).
         loss: Of the references: `"answer"` (cross-entropy) or `"kl"` (divergence from the base).
         replay: Without projection: weight of the mean gradient of the reference examples.
+        merged: Whether the reference sets are one, of all their rows.
         budget: Of replay: reference examples for each training example.
         contrast: Share of harmless look-alikes, with the base's own answers, among the training rows.
         first_tokens: Of every training answer, so many tokens count; `None` counts all.
@@ -34,6 +35,7 @@ class Method:
     paper: bool = False
     answers: str = "own"
     loss: str = "answer"
+    merged: bool = False
     replay: float = 0.0
     budget: float = 0.1
     contrast: float = 0.0
@@ -138,7 +140,7 @@ METHODS: dict[str, Method] = {
     "cone, one row a set": cone(rows_from="set", rows=4),
     "cone, 96 rows": cone(rows=96),
     "cone on the gradient": cone(projection="gradient"),
-    "A-GEM": cone(projection="gradient", scope="model", rows_from="batch", rows=1),
+    "A-GEM": Method(BARE | {"projection": "gradient", "scope": "model", "rows_from": "set", "rows": 1}, merged=True),
     "SGD, plain": Method(**SGD),
     "SGD, paper": Method(paper=True, knobs={"rows": 4}, answers="given", **SGD),
     "SGD, cone": Method(BARE, **SGD),
@@ -151,7 +153,7 @@ DRAWN = (
     "paper",
     "replay 1",
     "KL 5",
-    "cone of KL, weight 5",
+    "cone of KL, weight 5, 12 rows, 3 of 40",
     "cone of KL, slices",
     "cone of KL, slices, weight 5",
     "cone of KL, slices, weight 5, contrast",

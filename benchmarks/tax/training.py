@@ -277,6 +277,9 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
     """The configuration (`None` where whole weights are merely trained), the model, and the callbacks that keep."""
     settings = bench.settings
     sets = bench.references(method.answers, method.loss) if method.references else []
+    if method.merged:
+        rows = [row for own in sets for row in own.dataset]
+        sets = [ReferenceSet("all", rows, None, MAX_LENGTH, method.loss)]
     if method.whole:
         whole = copy.deepcopy(bench.base).float()
         if method.knobs is None:
