@@ -7,7 +7,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import processes
 from ..cache import cache_dir
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -60,7 +63,10 @@ def local_source(name: str, dtype: torch.dtype) -> str:
         return name
     kind = str(dtype).removeprefix("torch.")
     folder = cache_dir() / f"{name.rpartition('/')[2]}-{kind}"
-    if not folder.is_dir():
+    made = folder / "config.json"
+    if processes.rank():  # of several processes only the first one saves models, as transformers has it
+        _wait_for(made)
+    if not made.is_file():
         file = _wheel_file()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -69,9 +75,22 @@ def local_source(name: str, dtype: torch.dtype) -> str:
             part = Path(scratch) / "model"  # renamed when it is complete
             _without_gguf(model).to(dtype).save_pretrained(part)
             AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(part)
+            if folder.is_dir() and not made.is_file():  # damaged: whole ones appear at once
+                shutil.rmtree(folder)
             with contextlib.suppress(OSError):  # another process was first
                 part.rename(folder)
     return str(folder)
+
+
+def _wait_for(file: Path, seconds: float = 600) -> None:
+    end = time.monotonic() + seconds
+    while not file.is_file():
+        if time.monotonic() > end:
+            raise OSError(
+                f"{file} was not written by the first process within {seconds:.0f} seconds. Load the model in one "
+                "process once, on every machine."
+            )
+        time.sleep(0.2)
 
 
 def _without_gguf(model: Any) -> Any:
