@@ -14,6 +14,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli import main
+from peft_ogpsa.cli.models import _wait_for
 from peft_ogpsa.cli.quickstart import load_rows
 from peft_ogpsa.evaluation import Measurement, Verdict
 
@@ -71,6 +72,13 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_other_processes_wait_for_the_first_ones_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    _wait_for(tmp_path / "config.json", seconds=0)
+    with pytest.raises(OSError, match="not written by the first process"):
+        _wait_for(tmp_path / "other.json", seconds=0)
 
 
 @pytest.mark.slow
