@@ -203,9 +203,7 @@ def references(
     if given:
         return [ReferenceSet(name, rows[name], samples=samples) for name in names]
     return [
-        ReferenceSet.from_prompts(
-            name, [row["prompt"] for row in rows[name]], base, tokenizer, samples=samples, max_new_tokens=64
-        )
+        ReferenceSet.from_prompts(name, rows[name], base, tokenizer, samples=samples, max_new_tokens=64)
         for name in names
     ]
 
