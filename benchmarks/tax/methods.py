@@ -115,6 +115,7 @@ METHODS: dict[str, Method] = {
     "cone of KL, weight 5, 16 rows, 2 of 40": cone(loss="kl", reference_weight=5.0, rows=16, refresh_samples=2),
     "cone of KL, weight 5, 12 rows, 3 of 40": cone(loss="kl", reference_weight=5.0, rows=12, refresh_samples=3),
     "cone of KL, weight 5, 12 rows": cone(loss="kl", reference_weight=5.0, rows=12),
+    "cone of KL, weight 5, 8 rows, 3 of 40": cone(loss="kl", reference_weight=5.0, rows=8, refresh_samples=3),
     "cone of KL, weight 5, 8 rows": cone(loss="kl", reference_weight=5.0, rows=8),
     "cone of KL, slices": cone(loss="kl", scope="slice"),
     "cone of KL, 64 slices": cone(loss="kl", scope="slice", slices=64),
