@@ -116,6 +116,12 @@ METHODS: dict[str, Method] = {
     "cone of KL, weight 5, 12 rows, 3 of 40": cone(loss="kl", reference_weight=5.0, rows=12, refresh_samples=3),
     "cone of KL, weight 5, 12 rows": cone(loss="kl", reference_weight=5.0, rows=12),
     "cone of KL, weight 5, 8 rows, 3 of 40": cone(loss="kl", reference_weight=5.0, rows=8, refresh_samples=3),
+    "cone of KL, weight 5, 8 rows, 2 of 40": cone(loss="kl", reference_weight=5.0, rows=8, refresh_samples=2),
+    "cone of KL, weight 8, 8 rows, 2 of 40": cone(loss="kl", reference_weight=8.0, rows=8, refresh_samples=2),
+    "cone of KL, weight 8, 8 rows, 3 of 64": cone(
+        loss="kl", reference_weight=8.0, rows=8, refresh_steps=8, refresh_samples=3
+    ),
+    "cone, given answers, weight 1, 8 rows, 3 of 40": cone("given", reference_weight=1.0, rows=8, refresh_samples=3),
     "cone of KL, weight 5, 8 rows": cone(loss="kl", reference_weight=5.0, rows=8),
     "cone of KL, slices": cone(loss="kl", scope="slice"),
     "cone of KL, 64 slices": cone(loss="kl", scope="slice", slices=64),
