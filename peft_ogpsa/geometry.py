@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 2**20
+TILE = 2**18
 """Most elements of `rows` that are converted to another dtype at a time on a CPU: what stays in its cache."""
 
 ACCELERATOR_TILE = 2**24
@@ -76,28 +76,40 @@ def norms(rows: Tensor) -> Tensor:
     peaks = torch.where(peaks == 0, 1.0, peaks)
     for b, _, values in _converted(rows, dtype):
         values = values / peaks[b].unsqueeze(-1) if narrow else values
-        squares[b] += torch.linalg.vecdot(values, values)
+        squares[b] += torch.linalg.vector_norm(values, dim=-1).square()
     return peaks * squares.sqrt()
 
 
-def normalize(rows: Tensor, lengths: Tensor | None = None, in_place: bool = False) -> Tensor:
+def normalize(rows: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Rows divided by their lengths; a row whose length is zero or not finite becomes zero, which constrains nothing.
 
     Args:
         rows: `[B, m, d]`, any floating dtype.
         lengths: `[B, m]`, float64: of whole rows where `rows` is a part of them; by default `norms(rows)`.
-        in_place: Whether the result takes the place of `rows`, which are float32.
 
     Returns:
         `[B, m, d]`, float32.
     """
-    lengths = (norms(rows) if lengths is None else lengths).unsqueeze(-1)
+    lengths = norms(rows) if lengths is None else lengths
     usable = (lengths > 0) & lengths.isfinite()
-    lengths = torch.where(usable, lengths, 1.0)
+    unit = divide_(rows.to(torch.float32, copy=True), torch.where(usable, lengths, 1.0))
+    return unit.masked_fill_(~usable.unsqueeze(-1), 0.0)
+
+
+def divide_(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Divides rows by their lengths, in place.
+
+    Args:
+        rows: `[B, m, d]`, float32.
+        lengths: `[B, m]`, float64, finite; a row of length zero stays as it is.
+
+    Returns:
+        `rows`.
+    """
+    lengths = torch.where(lengths > 0, lengths, 1.0).unsqueeze(-1)
     # A power of two, so without rounding, brings any length within float32's range.
     shift = lengths.log2().round().clamp(min=-126, max=126).neg().exp2()
-    unit = rows if in_place else rows.to(torch.float32, copy=True)
-    return unit.mul_(shift.float()).div_((lengths * shift).float()).masked_fill_(~usable, 0.0)
+    return rows.mul_(shift.float()).mul_((1.0 / (lengths * shift)).float())
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,21 +128,22 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(usable.unsqueeze(-1), multiples, 0.0).to(torch.int8), torch.where(usable, peaks / 127, peaks)
 
 
-def gram(rows: Tensor, index: Sequence[int] | None = None) -> Tensor:
+def gram(rows: Tensor, index: Sequence[int] | slice | None = None) -> Tensor:
     """Inner products of the rows of each block with one another, accumulated in float64.
 
     Args:
         rows: `[B, m, d]`, float32, bfloat16 or int8.
-        index: Only the products of these `n` rows with all rows; by default of all.
+        index: Only the products of these `n` rows with all rows; by default of all. A slice is faster than a list.
 
     Returns:
         `[B, m, m]`, or `[B, n, m]` with `index`, float64.
     """
     blocks, m, _ = rows.shape
-    count = m if index is None else len(index)
+    index = slice(None) if index is None else index
+    count = len(range(m)[index]) if isinstance(index, slice) else len(index)
     result = torch.zeros(blocks, count, m, dtype=small_dtype(rows.device), device=rows.device)
     for b, _, tile in _converted(rows, result.dtype):
-        result[b] += (tile if index is None else tile[:, index]) @ tile.mT
+        result[b] += tile[:, index] @ tile.mT
     return result
 
 

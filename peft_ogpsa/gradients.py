@@ -30,6 +30,9 @@ class Sink(Protocol):
     def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
         """Adds `(examples, *shape)` gradients of one piece, the first of them being that of example `first`."""
 
+    def add_products(self, piece: int, outputs: Tensor, inputs: Tensor, factor: float) -> None:
+        """Adds `factor` times the gradients `outputs^T inputs` of a matrix, `(examples, tokens, features)` each."""
+
     def clear(self) -> None:
         """Forgets all that was added."""
 
@@ -188,11 +191,8 @@ def _hooked_gradients(
             nonlocal inputs_ok
             inputs_ok = inputs_ok and x.dim() >= 3 and x.shape[0] in (count, flattened)
             if inputs_ok:
-                gradient = torch.bmm(
-                    u.reshape(count, -1, u.shape[-1]).transpose(1, 2).float(),
-                    x.reshape(count, -1, x.shape[-1]).float(),
-                )
-                sink.add(piece, gradient.mul_(count / _LOSS_SCALE))
+                outputs, inputs = (part.reshape(count, -1, part.shape[-1]).float() for part in (u, x))
+                sink.add_products(piece, outputs, inputs, count / _LOSS_SCALE)
 
         def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             return _Watch.apply(output, args[0].detach(), tell, anchor) if output.requires_grad else None

@@ -27,7 +27,7 @@ def undisturbed(model: nn.Module, *, gradients: bool = False, seed: int | None =
         gradients: Whether autograd records.
         seed: Of the random stream; by default it starts where the global one stands, which is put back at the end.
     """
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with (
         torch.random.fork_rng(devices=devices),
@@ -42,9 +42,9 @@ def undisturbed(model: nn.Module, *, gradients: bool = False, seed: int | None =
         try:
             yield
         finally:
-            model.eval()
-            for module in training:
-                module.training = True
+            for module, training in modes:
+                if module.training != training:  # setting it is slow
+                    module.training = training
 
 
 @contextlib.contextmanager

@@ -295,21 +295,21 @@ class Projector:
             for slot, batch, size in zip(slots, batches, sizes, strict=True):
                 add(batch, size, subspace.open([slot]), 1.0)
         else:
-            subspace.open(slots)
+            writer = subspace.open(slots)
             start = 0
             for batch, size in zip(batches, sizes, strict=True):
-                mine = slots[start : start + size]
+                mine = range(start, start + size)
                 start += size
                 if blocks.sharded:
-                    for i, slot in enumerate(mine):
+                    for i, place in enumerate(mine):
                         share = 1 / processes.count()
                         part = examples_of(batch, [i])
-                        loss = sharded_gradient(model, part, loss_fn, blocks, subspace.open([slot]), share)
+                        loss = sharded_gradient(model, part, loss_fn, blocks, writer.of([place]), share)
                         losses.append((loss, share))
                 elif own := processes.share(size):
-                    writer = subspace.open([mine[i] for i in own])
+                    sink = writer.of([mine[i] for i in own])
                     part = batch if len(own) == size else examples_of(batch, own)
-                    losses.append((example_gradients(model, part, loss_fn, blocks, writer, self._linears), len(own)))
+                    losses.append((example_gradients(model, part, loss_fn, blocks, sink, self._linears), len(own)))
         if not losses:
             return torch.zeros(2, dtype=torch.float64, device=blocks.device)
         values = torch.stack([loss for loss, _ in losses]).double()

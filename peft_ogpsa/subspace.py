@@ -14,6 +14,7 @@ then summed over the processes, so that all of them hold the same; every method 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -45,8 +46,17 @@ class Slots:
             for part, group in zip(scales, blocks.groups, strict=True)
             for own in part.unflatten(0, (-1, group.slices))
         ]
-        self._slots = list(slots)
+        self._take(slots)
         self.clear()
+
+    def _take(self, slots: Sequence[int]) -> None:
+        self._slots, self._own = list(slots), _index(slots)
+
+    def of(self, places: Sequence[int]) -> Slots:
+        """Access to some of the rows, by their places among these, which stay as they are."""
+        part = copy(self)
+        part._take([self._slots[place] for place in places])
+        return part
 
     def clear(self) -> None:
         """Sets the rows to zero."""
@@ -54,6 +64,23 @@ class Slots:
             for part, scales in zip(self._stack, self._stacked_scales, strict=True):
                 part[:, own] = 0
                 scales[:, own] = 1
+
+    def add_products(self, piece: int, outputs: Tensor, inputs: Tensor, factor: float) -> None:
+        """Adds `factor` times the gradients of one matrix, `outputs^T inputs`, to all rows.
+
+        Args:
+            piece (`int`): The matrix.
+            outputs (`Tensor`): `(rows, tokens, out)`, float32: gradients of what a linear map has made.
+            inputs (`Tensor`): `(rows, tokens, in)`, float32: of what.
+            factor (`float`): Of the gradients.
+        """
+        view = self._views[piece]
+        own = self._own
+        direct = view.dtype == outputs.dtype and view.device == outputs.device
+        if direct and isinstance(own, slice) and view.shape[1:] == (outputs.shape[-1], inputs.shape[-1]):
+            view[own].baddbmm_(outputs.mT, inputs, alpha=factor * self.weight)
+        else:
+            self.add(piece, torch.bmm(outputs.mT, inputs).mul_(factor))
 
     def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
         """Adds `(n, *shape)` gradients of one parameter to the rows `first, first + 1, ...`."""
@@ -78,6 +105,12 @@ def _runs(slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
         if end == len(slots) or slots[end] != slots[end - 1] + 1:
             yield slice(start, end), slice(slots[start], slots[end - 1] + 1)
             start = end
+
+
+def _index(slots: Sequence[int]) -> slice | list[int]:
+    """Slots as what selects their rows: a slice where they are neighbours."""
+    runs = [own for _, own in _runs(slots)]
+    return runs[0] if len(runs) == 1 else list(slots)
 
 
 class Subspace:
@@ -169,18 +202,21 @@ class Subspace:
             lengths = self._scaled([geometry.norms(row) for row in self._near([slot])], [slot])
             own.append(self.blocks.reduce([part.square() for part in lengths]))
         (squares,) = self.blocks.total(torch.stack(own))
-        usable = torch.stack(
-            [self._normalize(slot, square.sqrt()) for slot, square in zip(slots, squares, strict=True)]
-        ).tolist()
-        for slot, name, good in zip(slots, sets, usable, strict=True):
+        finite = squares.isfinite().flatten(1).all(-1).tolist()
+        for slot, square, good, name in zip(slots, squares, finite, sets, strict=True):
+            if good:
+                self._normalize(slot, square.sqrt())
+            else:
+                self.open([slot])
+                self.norms[:, slot] = 0
             self.sets[slot] = name if good else None
         self._update_gram(slots)
-        return [slot for slot, good in zip(slots, usable, strict=True) if not good]
+        return [slot for slot, good in zip(slots, finite, strict=True) if not good]
 
     def _near(self, slots: Sequence[int] | None = None, stack: Stack | None = None) -> Iterator[Tensor]:
         """Rows beside their parameters, `(pieces, rows, numel)`, group by group: all of a stack's, or some slots'."""
         for rows, group in zip(self.rows if stack is None else stack, self.blocks.groups, strict=True):
-            own = rows if slots is None else rows[:, slots[0] : slots[0] + 1] if len(slots) == 1 else rows[:, slots]
+            own = rows if slots is None else rows[:, _index(slots)]
             yield own.to(group.device, non_blocking=True)
 
     def _scaled(self, values: Sequence[Tensor], slots: Sequence[int] | None = None) -> list[Tensor]:
@@ -190,22 +226,19 @@ class Subspace:
             for own, scales in zip(values, self.scales, strict=True)
         ]
 
-    def _normalize(self, slot: int, norms: Tensor) -> Tensor:
-        """Scales one row to unit norm per block; returns, on the device, whether it was finite in all of them."""
-        finite = torch.isfinite(norms).all()
-        lengths = self.blocks.spread(torch.where(finite, norms, torch.nan))
-        for rows, scales, row, own in zip(self.rows, self.scales, self._near([slot]), lengths, strict=True):
+    def _normalize(self, slot: int, norms: Tensor) -> None:
+        """Scales one row to unit norm per block; the norms are finite."""
+        own = slice(slot, slot + 1)
+        lengths = self.blocks.spread(norms)
+        for rows, scales, row, length in zip(self.rows, self.scales, self._near([slot]), lengths, strict=True):
             if rows.dtype == torch.int8:
-                usable = (own > 0) & own.isfinite()
-                inverse = torch.where(usable, 1.0 / torch.where(usable, own, 1.0), torch.nan)
-                scales[:, slot : slot + 1] = (scales[:, slot : slot + 1] * inverse.to(scales.device)).nan_to_num(0.0)
+                inverse = torch.where(length > 0, 1.0 / torch.where(length > 0, length, 1.0), 0.0)
+                scales[:, own] *= inverse.to(scales.device)
+            elif rows.dtype == torch.float32 and rows.device == row.device:
+                geometry.divide_(row, length)
             else:
-                in_place = rows.dtype == torch.float32 and rows.device == row.device
-                unit = geometry.normalize(row, own, in_place)
-                if not in_place:
-                    rows[:, slot : slot + 1].copy_(unit)
-        self.norms[:, slot : slot + 1] = torch.where(finite, norms, 0.0)
-        return finite
+                rows[:, own] = geometry.normalize(row, length).to(rows.device, rows.dtype)
+        self.norms[:, own] = norms
 
     def add_up(self, slots: Sequence[int]) -> None:
         """Sums raw gradients over processes that hold whole parameters and wrote their shares; all must call it."""
@@ -227,7 +260,7 @@ class Subspace:
         self._update_gram(slots)
 
     def _update_gram(self, changed: Sequence[int]) -> None:
-        index = list(changed)
+        index = _index(changed)
         grams = []
         for rows, scales in zip(self._near(), self.scales, strict=True):
             scales = scales.to(rows.device)

@@ -103,6 +103,9 @@ class Dtypes:
     def add(self, piece, gradients, first=0):
         self.seen.add(gradients.dtype)
 
+    def add_products(self, piece, outputs, inputs, factor):
+        self.seen |= {outputs.dtype, inputs.dtype}
+
 
 def test_gradients_stay_float32_where_the_loop_is_under_autocast():
     model = get_peft_model(tiny_llama(), OGPSAConfig(rows=8, **LORA))

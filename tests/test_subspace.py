@@ -185,6 +185,30 @@ def test_writing_changes_the_opened_rows_alone(dtype, slots):
             assert torch.cosine_similarity(got, expected, dim=0) > 1 - (1e-3 if dtype == torch.int8 else 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("scope", ["tensor", "slice"])
+@pytest.mark.parametrize("places", [[0, 1, 2], [1, 2], [0, 2], [1]])
+def test_products_add_up_to_gradients(dtype, scope, places):
+    subspace = Subspace(Blocks(parameters(), OWNERS, scope, slices=2), 5, "cone", dtype)
+    writer = subspace.open([1, 2, 3])
+    part = writer.of(places)
+    part.weight = 0.5
+    torch.manual_seed(0)
+    for piece, name in enumerate(subspace.blocks.names()):
+        if len(SHAPES[name]) != 2:
+            continue
+        out, into = SHAPES[name]
+        exact = torch.zeros(5, out, into, dtype=torch.float64)
+        for _ in range(2):
+            outputs, inputs = torch.randn(len(places), 7, out), torch.randn(len(places), 7, into)
+            part.add_products(piece, outputs, inputs, 3.0)
+            for place, u, x in zip(places, outputs.double(), inputs.double(), strict=True):
+                exact[1 + place] += 1.5 * sum(torch.outer(u[t], x[t]) for t in range(7))
+        got = stored(subspace, [name]).view(exact.shape)
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.int8: 2e-2}[dtype]
+        torch.testing.assert_close(got, exact, rtol=0, atol=tolerance * float(exact.abs().max()))
+
+
 def test_int8_rows_add_up():
     subspace = Subspace(blocks("tensor"), 2, "cone", torch.int8)
     writer = subspace.open(subspace.claim(1))
