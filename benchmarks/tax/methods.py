@@ -102,6 +102,7 @@ METHODS: dict[str, Method] = {
     "replay 1, quarter": Method(replay=1.0, budget=0.25),
     "KL 1": Method(loss="kl", replay=1.0),
     "KL 5": Method(loss="kl", replay=5.0),
+    "KL 8, 2 of 40": Method(loss="kl", replay=8.0, budget=0.05),
     "cone of KL": cone(loss="kl"),
     "cone of KL, weight 1": cone(loss="kl", reference_weight=1.0),
     "cone of KL, weight 5": cone(loss="kl", reference_weight=5.0),
@@ -118,10 +119,13 @@ METHODS: dict[str, Method] = {
     "cone of KL, weight 5, 8 rows, 3 of 40": cone(loss="kl", reference_weight=5.0, rows=8, refresh_samples=3),
     "cone of KL, weight 5, 8 rows, 2 of 40": cone(loss="kl", reference_weight=5.0, rows=8, refresh_samples=2),
     "cone of KL, weight 8, 8 rows, 2 of 40": cone(loss="kl", reference_weight=8.0, rows=8, refresh_samples=2),
+    "cone of KL, weight 8, 8 rows, 2 of 40, third contrast": cone(
+        loss="kl", contrast=1 / 3, reference_weight=8.0, rows=8, refresh_samples=2
+    ),
+    "cone of KL, weight 12, 8 rows, 2 of 40": cone(loss="kl", reference_weight=12.0, rows=8, refresh_samples=2),
     "cone of KL, weight 8, 8 rows, 3 of 64": cone(
         loss="kl", reference_weight=8.0, rows=8, refresh_steps=8, refresh_samples=3
     ),
-    "cone, given answers, weight 1, 8 rows, 3 of 40": cone("given", reference_weight=1.0, rows=8, refresh_samples=3),
     "cone of KL, weight 5, 8 rows": cone(loss="kl", reference_weight=5.0, rows=8),
     "cone of KL, slices": cone(loss="kl", scope="slice"),
     "cone of KL, 64 slices": cone(loss="kl", scope="slice", slices=64),
@@ -155,12 +159,15 @@ METHODS: dict[str, Method] = {
     "OSF": Method(osf=True, learning_rate=0.2),
 }
 
+DEFAULT = "cone of KL, weight 8, 8 rows, 2 of 40"
+"""What `OGPSAConfig()` with `ReferenceSet.from_prompts` is, with batches of 8."""
+
 DRAWN = (
     "plain",
     "paper",
     "replay 1",
     "KL 5",
-    "cone of KL, weight 5, 12 rows, 3 of 40",
+    DEFAULT,
     "cone of KL, slices",
     "cone of KL, slices, weight 5",
     "cone of KL, slices, weight 5, contrast",
