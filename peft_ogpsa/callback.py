@@ -33,6 +33,9 @@ from .reference import ReferenceLoader, ReferenceSet, batched, collate, referenc
 
 logger = logging.getLogger(__name__)
 
+_MOST_OF_ANSWERS = 2.0
+"""The largest `reference_weight` of given answers that is not warned of: 1 was measured to be right, 5 to be slow."""
+
 
 class OGPSACallback(TrainerCallback):
     """Keeps the reference subspace up to date during training.
@@ -168,6 +171,15 @@ class OGPSACallback(TrainerCallback):
         costs = [COST if isinstance(own[0], Anchored) else 1.0 for own in examples.values()]
         cost = sum(costs) / len(costs)
         samples = refresh_samples(projector.config, args, batch_size, len(examples), cost)
+        learnt = [name for name, own in examples.items() if not isinstance(own[0], Anchored)]
+        if learnt and projector.config.reference_weight > _MOST_OF_ANSWERS:
+            logger.warning(
+                "Reference set %r has a loss of given answers, which are learnt as fast as refusals with "
+                "reference_weight=%s: safety comes slowly then. Set reference_weight=1.0, or take references with "
+                'loss="kl".',
+                learnt[0],
+                projector.config.reference_weight,
+            )
         self._loader = ReferenceLoader(examples, samples, batch_size, self.seed)
         self._projector = projector
         # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.

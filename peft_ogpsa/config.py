@@ -50,7 +50,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             the first step: LoRA starts with B = 0, where the gradient of A is zero.
         reference_budget (`float`, *optional*): Passes of reference examples for each pass of a training example,
             which is the share that references add to the cost of training. `OGPSACallback` makes it a number of
-            examples at each refresh, at least one; one with `loss="kl"` counts 4/3, as the base is passed forward for
+            examples at each refresh, at least one; one with `loss="kl"` counts 3/2, as the base is passed forward for
             it, too. `None` uses all of every set, as the paper does.
         refresh_samples (`int`, *optional*): So many examples at a refresh, over all sets, instead of a budget.
         reference_weight (`float`): On steps that refreshed, add this much of the mean fresh reference gradient to the

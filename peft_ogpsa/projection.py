@@ -57,7 +57,7 @@ class ProjectionConfig:
         metadata={"help": "With scope='slice': into how many equal slices each matrix is cut."},
     )
     rows: int = field(
-        default=12,
+        default=8,
         metadata={"help": "Reference gradients held per block, over all sets. The newest replace the oldest."},
     )
     rows_from: Literal["example", "batch", "set"] = field(
@@ -83,10 +83,10 @@ class ProjectionConfig:
         },
     )
     reference_budget: float | None = field(
-        default=0.1,
+        default=0.075,
         metadata={
             "help": "Passes of reference examples for each of a training example: the share that references add to "
-            "the cost of training. With loss='kl' an example counts 4/3. None uses all of every set at each refresh."
+            "the cost of training. With loss='kl' an example counts 3/2. None uses all of every set at each refresh."
         },
     )
     refresh_samples: int | None = field(
@@ -94,7 +94,7 @@ class ProjectionConfig:
         metadata={"help": "So many reference examples at a refresh, over all sets, instead of reference_budget."},
     )
     reference_weight: float = field(
-        default=5.0,
+        default=8.0,
         metadata={
             "help": "How much of the mean fresh reference gradient is added to the training gradient on steps that "
             "refreshed: replay of references with given answers, a pull to the base of those with loss='kl'. 0: none."

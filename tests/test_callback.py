@@ -26,6 +26,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
 from peft_ogpsa.callback import refresh_samples
 from peft_ogpsa.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
+from peft_ogpsa.divergence import COST
 
 TRAINING = [chat(f"How do I break rule {i}?", "I can't help with that, sorry.") for i in range(12)]
 GENERAL = [chat(f"What comes after {i}?", f"After {i} comes {i + 1}.") for i in range(9)]
@@ -451,14 +452,14 @@ def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "batch_size", "accumulation", "expected"),
     [
-        ({}, 8, 1, 4),
-        ({}, 8, 2, 8),
+        ({}, 8, 1, 3),
+        ({}, 8, 2, 6),
         ({}, 1, 1, 1),  # at least one
-        ({"reference_budget": 0.25}, 8, 1, 10),
-        ({"refresh_steps": 1}, 16, 1, 2),
-        ({}, 256, 1, 12),  # no more than the rows that are held
-        ({"rows_from": "batch", "rows": 2}, 256, 1, 128),
-        ({"rows_from": "set"}, 256, 4, 512),
+        ({"reference_budget": 0.15}, 8, 1, 6),
+        ({"refresh_steps": 1}, 32, 1, 2),
+        ({}, 256, 1, 8),  # no more than the rows that are held
+        ({"rows_from": "batch", "rows": 2}, 512, 1, 128),
+        ({"rows_from": "set"}, 256, 4, 384),
         ({"rows_from": "set"}, 1, 1, 3),  # every set has a row
         ({"refresh_samples": 7}, 8, 1, 7),  # instead of a budget
         ({"reference_budget": None}, 8, 1, None),  # all
@@ -471,13 +472,13 @@ def test_budget(knobs, batch_size, accumulation, expected):
     assert refresh_samples(OGPSAConfig(**knobs), args, batch_size=64, sets=3) == expected
 
 
-@pytest.mark.parametrize(("batch_size", "expected"), [(8, 3), (32, 12), (1, 1)])
+@pytest.mark.parametrize(("batch_size", "expected"), [(8, 2), (32, 8), (1, 1)])
 def test_budget_counts_the_pass_of_the_base(batch_size, expected):
     args = TrainingArguments(per_device_train_batch_size=batch_size, use_cpu=True)
-    assert refresh_samples(OGPSAConfig(), args, batch_size=64, sets=3, cost=4 / 3) == expected
+    assert refresh_samples(OGPSAConfig(), args, batch_size=64, sets=3, cost=COST) == expected
 
 
-@pytest.mark.parametrize(("losses", "expected"), [(("answer", "answer"), 8), (("kl", "kl"), 6), (("kl", "answer"), 7)])
+@pytest.mark.parametrize(("losses", "expected"), [(("answer", "answer"), 8), (("kl", "kl"), 5), (("kl", "answer"), 6)])
 def test_budget_of_divergences_in_training(losses, expected, tmp_path):
     model = model_of(refresh_samples=None, reference_budget=1.0)
     references = [
@@ -486,6 +487,18 @@ def test_budget_of_divergences_in_training(losses, expected, tmp_path):
     ]
     sft(tmp_path, model, [OGPSACallback(references)], max_steps=1, per_device_train_batch_size=4).train()
     assert model.projector.diagnostics.reference_examples == expected  # for 2 steps of 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight", "warned"), [("answer", 8.0, True), ("kl", 8.0, False), ("answer", 1.0, False)]
+)
+def test_large_weight_of_given_answers_is_warned_of(loss, weight, warned, tmp_path, caplog):
+    references = [ReferenceSet("given", GENERAL, loss=loss)]
+    with caplog.at_level("WARNING", logger="peft_ogpsa"):
+        sft(tmp_path, model_of(reference_weight=weight), [OGPSACallback(references)], max_steps=1).train()
+    found = [record.getMessage() for record in caplog.records if "reference_weight=8.0" in record.getMessage()]
+    assert len(found) == warned
+    assert all("'given'" in text and "Set reference_weight=1.0" in text for text in found)
 
 
 def test_too_few_samples_for_rows_of_sets():

@@ -23,14 +23,14 @@ DEFAULTS = {
     "projection": "update",
     "scope": "tensor",
     "slices": 16,
-    "rows": 12,
+    "rows": 8,
     "rows_from": "example",
     "rows_dtype": "float32",
     "subspace_rank": None,
     "refresh_steps": 5,
-    "reference_budget": 0.1,
+    "reference_budget": 0.075,
     "refresh_samples": None,
-    "reference_weight": 5.0,
+    "reference_weight": 8.0,
     "missing_reference": "error",
 }
 

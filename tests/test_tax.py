@@ -11,13 +11,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import tiny_llama, tiny_tokenizer
+from transformers import TrainingArguments
 
 from benchmarks.tax import data, plots, report
 from benchmarks.tax.facts import known
 from benchmarks.tax.grid import Grid
-from benchmarks.tax.methods import METHODS, WHOLE
+from benchmarks.tax.methods import DEFAULT, METHODS, WHOLE
 from benchmarks.tax.training import LORA, Settings, Workbench, run
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
+from peft_ogpsa.callback import refresh_samples
+from peft_ogpsa.divergence import COST
 from peft_ogpsa.evaluation.refusal import Verdict
 
 BASE = {
@@ -67,6 +70,14 @@ def test_every_method_has_a_configuration():
     for method in WHOLE.values():
         assert method.whole
         assert FullParameterConfig(**(method.knobs or {})).rows >= 4
+
+
+def test_the_default_of_the_tables_is_that_of_the_library():
+    method, config = METHODS[DEFAULT], OGPSAConfig(**METHODS[DEFAULT].knobs)
+    arguments = TrainingArguments(per_device_train_batch_size=Settings.batch, use_cpu=True)
+    assert method.loss == "kl"
+    assert config.refresh_samples == refresh_samples(OGPSAConfig(), arguments, Settings.batch, sets=4, cost=COST)
+    assert replace(config, refresh_samples=None) == OGPSAConfig()
 
 
 def test_the_first_safe_point():
