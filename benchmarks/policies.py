@@ -47,11 +47,13 @@ class Policy:
         config: Makes the adapter's configuration.
         replay: With plain LoRA, how many reference examples every fifth step also learns.
         threshold: Refresh where a reference loss has risen by so many nats, instead of regularly.
+        own: References with the base's own answers and the divergence from it, instead of given answers.
     """
 
     config: Callable[[], LoraConfig]
     replay: int = 0
     threshold: float | None = None
+    own: bool = False
 
 
 def cone(threshold: float | None = None, **knobs: Any) -> Policy:
@@ -60,7 +62,7 @@ def cone(threshold: float | None = None, **knobs: Any) -> Policy:
 
 
 # "4/5" is 4 reference examples every 5 steps. All are at 10 % of the training examples, as far as whole examples
-# allow, but for "192/10" and the last group.
+# allow, but for "192/10" and the last two groups.
 POLICIES = {
     "plain": Policy(lambda: LoraConfig(**LORA)),
     "replay 4/5": Policy(lambda: LoraConfig(**LORA), replay=4),
@@ -80,6 +82,8 @@ POLICIES = {
     # More compute
     "replay 8/5": Policy(lambda: LoraConfig(**LORA), replay=8),
     "cone 8/5": cone(refresh_samples=8),
+    # Today's default
+    "own answers, divergence 2/5, weight 8, 8 rows": Policy(lambda: OGPSAConfig(**LORA), own=True),
 }
 
 
@@ -137,6 +141,11 @@ def run(
     """Trains and measures once; returns the figures, and the base without adapter."""
     rows, _ = quickstart.load_rows(None)
     sets = [ReferenceSet(name, rows[name], samples=count) for name, count in POOL.items()]
+    if policy.own:
+        sets = [
+            ReferenceSet.from_prompts(name, rows[name], base, tokenizer, samples=count, max_new_tokens=64)
+            for name, count in POOL.items()
+        ]
     config = policy.config()
     callbacks: list[TrainerCallback] = []
     if policy.replay:
@@ -196,7 +205,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="Name of the .json file, without its ending.")
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=quickstart.QuickstartArguments.steps)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=quickstart.QuickstartArguments.learning_rate)
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)

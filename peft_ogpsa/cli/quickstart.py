@@ -73,7 +73,7 @@ class QuickstartArguments:
         default_factory=lambda: ["plain", "paper", "ogpsa"],
         metadata={"help": f"Which to train, of: {', '.join(METHODS)}."},
     )
-    steps: int = field(default=16, metadata={"help": "Optimizer steps of each method."})
+    steps: int = field(default=24, metadata={"help": "Optimizer steps of each method."})
     batch_size: int = field(default=8, metadata={"help": "Training examples a step."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Of AdamW, constant."})
     reference_samples: int = field(default=24, metadata={"help": "Most examples in each reference set."})
