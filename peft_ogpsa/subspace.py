@@ -373,7 +373,7 @@ class Subspace:
         """
         # Small matrices only: the raw rows are the unit rows times their norms, in each block.
         products = (self.norms * self.products(vectors)).sum(0)
-        length = torch.stack([part.square().sum().to(self.blocks.device) for part in vectors]).sum()
+        length = torch.stack([part.flatten().dot(part.flatten()).to(self.blocks.device) for part in vectors]).sum()
         return torch.cat([products, length.to(products.dtype).unsqueeze(0)])
 
     def cosines(self, vectors: Stack | None, overlaps: Tensor | None = None) -> dict[str, Tensor]:
