@@ -122,6 +122,9 @@ METHODS: dict[str, Method] = {
     "cone of KL, weight 8, 8 rows, 2 of 40, third contrast": cone(
         loss="kl", contrast=1 / 3, reference_weight=8.0, rows=8, refresh_samples=2
     ),
+    "cone of KL on the gradient, weight 8, 8 rows, 2 of 40": cone(
+        loss="kl", projection="gradient", reference_weight=8.0, rows=8, refresh_samples=2
+    ),
     "cone of KL, weight 12, 8 rows, 2 of 40": cone(loss="kl", reference_weight=12.0, rows=8, refresh_samples=2),
     "cone of KL, weight 8, 8 rows, 3 of 64": cone(
         loss="kl", reference_weight=8.0, rows=8, refresh_steps=8, refresh_samples=3
