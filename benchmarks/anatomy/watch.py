@@ -43,7 +43,7 @@ def watch(
     """Trains an OGPSA adapter under AdamW and measures before every step, and once after the last.
 
     Args:
-        model: With an OGPSA adapter that projects the update, in scope `tensor`.
+        model: With an OGPSA adapter that projects the update, in scope `tensor`, and has `refresh_samples`.
         training: The batches.
         sets: The reference examples by set; the rows are made of all but the first `probed` of each.
         probed: How many of each set are looked at in every state.
@@ -57,9 +57,8 @@ def watch(
     projector, config, batch = projector_of(model), projector_of(model).config, len(training[0])
     assert config.projection == "update"
     assert config.scope == "tensor"
-    assert config.reference_budget is not None
-    samples = max(1, round(config.reference_budget * config.refresh_steps * batch))
-    loader = ReferenceLoader({name: own[probed:] for name, own in sets.items()}, samples, batch)
+    assert config.refresh_samples is not None
+    loader = ReferenceLoader({name: own[probed:] for name, own in sets.items()}, config.refresh_samples, batch)
     probe = Probe({name: own[:probed] for name, own in sets.items()}, pad, batch)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
