@@ -221,6 +221,20 @@ def test_a_run(bench, name, stages):
 
 
 @pytest.mark.slow
+def test_the_base_answers_the_pairs_of_a_later_stage_without_an_adapter(bench, monkeypatch):
+    bench.settings = replace(bench.settings, stages=("sft", "dpo"))
+    adapters, pairs = [], Workbench.pairs
+
+    def watched(self, rows):
+        adapters.append([name for name, _ in self.base.named_parameters() if "lora" in name])
+        return pairs(self, rows)
+
+    monkeypatch.setattr(Workbench, "pairs", watched)
+    run(bench, "plain", METHODS["plain"], 0)
+    assert adapters == [[]]
+
+
+@pytest.mark.slow
 def test_pairs_are_refusals_over_answers_and_answers_over_refusals(bench):
     rows = bench.rows(METHODS["plain, contrast"], 0)
     pairs = bench.pairs(rows)

@@ -175,15 +175,13 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
     """
     settings = bench.settings
     start = time.perf_counter()
+    parts = _parts(bench, method, seed)  # the base answers, so before it gets an adapter
     set_seed(seed)
     config, model, callbacks = _prepare(bench, method, seed)
     measure = Measure(bench.meter, settings.measurements // len(settings.stages))
-    rows = bench.rows(method, seed)
-    share = len(rows) // len(settings.stages)
-    for i, stage in enumerate(settings.stages):
+    for stage, part in zip(settings.stages, parts, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            own = rows[i * share : (i + 1) * share]
-            trainer = _trainer(bench, stage, model, method, own, folder, seed, [measure, *callbacks])
+            trainer = _trainer(bench, stage, model, method, part, folder, seed, [measure, *callbacks])
             trainer.train()
         measure.first += trainer.state.global_step
     seconds = time.perf_counter() - start
@@ -225,6 +223,14 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
     }
 
 
+def _parts(bench: Workbench, method: Method, seed: int) -> list[list[dict[str, Any]]]:
+    """What each stage is trained on: an equal share of the rows, for DPO as pairs."""
+    rows, stages = bench.rows(method, seed), bench.settings.stages
+    share = len(rows) // len(stages)
+    shares = [rows[i * share : (i + 1) * share] for i in range(len(stages))]
+    return [bench.pairs(own) if stage == "dpo" else own for stage, own in zip(stages, shares, strict=True)]
+
+
 def _trainer(
     bench: Workbench,
     stage: str,
@@ -255,7 +261,7 @@ def _trainer(
     }
     if stage == "dpo":
         arguments = DPOConfig(max_length=MAX_LENGTH, gradient_checkpointing=False, **common)
-        pairs = Dataset.from_list(bench.pairs(rows))
+        pairs = Dataset.from_list(rows)
         return DPOTrainer(
             model, args=arguments, train_dataset=pairs, processing_class=bench.tokenizer, callbacks=callbacks
         )
