@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--dpo-learning-rate", type=float, default=Settings.dpo_learning_rate)
     parser.add_argument("--measurements", type=int, default=Settings.measurements)
     parser.add_argument("--references", type=int, default=48, help="Rows of each reference set.")
     parser.add_argument("--tested", type=int, default=8, help="Held-out rows of each general set.")
@@ -45,6 +46,7 @@ def main() -> None:
         learning_rate=arguments.learning_rate,
         measurements=arguments.measurements,
         stages=tuple(arguments.stages),
+        dpo_learning_rate=arguments.dpo_learning_rate,
     )
     grid = Grid(
         arguments.output / "runs", settings, arguments.data, arguments.references, arguments.tested, arguments.whole

@@ -55,6 +55,7 @@ class Settings:
         measurements: How many along a run, evenly spaced.
         answer_tokens: Length of the base's own answers to reference prompts.
         stages: `"sft"`, `"dpo"`, or both, which then share the steps.
+        dpo_learning_rate: Of preference pairs, which need less: at that of SFT, plain LoRA falls apart.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Settings:
     measurements: int = 4
     answer_tokens: int = 64
     stages: tuple[str, ...] = ("sft",)
+    dpo_learning_rate: float = 1e-4
 
 
 class Workbench:
@@ -243,11 +245,12 @@ def _trainer(
 ) -> Trainer:
     settings = bench.settings
     steps = settings.steps // len(settings.stages)
+    rate = settings.dpo_learning_rate if stage == "dpo" else settings.learning_rate
     common: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": steps,
         "per_device_train_batch_size": settings.batch,
-        "learning_rate": settings.learning_rate * method.learning_rate,
+        "learning_rate": rate * method.learning_rate,
         "lr_scheduler_type": "constant",
         "optim": method.optimizer,
         "logging_steps": steps,
