@@ -129,7 +129,7 @@ PAPER = "This is the paper's rule and its {} schedule"
 METHODS = {
     "default": (
         OGPSAConfig(**LORA),
-        ["not the paper's rule", "no reference loss rises", "scope=tensor", "at most 12"],
+        ["not the paper's rule", "no reference loss rises", "scope=tensor", "at most 8 "],
     ),
     "paper-sft": (
         OGPSAConfig.paper("sft", **LORA),
@@ -145,7 +145,7 @@ METHODS = {
         ["the paper's rule on LoRA's matrices, on a sch"],
     ),
     "variant": (
-        OGPSAConfig(constraint="orthogonal", subspace_rank=11, rows_dtype="bfloat16", **LORA),
+        OGPSAConfig(constraint="orthogonal", rows=16, subspace_rank=11, rows_dtype="bfloat16", **LORA),
         ["a variant of the paper's", "no reference loss changes", "Only their 11 leading", "held in bfloat16"],
     ),
     "cone-gradient": (OGPSAConfig(projection="gradient", **LORA), ["whose descent raises", "is not itself bound"]),

@@ -60,9 +60,9 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
         assert curve[-1].refusal.n == curve[-1].over_refusal.n == 10
         assert result["seconds"] > 0
         assert (result["reference_share"] > 0) == (name != "plain")
-    # A tenth of 5 steps' examples, a pass of the base beside each, before the first step and after it, for 3 steps of
-    # 8; the paper's rule takes all 20 both times.
-    assert report["methods"]["ogpsa"]["reference_share"] == pytest.approx(2 * 3 / 24)
+    # 0.075 of 5 steps' 40 passes are 3, so 2 examples with a pass of the base beside each (3/2 an example), before the
+    # first step and after it, for 3 steps of 8; the paper's rule takes all 20 both times.
+    assert report["methods"]["ogpsa"]["reference_share"] == pytest.approx(2 * 2 / 24)
     assert report["methods"]["paper"]["reference_share"] == pytest.approx(40 / 24)
 
     assert isinstance(PeftConfig.from_pretrained(str(output / "adapter")), OGPSAConfig)
