@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from peft_ogpsa import FullParameterConfig, attach, checkpoint, processes, projector_of
+from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, checkpoint, processes, projector_of
 
 TOLERANCE = 1e-5
 
@@ -331,7 +331,7 @@ def test_documented_commands(tmp_path, configuration, flags):
     assert "ogpsa/removed" in done.stdout
     saved = load_file(tmp_path / "checkpoint-2" / checkpoint.TENSORS_NAME)
     if flags:
-        assert saved["norms"].shape == (28, 12)  # 2 layers of 7 linear maps, A and B
+        assert saved["norms"].shape == (28, OGPSAConfig().rows)  # 2 layers of 7 linear maps, A and B
         assert (tmp_path / "adapter_model.safetensors").is_file()
     else:
         weights = load_file(tmp_path / "model.safetensors")
