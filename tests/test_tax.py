@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import tiny_llama, tiny_tokenizer
 from transformers import TrainingArguments
 
-from benchmarks.tax import data, plots, report
+from benchmarks.tax import data, plots, report, training
 from benchmarks.tax.facts import known
 from benchmarks.tax.grid import Grid
 from benchmarks.tax.methods import DEFAULT, METHODS, WHOLE
@@ -232,6 +232,21 @@ def test_the_base_answers_the_pairs_of_a_later_stage_without_an_adapter(bench, m
     monkeypatch.setattr(Workbench, "pairs", watched)
     run(bench, "plain", METHODS["plain"], 0)
     assert adapters == [[]]
+
+
+@pytest.mark.slow
+def test_every_stage_has_its_own_learning_rate(bench, monkeypatch):
+    bench.settings = replace(bench.settings, stages=("sft", "dpo"), learning_rate=3e-4, dpo_learning_rate=2e-5)
+    rates, made = {}, training._trainer
+
+    def watched(bench, stage, *rest):
+        trainer = made(bench, stage, *rest)
+        rates[stage] = trainer.args.learning_rate
+        return trainer
+
+    monkeypatch.setattr(training, "_trainer", watched)
+    run(bench, "plain, half the learning rate", METHODS["plain, half the learning rate"], 0)
+    assert rates == pytest.approx({"sft": 1.5e-4, "dpo": 1e-5})
 
 
 @pytest.mark.slow
