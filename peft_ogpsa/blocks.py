@@ -14,9 +14,9 @@ A *stack* is a list with one tensor per group, `(pieces, numel)`, or `(pieces, r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ class Blocks:
         slices (`int`): Pieces of a parameter under scope `slice`, or the largest number below that divides its size.
 
     Raises:
-        ValueError: If `parameters` is empty, `scope` is unknown, or shards are to be cut into slices.
+        ValueError: If `parameters` is empty, two of them share memory, `scope` is unknown, or shards are to be cut
+            into slices.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Blocks:
             raise ValueError("There is no parameter to project: the adapter in training has no trainable LoRA weight.")
         if scope not in _BLOCK_OF:
             raise ValueError(f"scope={scope!r} is unknown. Choose one of {sorted(_BLOCK_OF)}.")
+        _refuse_shared_memory(parameters)
         self.sharded = processes.are_sharded(parameters.values())
         if self.sharded and scope == "slice":
             raise ValueError(
@@ -88,7 +90,7 @@ class Blocks:
                 "whole number of its slices. Use scope='tensor'."
             )
         names = [name for alike in _alike(parameters, Tensor.numel) for name in alike]
-        self._order = names
+        self.order = names  # the same in all processes, as the pieces' order may not be
         keys = {name: _BLOCK_OF[scope](name, owners[name]) for name in names}
         index = {key: i for i, key in enumerate(dict.fromkeys(keys.values()))}
 
@@ -126,11 +128,8 @@ class Blocks:
         return [parameter for group in self.parameters for parameter in group]
 
     def local_parameters(self) -> list[list[Tensor]]:
-        """What this process holds of the parameters, for each group, in the shapes of `views`; views."""
-        return [
-            [_fitted(parameter, group.slices) for parameter in parameters]
-            for group, parameters in zip(self.groups, self.parameters, strict=True)
-        ]
+        """What this process holds of the parameters, for each group, as views in the parameters' own shapes."""
+        return [[processes.local(parameter) for parameter in parameters] for parameters in self.parameters]
 
     def zeros(self, rows: int | None = None, dtype: torch.dtype | None = None, on_host: bool = False) -> Stack:
         """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` where `rows` is given.
@@ -174,10 +173,12 @@ class Blocks:
                 views += [own.movedim(0, -2) for own in stacked.unflatten(0, (-1, group.slices))]
         return views
 
-    def by_group(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """One tensor per parameter, in the order of their pieces -> a list of them per group."""
-        remaining = iter(tensors)
-        return [list(islice(remaining, len(group.names))) for group in self.groups]
+    def shaped(self, stack: Stack) -> list[list[Tensor]]:
+        """The parts of a stack without rows, for each group, as views in the shapes of `local_parameters`."""
+        return [
+            [own.view(shape) for own, shape in zip(part.unflatten(0, (len(shapes), -1)), shapes, strict=True)]
+            for part, shapes in zip(stack, self._shapes, strict=True)
+        ]
 
     def stack(self, tensors: Sequence[Tensor | None] | None = None) -> Stack:
         """A copy of `tensors` (of the parameters, if not given) in float32 or wider, stacked.
@@ -229,7 +230,7 @@ class Blocks:
             }
         found = {name: (view, parameter) for name, view, parameter in views}
         tensors = {}
-        for name in self._order:  # the same in all processes, as the pieces' order may not be
+        for name in self.order:
             full = processes.whole(*found[name])
             if processes.rank() == 0:
                 tensors[f"{prefix}.{name}"] = full.cpu()
@@ -245,6 +246,23 @@ def _fitted(tensor: Tensor, slices: int) -> Tensor:
     """What this process holds of a parameter, or of a tensor like it, in the shape of `Blocks.views`."""
     own = processes.local(tensor)
     return own if slices == 1 else own.reshape(slices, -1)
+
+
+def _refuse_shared_memory(parameters: Mapping[str, Tensor]) -> None:
+    """Two parameters in one memory would each be corrected for the step of both."""
+    spans = []
+    for name, parameter in parameters.items():
+        own = processes.local(parameter)
+        if own.numel() and not own.is_meta:
+            last = sum((size - 1) * stride for size, stride in zip(own.shape, own.stride(), strict=True))
+            spans.append((own.device, own.data_ptr(), own.data_ptr() + last * own.element_size(), name))
+    spans.sort(key=lambda span: (str(span[0]), *span[1:]))
+    for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start <= end:
+            raise ValueError(
+                f"The parameters {name!r} and {other!r} share memory, so a projected step of the one would change the "
+                "other. Set ensure_weight_tying=False in the configuration, or adapt only one of the two modules."
+            )
 
 
 def _divisor(numel: int, most: int) -> int:

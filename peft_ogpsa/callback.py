@@ -8,7 +8,9 @@ import contextlib
 import inspect
 import logging
 import os
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from . import checkpoint, processes
 from .config import OGPSAConfig
 from .divergence import COST, Anchored
 from .full_parameter import FullParameterConfig, attach
+from .guard import refuse_averaging
 from .model import projector_of, tuner_of
+from .modes import refuse_moving_base
 from .preferences import Pair, with_margins
 from .projection import ProjectionConfig
 from .projector import Projector
@@ -34,7 +38,31 @@ from .reference import ReferenceLoader, ReferenceSet, batched, collate, referenc
 logger = logging.getLogger(__name__)
 
 _MOST_OF_ANSWERS = 2.0
-"""The largest `reference_weight` of given answers that is not warned of: 1 was measured to be right, 5 to be slow."""
+"""A larger `reference_weight` of given answers triggers a warning; 1 worked well, 5 slowed safety learning."""
+
+_ANCHORED_WEIGHT = 8.0
+"""The weight of a reference set with loss="kl" where the configuration gives none, as measured in docs/tax.md."""
+
+
+@dataclass
+class _Run:
+    """What belongs to one call of a trainer's `train`; a callback may serve several trainers, nested ones too.
+
+    Attributes:
+        state: The trainer's, which is its own for each call.
+        projector: What the run's steps are projected by.
+        loader: The run's reference examples.
+        pad_token_id: Of its tokenizer.
+        weights: Of its reference sets, by what their losses call for.
+        steps: The projector's before the step under way.
+    """
+
+    state: weakref.ref[TrainerState]
+    projector: Projector
+    loader: ReferenceLoader
+    pad_token_id: int
+    weights: dict[str, float]
+    steps: int = 0
 
 
 class OGPSACallback(TrainerCallback):
@@ -73,8 +101,11 @@ class OGPSACallback(TrainerCallback):
         ValueError: At construction, if there is no set or two of one name. At the start of training, if a set is
             empty or nothing of it is left to learn, no tokenizer is at hand, the model has no OGPSA adapter and
             `config` is not given (or both are), training is distributed in a way that is not supported (DeepSpeed,
-            FSDP 1, parameters offloaded to the host), or a resumed checkpoint's subspace is missing, damaged, or does
-            not fit.
+            FSDP 1, parameters offloaded to the host), the optimizer is schedule-free, a refresh would draw more
+            reference examples than `rows` holds, or a resumed checkpoint's subspace is missing, damaged, belongs to
+            other weights, or does not fit.
+        RuntimeError: During training, if a step was not projected: the optimizer is one that torch has no hooks for,
+            or it trains other parameters.
     """
 
     def __init__(
@@ -114,6 +145,14 @@ class OGPSACallback(TrainerCallback):
         self.save_subspace = save_subspace
         self.resume_from = resume_from
         self.rebuild_subspace = rebuild_subspace
+        self._runs: list[_Run] = []  # the one begun last is the last
+
+    def _run_of(self, state: TrainerState) -> _Run:
+        return next(run for run in reversed(self._runs) if run.state() is state)
+
+    @property
+    def _loader(self) -> ReferenceLoader:
+        return self._runs[-1].loader
 
     def on_init_end(
         self,
@@ -135,6 +174,7 @@ class OGPSACallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         processing_class: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Checks everything, tokenises the references, and restores the subspace of a resumed run."""
@@ -142,6 +182,8 @@ class OGPSACallback(TrainerCallback):
         _move_to_front(self)
         _refuse_unsupported(args, model)
         projector = self._projector_of(model)
+        if optimizer is not None and projector.config.projection == "update":
+            refuse_averaging(optimizer)
         tokenizer = self.processing_class or processing_class
         if tokenizer is None:
             raise ValueError(
@@ -153,9 +195,11 @@ class OGPSACallback(TrainerCallback):
             reference_set.name: reference_set.tokenize(tokenizer)
             for reference_set in tqdm(self.reference_sets, "Tokenising references", delay=2, disable=args.disable_tqdm)
         }
-        self._pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        # Each process passes its share of a batch.
-        batch_size = (self.batch_size or args.per_device_train_batch_size) * processes.count()
+        pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        # Each process passes its share of a batch. The trainer may have found a smaller batch to fit into memory.
+        found = args.auto_find_batch_size and state.train_batch_size
+        trained_batch = found or args.train_batch_size
+        batch_size = (self.batch_size or trained_batch // max(1, args.n_gpu)) * processes.count()
         for name, own in examples.items():
             if isinstance(own[0], Pair | Anchored) and self.config is not None:
                 loss, others = (
@@ -167,40 +211,36 @@ class OGPSACallback(TrainerCallback):
                 )
             if isinstance(own[0], Pair):
                 bar = tqdm(batched(own, batch_size), f"Reference policy on {name}", disable=args.disable_tqdm)
-                examples[name] = with_margins(model, tuner_of(model), bar, lambda p: self._collate(p, model))
+                examples[name] = with_margins(model, tuner_of(model), bar, lambda p: _collate(p, pad_token_id, model))
+            elif isinstance(own[0], Anchored):
+                refuse_moving_base(model)
         costs = [COST if isinstance(own[0], Anchored) else 1.0 for own in examples.values()]
         cost = sum(costs) / len(costs)
-        samples = refresh_samples(projector.config, args, batch_size, len(examples), cost)
-        learnt = [name for name, own in examples.items() if not isinstance(own[0], Anchored)]
-        if learnt and projector.config.reference_weight > _MOST_OF_ANSWERS:
+        step_examples = examples_per_step(args, trained_batch)
+        samples = refresh_samples(projector.config, step_examples, batch_size, len(examples), cost)
+        weights = {name: _ANCHORED_WEIGHT if isinstance(own[0], Anchored) else 1.0 for name, own in examples.items()}
+        learnt = [name for name, weight in weights.items() if weight < _ANCHORED_WEIGHT]
+        if learnt and (projector.config.reference_weight or 0.0) > _MOST_OF_ANSWERS:
             logger.warning(
                 "Reference set %r has a loss of given answers, which are learnt as fast as refusals with "
-                "reference_weight=%s: safety comes slowly then. Set reference_weight=1.0, or take references with "
-                'loss="kl".',
+                "reference_weight=%s: safety comes slowly then. Set reference_weight=None or 1.0, or take references "
+                'with loss="kl".',
                 learnt[0],
                 projector.config.reference_weight,
             )
-        self._loader = ReferenceLoader(examples, samples, batch_size, self.seed)
-        self._projector = projector
+        loader = ReferenceLoader(examples, samples, batch_size, self.seed)
+        _check_rows(projector.config, loader)
         # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
         projector.reset()
+        # Runs whose trainer is gone, or that another one replaces.
+        self._runs = [run for run in self._runs if run.state() is not None and run.projector is not projector]
+        run = _Run(weakref.ref(state), projector, loader, pad_token_id, weights)
+        self._runs.append(run)
         if state.global_step > 0 and not self.rebuild_subspace:
-            self._resume(args, state, projector)
+            self._resume(args, state, run)
+        plan = _plan(run, step_examples, cost)  # always made: it looks at all parameters
         if not args.disable_tqdm:
-            tqdm.write(self._plan(args, samples, cost))
-
-    def _plan(self, args: TrainingArguments, samples: int | None, cost: float) -> str:
-        """What the run will cost, for the user to see before it starts."""
-        config = self._projector.config
-        drawn = samples or sum(map(len, self._loader.sets.values()))
-        trained = config.refresh_steps * examples_per_step(args)
-        held, more = self._projector.memory(len(self._loader.sets))
-        share = drawn * cost / trained
-        return (
-            f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, {share:.0%} of the training's own "
-            f"passes; {held / 2**20:,.0f} MiB for the reference gradients, and {more / 2**20:,.0f} MiB "
-            "more during an optimizer step."
-        )
+            tqdm.write(plan)
 
     def _projector_of(self, model: nn.Module) -> Projector:
         if self.config is None:
@@ -225,12 +265,46 @@ class OGPSACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Refreshes the subspace where it is due."""
-        if self._projector.enabled and self._projector.due:
+        run = self._run_of(state)
+        if run.projector.enabled and run.projector.due:
             assert model is not None
-            self._refresh(args, model)
+            self._refresh(run, args, model)
+            run.projector.guard.check_parameters(model, kwargs.get("optimizer"))
 
-    def _refresh(self, args: TrainingArguments, model: nn.Module) -> None:
-        batches = self._loader.draw()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes how many steps the projector has seen."""
+        run = self._run_of(state)
+        run.steps = run.projector.steps
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Checks that the optimizer's step was projected.
+
+        Raises:
+            RuntimeError: If it was not.
+        """
+        run = self._run_of(state)
+        if run.projector.enabled:
+            run.projector.guard.check_step(run.steps, optimizer)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Lets the run before this one go on, where trainers are nested."""
+        ended = self._run_of(state)
+        if len(self._runs) > 1:  # the only one stays at hand for what asks after training
+            self._runs.remove(ended)
+
+    def _refresh(self, run: _Run, args: TrainingArguments, model: nn.Module) -> None:
+        batches = run.loader.draw()
         total = sum(map(len, batches.values()))
         with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
             # The trainer's own model, not the bare one: it carries the trainer's mixed precision.
@@ -238,12 +312,12 @@ class OGPSACallback(TrainerCallback):
                 bar.update()
                 return reference_loss(model, batch)
 
-            self._projector.refresh(
-                {name: [self._collate(batch, model) for batch in own] for name, own in batches.items()}, loss, model
+            run.projector.refresh(
+                {name: [_collate(batch, run.pad_token_id, model) for batch in own] for name, own in batches.items()},
+                loss,
+                model,
+                run.weights,
             )
-
-    def _collate(self, examples: Sequence[Any], model: nn.Module) -> dict[str, torch.Tensor]:
-        return collate(examples, self._pad_token_id, processes.local(next(model.parameters())).device)
 
     def on_log(
         self,
@@ -256,27 +330,28 @@ class OGPSACallback(TrainerCallback):
         """Adds our figures to the trainer's."""
         if logs is None or "loss" not in logs:  # evaluation logs and the summary at the end are not about steps
             return
-        figures = self._projector.diagnostics.collect()
+        figures = self._run_of(state).projector.diagnostics.collect()
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the subspace into the checkpoint that the trainer has just written."""
-        if not self.save_subspace or self._projector.subspace is None:
+        run = self._run_of(state)
+        if not self.save_subspace or run.projector.subspace is None:
             return
-        saved = self._projector.state_dict()  # in all processes, which gathers shards
-        saved["rest"]["loader"] = self._loader.state_dict()
+        saved = run.projector.state_dict()  # in all processes, which gathers shards
+        saved["rest"]["loader"] = run.loader.state_dict()
         if state.is_world_process_zero:
             checkpoint.save(_checkpoint_directory(args, state), saved)
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, projector: Projector) -> None:
+    def _resume(self, args: TrainingArguments, state: TrainerState, run: _Run) -> None:
         directory = Path(self.resume_from) if self.resume_from else _checkpoint_directory(args, state)
         try:
             saved = checkpoint.load(directory)
             try:
-                self._loader.load_state_dict(saved["rest"]["loader"])
-                projector.load_state_dict(saved)
+                run.loader.load_state_dict(saved["rest"]["loader"])
+                run.projector.load_state_dict(saved)
             except (KeyError, TypeError) as error:
                 raise checkpoint.CheckpointError(
                     f"{directory / checkpoint.STATE_NAME} is damaged: {error}."
@@ -289,19 +364,19 @@ class OGPSACallback(TrainerCallback):
             ) from error
 
 
-def examples_per_step(args: TrainingArguments) -> int:
-    """Training examples of one optimizer step, in all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+def examples_per_step(args: TrainingArguments, batch_size: int) -> int:
+    """Training examples of one optimizer step, in all processes, where one process passes `batch_size` at a time."""
+    return batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def refresh_samples(
-    config: ProjectionConfig, args: TrainingArguments, batch_size: int, sets: int, cost: float = 1.0
+    config: ProjectionConfig, step_examples: int, batch_size: int, sets: int, cost: float = 1.0
 ) -> int | None:
     """How many reference examples a refresh takes; `None` is all.
 
     Args:
         config: What decides it: `refresh_samples`, or else `reference_budget`.
-        args: The trainer's, which tell how many examples are trained on from one refresh to the next.
+        step_examples: Training examples of one optimizer step, in all processes.
         batch_size: Of a reference pass.
         sets: How many reference sets there are.
         cost: Of a reference example, where that of a training example is 1.
@@ -317,11 +392,44 @@ def refresh_samples(
         )
     if given is not None or config.reference_budget is None:
         return given
-    wanted = max(1, round(config.reference_budget * config.refresh_steps * examples_per_step(args) / cost))
+    wanted = max(1, round(config.reference_budget * config.refresh_steps * step_examples / cost))
     if config.rows_from == "set":
         return max(wanted, sets)
-    # More than the ring holds would be work thrown away.
-    return min(wanted, config.rows if config.rows_from == "example" else config.rows * batch_size)
+    # More than the ring holds does not fit. A batch holds examples of one set: so many full ones of each set, and
+    # one example more of each further set.
+    if config.rows_from == "example":
+        return min(wanted, config.rows)
+    full, further = divmod(config.rows, sets)
+    return min(wanted, full * sets * batch_size + further)
+
+
+def _check_rows(config: ProjectionConfig, loader: ReferenceLoader) -> None:
+    """Refuses more reference gradients at a refresh than `rows` holds, before training and not at the first step."""
+    needed = loader.most_drawn(by_batch=config.rows_from == "batch")
+    if config.rows_from != "set" and needed > config.rows:
+        what = "examples" if config.rows_from == "example" else "batches"
+        raise ValueError(
+            f"A refresh draws up to {needed} reference {what}, and rows={config.rows} holds {config.rows} gradients. "
+            f"Set rows={needed}, or lower refresh_samples ({config.refresh_samples}) or reference_budget "
+            f"({config.reference_budget}; None draws everything)."
+        )
+
+
+def _plan(run: _Run, step_examples: int, cost: float) -> str:
+    """What the run will cost, for the user to see before it starts."""
+    config = run.projector.config
+    drawn = run.loader.samples or sum(map(len, run.loader.sets.values()))
+    held, more = run.projector.memory(len(run.loader.sets))
+    share = drawn * cost / (config.refresh_steps * step_examples)
+    return (
+        f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, {share:.0%} of the training's own "
+        f"passes; {held / 2**20:,.0f} MiB for the reference gradients, and {more / 2**20:,.0f} MiB "
+        "more during an optimizer step."
+    )
+
+
+def _collate(examples: Sequence[Any], pad_token_id: int, model: nn.Module) -> dict[str, torch.Tensor]:
+    return collate(examples, pad_token_id, processes.local(next(model.parameters())).device)
 
 
 def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:

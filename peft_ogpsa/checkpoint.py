@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -27,8 +28,11 @@ def save(directory: str | os.PathLike, state: dict[str, Any]) -> None:
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    # Views into a stack share memory, which safetensors refuses.
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in state["tensors"].items()}
+    # Views into a stack share memory and may have gaps, both of which safetensors refuses.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state["tensors"].items()
+    }
     save_file(tensors, path / (TENSORS_NAME + ".part"))
     (path / (STATE_NAME + ".part")).write_text(json.dumps(state["rest"], indent=2) + "\n", encoding="utf-8")
     for name in (TENSORS_NAME, STATE_NAME):

@@ -53,10 +53,11 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             examples at each refresh, at least one; one with `loss="kl"` counts 3/2, as the base is passed forward for
             it, too. `None` uses all of every set, as the paper does.
         refresh_samples (`int`, *optional*): So many examples at a refresh, over all sets, instead of a budget.
-        reference_weight (`float`): On steps that refreshed, add this much of the mean fresh reference gradient to the
-            training gradient, with `projection="gradient"` after its projection. At 5, and 5 `refresh_steps`, a
-            reference gradient counts as much as a training gradient. Of references with given answers this is replay
-            (1 lets safety be learnt faster), of those with `loss="kl"` a pull to the base. 0 means none.
+        reference_weight (`float`, *optional*): On steps that refreshed, add this much of the mean fresh reference
+            gradient to the training gradient, with `projection="gradient"` after its projection. At 5, and 5
+            `refresh_steps`, a reference gradient counts as much as a training gradient. With `loss="kl"` this pulls
+            the model to its base, with other losses it replays the answers. `None` takes 8 for sets with `loss="kl"`
+            and 1 for other losses, which was measured to suit each (docs/tax.md). 0 adds nothing.
         missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`,
             or `"ignore"`, which trains plain LoRA silently.
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .encoding import IGNORED, Example
@@ -29,10 +28,30 @@ class Anchored(Example):
     """A prompt with an answer, along which the model is to stay as its base is."""
 
 
+class _Divergence(torch.autograd.Function):
+    """KL(softmax(base) || softmax(logits)), `(tokens, vocabulary)` each -> `(tokens,)`.
+
+    Its gradient is `softmax(logits) - softmax(base)`. Autograd of the formula itself would leave rounding noise where
+    the two are equal, and a reference gradient counts at unit length, however small it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, base: Tensor) -> Tensor:
+        log_model, log_base = logits.log_softmax(-1), base.log_softmax(-1)
+        expected = log_base.exp()
+        ctx.save_for_backward(log_model.exp() - expected)
+        return (expected * (log_base - log_model)).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradients[0].unsqueeze(-1) * slope, None
+
+
 def divergence_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """KL(base || model) at the answers' tokens, over the whole vocabulary, in nats per token.
 
-    Its gradient is zero as long as the adapter changes nothing. The base is the model without its adapter, passed
+    Its gradient is exactly zero as long as the adapter changes nothing. The base is the model without its adapter, passed
     beside it: half as much work again as a loss of its own answers.
 
     Args:
@@ -44,17 +63,17 @@ def divergence_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         is its own, whatever else is in the batch.
 
     Raises:
-        ValueError: If the model has no adapter.
+        ValueError: If the model has no adapter, its adapter is merged, or its base is trained, as with `bias="all"`.
     """
     learnt = batch["labels"][:, 1:] != IGNORED
 
-    def log_probabilities() -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    def logits() -> Tensor:
+        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         # Only the positions that count are widened to float32: the logits are the largest tensor of the pass.
-        return logits[:, :-1][learnt].float().log_softmax(-1)
+        return found[:, :-1][learnt].float()
 
     with torch.no_grad(), without_adapter(model):
-        base = log_probabilities()
-    tokens = F.kl_div(log_probabilities(), base, reduction="none", log_target=True).sum(-1)
+        base = logits()
+    tokens = _Divergence.apply(logits(), base)
     weights = 1.0 / learnt.sum(1, keepdim=True).clamp(min=1).expand_as(learnt)[learnt]
     return (tokens * weights).sum() / len(learnt)

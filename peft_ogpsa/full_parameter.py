@@ -43,7 +43,7 @@ class FullParameterConfig(ProjectionConfig):
         refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next, and once more after the first.
         reference_budget (`float`, *optional*): See [`OGPSAConfig`].
         refresh_samples (`int`, *optional*): See [`OGPSAConfig`].
-        reference_weight (`float`): See [`OGPSAConfig`]; none by default.
+        reference_weight (`float`, *optional*): See [`OGPSAConfig`]; 0 by default.
         missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`,
             or `"ignore"`, which trains without projection silently.
         exclude (`Sequence[str]`): Modules whose parameters are trained but not projected, and of which no rows are
@@ -61,7 +61,7 @@ class FullParameterConfig(ProjectionConfig):
         default="batch",
         metadata={"help": "What one row is the gradient of: an 'example', a 'batch', or the mean over a 'set'."},
     )
-    reference_weight: float = field(
+    reference_weight: float | None = field(
         default=0.0,
         metadata={"help": "How much of the mean fresh reference gradient is added to the training gradient (replay)."},
     )
@@ -111,6 +111,7 @@ class WholeTargets:
     kind = "projected"
     what = "a model under OGPSA"
     settings = "FullParameterConfig"
+    names_others = False  # the user has excluded them
 
     def __init__(self, model: nn.Module, config: FullParameterConfig) -> None:
         self.model = model
@@ -120,7 +121,8 @@ class WholeTargets:
 
     def trained(self) -> list[tuple[str, str, nn.Parameter]]:
         """Name, owner (the module that it belongs to) and parameter of what is in training and not left out."""
-        if self._known is None:
+        known = self._known  # another thread may forget it meanwhile
+        if known is None:
             found = []
             for name, parameter in self.model.named_parameters():
                 for wrapper in _WRAPPERS:
@@ -132,14 +134,17 @@ class WholeTargets:
                         f"exclude: {pattern!r} matches no module of this {type(self.model).__name__}. Its modules "
                         f"with parameters are named like {found[0][1]!r} and {found[-1][1]!r}."
                     )
-            self._known = [
+            self._known = known = [
                 item for item in found if not any(_matches(item[1], pattern) for pattern in self.config.exclude)
             ]
-        return [item for item in self._known if item[2].requires_grad]
+        return [item for item in known if item[2].requires_grad]
 
     def forget(self) -> None:
         """Sharding or loading may have replaced parameters."""
         self._known = None
+
+    def check(self) -> None:
+        """Nothing stands between a pass and a model's own weights."""
 
 
 def _matches(owner: str, pattern: str) -> bool:

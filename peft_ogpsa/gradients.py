@@ -38,7 +38,7 @@ class Sink(Protocol):
 
 
 class _NotPerExampleError(Exception):
-    """A layer's input does not keep examples apart along its first axis."""
+    """The hooks have not seen every example's part of every weight's gradient."""
 
 
 def batch_size(batch: Any) -> int:
@@ -123,8 +123,12 @@ def example_gradients(
     For a linear map with inputs `x[i, t]` and output gradients `u[i, t]` (example i, token t), example i's weight
     gradient is the sum over t of the outer products `u[i, t] x[i, t]^T`; hooks on `lora_A` and `lora_B` see both.
     The loss must be a mean over examples of terms that depend on one example each; a token mean gives the same
-    directions. Where a layer is not a plain linear map or mixes the examples' axis (convolutions, embeddings, routed
-    experts), the examples are passed one at a time instead.
+    directions.
+
+    The examples are passed one at a time instead where hooks would not see all of it: where a layer is not a plain
+    linear map or mixes the examples' axis (convolutions, embeddings, routed experts), where it may do so (a sequence
+    as long as there are examples), and where a weight is used without a call of its module (`target_parameters`,
+    `nn.MultiheadAttention`, fused kernels).
 
     Args:
         model: Passed to `loss_fn`.
@@ -184,18 +188,26 @@ def _hooked_gradients(
     # A loss may flatten batches of (examples, sequences, tokens): an example's sequences then stand side by side.
     flattened = _first_tensor(batch).shape[:2].numel()
     inputs_ok = True
+    watched: set[int] = set()  # pieces whose module has been called
+    told: set[int] = set()  # pieces whose gradient came by their module
     anchor = torch.zeros((), device=blocks.device, requires_grad=True)
 
     def watch(piece: int) -> Callable:
         def tell(x: Tensor, u: Tensor) -> None:
             nonlocal inputs_ok
-            inputs_ok = inputs_ok and x.dim() >= 3 and x.shape[0] in (count, flattened)
+            told.add(piece)
+            # Where the second axis could be that of the examples too, nothing says which one is.
+            per_example = x.dim() >= 3 and x.shape[0] in (count, flattened) and x.shape[1] not in (count, flattened)
+            inputs_ok = inputs_ok and per_example
             if inputs_ok:
                 outputs, inputs = (part.reshape(count, -1, part.shape[-1]).float() for part in (u, x))
                 sink.add_products(piece, outputs, inputs, count / _LOSS_SCALE)
 
         def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            return _Watch.apply(output, args[0].detach(), tell, anchor) if output.requires_grad else None
+            if not output.requires_grad:
+                return None
+            watched.add(piece)
+            return _Watch.apply(output, args[0].detach(), tell, anchor)
 
         return forward_hook
 
@@ -204,11 +216,14 @@ def _hooked_gradients(
     ]
     try:
         loss = _scalar(loss_fn(model, batch))
-        torch.autograd.grad(loss * _LOSS_SCALE, anchor, allow_unused=True)
+        weights = blocks.flat_parameters()
+        rest = [weights[piece] for piece in range(len(weights)) if piece not in watched]
+        _, *others = torch.autograd.grad(loss * _LOSS_SCALE, [anchor, *rest], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    if not inputs_ok:
+    # A module whose output reaches no loss is watched and not told: its weight may still be read past it.
+    if not inputs_ok or watched != told or any(gradient is not None for gradient in others):
         raise _NotPerExampleError
     return loss.detach()
 

@@ -354,7 +354,7 @@ class Launcher:
             squares = torch.empty(self._chunks, device=self.blocks.device)
             for group in zip(self._pointers, before, subspace.rows, self._positions, strict=True):
                 products(*group, partials, squares)
-            coefficients, removed, lengths = solve(subspace.gram, partials, squares, self._offsets)
+            coefficients, removed, lengths = solve(subspace.active_gram, partials, squares, self._offsets)
             subspace.start = coefficients
             for pointers, rows, owners in zip(self._pointers, subspace.rows, self._owners, strict=True):
                 correct(pointers, rows, coefficients, owners)

@@ -54,6 +54,8 @@ class OGPSAModel(LoraModel):
         # projector serves them all.
         first = self.model.__dict__.get(_TUNER)
         if first is None or first.peft_config is not self.peft_config:
+            if first is not None:
+                first._projector.retire()  # the same base under `get_peft_model` once more: its adapter is gone
             self._projector = Projector(AdapterTargets(self))
             self.model.__dict__[_TUNER] = self
         if hasattr(self.model, "add_model_tags"):
@@ -92,6 +94,17 @@ class OGPSAModel(LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             config.peft_type = peft_type
+            self._forget_weights()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, as LoRA does."""
+        super().delete_adapter(adapter_name)
+        self._forget_weights()
+
+    def _forget_weights(self) -> None:
+        """An adapter of the same name may have other weights now."""
+        if (first := self.model.__dict__.get(_TUNER)) is not None:
+            first._projector._targets.forget()
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

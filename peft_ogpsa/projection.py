@@ -93,11 +93,12 @@ class ProjectionConfig:
         default=None,
         metadata={"help": "So many reference examples at a refresh, over all sets, instead of reference_budget."},
     )
-    reference_weight: float = field(
-        default=8.0,
+    reference_weight: float | None = field(
+        default=None,
         metadata={
             "help": "How much of the mean fresh reference gradient is added to the training gradient on steps that "
-            "refreshed: replay of references with given answers, a pull to the base of those with loss='kl'. 0: none."
+            "refreshed. None: 8 for a reference set with loss='kl', a pull to the base, and 1 for other losses, which "
+            "replay the answers. 0: nothing."
         },
     )
     missing_reference: Literal["error", "warn", "ignore"] = field(
@@ -129,8 +130,12 @@ class ProjectionConfig:
         ):
             raise ValueError(f"reference_budget={budget!r} is not allowed. Use a finite number above 0, or None.")
         weight = self.reference_weight
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
-            raise ValueError(f"reference_weight={weight!r} is not allowed. Use a finite number of at least 0.")
+        if weight is not None and (
+            not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf
+        ):
+            raise ValueError(
+                f"reference_weight={weight!r} is not allowed. Use a finite number of at least 0, or None."
+            )
         if self.rows_dtype == "int8" and self.constraint == "orthogonal":
             raise ValueError(
                 "rows_dtype='int8' is not allowed with constraint='orthogonal', whose basis needs more digits. Use "

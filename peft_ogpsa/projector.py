@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """When projection happens: around the optimizer's own step, in any loop.
 
-Two hooks, registered once for all torch optimizers, surround every optimizer step. They find the projector whose
-parameters the optimizer trains and let it change the gradient before the step, or the parameters after it.
+`hooks` tells the projector of every optimizer step. Where the optimizer trains its parameters, the projector changes
+the gradient before the step, or the parameters after it.
 
 In several processes each computes reference gradients of its share of every batch. Under DDP their sum makes the same
 rows everywhere, so that every process projects its own, equal step alone. Under FSDP2 every process holds a shard of
@@ -19,20 +19,18 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer
 
-from . import processes
+from . import hooks, processes
 from .blocks import Blocks, Stack
 from .diagnostics import Diagnostics
 from .gradients import LossFn, batch_gradient, batch_size, example_gradients, examples_of, sharded_gradient
+from .guard import Guard, refuse_averaging
 from .modes import undisturbed
 from .projection import ProjectionConfig
 from .subspace import Slots, Subspace
@@ -66,7 +64,7 @@ class Projector:
             of `kernels.py` where they apply: the cone on the update of float32 parameters on CUDA, up to 64 rows in
             float32 or bfloat16. Experimental: they have been compiled for GPUs and run in Triton's interpreter, not on
             a GPU yet.
-        steps (`int`): Optimizer steps seen.
+        steps (`int`): Steps of the optimizer that trains the parameters, whether projected or not.
     """
 
     def __init__(self, targets: Targets) -> None:
@@ -76,8 +74,13 @@ class Projector:
         self.kernels = os.environ.get("PEFT_OGPSA_KERNELS") == "1"
         self.steps = 0
         self.subspace: Subspace | None = None
-        self._steps_since_refresh = 0
+        self._moves = True  # whether the step under way can move anything
+        self._moved = 0  # steps that could move something: not those of a learning rate of 0
+        self._steps_since_refresh = 0  # of these
         self._fresh: list[int] = []  # slots whose rows were computed at the present parameters
+        self._weights: dict[str, float] = {}  # of the reference sets, where the configuration gives none
+        self._made_with: tuple | None = None  # what of the configuration the subspace depends on
+        self.guard = Guard(self)
         self._before: Stack | None = None
         self._masters: Stack | None = None
         self._last_launcher: Launcher | None = None
@@ -86,7 +89,7 @@ class Projector:
         self._strangers: weakref.WeakKeyDictionary[Optimizer, tuple[set[int], set[int]]] = weakref.WeakKeyDictionary()
         # At the refreshing step: the gradient's overlaps with the rows, this process's part.
         self._overlaps: Tensor | None = None
-        _projectors.add(self)
+        hooks.watch(self)
 
     # The parameters in training
 
@@ -111,6 +114,11 @@ class Projector:
     def _trained_ids(self) -> set[int]:
         return {id(parameter) for _, _, parameter in self._targets.trained()}
 
+    @property
+    def names_others(self) -> bool:
+        """Whether trained parameters that are not projected are to be named to the user."""
+        return self._targets.names_others
+
     def widen(self) -> None:
         """Holds what is in training in float32, if it is of lower precision; made for adapters.
 
@@ -129,17 +137,23 @@ class Projector:
     def due(self) -> bool:
         """Whether a refresh is due before the next step.
 
-        Every `refresh_steps` steps, and once more after the very first: at LoRA's usual start B is zero, and so are
-        all gradients of A, so the first rows know nothing of A.
+        Every `refresh_steps` steps, and once more after the first that moved the parameters: at LoRA's usual start B
+        is zero, and so are all gradients of A, so the first rows know nothing of A. A step with a learning rate of 0,
+        such as the first one of a warm-up, moves nothing and does not count. A refresh is also due when the rows fit
+        other parameters or settings than those in training, as after `set_adapter`.
         """
-        if self.subspace is None:
+        if self.subspace is None or self._made_with != _shape_of(self.config):
             return True
-        return self._steps_since_refresh >= self.config.refresh_steps or (
-            self.steps == 1 and self._steps_since_refresh == 1
-        )
+        if not _same_parameters(self.subspace.blocks, self._trained()[0]):
+            return True
+        return self._steps_since_refresh >= self.config.refresh_steps or self._moved == self._steps_since_refresh == 1
 
     def refresh(
-        self, batches: Mapping[str, Iterable[Any]], loss_fn: LossFn, model: nn.Module | None = None
+        self,
+        batches: Mapping[str, Iterable[Any]],
+        loss_fn: LossFn,
+        model: nn.Module | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
         """Computes reference gradients at the present parameters and puts them into the subspace.
 
@@ -156,15 +170,18 @@ class Projector:
             loss_fn (`Callable`): `loss_fn(model, batch)` returns the scalar loss to preserve, a mean over the batch.
             model (`nn.Module`, *optional*): What `loss_fn` is given; by default the OGPSA model itself, uncompiled.
                 Under FSDP2 it must be, or be inside, what was sharded as a whole: the outermost `fully_shard`.
+            weights (`Mapping[str, float]`, *optional*): For each set, how much of its mean gradient is added to the
+                training gradient where the configuration says `reference_weight=None`. 1 for a set without an entry,
+                which suits losses of given answers.
 
         Returns:
             The mean loss of each set over its finite batches.
 
         Raises:
-            ValueError: If there is no set, a set without batches, or more reference gradients than `rows`, if
-                `loss_fn` returns no scalar that depends on the adapter, or if processes are given different batches.
-                The older rows then remain as they were, but for a failure in the midst of a pass under FSDP2, after
-                which there are none.
+            ValueError: If there is no set, a set without batches, or more reference gradients than `rows`; if
+                `loss_fn` returns no scalar that depends on the adapter; if the adapter is merged, or two parameters
+                share memory; if processes are given different batches. Existing rows are kept, except after a failed
+                FSDP2 pass, which clears them.
             FloatingPointError: If no reference gradient is finite. If some are not, those rows are left out, with a
                 warning.
         """
@@ -179,13 +196,15 @@ class Projector:
                 )
         sizes = {name: [batch_size(batch) for batch in items] for name, items in sets.items()}
         counts = {name: _rows_given(config.rows_from, own) for name, own in sizes.items()}
-        subspace = self._subspace_for(config, len(sets))
+        self._targets.check()
+        subspace = self._subspace_for(config, list(sets))
         processes.check_agreement(
             [number for own in sizes.values() for number in (len(own), *own)],
             subspace.blocks.device,
             "The sizes of the reference batches",
         )
-        slots = subspace.claim(sum(counts.values()))
+        by_set = config.rows_from == "set"
+        slots = subspace.claim_for(list(sets)) if by_set else subspace.claim(sum(counts.values()))
         model = self._model if model is None else model
         with (
             self.diagnostics.stopwatch("refresh", subspace.blocks.device),
@@ -212,27 +231,40 @@ class Projector:
         }
         self._report_bad(bad, slots, owners)
         self._fresh = [slot for slot in slots if slot not in bad]
+        self._weights = {name: 1.0 if weights is None else weights.get(name, 1.0) for name in sets}
         self._steps_since_refresh = 0
         self.diagnostics.refreshes += 1
         self.diagnostics.reference_examples += sum(map(sum, sizes.values()))
         self.diagnostics.record_losses(losses)
+        self.guard.after_refresh(self._moved)
         return losses
 
-    def _subspace_for(self, config: ProjectionConfig, sets: int) -> Subspace:
+    def _subspace_for(self, config: ProjectionConfig, sets: Sequence[str]) -> Subspace:
         processes.reshard(self._model)
         self._targets.forget()  # loading weights may have replaced parameters
         parameters, _ = self._trained()
-        capacity = sets if config.rows_from == "set" else config.rows
-        if capacity > config.rows:
-            raise ValueError(
-                f"rows={config.rows} cannot hold one row for each of {sets} reference sets. Set rows={sets} or more."
-            )
         old = self.subspace
-        same = old is not None and old.capacity == capacity and _same_parameters(old.blocks, parameters)
-        if old is None or not same:
+        if old is not None and not (self._made_with == _shape_of(config) and _same_parameters(old.blocks, parameters)):
+            old = None  # the rows are of no use
+        capacity = config.rows
+        if config.rows_from == "set":
+            held = [name for name in (old.sets if old else ()) if name is not None]
+            names = dict.fromkeys([*held, *sets])
+            capacity = len(names)
+            if capacity > config.rows:
+                raise ValueError(
+                    f"rows={config.rows} cannot hold one row for each of {capacity} reference sets "
+                    f"({', '.join(map(repr, names))}). Set rows={capacity} or more."
+                )
+            capacity = max(capacity, old.capacity if old else 0)
+        if old is None:
             self.subspace = None  # the old rows are freed before the new ones are made
-            self.subspace = self._new_subspace(config, capacity)
             self._before = self._masters = None
+            self.guard.forget()
+        if old is None or old.capacity != capacity:
+            self.subspace, self._made_with = self._new_subspace(config, capacity), _shape_of(config)
+            if old is not None:
+                self.subspace.adopt(old)
         assert self.subspace is not None
         return self.subspace
 
@@ -348,13 +380,15 @@ class Projector:
         """Forgets the rows and starts counting anew, as for a new stage of training."""
         self.subspace = self._before = self._masters = self._overlaps = self._last_launcher = None
         self._fresh = []
-        self.steps = self._steps_since_refresh = 0
+        self._weights = {}
+        self.steps = self._moved = self._steps_since_refresh = 0
         self.diagnostics.forget()
+        self.guard.forget()
 
     def retire(self) -> None:
         """Lets go of the optimizer's steps for good; the adapter has been unloaded."""
         self.reset()
-        _projectors.discard(self)
+        hooks.unwatch(self)
 
     # The optimizer step
 
@@ -364,57 +398,82 @@ class Projector:
             return nullcontext()
         return torch.autocast(self.subspace.blocks.device.type, enabled=False)
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Runs before every optimizer step; may replace the step's arguments to get hold of a closure."""
-        if not self.enabled or _skips(optimizer):
-            return None
-        blocks = self._blocks_of(optimizer)
+    def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[bool, tuple[tuple, dict] | None]:
+        """Runs before every optimizer step; may replace the step's arguments to get hold of a closure.
+
+        See `hooks.Watcher`.
+        """
+        if _skips(optimizer):
+            return False, None
+        stepped = self._stepped(optimizer)
+        if not stepped:
+            return False, None
+        self._before = None  # of a step that raised an error
+        self._moves = self._can_move(optimizer)
+        blocks = self._blocks_for(stepped) if self.enabled else None
         if blocks is None:
-            return None
+            return True, None
+        config = self.config
+        if config.projection == "update":
+            refuse_averaging(optimizer)
+        self.guard.before_step()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        with self._full_precision():
+            if closure is None:
+                self._on_gradient(optimizer, blocks)
+                self._fresh = []  # not at the end: should the step fail and be tried again, they are in its gradient
+            if config.projection == "update" and self._moves:
+                with self.diagnostics.stopwatch("projection", blocks.device):
+                    self._snapshot(blocks)
         if closure is None:
-            self._on_gradient(optimizer, blocks)
-        if self.config.projection == "update":
-            with self.diagnostics.stopwatch("projection", blocks.device):
-                self._snapshot(blocks)
-        if closure is None:
-            return None
+            return True, None
 
         def then_project() -> Any:
             loss = closure()
-            with self._full_precision():
+            with torch.no_grad(), self._full_precision():
                 self._on_gradient(optimizer, blocks)
             return loss
 
         if "closure" in kwargs:
-            return args, {**kwargs, "closure": then_project}
-        return (args[0], then_project, *args[2:]), kwargs
+            return True, (args, {**kwargs, "closure": then_project})
+        return True, ((args[0], then_project, *args[2:]), kwargs)
 
-    def _blocks_of(self, optimizer: Optimizer) -> Blocks | None:
-        """The layout to project if the optimizer trains our adapter, else `None`."""
+    def _stepped(self, optimizer: Optimizer) -> set[int]:
+        """The `id` of each of our parameters in training that the optimizer holds."""
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        blocks = None if self.subspace is None else self.subspace.blocks
-        covered = [] if blocks is None else blocks.flat_parameters()
-        count = sum(id(parameter) in owned for parameter in covered)
-        if count == 0:
-            if self._strangers.get(optimizer) == (owned, self._trained_ids()):
-                return None
+        trained = self._trained_ids()
+        if not trained & owned and self._strangers.get(optimizer) != (owned, trained):
             self._targets.forget()  # the optimizer may hold parameters that have replaced those we know
+            trained = self._trained_ids()
+            if not trained & owned:
+                self._strangers[optimizer] = owned, trained
+        return trained & owned
+
+    def _can_move(self, optimizer: Optimizer) -> bool:
+        """Whether a step can move anything: not with a learning rate of 0.
+
+        Reading a rate from an accelerator would wait for it, so that is done for the first steps only.
+        """
+
+        def above(rate: Any) -> bool:
+            return (isinstance(rate, Tensor) and rate.device.type != "cpu" and self._moved > 0) or bool(rate)
+
+        return any(above(group.get("lr", 1.0)) for group in optimizer.param_groups)
+
+    def _blocks_for(self, stepped: set[int]) -> Blocks | None:
+        """The layout to project where the optimizer holds these parameters; `None` if there are no rows for it."""
         trained, _ = self._trained()
-        stepped = [name for name, parameter in trained.items() if id(parameter) in owned]
-        if not stepped:
-            self._strangers[optimizer] = owned, self._trained_ids()
-            return None
-        if blocks is None or set(blocks.names()) != trained.keys() or count == 0:
-            if any(bool(group.get("lr", 1.0)) for group in optimizer.param_groups):
+        blocks = None if self.subspace is None else self.subspace.blocks
+        if blocks is None or not _same_parameters(blocks, trained):
+            if self._moves:
                 self._missing_reference(blocks is not None)
             # Else nothing moves: torch makes such a step when it loads an optimizer's state from shards.
             return None
-        if count < len(covered):
-            absent = next(name for name in trained if name not in stepped)
+        if len(stepped) < len(trained):
+            absent = next(name for name, parameter in trained.items() if id(parameter) not in stepped)
             raise RuntimeError(
-                f"The optimizer holds {count} of the {len(covered)} {self._targets.kind} parameters in training; "
-                f"{absent}, for one, is not in it. Give all of them to one optimizer, or freeze the others "
+                f"The optimizer holds {len(stepped)} of the {len(trained)} {self._targets.kind} parameters in "
+                f"training; {absent}, for one, is not in it. Give all of them to one optimizer, or freeze the others "
                 "(requires_grad_(False)) and refresh."
             )
         return blocks
@@ -453,27 +512,29 @@ class Projector:
                 self._overlaps = subspace.overlaps(stack)
             if project:
                 coefficients = self._solve(stack)
-                views = blocks.views(stack)
-                for own, correction in zip(blocks.by_group(views), subspace.corrections(coefficients), strict=True):
+                for own, correction in zip(blocks.shaped(stack), subspace.corrections(coefficients), strict=True):
                     torch._foreach_add_(own, correction)
             # After the projection, which would take away the whole of it: it lies in the rows' span.
-            weighted = bool(self._fresh and config.reference_weight)
+            factors = self._factors()
+            weighted = bool(self._fresh and any(factors.values()))
             if weighted:
-                weights = subspace.mean_weights(self._fresh) * config.reference_weight
+                weights = subspace.mean_weights(self._fresh, factors)
                 # A fused optimizer may unscale float16 gradients itself: then they are still scaled here.
                 scale = getattr(optimizer, "grad_scale", None)
                 weights = weights if scale is None else weights * scale.to(weights.device)
                 torch._foreach_add_(stack, subspace.combine(weights))
-            self._fresh = []
             if project or weighted:
                 found = [
-                    (processes.local(gradient), view)
-                    for gradient, view in zip(gradients, blocks.views(stack), strict=True)
+                    (processes.local(gradient), own)
+                    for gradient, own in zip(gradients, chain.from_iterable(blocks.shaped(stack)), strict=True)
                     if gradient is not None
                 ]
-                torch._foreach_copy_(
-                    [gradient for gradient, _ in found], [view.reshape(gradient.shape) for gradient, view in found]
-                )
+                torch._foreach_copy_([gradient for gradient, _ in found], [own for _, own in found])
+
+    def _factors(self) -> dict[str, float]:
+        """What each fresh set's mean gradient is multiplied with when it is added to the training gradient."""
+        given = self.config.reference_weight
+        return self._weights if given is None else dict.fromkeys(self._weights, given)
 
     def _solve(self, stack: Stack) -> Tensor:
         """The coefficients of what a descent direction must change by, with all that processes exchange in a step."""
@@ -521,19 +582,20 @@ class Projector:
             ]
         self._before = stored
 
-    def _after_step(self, optimizer: Optimizer) -> None:
-        """Runs after every optimizer step."""
-        if not self.enabled or _skips(optimizer):
-            return
-        blocks = self._blocks_of(optimizer)
-        if blocks is None:
-            return
+    def end_step(self, optimizer: Optimizer) -> None:
+        """Runs after every optimizer step that `begin_step` said was of our parameters."""
         if self._before is not None:
-            with self.diagnostics.stopwatch("projection", blocks.device):
+            assert self.subspace is not None
+            blocks = self.subspace.blocks
+            with self._full_precision(), self.diagnostics.stopwatch("projection", blocks.device):
                 self._project_update(blocks, self._before)
             self._before = None
         self.steps += 1
-        self._steps_since_refresh += 1
+        if self._moves:
+            self._moved += 1
+            self._steps_since_refresh += 1
+            self._fresh = []
+        self.guard.after_step()
 
     def _project_update(self, blocks: Blocks, before: Stack) -> None:
         assert self.subspace is not None
@@ -546,7 +608,7 @@ class Projector:
         parameters = blocks.local_parameters()
         # The step as it is subtracted, in the snapshot's memory.
         step = before
-        torch._foreach_sub_(blocks.views(step), [parameter for group in parameters for parameter in group])
+        torch._foreach_sub_(list(chain.from_iterable(blocks.shaped(step))), list(chain.from_iterable(parameters)))
         coefficients = self._solve(step)
         if self._masters is None:
             # Taking away what is to be removed leaves parameters alone, to the bit, where nothing conflicts.
@@ -555,7 +617,7 @@ class Projector:
                 del correction  # before the next group's is made
             return
         torch._foreach_sub_(self._masters, step)
-        masters = blocks.by_group(blocks.views(self._masters))
+        masters = blocks.shaped(self._masters)
         for own, master, correction in zip(parameters, masters, self.subspace.corrections(coefficients), strict=True):
             torch._foreach_sub_(master, correction)
             torch._foreach_copy_(own, master)
@@ -583,26 +645,29 @@ class Projector:
             "rows": self.subspace.capacity,
             "config": self.config.ogpsa_dict(),
             "steps": self.steps,
+            "moved": self._moved,
             "steps_since_refresh": self._steps_since_refresh,
             "fresh": self._fresh,
+            "weights": self._weights,
+            "fingerprint": self._fingerprint(),
             "reference_examples": self.diagnostics.reference_examples,
             "refreshes": self.diagnostics.refreshes,
         }
         return {"tensors": tensors, "rest": rest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave, in any number of processes.
+        """Restores what `state_dict` gave, in any number of processes, after the parameters have been restored.
 
         Raises:
-            ValueError: If it was made for other settings, parameters, shapes or numbers of rows; nothing is changed.
+            ValueError: If it was made for other settings, parameters, shapes or numbers of rows, at other values of
+                the parameters, or is damaged; nothing is changed.
         """
         tensors, rest = dict(state["tensors"]), state["rest"]
         config = self.config
         differing = sorted(
             f"{field}={value!r} (saved: {rest['config'].get(field)!r})"
             for field, value in config.ogpsa_dict().items()
-            if field in ("constraint", "scope", "slices", "rows_from", "rows_dtype")
-            and rest["config"].get(field) != value
+            if field in ("rows_from", *_SHAPE) and rest["config"].get(field) != value
         )
         if differing:
             raise ValueError(
@@ -614,16 +679,48 @@ class Projector:
         self._targets.forget()
         subspace = self._new_subspace(config, int(rest["rows"]))
         subspace.load_state_dict(tensors, rest)
-        self.subspace = subspace
+        self._compare_fingerprint(rest["fingerprint"])
+        self.subspace, self._made_with = subspace, _shape_of(config)
         self._masters = None
         if masters:
             self._masters = subspace.blocks.zeros()
             subspace.blocks.scatter("masters", masters, self._masters)
-        self.steps = int(rest["steps"])
+        self.steps, self._moved = int(rest["steps"]), int(rest["moved"])
+        self._weights = {name: float(weight) for name, weight in rest["weights"].items()}
         self._steps_since_refresh = int(rest["steps_since_refresh"])
         self._fresh = list(rest["fresh"])
         self.diagnostics.reference_examples = int(rest["reference_examples"])
         self.diagnostics.refreshes = int(rest["refreshes"])
+        self.guard.forget()
+
+    def _fingerprint(self) -> dict[str, float]:
+        """The norm of every parameter in training, by name: what tells one run's adapter from another's."""
+        parameters, _ = self._trained()
+        own = [
+            torch.linalg.vector_norm(processes.local(parameter), dtype=torch.float32).cpu()
+            for parameter in parameters.values()
+        ]
+        squares = torch.stack(own).square()
+        if processes.are_sharded(parameters.values()):
+            (squares,) = processes.summed([squares.to(processes.local(next(iter(parameters.values()))).device)])
+        return dict(zip(parameters, squares.sqrt().tolist(), strict=True))
+
+    def _compare_fingerprint(self, saved: Mapping[str, float]) -> None:
+        # Rounding to bfloat16 changes a norm by less than this.
+        for name, norm in self._fingerprint().items():
+            if abs(norm - saved[name]) > 2**-8 * max(norm, saved[name]):
+                raise ValueError(
+                    f"The saved subspace belongs to other weights: {name} has the norm {norm:.6g}, and had "
+                    f"{saved[name]:.6g} when the subspace was saved. Restore the weights of the same checkpoint first."
+                )
+
+
+_SHAPE = ("constraint", "scope", "slices", "rows", "rows_dtype", "subspace_rank")
+"""The settings that a subspace is made with."""
+
+
+def _shape_of(config: ProjectionConfig) -> tuple:
+    return (config.rows_from == "set", *(getattr(config, name) for name in _SHAPE))
 
 
 def _skips(optimizer: Optimizer) -> bool:
@@ -650,29 +747,3 @@ def _linears_of(model: nn.Module) -> dict[int, nn.Linear | None]:
         if isinstance(module, nn.Linear):
             linears[id(module.weight)] = None if id(module.weight) in linears else module
     return linears
-
-
-# One pair of hooks serves every projector; a projector that is no longer referenced drops out by itself.
-_projectors: weakref.WeakSet[Projector] = weakref.WeakSet()
-
-
-@torch.no_grad()
-def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    replaced = None
-    for projector in list(_projectors):
-        with projector._full_precision():
-            result = projector._before_step(optimizer, args, kwargs)
-        if result is not None:
-            replaced = args, kwargs = result
-    return replaced
-
-
-@torch.no_grad()
-def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    for projector in list(_projectors):
-        with projector._full_precision():
-            projector._after_step(optimizer)
-
-
-register_optimizer_step_pre_hook(_pre_hook)
-register_optimizer_step_post_hook(_post_hook)

@@ -285,6 +285,20 @@ class ReferenceLoader:
         self._draws += 1
         return {name: batches for name, batches in drawn.items() if batches}
 
+    def most_drawn(self, by_batch: bool = False) -> int:
+        """The largest number of examples, or of batches, that any draw has."""
+        if self.samples is None:
+            counts = [[len(examples) for examples in self.sets.values()]]
+        else:
+            share, extra = divmod(self.samples, len(self.sets))
+            sizes = [len(examples) for examples in self.sets.values()]
+            # One example more of another `extra` sets at every draw.
+            counts = [
+                [min(size, share + ((place - draw) % len(sizes) < extra)) for place, size in enumerate(sizes)]
+                for draw in range(len(sizes))
+            ]
+        return max(sum(-(-count // self.batch_size) if by_batch else count for count in draw) for draw in counts)
+
     def _take(self, name: str) -> Iterator[Any]:
         examples = self.sets[name]
         if self.samples is None:

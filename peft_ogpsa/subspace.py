@@ -22,6 +22,9 @@ from torch import Tensor
 from . import geometry, processes
 from .blocks import Blocks, Stack
 
+NEGLIGIBLE = 1e-6
+"""Rows shorter than this, relative to the longest row of their block, constrain nothing."""
+
 
 class Slots:
     """Write access to some rows of a stack, in which gradients add up.
@@ -158,6 +161,7 @@ class Subspace:
         # Which rows bound the last step is where the next one's search for them begins. Saved, as its way there may
         # decide the last bit.
         self.start = torch.zeros_like(self.norms)
+        self.active_gram = self.gram
         self.directions = self.rows
         self._matrix: Tensor | geometry.Correlations = geometry.correlations(self.gram)
 
@@ -165,6 +169,16 @@ class Subspace:
     def filled(self) -> int:
         """How many rows hold a reference gradient."""
         return sum(name is not None for name in self.sets)
+
+    def parameters_with_rows(self) -> Tensor:
+        """Whether each parameter has a row with an element other than zero: `(parameters,)`, in `blocks.order`.
+
+        All processes must call it.
+        """
+        pieces = zip(self.blocks.names(), self.blocks.views(self.rows), strict=True)
+        has = {name: view.any().to(self.blocks.device) for name, view in pieces}
+        (total,) = self.blocks.total(torch.stack([has[name] for name in self.blocks.order]).float())
+        return total > 0
 
     def claim(self, count: int) -> list[int]:
         """Takes the next `count` slots of the ring, oldest first; their former rows are lost.
@@ -180,6 +194,32 @@ class Subspace:
         slots = [(self.cursor + i) % self.capacity for i in range(count)]
         self.cursor = (self.cursor + count) % self.capacity
         return slots
+
+    def claim_for(self, sets: Sequence[str]) -> list[int]:
+        """Takes one slot for each of these sets: the one whose row came from it, or an empty one.
+
+        Raises:
+            ValueError: If there is no empty slot left for a set.
+        """
+        owners = list(self.sets)
+        for name in sets:
+            if name not in owners:
+                if None not in owners:
+                    raise ValueError(f"There is no slot left for the set {name!r} in rows={self.capacity}.")
+                owners[owners.index(None)] = name
+        return [owners.index(name) for name in sets]
+
+    def adopt(self, other: Subspace) -> None:
+        """Takes over the rows of a smaller subspace over the same parameters."""
+        old = slice(other.capacity)
+        for mine, theirs in zip(self.rows, other.rows, strict=True):
+            mine[:, old] = theirs
+        for mine, theirs in zip(self.scales, other.scales, strict=True):
+            mine[:, old] = theirs
+        self.norms[:, old], self.start[:, old] = other.norms, other.start
+        self.gram[:, old, old] = other.gram
+        self.sets[old], self.cursor = other.sets, other.cursor
+        self._solve()
 
     def open(self, slots: Sequence[int]) -> Slots:
         """Empties the slots and returns a writer for their raw gradients; `commit` must follow."""
@@ -271,13 +311,19 @@ class Subspace:
         self._solve()
 
     def _solve(self) -> None:
-        """Prepares what a projection needs from the rows and their Gram matrix."""
+        """Prepares what a projection needs from the rows and their Gram matrix.
+
+        A row far shorter than its block's longest one is what rounding has left of a gradient of zero. At unit length
+        it would count as much as the others, so it constrains nothing.
+        """
+        active = self.norms > NEGLIGIBLE * self.norms.amax(1, keepdim=True)
+        self.active_gram = self.gram * (active.unsqueeze(-1) & active.unsqueeze(-2))
         if self.constraint == "cone":
-            self._matrix = geometry.correlations(self.gram)
+            self._matrix = geometry.correlations(self.active_gram)
             return
         self.directions = self.rows  # frees the old basis before the new one is made
         # An explicit basis keeps nearly parallel rows exact, where the Gram matrix alone would lose them.
-        weights = self.blocks.spread(geometry.span_weights(self.gram, self.rank))
+        weights = self.blocks.spread(geometry.span_weights(self.active_gram, self.rank))
         self.directions = [
             geometry.orthonormal_rows(near, weight).to(rows.device, rows.dtype)
             for weight, near, rows in zip(weights, self._near(), self.rows, strict=True)
@@ -339,7 +385,7 @@ class Subspace:
         return coefficients, -(coefficients * products).sum(-1)  # Q^T Q v is as long as its inner product with v says
 
     def corrections(self, coefficients: Tensor) -> Iterator[list[Tensor]]:
-        """The corrections that `coefficients` gave, group by group: of each parameter, in the shapes of `views`.
+        """The corrections that `coefficients` gave, group by group: of each parameter, in its own shape.
 
         Only one group's are in memory at a time, if the caller lets go of them.
         """
@@ -354,16 +400,21 @@ class Subspace:
                 for part, parameter in zip(combined.unflatten(0, (len(parameters), -1)), parameters, strict=True)
             ]
 
-    def mean_weights(self, slots: Sequence[int]) -> Tensor:
-        """Coefficients `(blocks, rows)` of the mean over sets of the mean raw gradient of the given slots."""
+    def mean_weights(self, slots: Sequence[int], factors: Mapping[str, float] | None = None) -> Tensor:
+        """Coefficients `(blocks, rows)` of the mean over sets of the mean raw gradient of the given slots.
+
+        Args:
+            slots (`Sequence[int]`): The rows.
+            factors (`Mapping[str, float]`, *optional*): What each set's gradient is multiplied with; 1 by default.
+        """
         members: dict[str, list[int]] = {}
         for slot in slots:
             name = self.sets[slot]
             if name is not None:
                 members.setdefault(name, []).append(slot)
         weights = torch.zeros(self.capacity, dtype=self.norms.dtype)
-        for own in members.values():
-            weights[own] = 1.0 / (len(own) * len(members))
+        for name, own in members.items():
+            weights[own] = (1.0 if factors is None else factors[name]) / (len(own) * len(members))
         return self.norms * weights.to(self.norms.device)
 
     def overlaps(self, vectors: Stack) -> Tensor:
@@ -440,6 +491,11 @@ class Subspace:
                 )
         if len(rest["sets"]) != self.capacity or not 0 <= int(rest["cursor"]) < self.capacity:
             raise ValueError(f"The subspace does not fit: its ring is not one of rows={self.capacity}.")
+        for name in expected:
+            if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
+                raise ValueError(
+                    f"The subspace is damaged: {name} has values that are not finite. Rebuild it from the references."
+                )
         self.blocks.scatter("rows", tensors, self.rows)
         for name, own in small.items():
             own.copy_(tensors[name])

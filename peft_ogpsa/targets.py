@@ -7,9 +7,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Protocol
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import OGPSAConfig
+from .modes import refuse_merged
 from .projection import ProjectionConfig
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class Targets(Protocol):
     what: str  # the optimizer steps
     settings: str  # the class of the configuration
     rows_on_host: bool
+    names_others: bool  # whether what is trained and not projected may surprise the user
 
     @property
     def model(self) -> nn.Module:
@@ -42,6 +45,9 @@ class Targets(Protocol):
     def forget(self) -> None:
         """The parameters may have been replaced by others."""
 
+    def check(self) -> None:
+        """Raises a `ValueError` where a pass of the model would give no gradients of the parameters."""
+
 
 class AdapterTargets:
     """The LoRA matrices A and B of the OGPSA adapter in training.
@@ -54,6 +60,7 @@ class AdapterTargets:
     what = "an OGPSA adapter"
     settings = "OGPSAConfig"
     rows_on_host = False
+    names_others = True
 
     def __init__(self, model: OGPSAModel) -> None:
         self.model = model
@@ -80,11 +87,12 @@ class AdapterTargets:
         """Name, owner (`module:adapter`) and parameter of every LoRA matrix of an OGPSA adapter."""
         # Walking through a large model takes milliseconds, so the list is kept until adapters come or go.
         adapters = tuple(name for name, c in self.model.peft_config.items() if isinstance(c, OGPSAConfig))
-        if self._known is None or self._known[0] != adapters:
+        known = self._known  # another thread may forget it meanwhile
+        if known is None or known[0] != adapters:
             matches = ((_LORA_WEIGHT.fullmatch(name), p) for name, p in self.model.named_parameters())
             found = [(m[0], f"{m['owner']}:{m['adapter']}", p) for m, p in matches if m and m["adapter"] in adapters]
-            self._known = (adapters, found)
-        return self._known[1]
+            self._known = known = (adapters, found)
+        return known[1]
 
     def trained(self) -> list[tuple[str, str, nn.Parameter]]:
         """Name, owner (`module:adapter`) and parameter of the LoRA matrices in training."""
@@ -93,3 +101,7 @@ class AdapterTargets:
     def forget(self) -> None:
         """Loading weights may have replaced parameters."""
         self._known = None
+
+    def check(self) -> None:
+        """Refuses a merged adapter, whose matrices are not part of the forward pass."""
+        refuse_merged(module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
