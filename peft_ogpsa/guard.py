@@ -84,15 +84,16 @@ class Guard:
         assert subspace is not None
         return [parameter._version for parameter in subspace.blocks.flat_parameters()]
 
-    def before_step(self) -> None:
-        """Warns where parameters have changed since the last step or refresh."""
+    def check_changes(self) -> None:
+        """Warns where parameters have changed since the last step or refresh; before a step, and where one is due."""
         if self._versions is None or self._warned_of_changes or self._versions == self._current_versions():
             return
         self._warned_of_changes = True
         logger.warning(
-            "The projected parameters have changed outside of an optimizer step that was projected: by an optimizer "
-            "around the one that torch knows (some versions of Lookahead), or by code that writes to the weights. "
-            "Such changes are not projected. If you loaded weights on purpose, call projector.reset() after that."
+            "The projected parameters have changed outside of an optimizer step that was projected. Such changes are "
+            "not projected. Either the optimizer, or one wrapped around it, does not call super().__init__() of "
+            "torch.optim.Optimizer, so that torch calls no hooks: use another one. Or your code has written to the "
+            "weights: if it loaded them on purpose, call projector.reset() afterwards."
         )
 
     def after_step(self) -> None:

@@ -146,6 +146,7 @@ class Projector:
             return True
         if not _same_parameters(self.subspace.blocks, self._trained()[0]):
             return True
+        self.guard.check_changes()
         return self._steps_since_refresh >= self.config.refresh_steps or self._moved == self._steps_since_refresh == 1
 
     def refresh(
@@ -416,7 +417,7 @@ class Projector:
         config = self.config
         if config.projection == "update":
             refuse_averaging(optimizer)
-        self.guard.before_step()
+        self.guard.check_changes()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         with self._full_precision():
             if closure is None:

@@ -6,12 +6,19 @@ import pytest
 import torch
 from loops import LORA, loss_of, parameters_of
 from models import VOCABULARY, tiny_llama, tokens
-from peft import get_peft_model, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from peft import MontecloraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.encoding import Example
-from peft_ogpsa.gradients import example_gradients
+from peft_ogpsa.gradients import example_gradients, examples_of
 from peft_ogpsa.modes import switch_to_evaluation
 from peft_ogpsa.reference import answer_loss, collate
 
@@ -225,3 +232,188 @@ def test_oldest_rows_are_replaced():
     alone.projector.refresh({"a": [{"input_ids": tokens(2, seed=5), "labels": tokens(2, seed=5)}]}, loss_of)
     for rows, expected in zip(subspace.rows, alone.projector.subspace.rows, strict=True):
         torch.testing.assert_close(rows[:, 1:2], expected)
+
+
+def rows_equal_those_of_single_examples(model, batch, loss, count):
+    """Compares the rows of one batch with autograd, an example at a time."""
+    model.projector.refresh({"set": [batch]}, loss)
+    switch_to_evaluation(model)
+    parameters = model.projector.subspace.blocks.flat_parameters()
+    expected = [
+        [
+            torch.zeros_like(p) if g is None else g.float()
+            for g, p in zip(
+                torch.autograd.grad(loss(model, examples_of(batch, [i])), parameters, allow_unused=True),
+                parameters,
+                strict=True,
+            )
+        ]
+        for i in range(count)
+    ]
+    assert min(float(torch.stack([row[k].norm() for row in expected]).max()) for k in range(len(parameters))) > 0
+    assert_rows_equal(raw_rows(model), expected, 1e-4)
+
+
+def mixtral(**knobs):
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=2,
+        )
+    )
+    return model_with_random_adapter(base.eval(), task_type="CAUSAL_LM", **knobs)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: mixtral(target_modules=["q_proj", "w1", "w2", "w3"]),
+        lambda: mixtral(
+            target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        ),
+        lambda: model_with_random_adapter(tiny_llama(), target_modules=[], target_parameters=["q_proj.weight"]),
+        lambda: model_with_random_adapter(
+            tiny_llama(), target_modules=["q_proj", "v_proj"], monteclora_config=MontecloraConfig()
+        ),
+    ],
+    ids=["experts by their old names", "experts", "a parameter", "MonteCLoRA"],
+)
+def test_rows_of_weights_that_are_used_without_a_call_of_their_module(build):
+    rows_equal_those_of_single_examples(build(), collate(ragged(), 0, "cpu"), answer_loss, 5)
+
+
+def test_rows_of_attention_that_reads_its_weights_itself():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+            self.head = torch.nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x)[0])
+
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), OGPSAConfig(r=2, target_modules=["attention", "head"], rows=4))
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.3)
+    rows_equal_those_of_single_examples(model, torch.randn(3, 5, 16), lambda net, x: net(x).square().mean(), 3)
+
+
+def small(network, targets, rows=8):
+    model = get_peft_model(network, OGPSAConfig(r=2, target_modules=targets, rows=rows, reference_weight=0.0))
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data)
+    return model
+
+
+def test_rows_of_a_weight_read_beside_a_call_that_reaches_no_loss():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            self.first(x)  # to no end
+            a, b = (getattr(self.first, name)["default"].weight for name in ("lora_A", "lora_B"))
+            return self.head((x @ a.T @ b.T).tanh())
+
+    torch.manual_seed(0)
+    model = small(Net(), ["first", "head"])
+    rows_equal_those_of_single_examples(model, torch.randn(4, 3, 6), lambda net, x: net(x).square().mean(), 4)
+
+
+@pytest.mark.parametrize("length", [3, 4, 5])
+def test_rows_of_layers_with_the_sequence_first(length):
+    # Of four examples of four tokens, the shape does not say which axis is which.
+    class SequenceFirst(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.second(self.first(x.transpose(0, 1)).tanh()).transpose(0, 1)
+
+    torch.manual_seed(0)
+    model = small(SequenceFirst(), ["first", "second"])
+    rows_equal_those_of_single_examples(model, torch.randn(4, length, 6), lambda net, x: net(x).square().mean(), 4)
+
+
+def test_a_fallback_forgets_what_the_hooks_have_added():
+    # In the backward pass the second layer is seen first, and its examples are apart; those of the first are not.
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            listed = self.first(x.transpose(0, 1).flatten(0, 1)).tanh()
+            return self.second(listed.unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1))
+
+    torch.manual_seed(0)
+    model = small(Net(), ["first", "second"])
+    rows_equal_those_of_single_examples(model, torch.randn(4, 3, 6), lambda net, x: net(x).square().mean(), 4)
+
+
+def test_rows_of_a_weight_that_two_modules_share():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6))
+    model = small(network, ["0", "2"])
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    layers[1].lora_A["default"].weight = layers[0].lora_A["default"].weight
+    rows_equal_those_of_single_examples(model, torch.randn(4, 3, 6), lambda net, x: net(x).square().mean(), 4)
+
+
+def test_products_of_rows_are_taken_without_autocast():
+    model = model_with_random_adapter().float()
+    examples = collate(ragged(), 0, "cpu")
+    model.projector.refresh({"set": [examples]}, answer_loss)
+
+    class Watcher(Dtypes):
+        def add_products(self, piece, outputs, inputs, factor):
+            self.seen.add(torch.is_autocast_enabled("cpu"))
+
+    sink = Watcher()
+    with torch.autocast("cpu", torch.bfloat16):
+        example_gradients(
+            model, examples, answer_loss, model.projector.subspace.blocks, sink, model.projector._linears
+        )
+    assert sink.seen == {False}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_drop_out_by_their_own_mode_do_not_in_a_reference_pass(checkpointing):
+    torch.manual_seed(0)
+    base = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+            dropout=0.5,
+        )
+    )
+    model = model_with_random_adapter(base, target_modules=["q_proj", "v_proj"])
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    layers = base.model.decoder.layers
+    functions = [layer.__dict__.get("_gradient_checkpointing_func") for layer in layers]
+    runs = []
+    layers[0].fc1.register_forward_hook(lambda *_: runs.append(layers[0].training))
+    examples = ragged()
+    model.projector.refresh({"set": [collate(examples, 0, "cpu")]}, answer_loss)
+    assert runs == [False] * (2 if checkpointing else 1)  # computed again in the backward pass
+    assert all(module.training for module in model.modules())
+    assert [layer.__dict__.get("_gradient_checkpointing_func") for layer in layers] == functions
+    rows = raw_rows(model)
+    assert_rows_equal(rows, one_at_a_time(model, examples), 1e-4)
