@@ -51,8 +51,8 @@ class _Divergence(torch.autograd.Function):
 def divergence_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """KL(base || model) at the answers' tokens, over the whole vocabulary, in nats per token.
 
-    Its gradient is exactly zero as long as the adapter changes nothing. The base is the model without its adapter, passed
-    beside it: half as much work again as a loss of its own answers.
+    Its gradient is exactly zero as long as the adapter changes nothing. The base is the model without its adapter,
+    passed beside it: half as much work again as a loss of its own answers.
 
     Args:
         model: A causal language model with an adapter, called with `input_ids` and `attention_mask`.

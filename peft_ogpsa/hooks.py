@@ -24,12 +24,11 @@ from torch.utils.hooks import RemovableHandle
 class Watcher(Protocol):
     """Something that acts around the steps of the optimizers that train its parameters."""
 
-    def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[bool, tuple[tuple, dict] | None]:
-        """Acts before a step.
+    def trains(self, optimizer: Optimizer) -> bool:
+        """Whether the step about to begin is one of the watcher's parameters."""
 
-        Returns:
-            Whether the optimizer trains the watcher's parameters, and what replaces the step's arguments, if anything.
-        """
+    def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Acts before a step of its parameters; may return what replaces the step's arguments."""
 
     def end_step(self, optimizer: Optimizer) -> None:
         """Acts after the step; not called if the step raised an error."""
@@ -73,14 +72,16 @@ def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, d
     replaced = None
     with torch.no_grad():
         for watcher in list(_watchers):
+            # This comes first: the entries of other threads' watchers are not ours to judge.
+            if not watcher.trains(optimizer):
+                continue
             around = _running.pop(watcher, None)
             if around is not None and _is_running(around):
                 _running[watcher] = around
                 continue  # this step is part of another
-            acts, result = watcher.begin_step(optimizer, args, kwargs)
-            if acts:
-                _running[watcher] = _step_frame()
-                _call_back_first(optimizer)
+            result = watcher.begin_step(optimizer, args, kwargs)
+            _running[watcher] = _step_frame()
+            _call_back_first(optimizer)
             if result is not None:
                 replaced = args, kwargs = result
     return replaced
@@ -101,9 +102,10 @@ def _call_back_first(optimizer: Optimizer) -> None:
 def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     step = _step_frame()
     with torch.no_grad():
-        for watcher in [watcher for watcher, around in _running.items() if around is step]:
-            del _running[watcher]
-            watcher.end_step(optimizer)
+        for watcher in list(_watchers):
+            if _running.get(watcher) is step:
+                del _running[watcher]
+                watcher.end_step(optimizer)
 
 
 register_optimizer_step_pre_hook(_pre_hook)

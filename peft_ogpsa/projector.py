@@ -399,21 +399,17 @@ class Projector:
             return nullcontext()
         return torch.autocast(self.subspace.blocks.device.type, enabled=False)
 
-    def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[bool, tuple[tuple, dict] | None]:
-        """Runs before every optimizer step; may replace the step's arguments to get hold of a closure.
+    def trains(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer is about to step our parameters; see `hooks.Watcher`."""
+        return not _skips(optimizer) and bool(self._stepped(optimizer))
 
-        See `hooks.Watcher`.
-        """
-        if _skips(optimizer):
-            return False, None
-        stepped = self._stepped(optimizer)
-        if not stepped:
-            return False, None
+    def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Runs before every step of our parameters; may replace its arguments to get hold of a closure."""
         self._before = None  # of a step that raised an error
         self._moves = self._can_move(optimizer)
-        blocks = self._blocks_for(stepped) if self.enabled else None
+        blocks = self._blocks_for(optimizer) if self.enabled else None
         if blocks is None:
-            return True, None
+            return None
         config = self.config
         if config.projection == "update":
             refuse_averaging(optimizer)
@@ -427,7 +423,7 @@ class Projector:
                 with self.diagnostics.stopwatch("projection", blocks.device):
                     self._snapshot(blocks)
         if closure is None:
-            return True, None
+            return None
 
         def then_project() -> Any:
             loss = closure()
@@ -436,8 +432,8 @@ class Projector:
             return loss
 
         if "closure" in kwargs:
-            return True, (args, {**kwargs, "closure": then_project})
-        return True, ((args[0], then_project, *args[2:]), kwargs)
+            return args, {**kwargs, "closure": then_project}
+        return (args[0], then_project, *args[2:]), kwargs
 
     def _stepped(self, optimizer: Optimizer) -> set[int]:
         """The `id` of each of our parameters in training that the optimizer holds."""
@@ -461,8 +457,9 @@ class Projector:
 
         return any(above(group.get("lr", 1.0)) for group in optimizer.param_groups)
 
-    def _blocks_for(self, stepped: set[int]) -> Blocks | None:
-        """The layout to project where the optimizer holds these parameters; `None` if there are no rows for it."""
+    def _blocks_for(self, optimizer: Optimizer) -> Blocks | None:
+        """The layout to project in a step of this optimizer; `None` if there are no rows for it."""
+        stepped = self._stepped(optimizer)
         trained, _ = self._trained()
         blocks = None if self.subspace is None else self.subspace.blocks
         if blocks is None or not _same_parameters(blocks, trained):
@@ -584,7 +581,7 @@ class Projector:
         self._before = stored
 
     def end_step(self, optimizer: Optimizer) -> None:
-        """Runs after every optimizer step that `begin_step` said was of our parameters."""
+        """Runs after every step of our parameters that raised no error."""
         if self._before is not None:
             assert self.subspace is not None
             blocks = self.subspace.blocks

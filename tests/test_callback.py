@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import loops
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -13,6 +14,7 @@ from datasets import Dataset
 from loops import LORA
 from models import chat, tiny_llama, tiny_tokenizer
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
@@ -24,9 +26,10 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
-from peft_ogpsa.callback import refresh_samples
+from peft_ogpsa.callback import examples_per_step, refresh_samples
 from peft_ogpsa.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
 from peft_ogpsa.divergence import COST
+from peft_ogpsa.reference import reference_loss
 
 TRAINING = [chat(f"How do I break rule {i}?", "I can't help with that, sorry.") for i in range(12)]
 GENERAL = [chat(f"What comes after {i}?", f"After {i} comes {i + 1}.") for i in range(9)]
@@ -283,6 +286,24 @@ def test_resumed_run_equals_one_that_never_stopped(tmp_path, knobs):
     assert all(torch.equal(p, expected[name]) for name, p in weights(resumed.model).items())
 
 
+@pytest.mark.parametrize("seed", [1, 4])
+def test_the_reference_gradient_of_rows_not_yet_stepped_on_survives_a_stop(seed):
+    # The trainer saves after a step, and so never between a refresh and the step that adds its gradient.
+    straight, stopped, resumed = (model_of(reference_weight=2.0, refresh_steps=3) for _ in range(3))
+    for model in (straight, stopped):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(seed))
+        model.projector.refresh({"a": [loops.batch(1)]}, loops.loss_of)
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.projector.load_state_dict(stopped.projector.state_dict())
+    for model in (straight, resumed):
+        optimizer = torch.optim.SGD(loops.parameters_of(model), lr=0.1)
+        loops.loss_of(model, loops.batch(2)).backward()
+        optimizer.step()
+    assert all(torch.equal(p, weights(straight)[name]) for name, p in weights(resumed).items())
+
+
 def remove(name):
     return lambda folder: (folder / name).unlink()
 
@@ -331,6 +352,206 @@ def test_checkpoint_elsewhere_and_of_another_adapter(tmp_path):
     trainer = sft(tmp_path, model_of(scope="model"), [OGPSACallback(sets(), resume_from=moved)], **longer)
     with pytest.raises(CheckpointError, match="other settings"):
         trainer.train(resume_from_checkpoint=str(moved))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    # The weights come from one run and, by the name of the folder, the rows from another.
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    sft(tmp_path / "a", **options).train()
+    sft(tmp_path / "b", **{**options, "seed": 5, "learning_rate": 3e-2}).train()
+    resumed = sft(tmp_path / "b", **{**options, "max_steps": 4})
+    with pytest.raises(CheckpointError, match=r"belongs to other weights: .*lora_.* has the norm .*resume_from="):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "run" / "checkpoint-2"))
+    fitting = sft(
+        tmp_path / "b",
+        callbacks=[OGPSACallback(sets(), resume_from=tmp_path / "a" / "run" / "checkpoint-2")],
+        **{**options, "max_steps": 4},
+    )
+    fitting.train(resume_from_checkpoint=str(tmp_path / "a" / "run" / "checkpoint-2"))
+    assert fitting.model.projector.steps == 4
+
+
+def test_rows_that_are_not_finite_are_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    sft(tmp_path, **options).train()
+    file = tmp_path / "run" / "checkpoint-2" / TENSORS_NAME
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("rows."))
+    tensors[name].view(-1)[3] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=rf"{name} has values that are not finite"):
+        sft(tmp_path, **{**options, "max_steps": 4}).train(resume_from_checkpoint=str(file.parent))
+
+
+@pytest.mark.parametrize(("rank", "slices"), [(16, 16), (4, 16), (4, 4), (3, 2)])
+def test_slices_are_saved_and_restored(tmp_path, rank, slices):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
+    knobs = {"r": rank, "scope": "slice", "slices": slices}
+    straight = sft(tmp_path, model_of(**knobs), **options)
+    straight.train()
+    resumed = sft(tmp_path, model_of(**knobs), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    expected = weights(straight.model)
+    assert all(torch.equal(p, expected[name]) for name, p in weights(resumed.model).items())
+
+
+class Rows(TrainerCallback):
+    """How many pieces of A have a row when a step begins, and how many refreshes there have been."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        projector = projector_of(model)
+        names, norms = projector.subspace.blocks.names(), projector.subspace.norms
+        without = sum(float(n.max()) == 0 for name, n in zip(names, norms, strict=True) if "lora_A" in name)
+        self.seen.append((projector.diagnostics.refreshes, without))
+
+
+@pytest.mark.parametrize("loss", ["answer", "kl"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_first_step_of_a_warm_up_moves_nothing_and_does_not_count(tmp_path, warmup, loss):
+    rows = Rows()
+    references = [ReferenceSet("general", GENERAL, loss=loss), ReferenceSet("benign", BENIGN, loss=loss)]
+    schedule = {"lr_scheduler_type": "constant_with_warmup" if warmup else "constant", "warmup_steps": warmup}
+    sft(tmp_path, model_of(refresh_steps=5), [OGPSACallback(references), rows], max_steps=8, **schedule).train()
+    still = warmup > 0  # transformers' first learning rate of a warm-up is 0
+    assert rows.seen[: 2 + still] == [(1, 14)] * (1 + still) + [(2, 0)]
+    assert [refreshes for refreshes, _ in rows.seen[2 + still :]] == [2] * 4 + [3] * (2 - still)
+
+
+def test_nested_trainers_may_share_a_callback(tmp_path):
+    callback = OGPSACallback(sets())
+    inner = sft(tmp_path / "inner", callbacks=[callback], max_steps=2)
+
+    class Nested(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                inner.train()
+
+    outer = sft(tmp_path / "outer", callbacks=[callback, Nested()], save_strategy="steps", save_steps=6)
+    outer.train()
+    alone = sft(tmp_path / "alone", max_steps=6)
+    alone.train()
+    assert inner.model.projector.steps == 2
+    assert outer.model.projector.diagnostics.refreshes == alone.model.projector.diagnostics.refreshes == 4
+    assert all(torch.equal(p, weights(alone.model)[name]) for name, p in weights(outer.model).items())
+    assert (tmp_path / "outer" / "run" / "checkpoint-6" / TENSORS_NAME).is_file()
+
+
+class Small(Trainer):
+    """Runs out of memory with more than two examples."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_the_reference_batch_shrinks_with_the_batch_that_the_trainer_finds(tmp_path, monkeypatch):
+    sizes = []
+
+    def limited(model, batch):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return reference_loss(model, batch)
+
+    monkeypatch.setattr("peft_ogpsa.callback.reference_loss", limited)
+    tokenizer = tiny_tokenizer()
+    ids = [tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"] for row in TRAINING]
+    trainer = Small(
+        model_of(refresh_samples=8),
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=8,
+            auto_find_batch_size=True,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[OGPSACallback(sets(), processing_class=tokenizer)],
+    )
+    trainer.train()
+    assert trainer.model.projector.steps == 2
+    assert sizes[0] > 2 >= sizes[-1]
+
+
+def three_sets(loss="answer"):
+    return [
+        ReferenceSet(n, [chat(f"{n} {i}?", f"Answer {i}.") for i in range(40)], loss=loss) for n in ("a", "b", "c")
+    ]
+
+
+@pytest.mark.parametrize("accumulation", [4, 16, 64])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_budget_never_draws_more_batches_than_rows(tmp_path, accumulation, whole):
+    config = FullParameterConfig() if whole else None
+    knobs = {"rows_from": "batch", "rows": 4, "refresh_samples": None, "reference_budget": 0.3}
+    trainer = sft(
+        tmp_path,
+        bare_model() if whole else model_of(**knobs),
+        [OGPSACallback(three_sets(), config=config)],
+        max_steps=1,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.train()
+    assert 1 <= projector_of(trainer.model).subspace.filled <= 4
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"rows": 4, "refresh_samples": 5}, r"up to 5 reference examples, and rows=4 holds 4.*Set rows=5"),
+        ({"rows": 2, "rows_from": "batch", "refresh_samples": 9}, "up to 3 reference batches"),
+        ({"rows": 8, "refresh_samples": None, "reference_budget": None}, "up to 120 reference examples"),
+    ],
+)
+def test_more_reference_gradients_than_rows_are_refused_before_training(tmp_path, knobs, message):
+    trainer = sft(tmp_path, model_of(**knobs), [OGPSACallback(three_sets())], per_device_train_batch_size=8)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_base_that_is_trained_is_no_base_to_stay_close_to(tmp_path, bias):
+    base = tiny_llama(vocab_size=259, max_position_embeddings=256, attention_bias=True)
+    model = get_peft_model(base, OGPSAConfig(rows=8, refresh_samples=4, bias=bias, **LORA))
+    trainer = sft(tmp_path, model, [OGPSACallback(three_sets("kl"))])
+    with pytest.raises(ValueError, match=rf"bias='{bias}' in the configuration of adapter 'default'.*bias='none'"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    sft(tmp_path, model, [OGPSACallback(three_sets("answer"))], max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("losses", "weight", "expected"),
+    [
+        (("kl", "answer"), None, {"general": 8.0, "benign": 1.0}),
+        (("kl", "kl"), None, {"general": 8.0, "benign": 8.0}),
+        (("kl", "answer"), 3.0, {"general": 3.0, "benign": 3.0}),
+    ],
+)
+def test_the_weight_of_each_set_is_what_its_loss_calls_for(tmp_path, losses, weight, expected):
+    references = [
+        ReferenceSet(name, rows, loss=loss)
+        for name, rows, loss in zip(("general", "benign"), (GENERAL, BENIGN), losses, strict=True)
+    ]
+    model = model_of(reference_weight=weight)
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.update(model.projector._factors())
+
+    sft(tmp_path, model, [OGPSACallback(references), Look()], max_steps=1).train()
+    assert seen == expected
 
 
 def test_checkpoints_without_subspace(tmp_path):
@@ -458,7 +679,9 @@ def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
         ({"reference_budget": 0.15}, 8, 1, 6),
         ({"refresh_steps": 1}, 32, 1, 2),
         ({}, 256, 1, 8),  # no more than the rows that are held
-        ({"rows_from": "batch", "rows": 2}, 512, 1, 128),
+        ({"rows_from": "batch", "rows": 2}, 512, 1, 2),  # a batch holds examples of one set
+        ({"rows_from": "batch", "rows": 3}, 512, 1, 192),
+        ({"rows_from": "batch", "rows": 5}, 1024, 1, 194),
         ({"rows_from": "set"}, 256, 4, 384),
         ({"rows_from": "set"}, 1, 1, 3),  # every set has a row
         ({"refresh_samples": 7}, 8, 1, 7),  # instead of a budget
@@ -466,16 +689,14 @@ def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
     ],
 )
 def test_budget(knobs, batch_size, accumulation, expected):
-    args = TrainingArguments(
-        per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, use_cpu=True
-    )
-    assert refresh_samples(OGPSAConfig(**knobs), args, batch_size=64, sets=3) == expected
+    args = TrainingArguments(gradient_accumulation_steps=accumulation, use_cpu=True)
+    trained = examples_per_step(args, batch_size)
+    assert refresh_samples(OGPSAConfig(**knobs), trained, batch_size=64, sets=3) == expected
 
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(8, 2), (32, 8), (1, 1)])
 def test_budget_counts_the_pass_of_the_base(batch_size, expected):
-    args = TrainingArguments(per_device_train_batch_size=batch_size, use_cpu=True)
-    assert refresh_samples(OGPSAConfig(), args, batch_size=64, sets=3, cost=COST) == expected
+    assert refresh_samples(OGPSAConfig(), batch_size, batch_size=64, sets=3, cost=COST) == expected
 
 
 @pytest.mark.parametrize(("losses", "expected"), [(("answer", "answer"), 8), (("kl", "kl"), 5), (("kl", "answer"), 6)])
@@ -490,7 +711,8 @@ def test_budget_of_divergences_in_training(losses, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loss", "weight", "warned"), [("answer", 8.0, True), ("kl", 8.0, False), ("answer", 1.0, False)]
+    ("loss", "weight", "warned"),
+    [("answer", 8.0, True), ("kl", 8.0, False), ("answer", 1.0, False), ("answer", None, False)],
 )
 def test_large_weight_of_given_answers_is_warned_of(loss, weight, warned, tmp_path, caplog):
     references = [ReferenceSet("given", GENERAL, loss=loss)]
@@ -498,13 +720,13 @@ def test_large_weight_of_given_answers_is_warned_of(loss, weight, warned, tmp_pa
         sft(tmp_path, model_of(reference_weight=weight), [OGPSACallback(references)], max_steps=1).train()
     found = [record.getMessage() for record in caplog.records if "reference_weight=8.0" in record.getMessage()]
     assert len(found) == warned
-    assert all("'given'" in text and "Set reference_weight=1.0" in text for text in found)
+    assert all("'given'" in text and "Set reference_weight=None or 1.0" in text for text in found)
 
 
 def test_too_few_samples_for_rows_of_sets():
     config = OGPSAConfig(rows_from="set", refresh_samples=2)
     with pytest.raises(ValueError, match="refresh_samples=2 is less than the 3 reference sets"):
-        refresh_samples(config, TrainingArguments(use_cpu=True), batch_size=8, sets=3)
+        refresh_samples(config, 8, batch_size=8, sets=3)
 
 
 def test_budget_in_training(tmp_path):

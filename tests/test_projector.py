@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import bitsandbytes
 import pytest
 import torch
@@ -10,7 +12,7 @@ from loops import LORA, batch, loss_of, ogpsa_model, parameters_of, references, 
 from models import tiny_llama, tokens
 from peft import LoraConfig, get_peft_model
 
-from peft_ogpsa import OGPSAConfig, projector_of
+from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, projector_of
 
 TOLERANCE = 1e-5
 
@@ -656,3 +658,316 @@ def test_losses_that_are_not_finite(rows_from, caplog):
     assert all(torch.isfinite(p).all() for p in parameters_of(model))
     with pytest.raises(FloatingPointError, match="No reference gradient is finite"):
         model.projector.refresh({"bad": [bad]}, poisoned)
+
+
+def train(model, optimizer, steps):
+    """The documented loop. Returns before which steps a refresh was due."""
+    due = []
+    for number in steps:
+        due.append(model.projector.due)
+        if due[-1]:
+            model.projector.refresh(references(number), loss_of)
+        loss_of(model, batch(number)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return due
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
+def test_steps_that_move_nothing_do_not_count(rate):
+    model = ogpsa_model(refresh_steps=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    assert train(model, optimizer, range(2)) == [True, False]
+    optimizer.param_groups[0]["lr"] = 1e-2
+    assert train(model, optimizer, range(2, 7)) == [False, True, False, False, True]
+    assert model.projector.steps == 7
+
+
+def test_a_gradient_is_projected_though_the_step_moves_nothing():
+    # It enters the optimizer's moments.
+    model = ogpsa_model(projection="gradient", constraint="orthogonal", rows_from="batch")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model.projector.refresh(references(0), loss_of)
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    subspace = model.projector.subspace
+    stack = subspace.blocks.stack([p.grad for p in subspace.blocks.flat_parameters()])
+    length = subspace.blocks.reduce([part.square().sum(-1) for part in stack]).sqrt()
+    assert float(length.max()) > 0
+    assert float((subspace.products(stack).abs().amax(1) / length.clamp(min=1e-30)).max()) <= TOLERANCE
+
+
+def test_the_documented_loop_may_switch_adapters():
+    model = ogpsa_model()
+    model.add_adapter("other", OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA))
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=1e-2)
+    due = []
+    for number, name in enumerate(["default", "default", "other", "other", "default"]):
+        model.set_adapter(name)
+        due += train(model, optimizer, [number])
+    assert due == [True, True, True, False, True]
+
+
+def test_an_adapter_deleted_and_added_again_is_a_new_one():
+    model = ogpsa_model()
+    list(step_violations(model, torch.optim.AdamW(model.parameters(), lr=1e-2), steps=2))
+    model.delete_adapter("default")
+    model.add_adapter("default", OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA))
+    model.set_adapter("default")
+    assert model.projector.due
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    assert max(step_violations(model, optimizer)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_notebook_cell_that_is_run_again(kept):
+    base = tiny_llama()
+    models = []
+    for _ in range(2):
+        config = OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA)
+        model = get_peft_model(base, config)
+        if kept:
+            models.append(model)
+        assert max(step_violations(model, torch.optim.AdamW(model.parameters(), lr=1e-2))) <= TOLERANCE
+    assert projector_of(base) is model.projector
+
+
+def test_rows_grow_old_while_projection_is_off():
+    model = ogpsa_model(reference_weight=8.0, refresh_steps=3)
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    model.projector.refresh(references(0), loss_of)
+    model.projector.enabled = False
+    for number in range(3):
+        loss_of(model, batch(number)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.projector.enabled = True
+    assert model.projector.due
+    assert model.projector.steps == 3
+    loss_of(model, batch(9)).backward()
+    given = [p.grad.clone() for p in parameters_of(model)]
+    optimizer.step()  # without a refresh: the reference gradient is one of three steps ago
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters_of(model), given, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"constraint": "orthogonal"}, {"scope": "model"}, {"rows_dtype": "bfloat16"}, {"rows": 12}, {"scope": "slice"}],
+    ids=str,
+)
+def test_settings_changed_in_mid_run_take_effect_at_once(change):
+    model = ogpsa_model(refresh_steps=50)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    assert train(model, optimizer, range(3)) == [True, True, False]
+    for name, value in change.items():
+        setattr(model.peft_config["default"], name, value)
+    assert train(model, optimizer, range(3, 5)) == [True, False]
+    subspace, config = model.projector.subspace, model.projector.config
+    assert (subspace.constraint, subspace.blocks.scope, subspace.capacity) == (
+        config.constraint,
+        config.scope,
+        config.rows,
+    )
+    assert str(subspace.rows[0].dtype) == f"torch.{config.rows_dtype}"
+
+
+def test_sets_refreshed_in_turn_each_keep_their_row():
+    model = ogpsa_model(rows_from="set", rows=3)
+    projector = model.projector
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    for name, number in (("first", 1), ("second", 2), ("first", 3), ("third", 4)):
+        projector.refresh({name: [batch(number)]}, loss_of)
+    assert projector.subspace.sets == ["first", "second", "third"]
+    together = ogpsa_model(rows_from="set", rows=3)
+    together.load_state_dict(model.state_dict())
+    together.projector.refresh({"first": [batch(3)], "second": [batch(2)], "third": [batch(4)]}, loss_of)
+    for rows, expected in zip(projector.subspace.rows, together.projector.subspace.rows, strict=True):
+        torch.testing.assert_close(rows, expected)
+    torch.testing.assert_close(projector.subspace.gram, together.projector.subspace.gram)
+    torch.testing.assert_close(projector.subspace.norms, together.projector.subspace.norms)
+    with pytest.raises(ValueError, match=r"4 reference sets \('first', 'second', 'third', 'fourth'\). Set rows=4"):
+        projector.refresh({"fourth": [batch(5)]}, loss_of)
+    assert projector.subspace.sets == ["first", "second", "third"]
+    assert max(step_violations(together, OPTIMIZERS["adamw"](together.parameters()))) <= TOLERANCE
+
+
+def test_sets_that_are_kept_are_projected_onto_together():
+    model = ogpsa_model(rows_from="set", rows=2)
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    model.projector.refresh({"first": [batch(1)]}, loss_of)
+    model.projector.refresh({"second": [batch(2)]}, loss_of)
+    blocks = model.projector.subspace.blocks
+    own = blocks.flat_parameters()
+    rows = [torch.autograd.grad(loss_of(model, batch(number)), own) for number in (1, 2)]
+    before = [p.detach().clone() for p in own]
+    (-loss_of(model, batch(1)) - loss_of(model, batch(2))).backward()  # everything conflicts
+    torch.optim.SGD(own, lr=1.0).step()
+    for k, (p, old) in enumerate(zip(own, before, strict=True)):
+        change = (p.detach() - old).double()
+        for row in rows:
+            assert float((row[k].double() * change).sum()) <= 1e-5 * float(row[k].norm() * own[k].grad.norm())
+
+
+def test_a_merged_adapter_is_refused_and_stays_merged():
+    model = ogpsa_model()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into the base model.*unmerge_adapter\(\)"):
+        model.projector.refresh(references(0), loss_of)
+    assert all(module.merged for module in model.modules() if hasattr(module, "merged") and hasattr(module, "lora_A"))
+    model.unmerge_adapter()
+    model.projector.refresh(references(0), loss_of)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "slice", "module", "model"])
+def test_adapters_in_one_memory_are_refused(scope):
+    tied = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "scope": scope}
+    config = OGPSAConfig(rows=8, reference_weight=0.0, **{**LORA, **tied})
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), config)
+    with pytest.raises(ValueError, match=r"lm_head.lora_.*share memory.*ensure_weight_tying=False"):
+        model.projector.refresh(references(0), loss_of)
+
+
+class Convolution(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.h = torch.nn.Conv2d(4, 8, 3), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.h(self.c(x).mean((-1, -2)).tanh())
+
+
+@pytest.mark.parametrize("projection", ["update", "gradient"])
+@pytest.mark.parametrize("scope", ["tensor", "slice"])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_parameters_that_are_not_contiguous(adapter, scope, projection):
+    torch.manual_seed(0)
+    knobs = {"rows": 4, "rows_from": "example", "scope": scope, "slices": 4, "projection": projection}
+    network = Convolution()
+    if adapter:
+        model = get_peft_model(network, OGPSAConfig(r=4, target_modules=["c"], reference_weight=0.0, **knobs))
+        for parameter in parameters_of(model):
+            torch.nn.init.normal_(parameter.data, std=0.2)
+        projector = model.projector
+    else:
+        model = network
+        projector = attach(network, FullParameterConfig(**knobs))
+    model.to(memory_format=torch.channels_last)
+    x = torch.randn(3, 4, 8, 8)
+
+    def loss(net, inputs):
+        return net(inputs).square().mean()
+
+    optimizer = torch.optim.SGD(parameters_of(model), lr=0.1)
+    for _ in range(3):
+        projector.refresh({"set": [x]}, loss)
+        own = projector.subspace.blocks.flat_parameters()
+        assert not all(p.is_contiguous() for p in own)
+        rows = [torch.autograd.grad(loss(model, x[i : i + 1]), own) for i in range(3)]
+        optimizer.zero_grad()
+        (-loss(model, x)).backward()  # everything conflicts
+        before, raw = [p.detach().clone() for p in own], [0.1 * p.grad.clone() for p in own]
+        optimizer.step()
+        for k, p in enumerate(own):
+            change = (p.detach() - before[k]).double()
+            for row in rows:
+                bound = 1e-4 * float(row[k].double().norm() * raw[k].double().norm())
+                assert float((row[k].double() * change).sum()) <= bound
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler_leaves_the_reference_gradient_alone(fused):
+    moved = {}
+    for scale in (1.0, 2.0**8):
+        model = ogpsa_model(reference_weight=1.0, refresh_steps=1)
+        for i, parameter in enumerate(parameters_of(model)):
+            torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(i))
+        before = [p.detach().clone() for p in parameters_of(model)]
+        optimizer = torch.optim.SGD(parameters_of(model), lr=0.3, fused=fused)
+        assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused  # who unscales
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for number in range(3):
+            model.projector.refresh(references(number), loss_of)
+            scaler.scale(loss_of(model, batch(number))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert model.projector.steps == 3
+        moved[scale] = [p.detach() - q for p, q in zip(parameters_of(model), before, strict=True)]
+    for one, other in zip(*moved.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_draws_random_numbers_does_not_move_training():
+    def noisy(model, inputs):
+        return loss_of(model, inputs) * (1 + 0.1 * torch.rand(()))
+
+    drawn = []
+    for refreshing in (False, True):
+        model = ogpsa_model()
+        torch.manual_seed(3)
+        if refreshing:
+            model.projector.refresh(references(0), noisy)
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)
+
+
+def test_rows_that_are_rounding_beside_a_blocks_longest_constrain_nothing():
+    model = ogpsa_model(rows_from="batch")
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+
+    def scaled(net, inputs):
+        return loss_of(net, inputs) * (1e-7 if inputs["input_ids"][0, 0] == 3 else 1.0)
+
+    tiny, large = batch(1), batch(2)
+    tiny["input_ids"][0, 0], large["input_ids"][0, 0] = 3, 4
+    projector = model.projector
+    projector.refresh({"tiny": [tiny], "large": [large]}, scaled)
+    assert projector.subspace.filled == 2
+    blocks = projector.subspace.blocks
+    own = blocks.stack([-g for g in torch.autograd.grad(scaled(model, tiny), blocks.flat_parameters())])
+    coefficients, _ = projector.subspace.coefficients(own)
+    assert float(coefficients[:, 0].abs().max()) == 0
+    projector.reset()
+    projector.refresh({"tiny": [tiny]}, scaled)  # the longest itself
+    coefficients, _ = projector.subspace.coefficients(own)
+    assert float(coefficients[:, 0].max()) > 0
+
+
+def test_threads_that_train_models_of_their_own():
+    errors = []
+
+    def work(seed):
+        try:
+            model = ogpsa_model(refresh_steps=1)
+            optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+            train(model, optimizer, range(5))
+            assert model.projector.steps == 5
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_known_targets_may_be_forgotten_by_another_thread():
+    # `forget` may come between the look at the list and its use: the property that is read first stands for that.
+    model = ogpsa_model()
+    targets = model.projector._targets
+
+    class Forgetful(dict):
+        def items(self):
+            targets._known = None
+            return super().items()
+
+    expected = [name for name, _, _ in targets.trained()]
+    model.base_model.peft_config = Forgetful(model.peft_config)
+    assert [name for name, _, _ in targets.trained()] == expected

@@ -1,0 +1,303 @@
+"""What the guard notices: steps and parameters that the projection missed, one test for each of its branches."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+from loops import LORA, batch, loss_of, ogpsa_model, parameters_of, references
+from models import tiny_llama
+from peft import get_peft_model
+from test_callback import model_of, sets, sft, weights
+
+from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, attach
+from peft_ogpsa.guard import refuse_averaging
+
+
+class Unhooked(torch.optim.Optimizer):
+    """As some optimizers with states of their own: no `super().__init__()`, so torch has no hooks around its step."""
+
+    def __init__(self, parameters, lr=1e-2):
+        self.param_groups = [{"params": list(parameters), "lr": lr}]
+        self.state, self.defaults = {}, {"lr": lr}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad.sign(), alpha=self.param_groups[0]["lr"])
+
+
+class Constant:
+    """A scheduler that does nothing: torch's own refuse such an optimizer."""
+
+    def step(self):
+        pass
+
+    def state_dict(self):
+        return {}
+
+    def get_last_lr(self):
+        return [1e-2]
+
+
+def trainer_with(tmp_path, make, model=None, **options):
+    trainer = sft(tmp_path, model, **options)
+    trainer.optimizer = make(parameters_of(trainer.model))
+    trainer.lr_scheduler = Constant()
+    return trainer
+
+
+# The projector steps as often as the optimizer
+
+
+def test_a_trainer_whose_optimizer_torch_has_no_hooks_for_stops_at_its_first_step(tmp_path):
+    trainer = trainer_with(tmp_path, Unhooked)
+    with pytest.raises(RuntimeError, match=r"Unhooked has made a step that was not projected.*adamw_torch"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_it_may_train_where_projection_is_off(tmp_path):
+    trainer = trainer_with(tmp_path, Unhooked, max_steps=2)
+    trainer.model.projector.enabled = False
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_trainer_whose_optimizer_holds_other_parameters_stops(tmp_path):
+    trainer = trainer_with(tmp_path, lambda own: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    with pytest.raises(RuntimeError, match="SGD has made a step that was not projected"):
+        trainer.train()
+
+
+def test_a_wrapper_that_steps_twice_and_has_no_hooks_stops(tmp_path):
+    class Twice(Unhooked):
+        def __init__(self, parameters):
+            super().__init__(parameters)
+            self.inner = torch.optim.SGD(self.param_groups[0]["params"], lr=1e-3)
+
+        def step(self, closure=None):
+            self.inner.step()
+            self.inner.step()
+
+    trainer = trainer_with(tmp_path, Twice)
+    with pytest.raises(RuntimeError, match="Twice has made 2 steps of the projected parameters in one step"):
+        trainer.train()
+
+
+def test_a_step_that_a_gradient_scaler_skips_is_no_step():
+    model = ogpsa_model()
+    guard = model.projector.guard
+    optimizer = torch.optim.SGD(parameters_of(model), lr=0.1)
+    optimizer.step_was_skipped = True
+    guard.check_step(model.projector.steps, optimizer)
+    optimizer.step_was_skipped = False
+    with pytest.raises(RuntimeError, match="not projected"):
+        guard.check_step(model.projector.steps, optimizer)
+
+
+def test_training_without_rows_is_counted_where_the_user_allows_it(tmp_path):
+    model = model_of(missing_reference="ignore")
+    sft(tmp_path, model, callbacks=[], max_steps=2).train()
+    assert model.projector.steps == 2
+
+
+# What is projected is what is trained
+
+
+def test_projected_parameters_that_are_not_the_models_stop_training():
+    model, other = ogpsa_model(), ogpsa_model()
+    model.projector.refresh(references(0), loss_of)
+    model.projector.guard.check_parameters(model, None)
+    with pytest.raises(RuntimeError, match=r"projected parameter .*lora_A.* is not, or no longer, in training"):
+        model.projector.guard.check_parameters(other, None)
+    parameters_of(model)[3].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="no longer, in training"):
+        model.projector.guard.check_parameters(model, None)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "1 parameters are trained and not projected.*lm_head"),
+        ({"use_dora": True, "target_modules": ["q_proj"]}, "2 parameters.*lora_magnitude_vector"),
+        ({}, None),
+    ],
+)
+def test_trained_parameters_that_are_not_projected_are_named_once(knobs, named, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        sft(tmp_path, model_of(**{**LORA, **knobs})).train()
+    found = [record.getMessage() for record in caplog.records if "not projected" in record.getMessage()]
+    assert len(found) == (named is not None)
+    if named:
+        assert re.search(named, found[0])
+
+
+def test_what_the_user_has_excluded_is_not_named(tmp_path, caplog):
+    base = tiny_llama(vocab_size=259, max_position_embeddings=256)
+    config = FullParameterConfig(rows=8, refresh_samples=4, exclude=["lm_head"])
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        sft(tmp_path, base, [OGPSACallback(sets(), config=config)], max_steps=2).train()
+    assert "not projected" not in caplog.text
+
+
+# Every parameter has had a reference gradient
+
+
+class Forked(torch.nn.Module):
+    """Of which the second branch is taken only where it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+
+    def forward(self, x, other=False):
+        return (self.other if other else self.one)(x)
+
+
+def forked():
+    torch.manual_seed(0)
+    config = OGPSAConfig(r=2, target_modules=["one", "other"], rows=4, refresh_steps=2, reference_weight=0.0)
+    return get_peft_model(Forked(), config)
+
+
+def train_forked(model, reference_takes_other, steps=4):
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    x = torch.randn(3, 5, 6)
+    for number in range(steps):
+        if model.projector.due:
+            other = number in reference_takes_other
+            model.projector.refresh({"set": [x]}, lambda net, b, other=other: net(b, other=other).square().mean())
+        (model(x).sum() + model(x, other=True).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_parameters_without_a_reference_gradient_are_named_at_the_second_counted_refresh(caplog):
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        train_forked(forked(), (), steps=2)  # refreshed before the steps 1 and 2, and counted once
+        assert not caplog.records
+        train_forked(model := forked(), (), steps=8)
+    (found,) = [record.getMessage() for record in caplog.records]
+    assert "2 of the 4 projected parameters have had no reference gradient" in found
+    assert "other.lora_A" in found
+    assert "other.lora_B" in found
+    assert "one.lora_A" not in found
+    assert model.projector.diagnostics.refreshes == 5
+
+
+def test_parameters_that_have_had_one_some_time_are_not_named(caplog):
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        train_forked(forked(), (1,), steps=8)  # in the second refresh alone
+    assert not caplog.records
+
+
+def test_no_model_that_trains_as_usual_is_warned_of(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        sft(tmp_path, model_of(reference_weight=None)).train()
+    assert not [record for record in caplog.records if record.name.startswith("peft_ogpsa")]
+
+
+# The parameters change in projected steps alone
+
+
+def train_by_hand(model, step, steps=3):
+    for number in range(steps):
+        if model.projector.due:
+            model.projector.refresh(references(number), loss_of)
+        loss_of(model, batch(number)).backward()
+        step()
+        model.zero_grad()
+
+
+class Slow:
+    """Around an optimizer that torch has hooks for, one that it does not know moves the parameters once more."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @torch.no_grad()
+    def step(self):
+        self.inner.step()
+        for group in self.inner.param_groups:
+            for p in group["params"]:
+                p.mul_(0.99)
+
+
+@pytest.mark.parametrize(
+    ("make", "warned"),
+    [
+        (lambda own: torch.optim.AdamW(own, lr=1e-2), 0),
+        (lambda own: Slow(torch.optim.AdamW(own, lr=1e-2)), 1),
+        (lambda own: Unhooked(own), 1),
+    ],
+    ids=["hooked", "wrapped", "unhooked"],
+)
+def test_changes_outside_of_projected_steps_are_warned_of_once(make, warned, caplog):
+    model = ogpsa_model()
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        train_by_hand(model, make(parameters_of(model)).step)
+    found = [r for r in caplog.records if "changed outside of an optimizer step" in r.getMessage()]
+    assert len(found) == warned
+
+
+# Optimizers whose saved weights are not those of their steps
+
+
+def schedule_free(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=1e-2)
+    optimizer.param_groups[0]["train_mode"] = True  # as the packages of schedule-free optimizers have it
+    return optimizer
+
+
+def test_schedule_free_optimizers_are_refused_with_the_update_and_taken_with_the_gradient(tmp_path):
+    with pytest.raises(ValueError, match=r"average of weights.*projection='gradient'"):
+        refuse_averaging(schedule_free([torch.nn.Parameter(torch.ones(1))]))
+    trainer = trainer_with(tmp_path, schedule_free)
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match="average of weights"):
+        trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in weights(trainer.model).items())
+    trainer = trainer_with(tmp_path, schedule_free, model_of(projection="gradient"), max_steps=2)
+    trainer.train()
+    assert trainer.model.projector.steps == 2
+
+
+def test_they_are_refused_in_a_loop_of_ones_own():
+    model = ogpsa_model()
+    model.projector.refresh(references(0), loss_of)
+    loss_of(model, batch(0)).backward()
+    with pytest.raises(ValueError, match="schedule-free"):
+        schedule_free(parameters_of(model)).step()
+
+
+def test_the_guard_counts_anew_in_a_second_stage(caplog):
+    model = forked()
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        train_forked(model, (), steps=8)
+        model.projector.reset()
+        train_forked(model, (), steps=8)
+    assert len(caplog.records) == 2
+
+
+def test_whole_weights_are_guarded_too():
+    model = tiny_llama()
+    projector = attach(model, FullParameterConfig())
+    projector.refresh(references(0), loss_of)
+    projector.guard.check_parameters(model, None)
+    with pytest.raises(RuntimeError, match="no longer, in training"):
+        projector.guard.check_parameters(tiny_llama(), None)
