@@ -13,7 +13,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli.datasets import PromptSet, reference_sets
-from peft_ogpsa.divergence import Anchored, divergence_loss
+from peft_ogpsa.divergence import Anchored, _Divergence, divergence_loss
 from peft_ogpsa.encoding import encode_row
 from peft_ogpsa.modes import without_adapter
 from peft_ogpsa.reference import collate, reference_loss
@@ -175,3 +175,68 @@ def test_whole_weights_have_no_base_beside_them(tmp_path):
     callback = OGPSACallback([ReferenceSet("kept", ROWS, loss="kl")], config=FullParameterConfig(rows=4))
     with pytest.raises(ValueError, match=r'loss="kl" is measured against the model without its adapter'):
         trainer(tiny_llama(vocab_size=259), tmp_path, callback).train()
+
+
+def test_the_gradient_at_the_base_is_zero_to_the_bit():
+    model = get_peft_model(tiny_llama(), OGPSAConfig(**LORA)).eval()
+    loss = reference_loss(model, collate(anchored(), 0, "cpu"))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.count_nonzero(p.grad) == 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_value_and_gradient_of_the_divergence_against_autograd_in_float64(scale):
+    generator = torch.Generator().manual_seed(0)
+    base = scale * torch.randn(7, 50, generator=generator)
+    logits = base + 0.3 * scale * torch.randn(7, 50, generator=generator)
+    own = logits.clone().requires_grad_()
+    weights = torch.rand(7, generator=generator)
+    value = _Divergence.apply(own, base)
+    (value * weights).sum().backward()
+    exact = logits.double().requires_grad_()
+    p, q = base.double().softmax(-1), exact.softmax(-1)
+    expected = (p * (p.log() - q.log())).sum(-1)
+    (expected * weights.double()).sum().backward()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(own.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_base_whose_biases_are_trained_is_refused(bias):
+    base = tiny_llama(attention_bias=True)
+    model = get_peft_model(base, OGPSAConfig(bias=bias, **LORA))
+    with pytest.raises(ValueError, match=rf"bias='{bias}'.*not the original model"):
+        divergence_loss(model, collate(anchored(), 0, "cpu"))
+
+
+def test_a_base_with_a_weight_in_training_is_refused():
+    model = get_peft_model(tiny_llama(), OGPSAConfig(**{**LORA, "target_modules": ["q_proj"]}))
+    batch = collate(anchored(), 0, "cpu")
+    divergence_loss(model, batch)
+    weight = model.get_base_model().model.layers[1].mlp.up_proj.weight
+    weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight is trained and belongs to the base model"):
+        divergence_loss(model, batch)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}, {"use_dora": True}, {}],
+    ids=str,
+)
+def test_what_an_adapter_trains_beside_its_matrices_is_no_part_of_the_base(knobs):
+    model = get_peft_model(tiny_llama(), OGPSAConfig(**LORA, **knobs)).eval()
+    assert divergence_loss(model, collate(anchored(), 0, "cpu")).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_merged_adapter_is_refused_and_not_unmerged():
+    model = model_with_random_adapter().eval()
+    batch = collate(anchored(), 0, "cpu")
+    expected = divergence_loss(model, batch).item()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the base model"):
+        divergence_loss(model, batch)
+    assert all(module.merged for module in model.modules() if hasattr(module, "lora_A"))
+    model.unmerge_adapter()
+    assert divergence_loss(model, batch).item() == pytest.approx(expected, rel=1e-3)

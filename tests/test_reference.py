@@ -187,3 +187,27 @@ def test_loss_needs_a_causal_language_model():
         ValueError, match=r"causal language model, and this Classifier returns logits of shape \(2, 3\)"
     ):
         answer_loss(Classifier(), collate([Example([1, 2], 1)] * 2, 0, "cpu"))
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    loader = ReferenceLoader({"a": examples(12)}, samples=12, batch_size=1)
+    orders = [loader._order("a", epoch) for epoch in range(4)]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    short = ReferenceLoader({"a": examples(5)}, samples=1, batch_size=1)
+    taken = [ids_of(short.draw())["a"][0] for _ in range(20)]
+    epochs = {tuple(taken[i : i + 5]) for i in range(0, 20, 5)}
+    assert len(epochs) > 1
+    assert all(len(set(epoch)) == 5 for epoch in epochs)
+
+
+@pytest.mark.parametrize("samples", [None, 1, 2, 3, 4, 7, 10, 25])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("by_batch", [True, False])
+def test_the_most_that_any_draw_has(samples, batch_size, by_batch):
+    loader = ReferenceLoader({"a": examples(6), "b": examples(9, 50), "c": examples(2, 70)}, samples, batch_size)
+    counts = []
+    for _ in range(30):
+        batches = [batch for own in loader.draw().values() for batch in own]
+        counts.append(len(batches) if by_batch else sum(map(len, batches)))
+    assert loader.most_drawn(by_batch) == max(counts)

@@ -1,0 +1,60 @@
+"""The random states of whatever accelerator there is; this machine's own are tested with the reference passes."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from peft_ogpsa.modes import undisturbed
+
+
+class Device:
+    """An accelerator's module with random states that count how often they were drawn from."""
+
+    def __init__(self, count, initialized=True):
+        self.states = [0] * count
+        self._initialized = initialized
+
+    def is_available(self):
+        return True
+
+    def is_initialized(self):
+        return self._initialized
+
+    def device_count(self):
+        return len(self.states)
+
+    def get_rng_state(self, device=0):
+        return self.states[device]
+
+    def set_rng_state(self, state, device=0):
+        self.states[device] = state
+
+
+def use(monkeypatch, kind, module):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: types.SimpleNamespace(type=kind))
+    monkeypatch.setattr(torch, "get_device_module", lambda *_: module)
+    monkeypatch.setattr(torch, kind, module, raising=False)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "npu", "mps"])
+def test_random_states_are_put_back(monkeypatch, kind):
+    module = Device(1 if kind == "mps" else 3)
+    use(monkeypatch, kind, module)
+    model = torch.nn.Linear(2, 2)
+    before = torch.random.get_rng_state()
+    with undisturbed(model, gradients=True):
+        torch.rand(3)
+        module.states = [state + 7 for state in module.states]
+    assert module.states == [0] * len(module.states)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_accelerator_that_is_not_in_use_is_not_woken(monkeypatch):
+    module = Device(2, initialized=False)
+    module.get_rng_state = None  # which would initialise it
+    use(monkeypatch, "cuda", module)
+    with undisturbed(torch.nn.Linear(2, 2)):
+        pass
