@@ -8,17 +8,19 @@ from .config import OGPSAConfig
 from .full_parameter import FullParameterConfig, attach
 from .merge import merge_adapter
 from .model import OGPSAModel, projector_of
-from .reference import ReferenceSet
+from .reference import ReferenceLoader, ReferenceSet, reference_loss
 
 __all__ = [
     "FullParameterConfig",
     "OGPSACallback",
     "OGPSAConfig",
     "OGPSAModel",
+    "ReferenceLoader",
     "ReferenceSet",
     "attach",
     "merge_adapter",
     "projector_of",
     "push_adapter",
+    "reference_loss",
     "save_card",
 ]

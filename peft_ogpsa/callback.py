@@ -25,23 +25,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import checkpoint, processes
 from .config import OGPSAConfig
-from .divergence import COST, Anchored
+from .divergence import Anchored
 from .full_parameter import FullParameterConfig, attach
 from .guard import refuse_averaging
 from .model import projector_of, tuner_of
 from .modes import refuse_moving_base
 from .preferences import Pair, with_margins
-from .projection import ProjectionConfig
 from .projector import Projector
-from .reference import ReferenceLoader, ReferenceSet, batched, collate, reference_loss
+from .reference import ReferenceLoader, ReferenceSet, batched, collate, padding_of, reference_loss
 
 logger = logging.getLogger(__name__)
 
 _MOST_OF_ANSWERS = 2.0
 """A larger `reference_weight` of given answers triggers a warning; 1 worked well, 5 slowed safety learning."""
-
-_ANCHORED_WEIGHT = 8.0
-"""The weight of a reference set with loss="kl" where the configuration gives none, as measured in docs/tax.md."""
 
 
 @dataclass
@@ -52,16 +48,12 @@ class _Run:
         state: The trainer's, which is its own for each call.
         projector: What the run's steps are projected by.
         loader: The run's reference examples.
-        pad_token_id: Of its tokenizer.
-        weights: Of its reference sets, by what their losses call for.
         steps: The projector's before the step under way.
     """
 
     state: weakref.ref[TrainerState]
     projector: Projector
     loader: ReferenceLoader
-    pad_token_id: int
-    weights: dict[str, float]
     steps: int = 0
 
 
@@ -195,7 +187,7 @@ class OGPSACallback(TrainerCallback):
             reference_set.name: reference_set.tokenize(tokenizer)
             for reference_set in tqdm(self.reference_sets, "Tokenising references", delay=2, disable=args.disable_tqdm)
         }
-        pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        pad_token_id = padding_of(tokenizer)
         # Each process passes its share of a batch. The trainer may have found a smaller batch to fit into memory.
         found = args.auto_find_batch_size and state.train_batch_size
         trained_batch = found or args.train_batch_size
@@ -211,15 +203,16 @@ class OGPSACallback(TrainerCallback):
                 )
             if isinstance(own[0], Pair):
                 bar = tqdm(batched(own, batch_size), f"Reference policy on {name}", disable=args.disable_tqdm)
-                examples[name] = with_margins(model, tuner_of(model), bar, lambda p: _collate(p, pad_token_id, model))
+                examples[name] = with_margins(
+                    model, tuner_of(model), bar, lambda p: collate(p, pad_token_id, _device_of(model))
+                )
             elif isinstance(own[0], Anchored):
                 refuse_moving_base(model)
-        costs = [COST if isinstance(own[0], Anchored) else 1.0 for own in examples.values()]
-        cost = sum(costs) / len(costs)
         step_examples = examples_per_step(args, trained_batch)
-        samples = refresh_samples(projector.config, step_examples, batch_size, len(examples), cost)
-        weights = {name: _ANCHORED_WEIGHT if isinstance(own[0], Anchored) else 1.0 for name, own in examples.items()}
-        learnt = [name for name, weight in weights.items() if weight < _ANCHORED_WEIGHT]
+        loader = ReferenceLoader.for_training(
+            examples, projector.config, step_examples, batch_size, self.seed, pad_token_id
+        )
+        learnt = [name for name, own in examples.items() if not isinstance(own[0], Anchored)]
         if learnt and (projector.config.reference_weight or 0.0) > _MOST_OF_ANSWERS:
             logger.warning(
                 "Reference set %r has a loss of given answers, which are learnt as fast as refusals with "
@@ -228,17 +221,15 @@ class OGPSACallback(TrainerCallback):
                 learnt[0],
                 projector.config.reference_weight,
             )
-        loader = ReferenceLoader(examples, samples, batch_size, self.seed)
-        _check_rows(projector.config, loader)
         # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
         projector.reset()
         # Runs whose trainer is gone, or that another one replaces.
         self._runs = [run for run in self._runs if run.state() is not None and run.projector is not projector]
-        run = _Run(weakref.ref(state), projector, loader, pad_token_id, weights)
+        run = _Run(weakref.ref(state), projector, loader)
         self._runs.append(run)
         if state.global_step > 0 and not self.rebuild_subspace:
             self._resume(args, state, run)
-        plan = _plan(run, step_examples, cost)  # always made: it looks at all parameters
+        plan = _plan(run, step_examples)  # always made: it looks at all parameters
         if not args.disable_tqdm:
             tqdm.write(plan)
 
@@ -304,7 +295,7 @@ class OGPSACallback(TrainerCallback):
             self._runs.remove(ended)
 
     def _refresh(self, run: _Run, args: TrainingArguments, model: nn.Module) -> None:
-        batches = run.loader.draw()
+        batches = run.loader.batches(_device_of(model))
         total = sum(map(len, batches.values()))
         with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
             # The trainer's own model, not the bare one: it carries the trainer's mixed precision.
@@ -312,12 +303,7 @@ class OGPSACallback(TrainerCallback):
                 bar.update()
                 return reference_loss(model, batch)
 
-            run.projector.refresh(
-                {name: [_collate(batch, run.pad_token_id, model) for batch in own] for name, own in batches.items()},
-                loss,
-                model,
-                run.weights,
-            )
+            run.projector.refresh(batches, loss, model, run.loader.weights)
 
     def on_log(
         self,
@@ -369,58 +355,12 @@ def examples_per_step(args: TrainingArguments, batch_size: int) -> int:
     return batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def refresh_samples(
-    config: ProjectionConfig, step_examples: int, batch_size: int, sets: int, cost: float = 1.0
-) -> int | None:
-    """How many reference examples a refresh takes; `None` is all.
-
-    Args:
-        config: What decides it: `refresh_samples`, or else `reference_budget`.
-        step_examples: Training examples of one optimizer step, in all processes.
-        batch_size: Of a reference pass.
-        sets: How many reference sets there are.
-        cost: Of a reference example, where that of a training example is 1.
-
-    Raises:
-        ValueError: If `refresh_samples` leaves a set without its row, with `rows_from="set"`.
-    """
-    given = config.refresh_samples
-    if config.rows_from == "set" and given is not None and given < sets:
-        raise ValueError(
-            f"refresh_samples={given} is less than the {sets} reference sets, and with rows_from='set' every set has "
-            f"a row. Set refresh_samples={sets} or more, or give fewer sets."
-        )
-    if given is not None or config.reference_budget is None:
-        return given
-    wanted = max(1, round(config.reference_budget * config.refresh_steps * step_examples / cost))
-    if config.rows_from == "set":
-        return max(wanted, sets)
-    # More than the ring holds does not fit. A batch holds examples of one set: so many full ones of each set, and
-    # one example more of each further set.
-    if config.rows_from == "example":
-        return min(wanted, config.rows)
-    full, further = divmod(config.rows, sets)
-    return min(wanted, full * sets * batch_size + further)
-
-
-def _check_rows(config: ProjectionConfig, loader: ReferenceLoader) -> None:
-    """Refuses more reference gradients at a refresh than `rows` holds, before training and not at the first step."""
-    needed = loader.most_drawn(by_batch=config.rows_from == "batch")
-    if config.rows_from != "set" and needed > config.rows:
-        what = "examples" if config.rows_from == "example" else "batches"
-        raise ValueError(
-            f"A refresh draws up to {needed} reference {what}, and rows={config.rows} holds {config.rows} gradients. "
-            f"Set rows={needed}, or lower refresh_samples ({config.refresh_samples}) or reference_budget "
-            f"({config.reference_budget}; None draws everything)."
-        )
-
-
-def _plan(run: _Run, step_examples: int, cost: float) -> str:
+def _plan(run: _Run, step_examples: int) -> str:
     """What the run will cost, for the user to see before it starts."""
     config = run.projector.config
     drawn = run.loader.samples or sum(map(len, run.loader.sets.values()))
     held, more = run.projector.memory(len(run.loader.sets))
-    share = drawn * cost / (config.refresh_steps * step_examples)
+    share = drawn * run.loader.cost / (config.refresh_steps * step_examples)
     return (
         f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, {share:.0%} of the training's own "
         f"passes; {held / 2**20:,.0f} MiB for the reference gradients, and {more / 2**20:,.0f} MiB "
@@ -428,8 +368,8 @@ def _plan(run: _Run, step_examples: int, cost: float) -> str:
     )
 
 
-def _collate(examples: Sequence[Any], pad_token_id: int, model: nn.Module) -> dict[str, torch.Tensor]:
-    return collate(examples, pad_token_id, processes.local(next(model.parameters())).device)
+def _device_of(model: nn.Module) -> torch.device:
+    return processes.local(next(model.parameters())).device
 
 
 def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:

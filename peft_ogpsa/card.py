@@ -463,10 +463,10 @@ def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[st
     ]
     if settings["projection"] == "gradient":
         lines.append("- The step that an optimizer such as AdamW makes of a projected gradient is not itself bound.")
-    if weight := settings["reference_weight"]:
-        lines.append(
-            f"- Reference weight: {weight:g} times the mean fresh reference gradient was added after each refresh."
-        )
+    weight = settings["reference_weight"]
+    if weight != 0:
+        times = "8 times (sets with `loss=kl`) or once (other losses)" if weight is None else f"{weight:g} times"
+        lines.append(f"- Reference weight: {times} the mean fresh reference gradient was added after each refresh.")
     if settings["missing_reference"] != "error":
         lines.append(
             f"- `missing_reference={settings['missing_reference']}`: had no references been given, the training would "

@@ -15,12 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergence import Anchored, divergence_loss
+from .budget import check_rows, refresh_samples
+from .divergence import COST, Anchored, divergence_loss
 from .encoding import IGNORED, Example, Prompt, encode_row
 from .preferences import Pair, preference_loss
 
 if TYPE_CHECKING:
     from .answers import AnsweredSet
+    from .projection import ProjectionConfig
+
+ANCHORED_WEIGHT = 8.0
+"""How much of the gradient of a set with loss="kl" is added where nothing else is said, as measured in docs/tax.md."""
 
 LOSSES = ("answer", "all", "kl", "both", "dpo")
 
@@ -260,6 +265,16 @@ def batched(examples: Sequence[Any], size: int) -> list[list[Any]]:
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
+def padding_of(tokenizer: Any) -> int:
+    """The id that fills short examples up; it is masked, so that any will do."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+def _mean_cost(sets: Mapping[str, Sequence[Any]]) -> float:
+    costs = [COST if isinstance(own[0], Anchored) else 1.0 for own in sets.values()]
+    return sum(costs) / len(costs)
+
+
 class ReferenceLoader:
     """Draws reference examples in turn from every set, on a random generator of its own.
 
@@ -269,15 +284,106 @@ class ReferenceLoader:
             every draw takes other sets. `None`: all of every set.
         batch_size (`int`): Examples per batch; batches hold examples of similar length.
         seed (`int`): Of the order, which differs from epoch to epoch.
+        pad_token_id (`int`): Fills short examples up in `batches`.
+
+    Attributes:
+        weights (`dict[str, float]`): For `refresh`: how much of each set's mean gradient is added to the training
+            gradient where the configuration leaves it to the loss. 8 with `loss="kl"`, 1 with other losses.
+        cost (`float`): Of an example on average, where a training example costs 1.
     """
 
-    def __init__(self, sets: Mapping[str, Sequence[Any]], samples: int | None, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        sets: Mapping[str, Sequence[Any]],
+        samples: int | None,
+        batch_size: int,
+        seed: int = 0,
+        pad_token_id: int = 0,
+    ) -> None:
         self.sets = {name: list(examples) for name, examples in sets.items()}
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
+        self.pad_token_id = pad_token_id
+        anchored = {name: isinstance(examples[0], Anchored) for name, examples in self.sets.items()}
+        self.weights = {name: ANCHORED_WEIGHT if its else 1.0 for name, its in anchored.items()}
+        self.cost = _mean_cost(self.sets)
         self._drawn = dict.fromkeys(self.sets, 0)
         self._draws = 0
+
+    @classmethod
+    def for_training(
+        cls,
+        sets: Mapping[str, Sequence[Any]],
+        config: ProjectionConfig,
+        step_examples: int,
+        batch_size: int,
+        seed: int = 0,
+        pad_token_id: int = 0,
+    ) -> ReferenceLoader:
+        """A loader that draws as many examples as the projection's settings say; the other arguments are the class's.
+
+        Args:
+            sets (`Mapping[str, Sequence]`): See the class.
+            config (`ProjectionConfig`): An `OGPSAConfig`, for its `refresh_samples` or `reference_budget`.
+            step_examples (`int`): Training examples of one optimizer step.
+            batch_size (`int`): See the class.
+            seed (`int`): See the class.
+            pad_token_id (`int`): See the class.
+
+        Raises:
+            ValueError: If a refresh would draw more than `rows` holds, or leave out a set with `rows_from="set"`.
+        """
+        samples = refresh_samples(config, step_examples, batch_size, len(sets), _mean_cost(sets))
+        loader = cls(sets, samples, batch_size, seed, pad_token_id)
+        check_rows(config, loader.most_drawn(), loader.most_drawn(by_batch=True))
+        return loader
+
+    @classmethod
+    def from_sets(
+        cls,
+        reference_sets: Sequence[ReferenceSet],
+        processing_class: Any,
+        config: ProjectionConfig,
+        step_examples: int,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> ReferenceLoader:
+        """A loader for a training loop of your own.
+
+        ```py
+        loader = ReferenceLoader.from_sets(references, tokenizer, config, step_examples=8)
+        if model.projector.due:
+            model.projector.refresh(loader.batches(model.device), reference_loss, weights=loader.weights)
+        ```
+
+        Args:
+            reference_sets (`Sequence[ReferenceSet]`): The abilities to preserve.
+            processing_class: A transformers tokenizer, or a processor that has one as `.tokenizer`.
+            config (`ProjectionConfig`): An `OGPSAConfig`, for its `refresh_samples` or `reference_budget`.
+            step_examples (`int`): Training examples of one optimizer step.
+            batch_size (`int`): Reference examples passed at once.
+            seed (`int`): Of the order.
+
+        Raises:
+            ValueError: If a set is empty or has `loss="dpo"`, whose reference policy the trainer's callback knows, or
+                if a refresh would draw more than `rows` holds.
+        """
+        pairs = [own.name for own in reference_sets if own.loss == "dpo"]
+        if pairs:
+            raise ValueError(
+                f"Reference set {pairs[0]!r} has loss='dpo', which needs the log-probabilities of a reference policy. "
+                "Use OGPSACallback with a trainer, or another loss."
+            )
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        sets = {own.name: own.tokenize(tokenizer) for own in reference_sets}
+        return cls.for_training(sets, config, step_examples, batch_size, seed, padding_of(tokenizer))
+
+    def batches(self, device: torch.device | str) -> dict[str, list[dict[str, Tensor]]]:
+        """Draws and pads: what `refresh` takes as `batches`, with `reference_loss` as its `loss_fn`."""
+        return {
+            name: [collate(batch, self.pad_token_id, device) for batch in own] for name, own in self.draw().items()
+        }
 
     def draw(self) -> dict[str, list[list[Any]]]:
         """The next examples by set, in batches; sets of which none is drawn this time are left out."""

@@ -26,7 +26,8 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
-from peft_ogpsa.callback import examples_per_step, refresh_samples
+from peft_ogpsa.budget import refresh_samples
+from peft_ogpsa.callback import examples_per_step
 from peft_ogpsa.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
 from peft_ogpsa.divergence import COST
 from peft_ogpsa.reference import reference_loss

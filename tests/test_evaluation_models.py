@@ -485,14 +485,6 @@ class TestPlot:
             tradeoff({"LoRA": [Measurement("LoRA", 3)]}, tmp_path / "plot.png")
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_missing_library_is_named(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        monkeypatch.setitem(sys.modules, "rich.table", None)
-        with pytest.raises(ImportError, match=r"pip install peft-ogpsa\[eval\]"):
-            tradeoff({}, tmp_path / "plot.png")
-        with pytest.raises(ImportError, match=r"pip install peft-ogpsa\[eval\]"):
-            table({})
-
 
 def test_loss_result_interval_weighs_by_tokens():
     result = LossResult.from_sums([10.0, 1.0, 4.0], [10, 2, 4])

@@ -28,16 +28,12 @@ def tradeoff(
         The path written.
 
     Raises:
-        ImportError: `matplotlib` is not installed.
         ValueError: A measurement lacks the general loss or the refusal rate.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patheffects import withStroke
-        from matplotlib.ticker import PercentFormatter
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install peft-ogpsa[eval]") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

@@ -307,15 +307,10 @@ def table(
 
     Returns:
         A `rich` table; print it with `rich.print`.
-
-    Raises:
-        ImportError: `rich` is not installed.
     """
-    try:
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError as error:
-        raise ImportError("Tables need rich: pip install peft-ogpsa[eval]") from error
+    from rich.table import Table
+    from rich.text import Text
+
     measurements = {
         name: result.model if isinstance(result, Evaluation) else result for name, result in results.items()
     }
