@@ -8,11 +8,13 @@ python examples/loop.py --steps 20
 from __future__ import annotations
 
 import argparse
+import itertools
 
 import torch
 from peft import get_peft_model
+from torch.utils.data import DataLoader
 
-from peft_ogpsa import OGPSAConfig, ReferenceSet, data
+from peft_ogpsa import OGPSAConfig, ReferenceLoader, ReferenceSet, data, reference_loss
 from peft_ogpsa.cli.models import SMOLLM2, load_model
 from peft_ogpsa.reference import answer_loss, collate
 
@@ -26,24 +28,25 @@ def main() -> None:
 
     torch.manual_seed(0)
     base, tokenizer, _ = load_model(arguments.model, dtype=torch.float32)
-    # Given answers are also learnt with a reference weight; the default is for the model's own (examples/sft.py).
-    config = OGPSAConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", reference_weight=1.0)
+    config = OGPSAConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
 
-    def batches(rows: list[dict]):
-        examples = ReferenceSet("rows", rows).tokenize(tokenizer)
-        while True:
-            for i in range(0, len(examples) - arguments.batch_size + 1, arguments.batch_size):
-                yield collate(examples[i : i + arguments.batch_size], tokenizer.pad_token_id, base.device)
-
-    training, general, benign = (batches(data.load(name)) for name in ("harmful", "general", "benign"))
+    # Draws as many reference examples as config.reference_budget allows.
+    references = [ReferenceSet(name, data.load(name)) for name in ("general", "benign")]
+    loader = ReferenceLoader.from_sets(references, tokenizer, config, step_examples=arguments.batch_size)
+    training = DataLoader(
+        ReferenceSet("training", data.load("harmful")).tokenize(tokenizer),
+        batch_size=arguments.batch_size,
+        shuffle=True,
+        collate_fn=lambda examples: collate(examples, loader.pad_token_id, base.device),
+    )
     model.train()
-    for step in range(arguments.steps):
+    for step, batch in enumerate(itertools.islice(itertools.cycle(training), arguments.steps)):
         if model.projector.due:
-            losses = model.projector.refresh({"general": [next(general)], "benign": [next(benign)]}, answer_loss)
+            losses = model.projector.refresh(loader.batches(base.device), reference_loss, weights=loader.weights)
             print(f"step {step}: reference losses " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
-        loss = answer_loss(model, next(training))
+        loss = answer_loss(model, batch)
         loss.backward()
         optimizer.step()  # projected
         optimizer.zero_grad()

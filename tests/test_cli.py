@@ -68,6 +68,10 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
     assert isinstance(PeftConfig.from_pretrained(str(output / "adapter")), OGPSAConfig)
     adapter_config = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert adapter_config["peft_type"] == "LORA"
+    card = (output / "adapter" / "README.md").read_text()
+    assert "not recorded" not in card
+    assert "Training data: `harmful_train.jsonl`" in card
+    assert "3 optimizer steps" in card
     assert AutoPeftModelForCausalLM.from_pretrained(str(output / "adapter")).num_parameters() > 0
 
 

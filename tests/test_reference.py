@@ -6,10 +6,11 @@ import pytest
 import torch
 from datasets import Dataset
 from models import chat, tiny_llama, tiny_tokenizer
+from peft import get_peft_model
 
-from peft_ogpsa import ReferenceSet
+from peft_ogpsa import OGPSAConfig, ReferenceLoader, ReferenceSet, reference_loss
 from peft_ogpsa.encoding import Example
-from peft_ogpsa.reference import ReferenceLoader, answer_loss, collate
+from peft_ogpsa.reference import answer_loss, collate
 
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
@@ -211,3 +212,46 @@ def test_the_most_that_any_draw_has(samples, batch_size, by_batch):
         batches = [batch for own in loader.draw().values() for batch in own]
         counts.append(len(batches) if by_batch else sum(map(len, batches)))
     assert loader.most_drawn(by_batch) == max(counts)
+
+
+def rows(count):
+    return [chat(f"What comes after {i}?", f"After {i} comes {i + 1}.") for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "budget", "expected"),
+    [("answer", 0.5, 5), ("kl", 0.5, 3), ("answer", 0.05, 1), ("answer", 9.0, 8)],
+)
+def test_a_loader_for_a_loop_of_ones_own_keeps_to_the_budget(loss, budget, expected):
+    # 2 steps of 5 training examples from one refresh to the next; an anchored example costs 3/2.
+    config = OGPSAConfig(reference_budget=budget, refresh_steps=2)
+    sets = [ReferenceSet("a", rows(6), loss=loss), ReferenceSet("b", rows(9), loss=loss)]
+    loader = ReferenceLoader.from_sets(sets, tiny_tokenizer(), config, step_examples=5, batch_size=2)
+    drawn = loader.batches("cpu")
+    assert sum(len(batch["input_ids"]) for own in drawn.values() for batch in own) == expected
+    assert all(len(batch["input_ids"]) <= 2 for own in drawn.values() for batch in own)
+    assert loader.weights == dict.fromkeys("ab", 8.0 if loss == "kl" else 1.0)
+    assert loader.pad_token_id == tiny_tokenizer().pad_token_id
+
+
+def test_a_loop_of_ones_own_with_the_exported_names():
+    model = get_peft_model(
+        tiny_llama(vocab_size=259, max_position_embeddings=256),
+        OGPSAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", reference_budget=0.5),
+    )
+    sets = [ReferenceSet("answers", rows(6)), ReferenceSet("own", rows(4), loss="kl")]
+    loader = ReferenceLoader.from_sets(sets, tiny_tokenizer(), model.projector.config, step_examples=4)
+    losses = model.projector.refresh(loader.batches(model.device), reference_loss, weights=loader.weights)
+    assert losses["answers"] > 0
+    assert losses["own"] == 0
+    assert model.projector._factors() == {"answers": 1.0, "own": 8.0}
+
+
+def test_a_loader_refuses_what_it_cannot_draw():
+    pairs = [{**row, "chosen": row["completion"], "rejected": row["completion"]} for row in rows(4)]
+    with pytest.raises(ValueError, match=r"'pairs' has loss='dpo'.*Use OGPSACallback"):
+        ReferenceLoader.from_sets([ReferenceSet("pairs", pairs, loss="dpo")], tiny_tokenizer(), OGPSAConfig(), 4)
+    with pytest.raises(ValueError, match="up to 20 reference examples, and rows=8"):
+        ReferenceLoader.from_sets(
+            [ReferenceSet("all", rows(20))], tiny_tokenizer(), OGPSAConfig(reference_budget=None), 4
+        )

@@ -35,6 +35,7 @@ from transformers import (
 
 from .. import data
 from ..callback import OGPSACallback
+from ..card import save_card
 from ..config import OGPSAConfig
 from ..encoding import encode_row
 from ..evaluation import Evaluator, Measurement, table, tradeoff
@@ -47,6 +48,9 @@ _LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linea
 
 Rows = dict[str, list[dict[str, Any]]]
 """Conversations by kind: harmful, benign and general."""
+
+REFERENCES = ("general", "benign")
+"""The reference sets, by the names of their rows."""
 
 METHODS: dict[str, Callable[[], LoraConfig]] = {
     "plain": lambda: LoraConfig(**_LORA),
@@ -195,16 +199,38 @@ def train(
     return result, model
 
 
+def _record(arguments: QuickstartArguments, result: MethodResult) -> dict[str, Any]:
+    """What the adapter's card says of the run."""
+    folder = arguments.data
+
+    def source(name: str) -> str:
+        return f"builtin:{name}" if folder is None else os.path.join(folder, f"{name}_train.jsonl")
+
+    return {
+        "stage": "sft",
+        "method": "ogpsa",
+        "dataset": source("harmful"),
+        "references": {name: source(name) for name in REFERENCES},
+        "reference_share": result.reference_share,
+        "steps": arguments.steps,
+        "seconds": result.seconds,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "peft", "peft-ogpsa")}
+
+
 def references(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, samples: int, *, given: bool
 ) -> list[ReferenceSet]:
     """What is to be kept: general and benign conversations, with the given answers or with the base model's own."""
-    names = ("general", "benign")
     if given:
-        return [ReferenceSet(name, rows[name], samples=samples) for name in names]
+        return [ReferenceSet(name, rows[name], samples=samples) for name in REFERENCES]
     return [
         ReferenceSet.from_prompts(name, rows[name], base, tokenizer, samples=samples, max_new_tokens=64)
-        for name in names
+        for name in REFERENCES
     ]
 
 
@@ -294,11 +320,12 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
         results[name], model = train(base, tokenizer, config, name, train_rows, evaluator, arguments, callbacks)
         if name == "ogpsa":
             model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
+            save_card(output / "adapter", run=_record(arguments, results[name]))
         base = model.unload()
         report = {
             "arguments": asdict(arguments),
             "model_source": source,
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "peft-ogpsa")},
+            "versions": _versions(),
             "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
             "base": measured_base.to_dict(),
             "methods": {
