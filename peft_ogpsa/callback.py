@@ -48,13 +48,11 @@ class _Run:
         state: The trainer's, which is its own for each call.
         projector: What the run's steps are projected by.
         loader: The run's reference examples.
-        steps: The projector's before the step under way.
     """
 
     state: weakref.ref[TrainerState]
     projector: Projector
     loader: ReferenceLoader
-    steps: int = 0
 
 
 class OGPSACallback(TrainerCallback):
@@ -265,9 +263,8 @@ class OGPSACallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Notes how many steps the projector has seen."""
-        run = self._run_of(state)
-        run.steps = run.projector.steps
+        """Takes note of how many steps the projector has seen."""
+        self._run_of(state).projector.guard.note_step()
 
     def on_optimizer_step(
         self,
@@ -284,7 +281,7 @@ class OGPSACallback(TrainerCallback):
         """
         run = self._run_of(state)
         if run.projector.enabled:
-            run.projector.guard.check_step(run.steps, optimizer)
+            run.projector.guard.check_step(optimizer)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

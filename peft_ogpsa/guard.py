@@ -39,6 +39,7 @@ class Guard:
         self._versions: list[int] | None = None
         self._warned_of_changes = False
         self._warned_of_others = False
+        self.note_step()
 
     # Every parameter in training has had a reference gradient
 
@@ -102,18 +103,25 @@ class Guard:
 
     # The projector steps as often as the optimizer, and with the parameters that it trains
 
-    def check_step(self, steps: int, optimizer: Optimizer | None) -> None:
-        """Compares the projector's count with the trainer's, after one step of the trainer's.
+    def note_step(self) -> None:
+        """Takes note of the projector's counts before one step of the trainer's."""
+        self._steps, self._skipped = self._projector.steps, self._projector.skipped
+
+    def check_step(self, optimizer: Optimizer | None) -> None:
+        """Compares the projector's counts with those that `note_step` took, after that step.
+
+        A step that a gradient scaler skipped is no step. A scaler does not call a plain optimizer then, and calls a
+        fused one, which skips by itself.
 
         Args:
-            steps: `projector.steps` before that step.
-            optimizer: The trainer's; a step that its gradient scaler skipped does not count.
+            optimizer: The trainer's.
 
         Raises:
             RuntimeError: If the projector has not seen the step, or has seen several.
         """
-        seen = self._projector.steps - steps
-        if seen == 1 or (seen == 0 and getattr(optimizer, "step_was_skipped", False)):
+        seen = self._projector.steps - self._steps
+        skipped = self._projector.skipped > self._skipped or getattr(optimizer, "step_was_skipped", False)
+        if seen == 1 or (seen == 0 and skipped):
             return
         name = type(getattr(optimizer, "optimizer", optimizer)).__name__
         if seen == 0:

@@ -65,6 +65,7 @@ class Projector:
             float32 or bfloat16. Experimental: they have been compiled for GPUs and run in Triton's interpreter, not on
             a GPU yet.
         steps (`int`): Steps of the optimizer that trains the parameters, whether projected or not.
+        skipped (`int`): Steps that a gradient scaler has turned into none; they are not among `steps`.
     """
 
     def __init__(self, targets: Targets) -> None:
@@ -72,7 +73,7 @@ class Projector:
         self.enabled = True
         self.diagnostics = Diagnostics()
         self.kernels = os.environ.get("PEFT_OGPSA_KERNELS") == "1"
-        self.steps = 0
+        self.steps = self.skipped = 0
         self.subspace: Subspace | None = None
         self._moves = True  # whether the step under way can move anything
         self._moved = 0  # steps that could move something: not those of a learning rate of 0
@@ -401,7 +402,11 @@ class Projector:
 
     def trains(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer is about to step our parameters; see `hooks.Watcher`."""
-        return not _skips(optimizer) and bool(self._stepped(optimizer))
+        if not self._stepped(optimizer):
+            return False
+        skips = _skips(optimizer)
+        self.skipped += skips
+        return not skips
 
     def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Runs before every step of our parameters; may replace its arguments to get hold of a closure."""

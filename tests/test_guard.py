@@ -101,11 +101,33 @@ def test_a_step_that_a_gradient_scaler_skips_is_no_step():
     model = ogpsa_model()
     guard = model.projector.guard
     optimizer = torch.optim.SGD(parameters_of(model), lr=0.1)
+    guard.note_step()
     optimizer.step_was_skipped = True
-    guard.check_step(model.projector.steps, optimizer)
+    guard.check_step(optimizer)
     optimizer.step_was_skipped = False
     with pytest.raises(RuntimeError, match="not projected"):
-        guard.check_step(model.projector.steps, optimizer)
+        guard.check_step(optimizer)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_gradient_scaler_skips_in_fact(fused):
+    # It does not call a plain optimizer, and calls a fused one with a mark on it.
+    model = ogpsa_model()
+    guard = model.projector.guard
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.projector.refresh(references(0), loss_of)
+    for overflow in (True, False):
+        guard.note_step()
+        scaler.scale(loss_of(model, batch(0))).backward()
+        if overflow:
+            parameters_of(model)[1].grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        optimizer.step_was_skipped = overflow and not fused
+        guard.check_step(optimizer)
+    assert (model.projector.steps, model.projector.skipped) == (1, int(fused))
 
 
 def test_training_without_rows_is_counted_where_the_user_allows_it(tmp_path):
