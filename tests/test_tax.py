@@ -11,7 +11,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import tiny_llama, tiny_tokenizer
-from transformers import TrainingArguments
 
 from benchmarks.tax import data, plots, report, training
 from benchmarks.tax.facts import known
@@ -19,9 +18,10 @@ from benchmarks.tax.grid import Grid
 from benchmarks.tax.methods import DEFAULT, METHODS, WHOLE
 from benchmarks.tax.training import LORA, Settings, Workbench, run
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
-from peft_ogpsa.callback import refresh_samples
+from peft_ogpsa.budget import refresh_samples
 from peft_ogpsa.divergence import COST
 from peft_ogpsa.evaluation.refusal import Verdict
+from peft_ogpsa.reference import ANCHORED_WEIGHT
 
 BASE = {
     "step": 0,
@@ -74,10 +74,10 @@ def test_every_method_has_a_configuration():
 
 def test_the_default_of_the_tables_is_that_of_the_library():
     method, config = METHODS[DEFAULT], OGPSAConfig(**METHODS[DEFAULT].knobs)
-    arguments = TrainingArguments(per_device_train_batch_size=Settings.batch, use_cpu=True)
     assert method.loss == "kl"
-    assert config.refresh_samples == refresh_samples(OGPSAConfig(), arguments, Settings.batch, sets=4, cost=COST)
-    assert replace(config, refresh_samples=None) == OGPSAConfig()
+    assert config.refresh_samples == refresh_samples(OGPSAConfig(), Settings.batch, Settings.batch, sets=4, cost=COST)
+    assert config.reference_weight == ANCHORED_WEIGHT
+    assert replace(config, refresh_samples=None, reference_weight=None) == OGPSAConfig()
 
 
 def test_the_first_safe_point():
