@@ -64,8 +64,8 @@ class OGPSACallback(TrainerCallback):
     trainer = SFTTrainer(model, ..., callbacks=[OGPSACallback([ReferenceSet("general", rows)])])
     ```
 
-    Logs, with the trainer's own figures: `ogpsa/loss/SET`, `ogpsa/cosine/SET`, `ogpsa/removed`,
-    `ogpsa/seconds_refresh` and `ogpsa/seconds_projection` (see `Diagnostics.collect`).
+    Logs, with the trainer's own figures: `ogpsa/loss/SET`, `ogpsa/cosine/SET`, `ogpsa/reference_norm`,
+    `ogpsa/removed`, `ogpsa/seconds_refresh` and `ogpsa/seconds_projection` (see `Diagnostics.collect`).
 
     Each checkpoint of the trainer also gets the subspace, so that a resumed run goes on exactly.
 
@@ -219,6 +219,7 @@ class OGPSACallback(TrainerCallback):
                 learnt[0],
                 projector.config.reference_weight,
             )
+        projector.max_grad_norm = args.max_grad_norm or None
         # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
         projector.reset()
         # Runs whose trainer is gone, or that another one replaces.

@@ -72,12 +72,13 @@ class Diagnostics:
         self._losses: dict[str, float] = {}
         self._cosines: dict[str, Tensor] = {}
         self._removed: Tensor | None = None
+        self._reference: Tensor | None = None
         self._steps = 0
         self._reported: dict[str, float] = {}
 
     def forget(self) -> None:
         """Drops the last losses and cosines of every set, as for a new stage of training with sets of its own."""
-        self._losses, self._cosines = {}, {}
+        self._losses, self._cosines, self._reference = {}, {}, None
 
     def record_losses(self, losses: dict[str, float]) -> None:
         """Takes the reference loss of every set, in the loss's own unit (nats per token for `ReferenceSet`)."""
@@ -86,6 +87,10 @@ class Diagnostics:
     def record_cosines(self, cosines: dict[str, Tensor]) -> None:
         """Takes the cosine of the training gradient with every set's mean reference gradient."""
         self._cosines = dict(cosines)
+
+    def record_reference(self, norm: Tensor) -> None:
+        """Takes the norm of what was added to the training gradient, after its weight and its clipping."""
+        self._reference = norm
 
     def record_projection(self, removed_squared: Tensor, total_squared: Tensor) -> None:
         """Takes one step's squared norms of what was removed and of what there was before."""
@@ -98,11 +103,14 @@ class Diagnostics:
 
         Returns:
             `ogpsa/loss/SET` (at the last refresh that drew of it), `ogpsa/cosine/SET` (last refresh; positive: the
-            training gradient also lowers that reference loss), `ogpsa/removed` (norm removed over norm before, mean
+            training gradient also lowers that reference loss), `ogpsa/reference_norm` (of the weighted reference
+            gradient that was last added to the training gradient, whose own is `grad_norm`), `ogpsa/removed` (norm removed over norm before, mean
             over steps, 0 to 1), `ogpsa/seconds_refresh` and `ogpsa/seconds_projection`. Empty if nothing has happened.
         """
         figures = {f"ogpsa/loss/{name}": loss for name, loss in self._losses.items()}
         figures |= {f"ogpsa/cosine/{name}": float(value) for name, value in self._cosines.items()}
+        if self._reference is not None:
+            figures["ogpsa/reference_norm"] = float(self._reference)
         if self._removed is not None:
             figures["ogpsa/removed"] = float(self._removed) / self._steps
         self._removed, self._steps = None, 0

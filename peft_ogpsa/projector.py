@@ -64,6 +64,9 @@ class Projector:
             of `kernels.py` where they apply: the cone on the update of float32 parameters on CUDA, up to 64 rows in
             float32 or bfloat16. Experimental: they have been compiled for GPUs and run in Triton's interpreter, not on
             a GPU yet.
+        max_grad_norm (`float`, *optional*): The norm that the training gradient is clipped to. The callback takes it
+            from the trainer's arguments. The mean reference gradient is clipped to it as well, before it is multiplied
+            with `reference_weight`. `None`: no clipping.
         steps (`int`): Steps of the optimizer that trains the parameters, whether projected or not.
         skipped (`int`): Steps that a gradient scaler has turned into none; they are not among `steps`.
     """
@@ -73,6 +76,7 @@ class Projector:
         self.enabled = True
         self.diagnostics = Diagnostics()
         self.kernels = os.environ.get("PEFT_OGPSA_KERNELS") == "1"
+        self.max_grad_norm: float | None = None
         self.steps = self.skipped = 0
         self.subspace: Subspace | None = None
         self._moves = True  # whether the step under way can move anything
@@ -521,7 +525,8 @@ class Projector:
             factors = self._factors()
             weighted = bool(self._fresh and any(factors.values()))
             if weighted:
-                weights = subspace.mean_weights(self._fresh, factors)
+                weights = subspace.mean_weights(self._fresh, factors) * self._clipping(subspace)
+                self.diagnostics.record_reference(subspace.length(weights))
                 # A fused optimizer may unscale float16 gradients itself: then they are still scaled here.
                 scale = getattr(optimizer, "grad_scale", None)
                 weights = weights if scale is None else weights * scale.to(weights.device)
@@ -533,6 +538,12 @@ class Projector:
                     if gradient is not None
                 ]
                 torch._foreach_copy_([gradient for gradient, _ in found], [own for _, own in found])
+
+    def _clipping(self, subspace: Subspace) -> Tensor | float:
+        """What brings the mean reference gradient down to `max_grad_norm`, as `clip_grad_norm_` does a gradient."""
+        if self.max_grad_norm is None:
+            return 1.0
+        return (self.max_grad_norm / (subspace.length(subspace.mean_weights(self._fresh)) + 1e-6)).clamp(max=1.0)
 
     def _factors(self) -> dict[str, float]:
         """What each fresh set's mean gradient is multiplied with when it is added to the training gradient."""

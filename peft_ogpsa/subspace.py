@@ -417,6 +417,10 @@ class Subspace:
             weights[own] = (1.0 if factors is None else factors[name]) / (len(own) * len(members))
         return self.norms * weights.to(self.norms.device)
 
+    def length(self, coefficients: Tensor) -> Tensor:
+        """The norm, over all blocks together, of a combination of the unit rows with `(blocks, rows)` coefficients."""
+        return geometry.lengths_squared(self.gram, coefficients).sum().sqrt()
+
     def overlaps(self, vectors: Stack) -> Tensor:
         """What `cosines` needs of the vectors: `(rows + 1,)`, of this process's part.
 

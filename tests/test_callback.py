@@ -482,6 +482,33 @@ def test_the_reference_batch_shrinks_with_the_batch_that_the_trainer_finds(tmp_p
     assert sizes[0] > 2 >= sizes[-1]
 
 
+@pytest.mark.parametrize("limit", [0.05, 0.0])
+def test_both_gradients_are_clipped_to_the_trainers_norm(tmp_path, limit):
+    model = model_of(reference_weight=2.0, refresh_steps=1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, std=0.3)
+    norms = []
+
+    class Optimizer(torch.optim.SGD):
+        def step(self, closure=None):
+            norms.append(float(torch.cat([p.grad.flatten() for p in loops.parameters_of(model)]).norm()))
+            return super().step(closure)
+
+    trainer = sft(tmp_path, model, max_steps=3, max_grad_norm=limit)
+    trainer.optimizer = Optimizer(loops.parameters_of(model), lr=1e-6)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
+    trainer.train()
+    logged = [entry["ogpsa/reference_norm"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == len(norms) == 3
+    if limit:
+        assert max(norms) <= 3 * limit * 1.001  # the training gradient, and twice the reference gradient
+        assert logged == pytest.approx([2 * limit] * 3, rel=1e-3)
+    else:
+        assert min(norms) > 0.15
+        assert min(logged) > 0.15
+
+
 def three_sets(loss="answer"):
     return [
         ReferenceSet(n, [chat(f"{n} {i}?", f"Answer {i}.") for i in range(40)], loss=loss) for n in ("a", "b", "c")

@@ -312,6 +312,32 @@ def test_reference_weight_adds_the_mean_of_fresh_gradients():
         torch.testing.assert_close(got, g, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("limit", [None, 0.01, 1e3])
+def test_the_mean_reference_gradient_is_clipped_before_its_weight(limit):
+    weight, sets = 3.0, {"first": [batch(1), batch(2)], "second": [batch(3)]}
+    model = ogpsa_model(reference_weight=weight, rows_from="batch")
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    model.projector.max_grad_norm = limit
+    model.projector.refresh(sets, loss_of)
+    loss_of(model, batch(0)).backward()
+    own = [p.grad.clone() for p in parameters_of(model)]
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+
+    def gradients(inputs):
+        return torch.autograd.grad(loss_of(model, inputs), parameters_of(model))
+
+    singles = [gradients(inputs) for inputs in (batch(1), batch(2), batch(3))]
+    mean = [(a + b) / 4 + c / 2 for a, b, c in zip(*singles, strict=True)]
+    norm = torch.cat([m.flatten() for m in mean]).norm()
+    factor = 1.0 if limit is None else min(1.0, limit / (float(norm) + 1e-6))
+    assert (factor < 1) == (limit == 0.01)
+    for p, g, m in zip(parameters_of(model), own, mean, strict=True):
+        torch.testing.assert_close(p.grad, g + weight * factor * m, rtol=1e-4, atol=1e-7)
+    logged = model.projector.diagnostics.collect()["ogpsa/reference_norm"]
+    assert logged == pytest.approx(weight * factor * float(norm), rel=1e-4)
+
+
 @pytest.mark.parametrize("constraint", ["orthogonal", "cone"])
 def test_reference_weight_is_added_to_the_projected_gradient(constraint):
     # Before the projection it would be taken away again: it lies in the span of the rows.
