@@ -104,8 +104,9 @@ class Diagnostics:
         Returns:
             `ogpsa/loss/SET` (at the last refresh that drew of it), `ogpsa/cosine/SET` (last refresh; positive: the
             training gradient also lowers that reference loss), `ogpsa/reference_norm` (of the weighted reference
-            gradient that was last added to the training gradient, whose own is `grad_norm`), `ogpsa/removed` (norm removed over norm before, mean
-            over steps, 0 to 1), `ogpsa/seconds_refresh` and `ogpsa/seconds_projection`. Empty if nothing has happened.
+            gradient that was last added to the training gradient, whose own norm is `grad_norm`), `ogpsa/removed`
+            (norm removed over norm before, mean over steps, 0 to 1), `ogpsa/seconds_refresh` and
+            `ogpsa/seconds_projection`. Empty if nothing has happened.
         """
         figures = {f"ogpsa/loss/{name}": loss for name, loss in self._losses.items()}
         figures |= {f"ogpsa/cosine/{name}": float(value) for name, value in self._cosines.items()}
