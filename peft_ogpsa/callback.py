@@ -135,14 +135,10 @@ class OGPSACallback(TrainerCallback):
         self.save_subspace = save_subspace
         self.resume_from = resume_from
         self.rebuild_subspace = rebuild_subspace
-        self._runs: list[_Run] = []  # the one begun last is the last
+        self._runs: list[_Run] = []
 
     def _run_of(self, state: TrainerState) -> _Run:
         return next(run for run in reversed(self._runs) if run.state() is state)
-
-    @property
-    def _loader(self) -> ReferenceLoader:
-        return self._runs[-1].loader
 
     def on_init_end(
         self,
@@ -283,14 +279,6 @@ class OGPSACallback(TrainerCallback):
         run = self._run_of(state)
         if run.projector.enabled:
             run.projector.guard.check_step(optimizer)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Lets the run before this one go on, where trainers are nested."""
-        ended = self._run_of(state)
-        if len(self._runs) > 1:  # the only one stays at hand for what asks after training
-            self._runs.remove(ended)
 
     def _refresh(self, run: _Run, args: TrainingArguments, model: nn.Module) -> None:
         batches = run.loader.batches(_device_of(model))
