@@ -97,6 +97,10 @@ class Guard:
             "weights: if it loaded them on purpose, call projector.reset() afterwards."
         )
 
+    def expect_changes(self) -> None:
+        """Says nothing of changes before the next step: a fused step that skips itself counts as one for torch."""
+        self._versions = None
+
     def after_step(self) -> None:
         """Takes note of the parameters as the projection has left them."""
         self._note_versions()

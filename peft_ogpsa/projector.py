@@ -408,9 +408,11 @@ class Projector:
         """Whether the optimizer is about to step our parameters; see `hooks.Watcher`."""
         if not self._stepped(optimizer):
             return False
-        skips = _skips(optimizer)
-        self.skipped += skips
-        return not skips
+        if _skips(optimizer):
+            self.skipped += 1
+            self.guard.expect_changes()
+            return False
+        return True
 
     def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Runs before every step of our parameters; may replace its arguments to get hold of a closure."""

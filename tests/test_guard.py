@@ -110,7 +110,7 @@ def test_a_step_that_a_gradient_scaler_skips_is_no_step():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_steps_that_a_gradient_scaler_skips_in_fact(fused):
+def test_steps_that_a_gradient_scaler_skips_in_fact(fused, caplog):
     # It does not call a plain optimizer, and calls a fused one with a mark on it.
     model = ogpsa_model()
     guard = model.projector.guard
@@ -128,6 +128,7 @@ def test_steps_that_a_gradient_scaler_skips_in_fact(fused):
         optimizer.step_was_skipped = overflow and not fused
         guard.check_step(optimizer)
     assert (model.projector.steps, model.projector.skipped) == (1, int(fused))
+    assert not caplog.records
 
 
 def test_training_without_rows_is_counted_where_the_user_allows_it(tmp_path):
