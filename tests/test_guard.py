@@ -109,12 +109,31 @@ def test_a_step_that_a_gradient_scaler_skips_is_no_step():
         guard.check_step(optimizer)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_steps_that_a_gradient_scaler_skips_in_fact(fused, caplog):
+class SkipsItself(torch.optim.SGD):
+    """A fused optimizer in what it asks of a scaler, whose skipped step torch counts as a change."""
+
+    _step_supports_amp_scaling = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.add_(torch.zeros_like(p) if self.found_inf else -1e-3 * p.grad / self.grad_scale)
+
+
+@pytest.mark.parametrize(
+    ("make", "fused"),
+    [
+        (lambda own: torch.optim.AdamW(own, lr=1e-2), False),
+        (lambda own: torch.optim.AdamW(own, lr=1e-2, fused=True), True),
+        (lambda own: SkipsItself(own, lr=1e-2), True),
+    ],
+    ids=["plain", "fused", "of one's own"],
+)
+def test_steps_that_a_gradient_scaler_skips_in_fact(make, fused, caplog):
     # It does not call a plain optimizer, and calls a fused one with a mark on it.
     model = ogpsa_model()
     guard = model.projector.guard
-    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2, fused=fused)
+    optimizer = make(parameters_of(model))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     model.projector.refresh(references(0), loss_of)
     for overflow in (True, False):
