@@ -138,7 +138,11 @@ class OGPSACallback(TrainerCallback):
         self._runs: list[_Run] = []
 
     def _run_of(self, state: TrainerState) -> _Run:
-        return next(run for run in reversed(self._runs) if run.state() is state)
+        return next(run for run in self._runs if run.state() is state)
+
+    def _forget(self, state: weakref.ref) -> None:
+        """Lets go of a run, and with it of its model, when its trainer is gone."""
+        self._runs = [run for run in self._runs if run.state is not state]
 
     def on_init_end(
         self,
@@ -218,9 +222,8 @@ class OGPSACallback(TrainerCallback):
         projector.max_grad_norm = args.max_grad_norm or None
         # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
         projector.reset()
-        # Runs whose trainer is gone, or that another one replaces.
-        self._runs = [run for run in self._runs if run.state() is not None and run.projector is not projector]
-        run = _Run(weakref.ref(state), projector, loader)
+        self._runs = [run for run in self._runs if run.projector is not projector]  # an earlier stage's
+        run = _Run(weakref.ref(state, self._forget), projector, loader)
         self._runs.append(run)
         if state.global_step > 0 and not self.rebuild_subspace:
             self._resume(args, state, run)
@@ -300,9 +303,11 @@ class OGPSACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Adds our figures to the trainer's."""
-        if logs is None or "loss" not in logs:  # evaluation logs and the summary at the end are not about steps
+        runs = [run for run in self._runs if run.state() is state]
+        # Evaluation logs and the summary at the end are not about steps; and one may log before training.
+        if logs is None or "loss" not in logs or not runs:
             return
-        figures = self._run_of(state).projector.diagnostics.collect()
+        figures = runs[0].projector.diagnostics.collect()
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)

@@ -249,5 +249,6 @@ def examples_of(batch: Any, indices: Sequence[int]) -> Any:
     if isinstance(batch, Mapping):
         return {key: examples_of(value, indices) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(examples_of(value, indices) for value in batch)
+        parts = [examples_of(value, indices) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple, or not
     return batch

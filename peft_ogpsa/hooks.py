@@ -10,6 +10,7 @@ one step of the user's: a wrapper (Lookahead, SAM) calls the optimizer inside it
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections import OrderedDict
 from types import FrameType
@@ -36,6 +37,7 @@ class Watcher(Protocol):
 
 # A watcher that is no longer referenced drops out by itself.
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+_lock = threading.Lock()  # of the set, in which another thread may put a watcher while we walk through it
 # The call of `step` that each watcher acts around. An entry outlives its step if that raised an error.
 _running: weakref.WeakKeyDictionary[Watcher, FrameType] = weakref.WeakKeyDictionary()
 _handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
@@ -43,13 +45,20 @@ _handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKe
 
 def watch(watcher: Watcher) -> None:
     """Tells the watcher of all steps from now on."""
-    _watchers.add(watcher)
+    with _lock:
+        _watchers.add(watcher)
 
 
 def unwatch(watcher: Watcher) -> None:
     """Ends what `watch` began."""
-    _watchers.discard(watcher)
+    with _lock:
+        _watchers.discard(watcher)
     _running.pop(watcher, None)
+
+
+def _all_watchers() -> list[Watcher]:
+    with _lock:
+        return list(_watchers)
 
 
 def _step_frame() -> FrameType:
@@ -71,7 +80,7 @@ def _is_running(step: FrameType) -> bool:
 def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     replaced = None
     with torch.no_grad():
-        for watcher in list(_watchers):
+        for watcher in _all_watchers():
             # This comes first: the entries of other threads' watchers are not ours to judge.
             if not watcher.trains(optimizer):
                 continue
@@ -102,7 +111,7 @@ def _call_back_first(optimizer: Optimizer) -> None:
 def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     step = _step_frame()
     with torch.no_grad():
-        for watcher in list(_watchers):
+        for watcher in _all_watchers():
             if _running.get(watcher) is step:
                 del _running[watcher]
                 watcher.end_step(optimizer)

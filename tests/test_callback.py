@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 
 import loops
 import pytest
@@ -11,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
-from loops import LORA
+from loops import LORA, parameters_of
 from models import chat, tiny_llama, tiny_tokenizer
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
@@ -787,3 +789,86 @@ def test_plan_is_told_before_training(knobs, bytes_per_parameter, tmp_path, caps
     assert held == bytes_per_parameter * count
     assert 4 * count < more <= 8 * count
     assert f"{held / 2**20:,.0f} MiB" in out
+
+
+def test_a_nested_trainer_that_fails_leaves_the_outer_one_its_own_run(tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyError("inner")
+
+    callback = OGPSACallback(sets())
+    inner = sft(tmp_path / "inner", callbacks=[callback, Fails()], max_steps=2)
+
+    class Nested(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                with pytest.raises(KeyError, match="inner"):
+                    inner.train()
+
+    outer = sft(tmp_path / "outer", callbacks=[callback, Nested()], max_steps=4)
+    outer.train()
+    alone = sft(tmp_path / "alone", max_steps=4)
+    alone.train()
+    assert outer.model.projector.diagnostics.refreshes == alone.model.projector.diagnostics.refreshes
+    assert all(torch.equal(p, weights(alone.model)[name]) for name, p in weights(outer.model).items())
+
+
+class Begun(TrainerCallback):
+    """Whether training has begun, for callbacks after ours."""
+
+    begun = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = True
+
+
+def test_a_base_that_is_trained_is_refused_before_training_begins(tmp_path):
+    model = model_of(target_modules=["q_proj"])
+    model.get_base_model().model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    after = Begun()
+    with pytest.raises(ValueError, match="belongs to the base model"):
+        sft(tmp_path, model, [OGPSACallback([ReferenceSet("kept", GENERAL, loss="kl")]), after]).train()
+    assert not after.begun
+
+
+def test_nothing_is_refreshed_while_projection_is_off(tmp_path):
+    model = model_of()
+    model.projector.enabled = False
+    sft(tmp_path, model, max_steps=3).train()
+    assert model.projector.steps == 3
+    assert model.projector.diagnostics.refreshes == 0
+
+
+def test_a_callback_that_serves_again_keeps_no_model_of_before(tmp_path):
+    callback = OGPSACallback(sets())
+    first = sft(tmp_path / "first", callbacks=[callback], max_steps=1)
+    first.train()
+    gone = weakref.ref(first.model.projector)
+    del first
+    sft(tmp_path / "second", callbacks=[callback], max_steps=1).train()
+    gc.collect()
+    assert gone() is None
+
+
+def test_adapters_are_float32_before_the_optimizer_is_made_and_a_checkpoint_is_loaded(tmp_path):
+    model = model_of()
+    for parameter in parameters_of(model):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    trainer = sft(tmp_path, model)
+    assert {p.dtype for p in parameters_of(trainer.model)} == {torch.float32}
+
+
+def test_the_callbacks_own_batch_size_and_seed(tmp_path):
+    callback = OGPSACallback(sets(), batch_size=3, seed=7)
+    sft(tmp_path, callbacks=[callback], max_steps=1).train()
+    assert (callback._runs[-1].loader.batch_size, callback._runs[-1].loader.seed) == (3, 7)
+
+
+def test_figures_may_be_logged_before_and_between_runs(tmp_path):
+    callback = OGPSACallback(sets())
+    trainer = sft(tmp_path, callbacks=[callback], max_steps=1)
+    trainer.log({"loss": 1.0})
+    trainer.train()
+    other = sft(tmp_path / "other", callbacks=[callback], max_steps=1)
+    other.train()
+    other.log({"loss": 1.0})

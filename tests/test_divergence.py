@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from loops import ogpsa_model
 from models import chat, randomize, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from test_gradients import assert_rows_equal, model_with_random_adapter, one_at_a_time, raw_rows
@@ -240,3 +241,14 @@ def test_a_merged_adapter_is_refused_and_not_unmerged():
     assert all(module.merged for module in model.modules() if hasattr(module, "lora_A"))
     model.unmerge_adapter()
     assert divergence_loss(model, batch).item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("inside", ["base_layer", "original_module"])
+def test_a_weight_of_the_base_inside_an_adapters_layer_is_refused_in_training(inside):
+    model = ogpsa_model(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    examples = collate([Anchored([5, 6, 7, 8], 2)], 0, "cpu")
+    divergence_loss(model, examples)
+    weight = next(p for name, p in model.named_parameters() if f".{inside}." in name)
+    weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=rf"{inside}.weight is trained and belongs to the base model"):
+        divergence_loss(model, examples)

@@ -248,3 +248,31 @@ def test_memory_estimate_of_shards():
     assert four["rows"] == one["rows"] / 4
     on_host = estimate(config, FullParameterConfig(rows_device="cpu"), 4)
     assert (on_host["rows"], on_host["rows in the host's memory"]) == (0, four["rows"])
+
+
+@pytest.mark.parametrize("part", ["embed", "proj", "layers.1.self", "ayers.0"])
+def test_exclude_takes_whole_names_alone(part):
+    with pytest.raises(ValueError, match="matches no module"):
+        attach(tiny_llama(), FullParameterConfig(exclude=[part]))
+
+
+def test_weights_that_have_been_replaced_are_not_trained_without_projection():
+    model = tiny_llama()
+    projector = attach(model, FullParameterConfig())
+    projector.refresh(references(0), loss_of)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    loss_of(model, batch(0)).backward()
+    with pytest.raises(RuntimeError, match="steps a model under OGPSA that has reference gradients of another"):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    projector.refresh(references(0), loss_of)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert projector.steps == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_rows_are_held_where_the_user_wants_them(device):
+    # Of weights on another device than the host's: "meta" is one that every machine has.
+    config = FullParameterConfig(rows_device=device)
+    projector = attach(tiny_llama().to("meta"), config)
+    subspace = projector._new_subspace(config, 4)
+    assert {part.device.type for part in subspace.rows} == {"cpu" if device == "cpu" else "meta"}

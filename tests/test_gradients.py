@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import pytest
 import torch
-from loops import LORA, loss_of, parameters_of
+from loops import LORA, batch, loss_of, ogpsa_model, parameters_of
 from models import VOCABULARY, tiny_llama, tokens
 from peft import MontecloraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
@@ -417,3 +419,46 @@ def test_layers_that_drop_out_by_their_own_mode_do_not_in_a_reference_pass(check
     assert [layer.__dict__.get("_gradient_checkpointing_func") for layer in layers] == functions
     rows = raw_rows(model)
     assert_rows_equal(rows, one_at_a_time(model, examples), 1e-4)
+
+
+def test_rows_of_a_layer_that_is_given_windows_of_many_examples():
+    # Twelve tokens, token by token, in two windows: neither axis is as long as there are examples.
+    class Windowed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            count, length, _ = x.shape
+            mixed = self.first(x).tanh().transpose(0, 1).flatten(0, 1)
+            windows = mixed.unflatten(0, (2, -1)) if count > 1 else mixed.unsqueeze(0)
+            return self.second(windows).flatten(0, 1).unflatten(0, (length, count)).transpose(0, 1)
+
+    torch.manual_seed(0)
+    model = small(Windowed(), ["first", "second"])
+    rows_equal_those_of_single_examples(model, torch.randn(4, 3, 6), lambda net, x: net(x).square().mean(), 4)
+
+
+def test_the_loss_of_examples_that_are_passed_one_at_a_time_is_their_mean():
+    torch.manual_seed(0)
+    model = small(torch.nn.Sequential(torch.nn.Linear(6, 4)), ["0"])
+    x = torch.randn(4, 6)  # two axes, so that hooks do not tell examples from tokens
+    found = model.projector.refresh({"set": [x]}, lambda net, inputs: net(inputs).square().mean())
+    assert found["set"] == pytest.approx(float(model(x).square().mean()), rel=1e-5)
+
+
+def test_every_batch_of_a_refresh_is_checkpointed():
+    model = ogpsa_model(rows_from="batch")
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    runs = []
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    model.projector.refresh({"set": [batch(1), batch(2), batch(3)]}, loss_of)
+    assert len(runs) == 6
+
+
+def test_batches_may_be_named_tuples():
+    Pair = namedtuple("Pair", "ids labels")
+    part = examples_of(Pair(torch.ones(3, 2), torch.ones(3)), [1])
+    assert part.ids.shape == (1, 2)

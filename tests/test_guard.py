@@ -7,13 +7,15 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from loops import LORA, batch, loss_of, ogpsa_model, parameters_of, references
 from models import tiny_llama
 from peft import get_peft_model
-from test_callback import model_of, sets, sft, weights
+from test_callback import Begun, model_of, sets, sft, weights
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, attach
-from peft_ogpsa.guard import refuse_averaging
+from peft_ogpsa.guard import _some, refuse_averaging
 
 
 class Unhooked(torch.optim.Optimizer):
@@ -343,3 +345,84 @@ def test_whole_weights_are_guarded_too():
     projector.guard.check_parameters(model, None)
     with pytest.raises(RuntimeError, match="no longer, in training"):
         projector.guard.check_parameters(tiny_llama(), None)
+
+
+def test_parameters_are_not_named_for_rows_that_have_been_replaced_since(caplog):
+    model = forked()
+    model.peft_config["default"].rows = 3  # as many as a refresh fills
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        train_forked(model, (1,), steps=8)
+    assert not caplog.records
+
+
+def test_what_is_in_training_and_in_no_optimizer_is_not_named(caplog):
+    model = ogpsa_model(modules_to_save=["lm_head"])
+    model.projector.refresh(references(0), loss_of)
+    own = [p for name, p in model.named_parameters() if "lora_" in name]
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        model.projector.guard.check_parameters(model, torch.optim.SGD(own, lr=0.1))
+        assert not caplog.records
+        model.projector.guard.check_parameters(model, torch.optim.SGD(parameters_of(model), lr=0.1))
+    assert "1 parameters are trained and not projected" in caplog.text
+
+
+def test_long_lists_of_names_say_how_many_more_there_are():
+    assert _some("abcde") == "a, b, c, d, e"
+    assert _some("abcdef") == "a, b, c, d, e and 1 more"
+
+
+def test_weights_restored_together_with_their_rows_are_no_change_from_outside(caplog):
+    model = ogpsa_model()
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    model.projector.refresh(references(0), loss_of)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = model.projector.state_dict()
+    rows = {**rows, "tensors": {name: value.clone() for name, value in rows["tensors"].items()}}
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    model.load_state_dict(kept)
+    model.projector.load_state_dict(rows)
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        assert not model.projector.due
+        loss_of(model, batch(1)).backward()
+        optimizer.step()
+    assert not caplog.records
+
+
+def test_schedule_free_optimizers_are_refused_before_training_begins(tmp_path):
+    after = Begun()
+    trainer = trainer_with(tmp_path, schedule_free, callbacks=[OGPSACallback(sets()), after])
+    with pytest.raises(ValueError, match="average of weights"):
+        trainer.train()
+    assert not after.begun
+
+
+def test_changes_are_noticed_in_a_loop_that_refreshes_on_a_schedule_of_its_own(caplog):
+    model = ogpsa_model()
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    model.projector.refresh(references(0), loss_of)
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        for number in range(2):
+            loss_of(model, batch(number)).backward()
+            optimizer.step()
+            with torch.no_grad():
+                parameters_of(model)[0].mul_(0.9)
+    assert len([r for r in caplog.records if "changed outside of an optimizer step" in r.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscaled", [False, True])  # by the trainer's clipping
+def test_an_overflow_that_a_gradient_scaler_finds_is_no_missed_step(fused, unscaled):
+    Accelerator(cpu=True)
+    model = ogpsa_model()
+    inner = torch.optim.AdamW(parameters_of(model), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    optimizer = AcceleratedOptimizer(inner, scaler=scaler)
+    model.projector.refresh(references(0), loss_of)
+    scaler.scale(loss_of(model, batch(0)) * torch.inf).backward()
+    if unscaled:
+        scaler.unscale_(inner)
+    model.projector.guard.note_step()
+    optimizer.step()
+    model.projector.guard.check_step(optimizer)
+    assert model.projector.steps == 0

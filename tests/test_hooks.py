@@ -222,3 +222,21 @@ def test_nothing_is_kept_alive():
     gc.collect()
     assert all(thing() is None for thing in gone)
     assert not hooks._running
+
+
+def test_a_step_that_raises_leaves_nothing_to_the_next_one():
+    ends = []
+    for raises in (True, False):
+        torch.manual_seed(0)
+        model = random_adapter()
+        optimizer = Failing(parameters_of(model), lr=1e-2)
+        model.projector.refresh(references(0), loss_of)
+        loss_of(model, batch(0)).backward()
+        if raises:
+            optimizer.fail = True
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        model.projector.enabled = False
+        optimizer.step()
+        ends.append([p.detach().clone() for p in parameters_of(model)])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))

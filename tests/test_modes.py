@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from loops import batch, loss_of, ogpsa_model, references
 
 from peft_ogpsa.modes import undisturbed
 
@@ -58,3 +59,20 @@ def test_an_accelerator_that_is_not_in_use_is_not_woken(monkeypatch):
     use(monkeypatch, "cuda", module)
     with undisturbed(torch.nn.Linear(2, 2)):
         pass
+
+
+def test_compiled_code_does_not_run_in_a_reference_pass():
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *given: (runs.append(1), graph(*given))[1]
+
+    model = ogpsa_model()
+    compiled = torch.compile(model, backend=backend)
+    loss_of(compiled, batch(0))
+    before = len(runs)
+    assert before > 0
+    model.projector.refresh(references(0), lambda _, inputs: loss_of(compiled, inputs))
+    assert len(runs) == before
+    loss_of(compiled, batch(1))
+    assert len(runs) == 2 * before

@@ -997,3 +997,156 @@ def test_known_targets_may_be_forgotten_by_another_thread():
     expected = [name for name, _, _ in targets.trained()]
     model.base_model.peft_config = Forgetful(model.peft_config)
     assert [name for name, _, _ in targets.trained()] == expected
+
+
+@pytest.mark.parametrize("still", [0, 1])
+def test_a_step_is_projected_where_one_of_the_groups_has_a_learning_rate_of_0(still):
+    model = ogpsa_model()
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    own = parameters_of(model)
+    groups = [{"params": own[:6]}, {"params": own[6:]}]
+    groups[still]["lr"] = 0.0
+    assert max(step_violations(model, torch.optim.AdamW(groups, lr=1e-2))) <= 1e-5
+    assert model.projector.diagnostics.refreshes == 3  # before the steps 1, 2 and 4
+
+
+def test_a_state_of_other_weights_is_refused_and_changes_nothing():
+    model, other = ogpsa_model(), ogpsa_model()
+    model.projector.refresh(references(0), loss_of)
+    torch.nn.init.normal_(parameters_of(other)[0].data)
+    with pytest.raises(ValueError, match="belongs to other weights"):
+        other.projector.load_state_dict(model.projector.state_dict())
+    assert other.projector.subspace is None
+    assert other.projector.due
+
+
+def bfloat16_model(**knobs):
+    model = ogpsa_model(**knobs)
+    for parameter in parameters_of(model):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def test_the_float32_copy_of_bfloat16_adapters_is_saved_and_restored():
+    model = bfloat16_model(refresh_steps=9)
+    optimizer = torch.optim.SGD(parameters_of(model), lr=1e-3)  # steps far below bfloat16's resolution
+    list(step_violations(model, optimizer, steps=3))
+    resumed = bfloat16_model(refresh_steps=9)
+    resumed.load_state_dict(model.state_dict())
+    resumed.projector.load_state_dict(model.projector.state_dict())
+    pairs = zip(model.projector._masters, resumed.projector._masters, strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert not all(
+        torch.equal(stored, copy)
+        for stored, copy in zip(model.projector.subspace.blocks.stack(), model.projector._masters, strict=True)
+    )
+
+
+def test_a_state_without_a_float32_copy_ends_the_one_there_is():
+    model = bfloat16_model(refresh_steps=9)
+    model.projector.refresh(references(0), loss_of)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    state = model.projector.state_dict()
+    state = {**state, "tensors": {name: value.clone() for name, value in state["tensors"].items()}}
+    list(step_violations(model, torch.optim.SGD(parameters_of(model), lr=1e-3), steps=2))
+    assert model.projector._masters is not None
+    model.load_state_dict(start)
+    model.projector.load_state_dict(state)
+    assert model.projector._masters is None
+
+
+@pytest.mark.parametrize("change", [{"scope": "slice"}, {"scope": "model"}], ids=str)
+def test_settings_changed_in_mid_run_with_bfloat16_adapters(change):
+    model = bfloat16_model()
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    list(step_violations(model, optimizer, steps=2))
+    for name, value in change.items():
+        setattr(model.peft_config["default"], name, value)
+    list(step_violations(model, optimizer, steps=2))
+    blocks = model.projector.subspace.blocks
+    assert blocks.scope == change["scope"]
+    for stored, copy in zip(blocks.stack(), model.projector._masters, strict=True):
+        assert torch.equal(stored, copy.to(torch.bfloat16).float())
+
+
+def test_a_stranger_that_is_given_new_parameters_of_ours_is_one_no_longer():
+    model = ogpsa_model()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    for _ in range(2):
+        optimizer.step()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
+            module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    optimizer.add_param_group({"params": parameters_of(model)})
+    with pytest.raises(RuntimeError, match="no reference gradients"):
+        optimizer.step()
+
+
+def test_a_fused_optimizer_that_a_scaler_stops_makes_no_step():
+    # The scaler calls it all the same, and tells it that there is nothing to do.
+    model = ogpsa_model(reference_weight=1.0)
+    optimizer = torch.optim.SGD(parameters_of(model), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    model.projector.refresh(references(0), loss_of)
+    before = [p.detach().clone() for p in parameters_of(model)]
+    scaler.scale(loss_of(model, batch(0)) * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert model.projector.steps == 0
+    assert len(model.projector._fresh) == 8  # their gradient is added at the next step
+    assert all(torch.equal(p, q) for p, q in zip(parameters_of(model), before, strict=True))
+
+
+def test_a_refresh_that_fails_half_way_leaves_empty_rows_where_it_wrote():
+    model = ogpsa_model(rows=6)
+    model.projector.refresh({"old": [batch(0, rows=6)]}, loss_of)
+
+    def failing(net, inputs):
+        if len(inputs["input_ids"]) == 3:
+            raise MemoryError
+        return loss_of(net, inputs)
+
+    with pytest.raises(MemoryError):
+        model.projector.refresh({"a": [batch(1, rows=2)], "b": [batch(2, rows=3)]}, failing)
+    subspace = model.projector.subspace
+    assert subspace.sets == [None] * 5 + ["old"]
+    assert not any(part[:, :5].any() for part in subspace.rows)
+    assert not subspace.norms[:, :5].any()
+    assert not subspace.gram[:, :5].any()
+    assert subspace.gram[:, 5, 5].any()
+
+
+def test_closure_given_by_name():
+    model = ogpsa_model(reference_weight=1.0, projection="gradient")
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    optimizer = torch.optim.SGD(parameters_of(model), lr=1e-2)
+    model.projector.refresh(references(0), loss_of)
+    given = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, batch(5))
+        loss.backward()
+        given[:] = [p.grad.clone() for p in parameters_of(model)]
+        return loss
+
+    assert optimizer.step(closure=closure).item() > 0
+    assert "ogpsa/cosine/first" in model.projector.diagnostics.collect()
+    assert not any(torch.equal(p.grad, g) for p, g in zip(parameters_of(model), given, strict=True))
+
+
+@pytest.mark.parametrize("rows_dtype", ["bfloat16", "int8"])
+def test_sets_refreshed_in_turn_keep_their_rows_in_every_type(rows_dtype):
+    models = [ogpsa_model(rows_from="set", rows=2, rows_dtype=rows_dtype) for _ in range(2)]
+    for model in models:
+        for i, parameter in enumerate(parameters_of(model)):
+            torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(i))
+    sets_ = {"first": [batch(1)], "second": [batch(2)]}
+    for name, own in sets_.items():
+        models[0].projector.refresh({name: own}, loss_of)
+    models[1].projector.refresh(sets_, loss_of)
+    one, other = (model.projector.subspace for model in models)
+    for rows, scales, more, others in zip(one.rows, one.scales, other.rows, other.scales, strict=True):
+        torch.testing.assert_close(rows.float() * scales.unsqueeze(-1), more.float() * others.unsqueeze(-1))

@@ -255,3 +255,28 @@ def test_a_loader_refuses_what_it_cannot_draw():
         ReferenceLoader.from_sets(
             [ReferenceSet("all", rows(20))], tiny_tokenizer(), OGPSAConfig(reference_budget=None), 4
         )
+
+
+def test_a_loader_resumes_with_the_set_whose_turn_it_is():
+    def loader():
+        own = {name: [Example([first + i] * 3, 1) for i in range(6)] for name, first in (("a", 0), ("b", 50))}
+        return ReferenceLoader(own, samples=3, batch_size=2)
+
+    straight, resumed = loader(), loader()
+    straight.draw()  # two of the one and one of the other
+    resumed.load_state_dict(straight.state_dict())
+    assert resumed.draw() == straight.draw()
+
+
+def test_a_loader_resumes_with_the_order_that_was_saved():
+    own = {"a": [Example([i] * 3, 1) for i in range(12)]}
+    straight, resumed = (ReferenceLoader(own, samples=4, batch_size=4, seed=seed) for seed in (3, 0))
+    straight.draw()
+    resumed.load_state_dict(straight.state_dict())
+    assert resumed.draw() == straight.draw()
+
+
+def test_a_loader_for_a_loop_of_ones_own_takes_no_pairs():
+    pairs = ReferenceSet("pairs", [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}], loss="dpo")
+    with pytest.raises(ValueError, match="'pairs' has loss='dpo', which needs the log-probabilities"):
+        ReferenceLoader.from_sets([pairs], tiny_tokenizer(), OGPSAConfig(), step_examples=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loops import loss_of, ogpsa_model, references
 from scipy.optimize import nnls
 
 from peft_ogpsa import geometry
@@ -309,3 +310,12 @@ def test_ring_and_gram_stay_right_as_rows_are_replaced():
     assert subspace.sets == [None, "set4", "set2"]
     assert not subspace.gram[:, 0].any()
     assert not subspace.gram[:, :, 0].any()
+
+
+@pytest.mark.parametrize("damage", [{"sets": ["a"]}, {"cursor": 8}, {"cursor": -1}], ids=str)
+def test_a_ring_of_another_size_is_refused(damage):
+    model, other = ogpsa_model(), ogpsa_model()
+    model.projector.refresh(references(0), loss_of)
+    state = model.projector.state_dict()
+    with pytest.raises(ValueError, match="its ring is not one of rows=8"):
+        other.projector.load_state_dict({**state, "rest": {**state["rest"], **damage}})

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from loops import LORA, batch, loss_of, ogpsa_model, parameters_of, references
 from models import VOCABULARY, randomize, tiny_bert, tiny_llama, tiny_t5, tokens
 from peft import (
     AdaLoraConfig,
@@ -32,7 +33,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from peft_ogpsa import OGPSAConfig, OGPSAModel
+from peft_ogpsa import OGPSAConfig, OGPSAModel, hooks
 from peft_ogpsa.model import projector_of
 from peft_ogpsa.projector import Projector
 
@@ -588,3 +589,40 @@ def test_a_4_bit_base(tmp_path):
     loaded = PeftModel.from_pretrained(factory(), tmp_path / "adapter")
     assert isinstance(loaded.base_model, OGPSAModel)
     assert torch.equal(logits(loaded), logits(ogpsa))
+
+
+def test_transformers_may_delete_an_adapter_and_add_another_one():
+    base = tiny_llama()
+    projectors = []
+    for _ in range(2):
+        base.add_adapter(OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA))
+        projectors.append(projector_of(base))
+        projectors[-1].refresh(references(0), loss_of)
+        loss_of(base, batch(0)).backward()
+        torch.optim.AdamW(parameters_of(base), lr=1e-2).step()
+        if len(projectors) == 1:
+            base.delete_adapter("default")
+    assert projectors[0] is not projectors[1]
+    assert projectors[1].steps == 1
+    assert projectors[0] not in hooks._watchers
+
+
+def test_an_adapter_injected_again_under_its_name_is_a_new_one():
+    config = OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA)
+    base = inject_adapter_in_model(config, tiny_llama())
+    projector = projector_of(base)
+    projector.refresh(references(0), loss_of)
+    assert not projector.due
+    old = parameters_of(base)
+    inject_adapter_in_model(config, base)
+    assert parameters_of(base)[0] is not old[0]
+    assert projector_of(base).due
+
+
+def test_adapters_in_training_together_must_have_the_same_settings():
+    model = ogpsa_model()
+    model.add_adapter("other", OGPSAConfig(rows=4, refresh_steps=2, reference_weight=0.0, **LORA))
+    assert model.projector.config.rows == 8
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"\['default', 'other'\], have different OGPSA settings"):
+        model.projector.refresh(references(0), loss_of)
