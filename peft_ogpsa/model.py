@@ -94,17 +94,8 @@ class OGPSAModel(LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             config.peft_type = peft_type
-            self._forget_weights()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter, as LoRA does."""
-        super().delete_adapter(adapter_name)
-        self._forget_weights()
-
-    def _forget_weights(self) -> None:
-        """An adapter of the same name may have other weights now."""
-        if (first := self.model.__dict__.get(_TUNER)) is not None:
-            first._projector._targets.forget()
+            if (first := self.model.__dict__.get(_TUNER)) is not None:
+                first._projector._targets.forget()  # of an adapter of this name that was there before
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

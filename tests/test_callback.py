@@ -860,7 +860,8 @@ def test_adapters_are_float32_before_the_optimizer_is_made_and_a_checkpoint_is_l
 
 def test_the_callbacks_own_batch_size_and_seed(tmp_path):
     callback = OGPSACallback(sets(), batch_size=3, seed=7)
-    sft(tmp_path, callbacks=[callback], max_steps=1).train()
+    trainer = sft(tmp_path, callbacks=[callback], max_steps=1)
+    trainer.train()
     assert (callback._runs[-1].loader.batch_size, callback._runs[-1].loader.seed) == (3, 7)
 
 

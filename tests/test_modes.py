@@ -76,3 +76,14 @@ def test_compiled_code_does_not_run_in_a_reference_pass():
     assert len(runs) == before
     loss_of(compiled, batch(1))
     assert len(runs) == 2 * before
+
+
+def test_4_bit_layers_on_a_cpu_are_never_in_evaluation_mode():
+    # bitsandbytes repacks them for good then, on processors that have the instructions; the name is what tells them.
+    class Linear4bit(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(Linear4bit(2, 2), torch.nn.Dropout()).train()
+    with undisturbed(model, gradients=True):
+        assert [module.training for module in model] == [True, False]
+    assert [module.training for module in model] == [True, True]
