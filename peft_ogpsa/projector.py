@@ -430,7 +430,7 @@ class Projector:
             if closure is None:
                 self._on_gradient(optimizer, blocks)
                 self._fresh = []  # not at the end: should the step fail and be tried again, they are in its gradient
-            if config.projection == "update" and self._moves:
+            if config.projection == "update":  # whatever the learning rate: it decides what counts, and nothing else
                 with self.diagnostics.stopwatch("projection", blocks.device):
                     self._snapshot(blocks)
         if closure is None:
@@ -460,13 +460,16 @@ class Projector:
     def _can_move(self, optimizer: Optimizer) -> bool:
         """Whether a step can move anything: not with a learning rate of 0.
 
-        Reading a rate from an accelerator would wait for it, so that is done for the first steps only.
+        Some optimizers have no rate, or `None` where they find their own. Reading a rate from an accelerator would
+        wait for it, so that is done for the first steps only.
         """
 
-        def above(rate: Any) -> bool:
-            return (isinstance(rate, Tensor) and rate.device.type != "cpu" and self._moved > 0) or bool(rate)
+        def still(rate: Any) -> bool:
+            if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu" and self._moved > 0):
+                return False
+            return not rate
 
-        return any(above(group.get("lr", 1.0)) for group in optimizer.param_groups)
+        return not all(still(group.get("lr")) for group in optimizer.param_groups)
 
     def _blocks_for(self, optimizer: Optimizer) -> Blocks | None:
         """The layout to project in a step of this optimizer; `None` if there are no rows for it."""

@@ -24,6 +24,7 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
     "transformers-adafactor": lambda p: transformers.Adafactor(p, lr=1e-2, relative_step=False, scale_parameter=False),
+    "transformers-adafactor-without-a-rate": lambda p: transformers.Adafactor(p, lr=None),
     "bnb-adamw8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-2),
     "bnb-paged-adamw8bit": lambda p: bitsandbytes.optim.PagedAdamW8bit(p, lr=1e-2),
 }
@@ -707,6 +708,27 @@ def test_steps_that_move_nothing_do_not_count(rate):
     optimizer.param_groups[0]["lr"] = 1e-2
     assert train(model, optimizer, range(2, 7)) == [False, True, False, False, True]
     assert model.projector.steps == 7
+
+
+def test_an_optimizer_that_finds_its_own_rate_counts():
+    model = ogpsa_model(refresh_steps=3)
+    due = train(model, transformers.Adafactor(model.parameters(), lr=None), range(6))
+    assert due == [True, True, False, False, True, False]
+
+
+def test_steps_are_projected_whatever_the_rate_says():
+    class Moving(torch.optim.SGD):
+        """Moves by a rate of its own and leaves the group's at 0."""
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad)
+
+    model = ogpsa_model()
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    assert max(step_violations(model, Moving(parameters_of(model), lr=0.0))) <= TOLERANCE
 
 
 def test_a_gradient_is_projected_though_the_step_moves_nothing():
