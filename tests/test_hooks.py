@@ -240,3 +240,24 @@ def test_a_step_that_raises_leaves_nothing_to_the_next_one():
         optimizer.step()
         ends.append([p.detach().clone() for p in parameters_of(model)])
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+def test_the_watchers_are_walked_through_and_added_to_under_a_lock(monkeypatch):
+    # Without it, a projector that another thread makes meanwhile ends the walk with an error.
+    class Locked(weakref.WeakSet):
+        def __iter__(self):
+            assert hooks._lock.locked()
+            return super().__iter__()
+
+        def add(self, item):
+            assert hooks._lock.locked()
+            super().add(item)
+
+        def discard(self, item):
+            assert hooks._lock.locked()
+            super().discard(item)
+
+    monkeypatch.setattr(hooks, "_watchers", Locked())
+    model = random_adapter()
+    assert max(step_violations(model, torch.optim.AdamW(parameters_of(model), lr=1e-2))) <= TOLERANCE
+    model.unload()
