@@ -32,7 +32,7 @@ from .model import projector_of, tuner_of
 from .modes import refuse_moving_base
 from .preferences import Pair, with_margins
 from .projector import Projector
-from .reference import ReferenceLoader, ReferenceSet, batched, collate, padding_of, reference_loss
+from .reference import ReferenceLoader, ReferenceSet, batched, check_sets, collate, padding_of, reference_loss
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +111,7 @@ class OGPSACallback(TrainerCallback):
         rebuild_subspace: bool = False,
     ) -> None:
         sets = list(reference_sets) if not isinstance(reference_sets, ReferenceSet) else [reference_sets]
-        if not sets:
-            raise ValueError(
-                "OGPSACallback: reference_sets is empty. Give at least one ReferenceSet(name, rows) of an ability to "
-                "keep; a few hundred examples are enough."
-            )
-        names = [reference_set.name for reference_set in sets]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"OGPSACallback: reference_sets has two sets of the name {twice[0]!r}. Rename one.")
+        check_sets(sets, "OGPSACallback")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"OGPSACallback: batch_size={batch_size!r} must be an integer of at least 1.")
         if config is not None and not isinstance(config, FullParameterConfig):
@@ -227,7 +219,7 @@ class OGPSACallback(TrainerCallback):
         self._runs.append(run)
         if state.global_step > 0 and not self.rebuild_subspace:
             self._resume(args, state, run)
-        plan = _plan(run, step_examples)  # always made: it looks at all parameters
+        plan = _plan(run, step_examples)  # made even if it is not shown: it refuses parameters that share memory
         if not args.disable_tqdm:
             tqdm.write(plan)
 

@@ -265,6 +265,23 @@ def batched(examples: Sequence[Any], size: int) -> list[list[Any]]:
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
+def check_sets(reference_sets: Sequence[ReferenceSet], where: str) -> None:
+    """Refuses a list without sets, or with two sets of one name, of which a mapping by name would lose one.
+
+    Raises:
+        ValueError: If it is one of these; the message begins with `where`.
+    """
+    if not reference_sets:
+        raise ValueError(
+            f"{where}: reference_sets is empty. Give at least one ReferenceSet(name, rows) of an ability to preserve; "
+            "a few hundred examples are enough."
+        )
+    names = [own.name for own in reference_sets]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{where}: reference_sets has two sets of the name {twice[0]!r}. Rename one.")
+
+
 def padding_of(tokenizer: Any) -> int:
     """The id that fills short examples up; it is masked, so that any will do."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
@@ -366,9 +383,10 @@ class ReferenceLoader:
             seed (`int`): Of the order.
 
         Raises:
-            ValueError: If a set is empty or has `loss="dpo"`, whose reference policy the trainer's callback knows, or
-                if a refresh would draw more than `rows` holds.
+            ValueError: If there is no set or two of one name, if a set is empty or has `loss="dpo"`, whose reference
+                policy the trainer's callback knows, or if a refresh would draw more than `rows` holds.
         """
+        check_sets(reference_sets, "ReferenceLoader.from_sets")
         pairs = [own.name for own in reference_sets if own.loss == "dpo"]
         if pairs:
             raise ValueError(

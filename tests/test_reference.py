@@ -247,6 +247,15 @@ def test_a_loop_of_ones_own_with_the_exported_names():
     assert model.projector._factors() == {"answers": 1.0, "own": 8.0}
 
 
+@pytest.mark.parametrize(
+    ("names", "message"), [([], "reference_sets is empty"), (["a", "b", "a"], "two sets of the name 'a'")]
+)
+def test_a_loader_refuses_no_sets_and_two_of_one_name(names, message):
+    sets = [ReferenceSet(name, rows(3)) for name in names]
+    with pytest.raises(ValueError, match=message):
+        ReferenceLoader.from_sets(sets, tiny_tokenizer(), OGPSAConfig(), 4)
+
+
 def test_a_loader_refuses_what_it_cannot_draw():
     pairs = [{**row, "chosen": row["completion"], "rejected": row["completion"]} for row in rows(4)]
     with pytest.raises(ValueError, match=r"'pairs' has loss='dpo'.*Use OGPSACallback"):
