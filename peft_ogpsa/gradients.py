@@ -38,7 +38,7 @@ class Sink(Protocol):
 
 
 class _NotPerExampleError(Exception):
-    """The hooks have not seen every example's part of every weight's gradient."""
+    """The hooks did not see the whole gradient of every weight, example by example."""
 
 
 def batch_size(batch: Any) -> int:

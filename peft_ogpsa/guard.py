@@ -98,7 +98,7 @@ class Guard:
         )
 
     def expect_changes(self) -> None:
-        """Says nothing of changes before the next step: a fused step that skips itself counts as one for torch."""
+        """Skips the next check: torch may count a fused step that skipped itself as a change."""
         self._versions = None
 
     def after_step(self) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .projection import ProjectionConfig
 
 ANCHORED_WEIGHT = 8.0
-"""How much of the gradient of a set with loss="kl" is added where nothing else is said, as measured in docs/tax.md."""
+"""The default reference weight of a set with loss="kl"; docs/tax.md has the measurement."""
 
 LOSSES = ("answer", "all", "kl", "both", "dpo")
 
@@ -283,7 +283,7 @@ def check_sets(reference_sets: Sequence[ReferenceSet], where: str) -> None:
 
 
 def padding_of(tokenizer: Any) -> int:
-    """The id that fills short examples up; it is masked, so that any will do."""
+    """The token id for padding. Padding is masked, so any id works."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
 

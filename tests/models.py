@@ -10,6 +10,8 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -65,6 +67,21 @@ def tiny_t5(seed: int = 0, cls: type[PreTrainedModel] = T5ForConditionalGenerati
     }
     torch.manual_seed(seed)
     return cls(T5Config(**{**settings, **overrides})).eval()
+
+
+def tiny_mixtral(seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=2,
+        )
+    ).eval()
 
 
 def tokens(rows: int = 2, length: int = 8, seed: int = 0) -> torch.Tensor:

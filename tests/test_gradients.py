@@ -7,13 +7,11 @@ from collections import namedtuple
 import pytest
 import torch
 from loops import LORA, batch, loss_of, ogpsa_model, parameters_of
-from models import VOCABULARY, tiny_llama, tokens
+from models import VOCABULARY, tiny_llama, tiny_mixtral, tokens
 from peft import MontecloraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     BitsAndBytesConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -257,19 +255,7 @@ def rows_equal_those_of_single_examples(model, batch, loss, count):
 
 
 def mixtral(**knobs):
-    torch.manual_seed(0)
-    base = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=2,
-        )
-    )
-    return model_with_random_adapter(base.eval(), task_type="CAUSAL_LM", **knobs)
+    return model_with_random_adapter(tiny_mixtral(), task_type="CAUSAL_LM", **knobs)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from loops import LORA, batch, loss_of, ogpsa_model, parameters_of, references
-from models import VOCABULARY, randomize, tiny_bert, tiny_llama, tiny_t5, tokens
+from models import VOCABULARY, randomize, tiny_bert, tiny_llama, tiny_mixtral, tiny_t5, tokens
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -29,8 +29,6 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     LlamaForSequenceClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 from peft_ogpsa import OGPSAConfig, OGPSAModel, hooks
@@ -216,22 +214,8 @@ def test_gradient_checkpointing():
 
 
 def test_mixture_of_experts_targets_are_converted_as_loras():
-    def factory():
-        torch.manual_seed(0)
-        return MixtralForCausalLM(
-            MixtralConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                num_local_experts=2,
-            )
-        ).eval()
-
     # names of transformers 4, which 5 fuses into parameters
-    lora, ogpsa = both(factory, r=4, target_modules=["q_proj", "w1", "w2", "w3"], task_type="CAUSAL_LM")
+    lora, ogpsa = both(tiny_mixtral, r=4, target_modules=["q_proj", "w1", "w2", "w3"], task_type="CAUSAL_LM")
     assert any("experts" in name for name, p in ogpsa.named_parameters() if "lora_" in name)
     assert_same_parameters(lora, ogpsa)
     assert_same_outputs(randomize(lora), randomize(ogpsa))
