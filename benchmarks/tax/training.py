@@ -258,7 +258,8 @@ def _trainer(
         "report_to": "none",
         "seed": seed,
         "use_cpu": settings.device == "cpu",
-        "bf16": method.whole or method.osf,  # of float32 weights; adapters have a base in bfloat16
+        # Of float32 weights; adapters have a base in bfloat16, and on a CPU all is computed in float32.
+        "bf16": (method.whole or method.osf) and settings.device != "cpu",
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
     }

@@ -231,11 +231,13 @@ def parser(stage: str, training: type) -> ConfigParser:
 
     Returns:
         A parser of `OGPSAArguments`, `DataArguments`, `RunArguments`, `training` and TRL's `ModelConfig`. Where there
-        is no accelerator, `use_cpu` is on unless it is given: TRL's bf16 default would stop the run there.
+        is no accelerator, `use_cpu` is on and `bf16` is off unless they are given: TRL's bf16 default would stop the
+        run there, and many CPUs only emulate that type.
     """
     classes = (OGPSAArguments, DataArguments, RunArguments, training, ModelConfig)
     made = ConfigParser(cast(Any, classes), prog=f"ogpsa {stage}")
-    made.set_defaults_with_config(use_cpu=not torch.accelerator.is_available())
+    if not torch.accelerator.is_available():
+        made.set_defaults_with_config(use_cpu=True, bf16=False)
     return made
 
 

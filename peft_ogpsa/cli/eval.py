@@ -22,6 +22,7 @@ from ..evaluation import evaluate, table
 from .datasets import load_rows
 from .errors import input_errors
 from .loading import load_adapter, load_base, read_adapter_config
+from .models import compute_dtype
 
 
 @dataclass
@@ -48,9 +49,12 @@ class EvalArguments:
         },
     )
     samples: int | None = field(default=None, metadata={"help": "Most rows of each kind. Not given: all."})
-    dtype: str = field(
-        default="bfloat16",
-        metadata={"help": "Of the base's weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the base's weights. Not given: float32 on a CPU, bfloat16 elsewhere.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
     )
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Load the base in 4 bits (nf4): less memory, and losses rise a little."}
@@ -97,6 +101,7 @@ def run(arguments: Sequence[str]) -> None:
     with input_errors("eval"):
         argument_parser = HfArgumentParser(cast(Any, EvalArguments), prog="ogpsa eval")
         (parsed,) = argument_parser.parse_args_into_dataclasses(list(arguments))
+        parsed.dtype = parsed.dtype or str(compute_dtype()).removeprefix("torch.")
         rows = load_test_rows(parsed.data, parsed.samples)
         config = read_adapter_config(parsed.adapter) if parsed.adapter else None
         name = parsed.model or (config.base_model_name_or_path if config else None)

