@@ -23,7 +23,7 @@ def refresh_samples(
         ValueError: If `refresh_samples` leaves a set without its row, with `rows_from="set"`.
     """
     given = config.refresh_samples
-    if config.rows_from == "set" and given is not None and given < sets:
+    if config.row_of == "set" and given is not None and given < sets:
         raise ValueError(
             f"refresh_samples={given} is less than the {sets} reference sets, and with rows_from='set' every set has "
             f"a row. Set refresh_samples={sets} or more, or give fewer sets."
@@ -31,10 +31,10 @@ def refresh_samples(
     if given is not None or config.reference_budget is None:
         return given
     wanted = max(1, round(config.reference_budget * config.refresh_steps * step_examples / cost))
-    if config.rows_from == "set":
+    if config.row_of == "set":
         return max(wanted, sets)
     # More than the ring holds does not fit.
-    if config.rows_from == "example":
+    if config.row_of == "example":
         return min(wanted, config.rows)
     # A batch holds examples of one set: so many full ones of each set, and one example more of each further set.
     full, further = divmod(config.rows, sets)
@@ -52,9 +52,9 @@ def check_rows(config: ProjectionConfig, examples: int, batches: int) -> None:
     Raises:
         ValueError: If they are too many.
     """
-    needed = examples if config.rows_from == "example" else batches
-    if config.rows_from != "set" and needed > config.rows:
-        what = "examples" if config.rows_from == "example" else "batches"
+    needed = examples if config.row_of == "example" else batches
+    if config.row_of != "set" and needed > config.rows:
+        what = "examples" if config.row_of == "example" else "batches"
         raise ValueError(
             f"A refresh draws up to {needed} reference {what}, and rows={config.rows} holds {config.rows} gradients. "
             f"Set rows={needed}, or lower refresh_samples ({config.refresh_samples}) or reference_budget "

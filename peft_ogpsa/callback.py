@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,13 @@ class _Run:
         state: The trainer's, which is its own for each call.
         projector: What the run's steps are projected by.
         loader: The run's reference examples.
+        first: The step that the run begins with.
     """
 
     state: weakref.ref[TrainerState]
     projector: Projector
     loader: ReferenceLoader
+    first: int = 0
 
 
 class OGPSACallback(TrainerCallback):
@@ -178,12 +181,13 @@ class OGPSACallback(TrainerCallback):
             for reference_set in tqdm(self.reference_sets, "Tokenising references", delay=2, disable=args.disable_tqdm)
         }
         pad_token_id = padding_of(tokenizer)
+        refreshes = projector.config.refreshes
         # Each process passes its share of a batch. The trainer may have found a smaller batch to fit into memory.
         found = args.auto_find_batch_size and state.train_batch_size
         trained_batch = found or args.train_batch_size
         batch_size = (self.batch_size or trained_batch // max(1, args.n_gpu)) * processes.count()
         for name, own in examples.items():
-            if isinstance(own[0], Pair | Anchored) and self.config is not None:
+            if refreshes and isinstance(own[0], Pair | Anchored) and self.config is not None:
                 loss, others = (
                     ("dpo", 'loss="both" or "answer"') if isinstance(own[0], Pair) else ("kl", 'loss="answer"')
                 )
@@ -191,7 +195,7 @@ class OGPSACallback(TrainerCallback):
                     f'Reference set {name!r}: loss="{loss}" is measured against the model without its adapter, and '
                     f"there is none where whole weights are trained. Use {others}."
                 )
-            if isinstance(own[0], Pair):
+            if refreshes and isinstance(own[0], Pair):
                 bar = tqdm(batched(own, batch_size), f"Reference policy on {name}", disable=args.disable_tqdm)
                 examples[name] = with_margins(
                     model, tuner_of(model), bar, lambda p: collate(p, pad_token_id, _device_of(model))
@@ -215,10 +219,19 @@ class OGPSACallback(TrainerCallback):
         # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
         projector.reset()
         self._runs = [run for run in self._runs if run.projector is not projector]  # an earlier stage's
-        run = _Run(weakref.ref(state, self._forget), projector, loader)
+        run = _Run(weakref.ref(state, self._forget), projector, loader, state.global_step)
         self._runs.append(run)
         if state.global_step > 0 and not self.rebuild_subspace:
             self._resume(args, state, run)
+        if projector.activations is not None and projector.activations.references not in ("", loader.digest):
+            logger.warning(
+                "The adapter goes on in the activation subspace of its earlier stage, which was built from other "
+                "reference sets: what only the new ones cover is not protected by it."
+            )
+        if projector.enabled and projector.unbuilt:
+            self._refresh(run, args, model)
+            assert projector.activations is not None
+            projector.activations.references = loader.digest
         plan = _plan(run, step_examples)  # made even if it is not shown: it refuses parameters that share memory
         if not args.disable_tqdm:
             tqdm.write(plan)
@@ -247,9 +260,10 @@ class OGPSACallback(TrainerCallback):
     ) -> None:
         """Refreshes the subspace where it is due."""
         run = self._run_of(state)
-        if run.projector.enabled and run.projector.due:
+        if run.projector.enabled and (run.projector.due or state.global_step == run.first):
             assert model is not None
-            self._refresh(run, args, model)
+            while run.projector.due:
+                self._refresh(run, args, model)
             run.projector.guard.check_parameters(model, kwargs.get("optimizer"))
 
     def on_pre_optimizer_step(
@@ -276,8 +290,12 @@ class OGPSACallback(TrainerCallback):
             run.projector.guard.check_step(optimizer)
 
     def _refresh(self, run: _Run, args: TrainingArguments, model: nn.Module) -> None:
-        batches = run.loader.batches(_device_of(model))
+        batches = run.loader.batches(_device_of(model), everything=run.projector.unbuilt)
         total = sum(map(len, batches.values()))
+        if run.projector.unbuilt:
+            bar_of = partial(tqdm, desc="Reference inputs", disable=args.disable_tqdm)
+            run.projector.refresh(batches, lambda _, batch: reference_loss(model, batch), model, progress=bar_of)
+            return
         with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
             # The trainer's own model, not the bare one: it carries the trainer's mixed precision.
             def loss(_: nn.Module, batch: dict) -> torch.Tensor:
@@ -307,7 +325,7 @@ class OGPSACallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the subspace into the checkpoint that the trainer has just written."""
         run = self._run_of(state)
-        if not self.save_subspace or run.projector.subspace is None:
+        if not self.save_subspace or not run.projector.projected():
             return
         saved = run.projector.state_dict()  # in all processes, which gathers shards
         saved["rest"]["loader"] = run.loader.state_dict()
@@ -341,14 +359,24 @@ def examples_per_step(args: TrainingArguments, batch_size: int) -> int:
 def _plan(run: _Run, step_examples: int) -> str:
     """What the run will cost, for the user to see before it starts."""
     config = run.projector.config
-    drawn = run.loader.samples or sum(map(len, run.loader.sets.values()))
     held, more = run.projector.memory(len(run.loader.sets))
+    lines = []
+    if run.projector.activations is not None and config.uses_activations:
+        lines = [
+            f"OGPSA: activation subspace, {run.projector.activations.bytes() / 2**20:,.0f} MiB, built in "
+            f"{run.projector.diagnostics.stopwatch.totals().get('build', 0.0):.1f} seconds.",
+            *(f"  {own}" for own in run.projector.activations.kinds()),
+        ]
+    if not config.refreshes:
+        return "\n".join(lines)
+    drawn = run.loader.samples or sum(map(len, run.loader.sets.values()))
     share = drawn * run.loader.cost / (config.refresh_steps * step_examples)
-    return (
+    lines.append(
         f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, {share:.0%} of the training's own "
         f"passes; {held / 2**20:,.0f} MiB for the reference gradients, and {more / 2**20:,.0f} MiB "
         "more during an optimizer step."
     )
+    return "\n".join(lines)
 
 
 def _device_of(model: nn.Module) -> torch.device:

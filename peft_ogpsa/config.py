@@ -18,6 +18,9 @@ from .projection import ProjectionConfig
 SIDECAR_NAME = "ogpsa_config.json"
 _FORMAT_VERSION = 1
 
+# Initialisations after which the base without the adapter is not the model that was loaded.
+_MOVING_STARTS = ("pissa", "olora", "corda", "loftq")
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,6 +34,19 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
     adapter is plain LoRA.
 
     Args:
+        subspace (`str`): What updates are projected away from. `"activations"`: the leading directions of every
+            layer's inputs on reference tokens, found once, before the first step. A stays in their complement, so
+            that the layer's output on these inputs stays that of the base. `"gradients"`: reference gradients, which
+            are computed anew during training and constrain the step to first order. `"both"`: the first takes the
+            step, then the second acts inside its complement.
+        subspace_rank (`int`, *optional*): Of an activation subspace: the directions of each layer's inputs; `None`
+            takes as many as `subspace_energy` asks for. With `subspace="gradients"` and `constraint="orthogonal"`:
+            keep only so many leading directions of the rows; `None` keeps all.
+        subspace_energy (`float`): Without `subspace_rank`: the share of the energy (mean squared length) of a layer's
+            inputs on reference tokens that its directions hold, above 0 and at most 1. There are at most 512
+            directions, and at most half of the input's width.
+        tokens (`str`): Whose inputs count for an activation subspace: `"all"` tokens of a reference example, or those
+            of the `"answer"`.
         constraint (`str`): `"cone"` takes the closest update along which no reference loss rises to first order;
             `"orthogonal"` removes the whole component in the span of the reference gradients (arXiv 2602.07892).
         projection (`str`): `"update"` projects the parameter change that the optimizer made, `"gradient"` the
@@ -43,9 +59,8 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         rows (`int`): Reference gradients held per block, over all reference sets. The newest replace the oldest.
         rows_from (`str`): What one row is the gradient of: an `"example"`, a `"batch"`, or the mean over a `"set"`.
         rows_dtype (`str`): `"float32"`, `"bfloat16"` for half the memory, or `"int8"` for a quarter, with one scale
-            for each row of a matrix. `"int8"` goes with the cone alone: a basis of the span needs more digits.
-        subspace_rank (`int`, *optional*): With `constraint="orthogonal"`, keep only so many leading directions of
-            the rows. By default all.
+            for each row of a matrix. `"int8"` goes with the cone alone: a basis of the span needs more digits. The
+            directions of an activation subspace are held in the same type.
         refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next. There is always another after
             the first step: LoRA starts with B = 0, where the gradient of A is zero.
         reference_budget (`float`, *optional*): Passes of reference examples for each pass of a training example,
@@ -56,8 +71,9 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         reference_weight (`float`, *optional*): On steps that refreshed, add this much of the mean fresh reference
             gradient to the training gradient, with `projection="gradient"` after its projection. At 5, and 5
             `refresh_steps`, a reference gradient counts as much as a training gradient. With `loss="kl"` this pulls
-            the model to its base, with other losses it replays the answers. `None` takes 8 for sets with `loss="kl"`
-            and 1 for other losses, which was measured to suit each (docs/tax.md). 0 adds nothing.
+            the model to its base, with other losses it replays the answers. `None` adds nothing with
+            `subspace="activations"`, which then needs no reference example during training; else it takes 8 for sets
+            with `loss="kl"` and 1 for other losses, which was measured to suit each (docs/tax.md). 0 adds nothing.
         missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`,
             or `"ignore"`, which trains plain LoRA silently.
 
@@ -69,6 +85,25 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         LoraConfig.__post_init__(self)
         self.peft_type = PeftType("OGPSA")
         self._check_projection()
+        if self.uses_activations:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        """Refuses what an activation subspace cannot hold in place."""
+        start = self.init_lora_weights
+        if isinstance(start, str) and start.lower().startswith(_MOVING_STARTS):
+            raise ValueError(
+                f"init_lora_weights={start!r} is not allowed with subspace={self.subspace!r}: it moves part of the "
+                "base's weights into the adapter, which then acts on reference inputs. Use init_lora_weights=True, or "
+                "subspace='gradients'."
+            )
+        for name in ("use_dora", "lora_bias", "target_parameters"):
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not allowed with subspace={self.subspace!r}: it changes a "
+                    "layer's output on reference inputs in other ways than through A. Leave it out, or use "
+                    "subspace='gradients'."
+                )
 
     @property
     def init_weights(self) -> Any:
@@ -150,6 +185,8 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             )
         if unknown := sorted(settings.keys() - _own_fields()):
             raise ValueError(f"{SIDECAR_NAME} has unknown settings: {', '.join(unknown)}. {remedy}")
+        # Files of versions before there was a choice.
+        settings.setdefault("subspace", "gradients")
         try:
             return cls(**{f.name: getattr(lora, f.name) for f in fields(lora)}, **settings)
         except ValueError as error:

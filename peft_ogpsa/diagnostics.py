@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -60,7 +60,9 @@ class Diagnostics:
     """Figures for the log, averaged since they were last collected.
 
     Attributes:
-        stopwatch (`Stopwatch`): Seconds spent in `"refresh"` and `"projection"`.
+        stopwatch (`Stopwatch`): Seconds spent in `"build"`, `"refresh"` and `"projection"`.
+        removed_by_kind (`Callable`): Gives the share of the steps that an activation subspace removed since it was
+            last asked, by kind of layer.
         reference_examples (`int`): Reference examples passed forward and backward so far.
         refreshes (`int`): Refreshes so far.
     """
@@ -74,6 +76,8 @@ class Diagnostics:
         self._removed: Tensor | None = None
         self._reference: Tensor | None = None
         self._steps = 0
+        self._energies: dict[str, float] = {}
+        self.removed_by_kind: Callable[[], dict[str, float]] = dict
         self._reported: dict[str, float] = {}
 
     def forget(self) -> None:
@@ -98,6 +102,10 @@ class Diagnostics:
         self._removed = share if self._removed is None else self._removed + share
         self._steps += 1
 
+    def record_energies(self, shares: dict[str, float | None]) -> None:
+        """Takes the share of held-out inputs' energy that the activation subspace holds, by kind of layer."""
+        self._energies = {kind: share for kind, share in shares.items() if share is not None}
+
     def collect(self) -> dict[str, float]:
         """The figures since the last call, by log name; waits for the device.
 
@@ -105,8 +113,10 @@ class Diagnostics:
             `ogpsa/loss/SET` (at the last refresh that drew of it), `ogpsa/cosine/SET` (last refresh; positive: the
             training gradient also lowers that reference loss), `ogpsa/reference_norm` (of the weighted reference
             gradient that was last added to the training gradient, whose own norm is `grad_norm`), `ogpsa/removed`
-            (norm removed over norm before, mean over steps, 0 to 1), `ogpsa/seconds_refresh` and
-            `ogpsa/seconds_projection`. Empty if nothing has happened.
+            (norm removed over norm before, mean over steps, 0 to 1), `ogpsa/seconds_refresh`, `ogpsa/seconds_build`
+            and `ogpsa/seconds_projection`. With an activation subspace `ogpsa/removed/KIND` (the same by kind of
+            layer, of the matrices that it projects) and, once, `ogpsa/energy/KIND` (the share of the energy of
+            held-out reference inputs that lies in it). Empty if nothing has happened.
         """
         figures = {f"ogpsa/loss/{name}": loss for name, loss in self._losses.items()}
         figures |= {f"ogpsa/cosine/{name}": float(value) for name, value in self._cosines.items()}
@@ -115,6 +125,9 @@ class Diagnostics:
         if self._removed is not None:
             figures["ogpsa/removed"] = float(self._removed) / self._steps
         self._removed, self._steps = None, 0
+        figures |= {f"ogpsa/removed/{kind}": share for kind, share in self.removed_by_kind().items()}
+        figures |= {f"ogpsa/energy/{kind}": share for kind, share in self._energies.items()}
+        self._energies = {}
         for name, seconds in self.stopwatch.totals().items():
             figures[f"ogpsa/seconds_{name}"] = seconds - self._reported.get(name, 0.0)
             self._reported[name] = seconds

@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch import nn
 
+from .activations import InputMatrix
 from .projection import ProjectionConfig
 from .projector import Projector
 
@@ -29,6 +32,11 @@ class FullParameterConfig(ProjectionConfig):
     weights, so that a few must do: 4 by default, and each the gradient of a batch.
 
     Args:
+        subspace (`str`): See [`OGPSAConfig`]. With `"activations"` the change of every linear layer's weight is
+            projected; embeddings, norms and biases must be frozen or named in `exclude`.
+        subspace_rank (`int`, *optional*): See [`OGPSAConfig`].
+        subspace_energy (`float`): See [`OGPSAConfig`].
+        tokens (`str`): See [`OGPSAConfig`].
         constraint (`str`): See [`OGPSAConfig`].
         projection (`str`): See [`OGPSAConfig`].
         scope (`str`): The parameters projected together: a slice of each tensor (where they are not sharded), each
@@ -39,7 +47,6 @@ class FullParameterConfig(ProjectionConfig):
             `"set"`, or an `"example"`.
         rows_dtype (`str`): `"float32"`, `"bfloat16"` for half the memory, or, where the weights are not sharded,
             `"int8"` for a quarter.
-        subspace_rank (`int`, *optional*): See [`OGPSAConfig`].
         refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next, and once more after the first.
         reference_budget (`float`, *optional*): See [`OGPSAConfig`].
         refresh_samples (`int`, *optional*): See [`OGPSAConfig`].
@@ -138,6 +145,33 @@ class WholeTargets:
                 item for item in found if not any(_matches(item[1], pattern) for pattern in self.config.exclude)
             ]
         return [item for item in known if item[2].requires_grad]
+
+    def matrices(self) -> list[InputMatrix]:
+        """The weights of linear layers in training.
+
+        Raises:
+            ValueError: If other parameters are in training, or two layers share a weight.
+        """
+        layers = {id(own.weight): own for own in self.model.modules() if isinstance(own, nn.Linear)}
+        users = Counter(id(own.weight) for own in self.model.modules() if getattr(own, "weight", None) is not None)
+        found, others = [], []
+        for name, owner, parameter in self.trained():
+            if id(parameter) in layers and users[id(parameter)] == 1:
+                found.append(InputMatrix(name, owner, layers[id(parameter)], parameter))
+            else:
+                others.append(name)
+        if others:
+            raise ValueError(
+                f"subspace='activations' projects the weights of linear layers, and {len(others)} other parameters "
+                f"are in training: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} (embeddings, norms, "
+                "biases, weights of several layers). Freeze them, or name their modules in exclude: then they are "
+                "trained and not projected."
+            )
+        return found
+
+    def original(self) -> AbstractContextManager:
+        """The model as it is: its own weights are in training."""
+        return nullcontext()
 
     def forget(self) -> None:
         """Sharding or loading may have replaced parameters."""

@@ -47,10 +47,11 @@ def batch_size(batch: Any) -> int:
     Raises:
         ValueError: If the batch holds no tensor with a first axis.
     """
-    return _first_tensor(batch).shape[0]
+    return first_tensor(batch).shape[0]
 
 
-def _first_tensor(batch: Any) -> Tensor:
+def first_tensor(batch: Any) -> Tensor:
+    """The first tensor of a batch; arguments and errors are those of `batch_size`."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
     for value in values:
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -186,7 +187,7 @@ def _hooked_gradients(
     count: int,
 ) -> Tensor:
     # A loss may flatten batches of (examples, sequences, tokens): an example's sequences then stand side by side.
-    flattened = _first_tensor(batch).shape[:2].numel()
+    flattened = first_tensor(batch).shape[:2].numel()
     inputs_ok = True
     watched: set[int] = set()  # pieces whose module has been called
     told: set[int] = set()  # pieces whose gradient came by their module

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from . import processes
+
 if TYPE_CHECKING:
     from .projector import Projector
 
@@ -76,14 +78,12 @@ class Guard:
     # The parameters change in projected steps alone
 
     def _note_versions(self) -> None:
-        subspace = self._projector.subspace
-        self._versions = None if subspace is None or subspace.blocks.sharded else self._current_versions()
+        own = self._projector.projected().values()
+        self._versions = self._current_versions() if own and not processes.are_sharded(own) else None
 
     def _current_versions(self) -> list[int]:
         """How often each parameter has been changed in place, as torch counts; not through `.data`."""
-        subspace = self._projector.subspace
-        assert subspace is not None
-        return [parameter._version for parameter in subspace.blocks.flat_parameters()]
+        return [parameter._version for parameter in self._projector.projected().values()]
 
     def check_changes(self) -> None:
         """Warns where parameters have changed since the last step or refresh; before a step, and where one is due."""
@@ -150,11 +150,8 @@ class Guard:
         Raises:
             RuntimeError: If a projected parameter is not the model's own.
         """
-        subspace = self._projector.subspace
-        if subspace is None:
-            return
         own = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for name, parameter in zip(subspace.blocks.names(), subspace.blocks.flat_parameters(), strict=True):
+        for name, parameter in self._projector.projected().items():
             if id(parameter) not in own:
                 raise RuntimeError(
                     f"The projected parameter {name} is not, or no longer, in training in this "

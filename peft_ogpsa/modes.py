@@ -98,13 +98,14 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
         )
     refuse_merged(layers)
     refuse_moving_base(model)
+    enabled = [layer for layer in layers if not layer.disable_adapters]  # one such context may be inside another
     with same_trainable(model):
         try:
-            for layer in layers:
+            for layer in enabled:
                 layer.enable_adapters(False)
             yield
         finally:
-            for layer in layers:
+            for layer in enabled:
                 layer.enable_adapters(True)
 
 
@@ -155,8 +156,9 @@ def refuse_moving_base(model: nn.Module) -> None:
         if bias != "none":
             raise ValueError(
                 f"bias={bias!r} in the configuration of adapter {name!r} trains the base model's own biases, so the "
-                "model without its adapter is not the original model, which loss='kl' and the KL from base need. Set "
-                "bias='none', or use reference sets with loss='answer'."
+                "model without its adapter is not the original model, which subspace='activations', loss='kl' and "
+                "the KL from base need. Set bias='none', or use subspace='gradients' and reference sets with "
+                "loss='answer'."
             )
     inside = {
         id(parameter)
@@ -169,8 +171,8 @@ def refuse_moving_base(model: nn.Module) -> None:
         if parameter.requires_grad and id(parameter) not in inside:
             raise ValueError(
                 f"{name} is trained and belongs to the base model, so the model without its adapter is not the "
-                "original model, which loss='kl' and the KL from base need. Freeze it (requires_grad_(False)), or use "
-                "reference sets with loss='answer'."
+                "original model, which subspace='activations', loss='kl' and the KL from base need. Freeze it "
+                "(requires_grad_(False)), or use subspace='gradients' and reference sets with loss='answer'."
             )
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "subspace": ("activations", "gradients", "both"),
+    "tokens": ("all", "answer"),
     "constraint": ("cone", "orthogonal"),
     "projection": ("update", "gradient"),
     "scope": ("slice", "tensor", "module", "model"),
@@ -31,6 +33,32 @@ class ProjectionConfig:
         ValueError: If a value is not allowed, or if two contradict each other.
     """
 
+    subspace: Literal["activations", "gradients", "both"] = field(
+        default="gradients",
+        metadata={
+            "help": "What updates are projected away from. 'activations': the leading directions of every layer's "
+            "inputs on reference tokens, found once. 'gradients': reference gradients, computed anew again and again. "
+            "'both'."
+        },
+    )
+    subspace_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Directions of each layer's inputs. None: as many as subspace_energy asks for. With "
+            "subspace='gradients' and constraint='orthogonal': leading directions of the rows; None keeps all."
+        },
+    )
+    subspace_energy: float = field(
+        default=0.9,
+        metadata={
+            "help": "Without subspace_rank: the share of the energy of a layer's inputs on reference tokens that its "
+            "directions hold, above 0 and at most 1."
+        },
+    )
+    tokens: Literal["all", "answer"] = field(
+        default="all",
+        metadata={"help": "The reference tokens whose inputs count: 'all', or those of the 'answer'."},
+    )
     constraint: Literal["cone", "orthogonal"] = field(
         default="cone",
         metadata={
@@ -71,10 +99,6 @@ class ProjectionConfig:
             "quarters it."
         },
     )
-    subspace_rank: int | None = field(
-        default=None,
-        metadata={"help": "With constraint='orthogonal': keep only so many leading directions. None keeps all."},
-    )
     refresh_steps: int = field(
         default=5,
         metadata={
@@ -97,8 +121,8 @@ class ProjectionConfig:
         default=None,
         metadata={
             "help": "How much of the mean fresh reference gradient is added to the training gradient on steps that "
-            "refreshed. None: 8 for a reference set with loss='kl', a pull to the base, and 1 for other losses, which "
-            "replay the answers. 0: nothing."
+            "refreshed. None: nothing with subspace='activations'; else 8 for a reference set with loss='kl', a pull "
+            "to the base, and 1 for other losses, which replay the answers. 0: nothing."
         },
     )
     missing_reference: Literal["error", "warn", "ignore"] = field(
@@ -141,7 +165,15 @@ class ProjectionConfig:
                 "rows_dtype='int8' is not allowed with constraint='orthogonal', whose basis needs more digits. Use "
                 "'bfloat16', or constraint='cone'."
             )
-        if self.subspace_rank is not None:
+        energy = self.subspace_energy
+        if not isinstance(energy, int | float) or isinstance(energy, bool) or not 0 < energy <= 1:
+            raise ValueError(f"subspace_energy={energy!r} is not allowed. Use a number above 0 and at most 1.")
+        if self.uses_activations and self.rows_dtype == "int8":
+            raise ValueError(
+                f"rows_dtype='int8' is not allowed with subspace={self.subspace!r}, whose directions need more digits."
+                " Use 'bfloat16', or subspace='gradients'."
+            )
+        if self.subspace_rank is not None and not self.uses_activations:
             if self.constraint != "orthogonal":
                 raise ValueError(
                     f"subspace_rank={self.subspace_rank} has no meaning with constraint={self.constraint!r}, which "
@@ -163,6 +195,7 @@ class ProjectionConfig:
         if stage not in _PAPER_REFRESH_STEPS:
             raise ValueError(f"stage={stage!r} is not in the paper. Use 'sft' or 'dpo'.")
         return {
+            "subspace": "gradients",
             "constraint": "orthogonal",
             "projection": "gradient",
             "scope": "tensor",
@@ -173,6 +206,26 @@ class ProjectionConfig:
             "refresh_samples": None,
             "reference_weight": 0.0,
         }
+
+    @property
+    def uses_activations(self) -> bool:
+        """Whether there is an activation subspace."""
+        return self.subspace != "gradients"
+
+    @property
+    def constrains(self) -> bool:
+        """Whether reference gradients constrain the step."""
+        return self.subspace != "activations"
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether reference gradients are computed during training."""
+        return self.constrains or bool(self.reference_weight)
+
+    @property
+    def row_of(self) -> str:
+        """What one row is the gradient of: `rows_from`, or a set where rows are there to be added alone."""
+        return self.rows_from if self.constrains else "set"
 
     def ogpsa_dict(self) -> dict[str, Any]:
         """OGPSA's own settings, without LoRA's."""

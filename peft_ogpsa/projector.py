@@ -16,8 +16,8 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from . import hooks, processes
+from . import hooks, inputs, processes
+from .activations import LEAK, PREFIX, ActivationSubspace, most_directions
 from .blocks import Blocks, Stack
 from .diagnostics import Diagnostics
 from .gradients import LossFn, batch_gradient, batch_size, example_gradients, examples_of, sharded_gradient
@@ -79,6 +80,9 @@ class Projector:
         self.max_grad_norm: float | None = None
         self.steps = self.skipped = 0
         self.subspace: Subspace | None = None
+        self.activations: ActivationSubspace | None = None
+        self._built_with: tuple = ()  # what of the configuration the activation subspace depends on
+        self._built_for: dict[str, nn.Parameter] = {}  # the parameters that were in training then
         self._moves = True  # whether the step under way can move anything
         self._moved = 0  # steps that could move something: not those of a learning rate of 0
         self._steps_since_refresh = 0  # of these
@@ -87,6 +91,7 @@ class Projector:
         self._made_with: tuple | None = None  # what of the configuration the subspace depends on
         self.guard = Guard(self)
         self._before: Stack | None = None
+        self._remembered = False  # whether the activation subspace is to project the step under way
         self._masters: Stack | None = None
         self._last_launcher: Launcher | None = None
         self._warned = False
@@ -142,12 +147,20 @@ class Projector:
     def due(self) -> bool:
         """Whether a refresh is due before the next step.
 
-        Every `refresh_steps` steps, and once more after the first that moved the parameters: at LoRA's usual start B
-        is zero, and so are all gradients of A, so the first rows know nothing of A. A step with a learning rate of 0,
-        such as the first one of a warm-up, moves nothing and does not count. A refresh is also due when the rows fit
-        other parameters or settings than those in training, as after `set_adapter`.
+        With an activation subspace once, before the first step, to build it. With reference gradients every
+        `refresh_steps` steps, and once more after the first that moved the parameters: at LoRA's usual start B is
+        zero, and so are all gradients of A, so the first rows know nothing of A. A step with a learning rate of 0,
+        such as the first one of a warm-up, moves nothing and does not count. A refresh is also due when the subspace
+        fits other parameters or settings than those in training, as after `set_adapter`. Where both are due the first
+        refresh builds the activation subspace and another is due at once, so call it `while` this is true.
         """
-        if self.subspace is None or self._made_with != _shape_of(self.config):
+        config = self.config
+        if self._lacks_activations(config):
+            return True
+        if not config.refreshes:
+            self.guard.check_changes()
+            return False
+        if self.subspace is None or self._made_with != _shape_of(config):
             return True
         if not _same_parameters(self.subspace.blocks, self._trained()[0]):
             return True
@@ -160,10 +173,12 @@ class Projector:
         loss_fn: LossFn,
         model: nn.Module | None = None,
         weights: Mapping[str, float] | None = None,
+        progress: Callable[[list], Iterable] = iter,
     ) -> dict[str, float]:
-        """Computes reference gradients at the present parameters and puts them into the subspace.
+        """Builds the activation subspace, if it is configured and not there yet; else computes reference gradients.
 
-        Training is not disturbed: `.grad`, random states and every module's mode are as before afterwards.
+        Reference gradients are computed at the present parameters and put into the gradient subspace. Training is not
+        disturbed: `.grad`, random states and every module's mode are as before afterwards.
 
         In several processes all must call it, with the same batches; each passes every n-th example of a batch (under
         FSDP2 with `rows_from="example"` all of them, one at a time). Call it between optimizer steps, not between
@@ -179,9 +194,12 @@ class Projector:
             weights (`Mapping[str, float]`, *optional*): For each set, how much of its mean gradient is added to the
                 training gradient where the configuration says `reference_weight=None`. 1 for a set without an entry,
                 which suits losses of given answers.
+            progress (`Callable`, *optional*): Wraps the list of passes that build the activation subspace, for a
+                progress bar.
 
         Returns:
-            The mean loss of each set over its finite batches.
+            The mean loss of each set over its finite batches; nothing where the activation subspace was built, for
+            which `loss_fn` only passes the batches through the model, without its adapter.
 
         Raises:
             ValueError: If there is no set, a set without batches, or more reference gradients than `rows`; if
@@ -192,16 +210,14 @@ class Projector:
                 warning.
         """
         config = self.config
-        sets = {name: list(items) for name, items in batches.items()}
-        if not sets:
-            raise ValueError("refresh() was given no reference set. Give a mapping from a set's name to its batches.")
-        for name, items in sets.items():
-            if not items:
-                raise ValueError(
-                    f"Reference set {name!r} has no batch. Give it at least one example, or leave it out."
-                )
+        sets = _checked(batches)
+        if self._lacks_activations(config):
+            self._build(config, sets, loss_fn, self._model if model is None else model, progress)
+            return {}
+        if not config.refreshes:
+            return {}
         sizes = {name: [batch_size(batch) for batch in items] for name, items in sets.items()}
-        counts = {name: _rows_given(config.rows_from, own) for name, own in sizes.items()}
+        counts = {name: _rows_given(config.row_of, own) for name, own in sizes.items()}
         self._targets.check()
         subspace = self._subspace_for(config, list(sets))
         processes.check_agreement(
@@ -209,7 +225,7 @@ class Projector:
             subspace.blocks.device,
             "The sizes of the reference batches",
         )
-        by_set = config.rows_from == "set"
+        by_set = config.row_of == "set"
         slots = subspace.claim_for(list(sets)) if by_set else subspace.claim(sum(counts.values()))
         model = self._model if model is None else model
         with (
@@ -220,13 +236,15 @@ class Projector:
             try:
                 for name, items in sets.items():
                     own = [next(free) for _ in range(counts[name])]
-                    sums.append(self._fill(subspace, own, config.rows_from, model, items, sizes[name], loss_fn))
+                    sums.append(self._fill(subspace, own, config.row_of, model, items, sizes[name], loss_fn))
             except BaseException:
                 if subspace.blocks.sharded:
                     self.subspace = None  # to be discarded by all processes, of which some may be elsewhere
                 else:
                     subspace.discard(slots)  # the older rows remain as they were
                 raise
+            if self.activations is not None and config.uses_activations:
+                self.activations.project_rows(subspace.views_of(slots))
             subspace.add_up(slots)
             owners = [name for name, count in counts.items() for _ in range(count)]
             bad = subspace.commit(slots, owners)
@@ -245,6 +263,74 @@ class Projector:
         self.guard.after_refresh(self._moved)
         return losses
 
+    # The activation subspace
+
+    @property
+    def unbuilt(self) -> bool:
+        """Whether the next refresh builds the activation subspace, for which it wants all reference examples."""
+        return self._lacks_activations(self.config)
+
+    def _lacks_activations(self, config: ProjectionConfig) -> bool:
+        """Whether the activation subspace is to be built: it is not there, or is of other parameters or settings."""
+        if not config.uses_activations:
+            return False
+        if self.activations is None or self._built_with != _inputs_of(config):
+            return True
+        trained, _ = self._trained()
+        own = self._built_for
+        return own.keys() != trained.keys() or any(own[name] is not trained[name] for name in own)
+
+    def _build(
+        self,
+        config: ProjectionConfig,
+        batches: inputs.Batches,
+        forward: LossFn,
+        model: nn.Module,
+        progress: Callable[[list], Iterable],
+    ) -> None:
+        processes.reshard(self._model)
+        self._targets.forget()
+        self._targets.check()
+        matrices = self._targets.matrices()
+        device = processes.local(matrices[0].parameter).device
+        sizes = {name: [batch_size(batch) for batch in own] for name, own in batches.items()}
+        processes.check_agreement(
+            [number for own in sizes.values() for number in (len(own), *own)], device, "The sizes of the batches"
+        )
+        with self.diagnostics.stopwatch("build", device), undisturbed(model), self._targets.original():
+            found = inputs.find(
+                {matrix.layer: matrix.module for matrix in matrices},
+                forward,
+                model,
+                batches,
+                most=most_directions,
+                rank=config.subspace_rank,
+                energy=config.subspace_energy,
+                tokens=config.tokens,
+                progress=progress,
+            )
+        processes.reshard(self._model)
+        self._hold(ActivationSubspace(matrices, found, _DTYPES[config.rows_dtype]), config)
+
+    def _hold(self, activations: ActivationSubspace, config: ProjectionConfig) -> None:
+        """Takes a subspace and puts the adapter into its complement."""
+        leak = activations.enter()
+        if leak > LEAK:
+            logger.warning(
+                "Up to %.1f %% of what the adapter did in a layer acted on the reference inputs: it was trained with "
+                "other reference sets. That part has been removed from it.",
+                100 * leak,
+            )
+        self.activations, self._built_with = activations, _inputs_of(config)
+        self._built_for, _ = self._trained()
+        self.diagnostics.removed_by_kind = activations.removed
+        self.diagnostics.record_energies({own.name: own.held_out for own in activations.kinds()})
+        self.subspace = self._before = self._masters = None  # reference gradients of the adapter as it was
+        self.guard.forget()
+        self.guard.after_step()
+
+    # Reference gradients
+
     def _subspace_for(self, config: ProjectionConfig, sets: Sequence[str]) -> Subspace:
         processes.reshard(self._model)
         self._targets.forget()  # loading weights may have replaced parameters
@@ -253,7 +339,7 @@ class Projector:
         if old is not None and not (self._made_with == _shape_of(config) and _same_parameters(old.blocks, parameters)):
             old = None  # the rows are of no use
         capacity = config.rows
-        if config.rows_from == "set":
+        if config.row_of == "set":
             held = [name for name in (old.sets if old else ()) if name is not None]
             names = dict.fromkeys([*held, *sets])
             capacity = len(names)
@@ -376,14 +462,22 @@ class Projector:
         """
         config = self.config
         blocks = Blocks(*self._trained(), config.scope, config.slices)
-        rows = sets if config.rows_from == "set" else config.rows
-        bases = 1 if config.constraint == "cone" else 2
-        numels = [group.pieces * group.numel for group in blocks.groups]
-        held = bases * rows * sum(numels) * _DTYPES[config.rows_dtype].itemsize
-        return held, 4 * (sum(numels) + max(numels))  # the snapshot, and the correction of one group
+        held, more = (0, 0) if self.activations is None else (self.activations.bytes(), self.activations.step_bytes())
+        if config.refreshes:
+            rows = sets if config.row_of == "set" else config.rows
+            bases = 2 if config.constrains and config.constraint == "orthogonal" else 1
+            numels = [group.pieces * group.numel for group in blocks.groups]
+            held += bases * rows * sum(numels) * _DTYPES[config.rows_dtype].itemsize
+            more += 4 * (sum(numels) + max(numels))  # the snapshot, and the correction of one group
+        return held, more
 
     def reset(self) -> None:
-        """Forgets the rows and starts counting anew, as for a new stage of training."""
+        """Forgets the rows and starts counting anew, as for a new stage of training.
+
+        The activation subspace stays while the adapter in its complement is in use.
+        """
+        if self.activations is not None and not self.activations.in_use():
+            self.activations = None
         self.subspace = self._before = self._masters = self._overlaps = self._last_launcher = None
         self._fresh = []
         self._weights = {}
@@ -394,15 +488,15 @@ class Projector:
     def retire(self) -> None:
         """Lets go of the optimizer's steps for good; the adapter has been unloaded."""
         self.reset()
+        self.activations = None
         hooks.unwatch(self)
 
     # The optimizer step
 
     def _full_precision(self) -> AbstractContextManager:
-        """No autocast, in which a loop may step its optimizer."""
-        if self.subspace is None:
-            return nullcontext()
-        return torch.autocast(self.subspace.blocks.device.type, enabled=False)
+        """Neither autocast, in which a loop may step its optimizer, nor TF32."""
+        device = self._device
+        return nullcontext() if device is None else _full_precision(device)
 
     def trains(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer is about to step our parameters; see `hooks.Watcher`."""
@@ -417,29 +511,36 @@ class Projector:
     def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Runs before every step of our parameters; may replace its arguments to get hold of a closure."""
         self._before = None  # of a step that raised an error
+        self._remembered = False
         self._moves = self._can_move(optimizer)
-        blocks = self._blocks_for(optimizer) if self.enabled else None
-        if blocks is None:
-            return None
         config = self.config
-        if config.projection == "update":
+        if not (self.enabled and self._is_ready(optimizer, config)):
+            return None
+        if config.uses_activations or config.projection == "update":
             refuse_averaging(optimizer)
         self.guard.check_changes()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        assert self._device is not None
         with self._full_precision():
             if closure is None:
-                self._on_gradient(optimizer, blocks)
+                self._on_gradient(optimizer)
                 self._fresh = []  # not at the end: should the step fail and be tried again, they are in its gradient
-            if config.projection == "update":  # whatever the learning rate: it decides what counts, and nothing else
-                with self.diagnostics.stopwatch("projection", blocks.device):
-                    self._snapshot(blocks)
+            # Whatever the learning rate: it decides what counts, and nothing else.
+            with self.diagnostics.stopwatch("projection", self._device):
+                if config.uses_activations:
+                    assert self.activations is not None
+                    self.activations.remember()
+                    self._remembered = True
+                if config.constrains and config.projection == "update":
+                    assert self.subspace is not None
+                    self._snapshot(self.subspace.blocks)
         if closure is None:
             return None
 
         def then_project() -> Any:
             loss = closure()
             with torch.no_grad(), self._full_precision():
-                self._on_gradient(optimizer, blocks)
+                self._on_gradient(optimizer)
             return loss
 
         if "closure" in kwargs:
@@ -471,16 +572,36 @@ class Projector:
 
         return not all(still(group.get("lr")) for group in optimizer.param_groups)
 
-    def _blocks_for(self, optimizer: Optimizer) -> Blocks | None:
-        """The layout to project in a step of this optimizer; `None` if there are no rows for it."""
+    @property
+    def _device(self) -> torch.device | None:
+        """Where small problems are solved; `None` before there is a subspace."""
+        if self.subspace is not None:
+            return self.subspace.blocks.device
+        return None if self.activations is None else self.activations.device
+
+    def projected(self) -> dict[str, Tensor]:
+        """The parameters that a subspace was made for, by name; none before there is one."""
+        own: dict[str, Tensor] = {} if self.activations is None else dict(self._built_for)
+        if self.subspace is not None:
+            blocks = self.subspace.blocks
+            own |= dict(zip(blocks.names(), blocks.flat_parameters(), strict=True))
+        return own
+
+    def _is_ready(self, optimizer: Optimizer, config: ProjectionConfig) -> bool:
+        """Whether everything is there to project a step of this optimizer."""
         stepped = self._stepped(optimizer)
         trained, _ = self._trained()
-        blocks = None if self.subspace is None else self.subspace.blocks
-        if blocks is None or not _same_parameters(blocks, trained):
+        rows = self.subspace
+        lacking = []
+        if self._lacks_activations(config):
+            lacking.append(("activation subspace", self.activations is not None))
+        if config.refreshes and (rows is None or not _same_parameters(rows.blocks, trained)):
+            lacking.append(("reference gradients", rows is not None))
+        if lacking:
             if self._moves:
-                self._missing_reference(blocks is not None)
+                self._missing_reference(*lacking[0])
             # Else nothing moves: torch makes such a step when it loads an optimizer's state from shards.
-            return None
+            return False
         if len(stepped) < len(trained):
             absent = next(name for name, parameter in trained.items() if id(parameter) not in stepped)
             raise RuntimeError(
@@ -488,18 +609,18 @@ class Projector:
                 f"training; {absent}, for one, is not in it. Give all of them to one optimizer, or freeze the others "
                 "(requires_grad_(False)) and refresh."
             )
-        return blocks
+        return True
 
-    def _missing_reference(self, outdated: bool) -> None:
+    def _missing_reference(self, what: str, outdated: bool) -> None:
         mode = self.config.missing_reference
         if mode == "ignore":
             return
-        found = "reference gradients of another adapter only" if outdated else "no reference gradients"
+        found = f"{what} of another adapter only" if outdated else f"no {what}"
         message = (
             f"The optimizer steps {self._targets.what} that has {found}, so there is nothing to project onto. Add "
             "OGPSACallback(reference_sets=[ReferenceSet(...)]) to the trainer, or call "
-            "model.projector.refresh(batches, loss_fn) before the step in your own loop. To train without projection, "
-            f'set missing_reference="ignore" in {self._targets.settings}.'
+            "model.projector.refresh(batches, loss_fn) before the step in your own loop, while model.projector.due. "
+            f'To train without projection, set missing_reference="ignore" in {self._targets.settings}.'
         )
         if mode == "error":
             raise RuntimeError(message)
@@ -508,12 +629,19 @@ class Projector:
             self._warned = True
 
     @torch.no_grad()
-    def _on_gradient(self, optimizer: Optimizer, blocks: Blocks) -> None:
+    def _on_gradient(self, optimizer: Optimizer) -> None:
         """With the step's final gradients at hand: figures, reference weight, gradient projection."""
         config = self.config
-        subspace = self.subspace
-        assert subspace is not None
-        project = config.projection == "gradient"
+        if self.subspace is not None and config.refreshes:
+            self._on_rows(optimizer, self.subspace, config)
+        if config.uses_activations:
+            assert self.activations is not None
+            with self.diagnostics.stopwatch("projection", self.activations.device):
+                self.activations.project_gradients()
+
+    def _on_rows(self, optimizer: Optimizer, subspace: Subspace, config: ProjectionConfig) -> None:
+        blocks = subspace.blocks
+        project = config.constrains and config.projection == "gradient"
         if not (project or self._fresh):
             return
         with self.diagnostics.stopwatch("projection", blocks.device):
@@ -522,6 +650,8 @@ class Projector:
             stack = blocks.stack(gradients)
             if self._fresh:
                 self._overlaps = subspace.overlaps(stack)
+                if not config.constrains:
+                    self._record_cosines(*blocks.total(self._overlaps))
             if project:
                 coefficients = self._solve(stack)
                 for own, correction in zip(blocks.shaped(stack), subspace.corrections(coefficients), strict=True):
@@ -553,6 +683,8 @@ class Projector:
     def _factors(self) -> dict[str, float]:
         """What each fresh set's mean gradient is multiplied with when it is added to the training gradient."""
         given = self.config.reference_weight
+        if given is None and not self.config.constrains:
+            given = 0.0
         return self._weights if given is None else dict.fromkeys(self._weights, given)
 
     def _solve(self, stack: Stack) -> Tensor:
@@ -603,12 +735,19 @@ class Projector:
 
     def end_step(self, optimizer: Optimizer) -> None:
         """Runs after every step of our parameters that raised no error."""
-        if self._before is not None:
-            assert self.subspace is not None
-            blocks = self.subspace.blocks
-            with self._full_precision(), self.diagnostics.stopwatch("projection", blocks.device):
-                self._project_update(blocks, self._before)
-            self._before = None
+        if self._remembered or self._before is not None:
+            assert self._device is not None
+            with self._full_precision(), self.diagnostics.stopwatch("projection", self._device):
+                if self._remembered:
+                    assert self.activations is not None
+                    self.activations.project_step()
+                if self._before is not None:
+                    assert self.subspace is not None
+                    self._project_update(self.subspace.blocks, self._before)
+                    if self._remembered:  # what was taken away lay in the complement but for rounding
+                        assert self.activations is not None
+                        self.activations.project_step(record=False)
+            self._before, self._remembered = None, False
         self.steps += 1
         if self._moves:
             self._moved += 1
@@ -655,13 +794,19 @@ class Projector:
         Raises:
             RuntimeError: If no reference gradients have been computed yet.
         """
-        if self.subspace is None:
+        tensors: dict[str, Tensor] = {}
+        rest: dict[str, Any] = {}
+        if self.subspace is not None:
+            tensors, rest = self.subspace.state_dict()
+            rest["rows"] = self.subspace.capacity
+            if self._masters is not None:
+                tensors |= self.subspace.blocks.gathered("masters", self._masters)
+        if self.activations is not None:
+            directions, rest["inputs"] = self.activations.state_dict()
+            tensors |= directions
+        if not rest:
             raise RuntimeError("There is no subspace to save yet: call refresh() first.")
-        tensors, rest = self.subspace.state_dict()
-        if self._masters is not None:
-            tensors |= self.subspace.blocks.gathered("masters", self._masters)
         rest |= {
-            "rows": self.subspace.capacity,
             "config": self.config.ogpsa_dict(),
             "steps": self.steps,
             "moved": self._moved,
@@ -686,22 +831,38 @@ class Projector:
         differing = sorted(
             f"{field}={value!r} (saved: {rest['config'].get(field)!r})"
             for field, value in config.ogpsa_dict().items()
-            if field in ("rows_from", *_SHAPE) and rest["config"].get(field) != value
+            if field in ("rows_from", *_SHAPE, *_INPUTS) and rest["config"].get(field) != value
         )
         if differing:
             raise ValueError(
                 f"The saved subspace was made with other settings: {', '.join(differing)}. Use the saved settings, or "
                 "rebuild the subspace from the references."
             )
-        masters = {name: tensors.pop(name) for name in list(tensors) if name.startswith("masters.")}
+        masters, directions = (
+            {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+            for prefix in ("masters.", PREFIX)
+        )
         processes.reshard(self._model)
         self._targets.forget()
-        subspace = self._new_subspace(config, int(rest["rows"]))
-        subspace.load_state_dict(tensors, rest)
+        subspace = activations = None
+        if "rows" in rest:
+            subspace = self._new_subspace(config, int(rest["rows"]))
+            subspace.load_state_dict(tensors, rest)
+        if "inputs" in rest:
+            activations = ActivationSubspace.restored(
+                self._targets.matrices(), directions, rest["inputs"], _DTYPES[config.rows_dtype]
+            )
+        if (subspace is None and config.refreshes) or (activations is None and config.uses_activations):
+            raise ValueError(f"The saved state holds no subspace of the kind that subspace={config.subspace!r} needs.")
         self._compare_fingerprint(rest["fingerprint"])
         self.subspace, self._made_with = subspace, _shape_of(config)
+        self.activations, self._built_with = activations, _inputs_of(config)
+        self._built_for, _ = self._trained()
+        if activations is not None:
+            self.diagnostics.removed_by_kind = activations.removed
         self._masters = None
         if masters:
+            assert subspace is not None
             self._masters = subspace.blocks.zeros()
             subspace.blocks.scatter("masters", masters, self._masters)
         self.steps, self._moved = int(rest["steps"]), int(rest["moved"])
@@ -734,12 +895,19 @@ class Projector:
                 )
 
 
-_SHAPE = ("constraint", "scope", "slices", "rows", "rows_dtype", "subspace_rank")
+_INPUTS = ("subspace_rank", "subspace_energy", "tokens", "rows_dtype")
+"""The settings that an activation subspace is built with."""
+
+_SHAPE = ("subspace", "constraint", "scope", "slices", "rows", "rows_dtype", "subspace_rank")
 """The settings that a subspace is made with."""
 
 
+def _inputs_of(config: ProjectionConfig) -> tuple:
+    return tuple(getattr(config, name) for name in _INPUTS)
+
+
 def _shape_of(config: ProjectionConfig) -> tuple:
-    return (config.rows_from == "set", *(getattr(config, name) for name in _SHAPE))
+    return (config.row_of == "set", *(getattr(config, name) for name in _SHAPE))
 
 
 def _skips(optimizer: Optimizer) -> bool:
@@ -748,6 +916,27 @@ def _skips(optimizer: Optimizer) -> bool:
     It does not call a plain optimizer at all then, but it does call a fused one.
     """
     return bool(getattr(optimizer, "found_inf", False))
+
+
+def _checked(batches: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
+    sets = {name: list(items) for name, items in batches.items()}
+    if not sets:
+        raise ValueError("refresh() was given no reference set. Give a mapping from a set's name to its batches.")
+    for name, items in sets.items():
+        if not items:
+            raise ValueError(f"Reference set {name!r} has no batch. Give it at least one example, or leave it out.")
+    return sets
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _rows_given(rows_from: str, sizes: Sequence[int]) -> int:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -225,6 +227,15 @@ def collate(
     return batch
 
 
+def _plain(examples: Sequence[Any]) -> list[Example]:
+    """The token sequences alone, without what a loss needs beside them."""
+    found = []
+    for example in examples:
+        sides = (example.chosen, example.rejected) if isinstance(example, Pair) else (example,)
+        found += [Example(side.ids, side.answer_start) for side in sides]
+    return found
+
+
 def reference_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The loss of a batch from `collate`: `preference_loss` of pairs, `divergence_loss`, or `answer_loss`."""
     if "margin" in batch:
@@ -327,6 +338,7 @@ class ReferenceLoader:
         self.cost = _mean_cost(self.sets)
         self._drawn = dict.fromkeys(self.sets, 0)
         self._draws = 0
+        self._digest: str | None = None
 
     @classmethod
     def for_training(
@@ -370,8 +382,10 @@ class ReferenceLoader:
 
         ```py
         loader = ReferenceLoader.from_sets(references, tokenizer, config, step_examples=8)
-        if model.projector.due:
-            model.projector.refresh(loader.batches(model.device), reference_loss, weights=loader.weights)
+        projector = model.projector
+        while projector.due:
+            batches = loader.batches(model.device, everything=projector.unbuilt)
+            projector.refresh(batches, reference_loss, weights=loader.weights)
         ```
 
         Args:
@@ -397,11 +411,19 @@ class ReferenceLoader:
         sets = {own.name: own.tokenize(tokenizer) for own in reference_sets}
         return cls.for_training(sets, config, step_examples, batch_size, seed, padding_of(tokenizer))
 
-    def batches(self, device: torch.device | str) -> dict[str, list[dict[str, Tensor]]]:
-        """Draws and pads: what `refresh` takes as `batches`, with `reference_loss` as its `loss_fn`."""
-        return {
-            name: [collate(batch, self.pad_token_id, device) for batch in own] for name, own in self.draw().items()
-        }
+    def batches(self, device: torch.device | str, everything: bool = False) -> dict[str, list[dict[str, Tensor]]]:
+        """Draws and pads: what `refresh` takes as `batches`, with `reference_loss` as its `loss_fn`.
+
+        Args:
+            device: Where the tensors go.
+            everything: All examples of all sets, once, as token sequences: what an activation subspace is built from.
+                Nothing is drawn then.
+        """
+        if everything:
+            drawn = {name: batched(_plain(own), self.batch_size) for name, own in self.sets.items()}
+        else:
+            drawn = self.draw()
+        return {name: [collate(batch, self.pad_token_id, device) for batch in own] for name, own in drawn.items()}
 
     def draw(self) -> dict[str, list[list[Any]]]:
         """The next examples by set, in batches; sets of which none is drawn this time are left out."""
@@ -443,17 +465,38 @@ class ReferenceLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's place in its sets, JSON-ready."""
-        return {"drawn": dict(self._drawn), "draws": self._draws, "seed": self.seed, "sizes": self._sizes()}
+        return {
+            "drawn": dict(self._drawn),
+            "draws": self._draws,
+            "seed": self.seed,
+            "sizes": self._sizes(),
+            "digest": self.digest,
+        }
+
+    @property
+    def digest(self) -> str:
+        """Of all tokens of all sets: other reference sets have another one."""
+        if self._digest is None:
+            found = hashlib.sha256()
+            for name, own in self.sets.items():
+                found.update(json.dumps([name, [[e.ids, e.answer_start] for e in _plain(own)]]).encode())
+            self._digest = found.hexdigest()[:16]
+        return self._digest
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken.
 
         Raises:
-            ValueError: If the sets have other names or sizes.
+            ValueError: If the sets have other names, sizes or examples.
         """
         if state["sizes"] != self._sizes():
             raise ValueError(
                 f"The checkpoint's reference sets have the sizes {state['sizes']}, these {self._sizes()}. Resume with "
+                "the same sets, or rebuild the subspace."
+            )
+        if state["digest"] != self.digest:
+            raise ValueError(
+                "The checkpoint's reference sets have the names and sizes of these, and other examples. Resume with "
                 "the same sets, or rebuild the subspace."
             )
         self._drawn, self._draws, self.seed = dict(state["drawn"]), int(state["draws"]), int(state["seed"])

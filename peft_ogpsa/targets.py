@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Protocol
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .activations import InputMatrix
 from .config import OGPSAConfig
-from .modes import refuse_merged
+from .modes import refuse_merged, without_adapter
 from .projection import ProjectionConfig
 
 if TYPE_CHECKING:
@@ -41,6 +44,12 @@ class Targets(Protocol):
 
     def trained(self) -> list[tuple[str, str, nn.Parameter]]:
         """Name, owner (the module that it belongs to) and parameter of everything in training."""
+
+    def matrices(self) -> list[InputMatrix]:
+        """What an activation subspace projects; raises a `ValueError` where it could not hold."""
+
+    def original(self) -> AbstractContextManager:
+        """The model as it was before training."""
 
     def forget(self) -> None:
         """The parameters may have been replaced by others."""
@@ -98,6 +107,28 @@ class AdapterTargets:
         """Name, owner (`module:adapter`) and parameter of the LoRA matrices in training."""
         return [item for item in self._weights() if item[2].requires_grad]
 
+    def matrices(self) -> list[InputMatrix]:
+        """The matrices A in training.
+
+        Raises:
+            ValueError: If a layer's output depends on other trained parameters than A and B, or on A in another way
+                than through `B A x`.
+        """
+        found = []
+        configs: dict[str, Any] = self.model.peft_config
+        for name, owner, parameter in self.trained():
+            path, _, adapter = owner.rpartition(":")
+            layer: Any = self.model.get_submodule(path)
+            _refuse_layer(path, layer, adapter, configs[adapter])
+            if ".lora_A." in name:
+                after = layer.lora_B[adapter].weight
+                found.append(InputMatrix(name, path, layer, parameter, after))
+        return found
+
+    def original(self) -> AbstractContextManager:
+        """The base model."""
+        return without_adapter(self.model)
+
     def forget(self) -> None:
         """Loading weights may have replaced parameters."""
         self._known = None
@@ -105,3 +136,22 @@ class AdapterTargets:
     def check(self) -> None:
         """Refuses a merged adapter, whose matrices are not part of the forward pass."""
         refuse_merged(module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _refuse_layer(path: str, layer: Any, adapter: str, config: OGPSAConfig) -> None:
+    """Refuses what an activation subspace cannot hold in place."""
+    kind = type(layer).__name__
+    reason = None
+    if not isinstance(layer, LoraLayer) or isinstance(layer, MultiheadAttention | ParamWrapper):
+        reason = f"is a {kind}, whose weights are used without its input being known"
+    elif adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
+        reason = f"is a {kind} and not a linear layer"
+    elif config.lora_bias:
+        reason = "has lora_bias=True: its bias changes the output of every input"
+    elif (variant := layer.lora_variant.get(adapter)) is not None:
+        reason = f"is a {type(variant).__name__} (use_dora=True and the like), which does more than add B A x"
+    if reason is not None:
+        raise ValueError(
+            f"subspace='activations' cannot hold in the layer {path}, which {reason}. Change that setting, leave such "
+            "layers out of target_modules, or use subspace='gradients'."
+        )

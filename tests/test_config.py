@@ -19,6 +19,10 @@ from peft_ogpsa import config as config_module
 from peft_ogpsa.registration import register
 
 DEFAULTS = {
+    "subspace": "gradients",
+    "subspace_rank": None,
+    "subspace_energy": 0.9,
+    "tokens": "all",
     "constraint": "cone",
     "projection": "update",
     "scope": "tensor",
@@ -26,7 +30,6 @@ DEFAULTS = {
     "rows": 8,
     "rows_from": "example",
     "rows_dtype": "float32",
-    "subspace_rank": None,
     "refresh_steps": 5,
     "reference_budget": 0.075,
     "refresh_samples": None,
@@ -61,6 +64,8 @@ def test_every_own_field_has_help():
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
+        ("subspace", ["activations", "gradients", "both"]),
+        ("tokens", ["all", "answer"]),
         ("constraint", ["cone", "orthogonal"]),
         ("projection", ["update", "gradient"]),
         ("scope", ["slice", "tensor", "module", "model"]),
@@ -148,6 +153,7 @@ def test_paper(stage, refresh_steps):
     config = OGPSAConfig.paper(stage, r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     assert config.ogpsa_dict() == {
         **DEFAULTS,
+        "subspace": "gradients",
         "constraint": "orthogonal",
         "projection": "gradient",
         "scope": "tensor",
