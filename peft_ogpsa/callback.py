@@ -262,7 +262,9 @@ class OGPSACallback(TrainerCallback):
         run = self._run_of(state)
         if run.projector.enabled and (run.projector.due or state.global_step == run.first):
             assert model is not None
-            while run.projector.due:
+            if run.projector.unbuilt:  # after a change of adapters
+                self._refresh(run, args, model)
+            if run.projector.due:
                 self._refresh(run, args, model)
             run.projector.guard.check_parameters(model, kwargs.get("optimizer"))
 

@@ -441,38 +441,71 @@ def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[st
     if settings is None:
         said = "" if run.get("method") else " as far as the folder tells: it holds no `ogpsa_config.json`"
         return f"## Method\n\nPlain LoRA{said}. No projection took part in the training."
-    rule = _RULES[settings["constraint"], settings["projection"]]
-    rank = settings["subspace_rank"]
-    leading = f" Only their {rank} leading directions were used." if rank else ""
-    samples, budget = settings["refresh_samples"], settings["reference_budget"]
-    if samples is None and budget is not None:
-        amount = f"with {budget:g} passes of reference examples for each of a training example"
-    else:
-        amount = f"from {samples or 'all'} reference examples each time"
     lines = [
         "OGPSA (Orthogonal Gradient Projection for Safety Alignment, "
         "[arXiv 2602.07892](https://arxiv.org/abs/2602.07892)) on LoRA's matrices. Reference sets stand for the "
-        f"abilities to keep. At every optimizer step {rule}.",
+        "abilities to keep.",
         "",
-        f"- {_paper_note(settings)}",
-        f"- Projected together: {_SCOPES[settings['scope']].format(**settings)} (`scope={settings['scope']}`), "
-        f"against at most {settings['rows']} reference gradients, each of {_ROWS_FROM[settings['rows_from']]} and "
-        f"held in {settings['rows_dtype']}.{leading}",
-        f"- Refreshed before and after the first optimizer step, and then every {settings['refresh_steps']} steps, "
-        f"{amount}.",
     ]
-    if settings["projection"] == "gradient":
-        lines.append("- The step that an optimizer such as AdamW makes of a projected gradient is not itself bound.")
-    weight = settings["reference_weight"]
-    if weight != 0:
-        times = "8 times (sets with `loss=kl`) or once (other losses)" if weight is None else f"{weight:g} times"
-        lines.append(f"- Reference weight: {times} the mean fresh reference gradient was added after each refresh.")
+    subspace = settings.get("subspace", "gradients")  # files of before there was a choice
+    if subspace != "gradients":
+        lines += _of_activations(settings)
+    if subspace != "activations":
+        lines += _of_gradients(settings)
+    lines += _of_references(settings, subspace)
     if settings["missing_reference"] != "error":
         lines.append(
             f"- `missing_reference={settings['missing_reference']}`: had no references been given, the training would "
             "have been plain LoRA."
         )
     return "## Method\n\n" + "\n".join(lines)
+
+
+def _of_activations(settings: Mapping[str, Any]) -> list[str]:
+    rank, energy = settings["subspace_rank"], settings["subspace_energy"]
+    size = f"{rank} directions" if rank else f"as many directions as hold {energy:.0%} of the inputs' energy"
+    tokens = "all tokens" if settings["tokens"] == "all" else "the answers' tokens"
+    return [
+        "- Activation subspace: each layer's A is orthogonal to the leading directions of the layer's inputs on the "
+        f"references ({size}, from {tokens}), so that the layer's output on them is that of the base. This is not the "
+        "paper's rule; it follows Gradient Projection Memory (Saha, Garg and Roy, 2021)."
+    ]
+
+
+def _of_gradients(settings: Mapping[str, Any]) -> list[str]:
+    rule = _RULES[settings["constraint"], settings["projection"]]
+    orthogonal = settings["constraint"] == "orthogonal"
+    rank = settings["subspace_rank"] if orthogonal and settings.get("subspace", "gradients") == "gradients" else None
+    leading = f" Only their {rank} leading directions were used." if rank else ""
+    lines = [
+        f"- At every optimizer step {rule}.",
+        f"- {_paper_note(settings)}",
+        f"- Projected together: {_SCOPES[settings['scope']].format(**settings)} (`scope={settings['scope']}`), "
+        f"against at most {settings['rows']} reference gradients, each of {_ROWS_FROM[settings['rows_from']]} and "
+        f"held in {settings['rows_dtype']}.{leading}",
+    ]
+    if settings["projection"] == "gradient":
+        lines.append("- The step that an optimizer such as AdamW makes of a projected gradient is not itself bound.")
+    return lines
+
+
+def _of_references(settings: Mapping[str, Any], subspace: str) -> list[str]:
+    weight = settings["reference_weight"]
+    if subspace == "activations" and not weight:
+        return ["- No reference example was passed during training."]
+    samples, budget = settings["refresh_samples"], settings["reference_budget"]
+    if samples is None and budget is not None:
+        amount = f"with {budget:g} passes of reference examples for each of a training example"
+    else:
+        amount = f"from {samples or 'all'} reference examples each time"
+    lines = [
+        f"- Refreshed before and after the first optimizer step, and then every {settings['refresh_steps']} steps, "
+        f"{amount}."
+    ]
+    if weight != 0:
+        times = "8 times (sets with `loss=kl`) or once (other losses)" if weight is None else f"{weight:g} times"
+        lines.append(f"- Reference weight: {times} the mean fresh reference gradient was added after each refresh.")
+    return lines
 
 
 def _paper_note(settings: Mapping[str, Any]) -> str:

@@ -26,6 +26,9 @@ from .sketch import Sketch
 HELD_OUT = 8
 """One of so many examples of a set is not used to find the directions, but to see how well they fit."""
 
+MOST_GAIN = 10.0
+"""The largest gain. Where next to nothing is left of an input, noise would be enlarged."""
+
 _TURNS = 4
 """Wide inputs are passed twice. In the first pass sketches are turned so many times, after an equal part each."""
 
@@ -54,6 +57,11 @@ class Input:
     def share(self) -> float:
         """How much of the energy lies in the directions, from 0 to 1."""
         return min(1.0, float(self.energies.sum()) / self.energy) if self.energy else 0.0
+
+    @property
+    def gain(self) -> float:
+        """The length of an input relative to what is left of it outside of the directions, at most `MOST_GAIN`."""
+        return min(MOST_GAIN, (1 - self.share) ** -0.5) if self.share < 1 else MOST_GAIN
 
     def cut(self, rank: int | None, energy: float) -> None:
         """Keeps `rank` directions, or as many as hold a share `energy` of all."""

@@ -52,6 +52,7 @@ class Method:
 
 
 BARE: dict[str, Any] = {
+    "subspace": "gradients",
     "scope": "tensor",
     "reference_weight": 0.0,
     "rows": 24,
@@ -63,6 +64,12 @@ BARE: dict[str, Any] = {
 def cone(answers: str = "own", loss: str = "answer", contrast: float = 0.0, **knobs: Any) -> Method:
     """The cone on the update of each tensor, and settings of its own, whatever the defaults are."""
     return Method(BARE | knobs, answers=answers, loss=loss, contrast=contrast)
+
+
+def null_space(contrast: float = 0.0, **knobs: Any) -> Method:
+    """The activation subspace of the base's own answers; with a weight, 2 reference examples for 40 of training."""
+    fixed: dict[str, Any] = {"subspace": "activations", "reference_weight": 0.0}
+    return Method(fixed | knobs, loss="kl", contrast=contrast)
 
 
 WHOLE: dict[str, Method] = {
@@ -136,6 +143,21 @@ METHODS: dict[str, Method] = {
     "cone of KL, 64 slices, weight 5": cone(loss="kl", scope="slice", slices=64, reference_weight=5.0),
     "cone of KL, slices, weight 5": cone(loss="kl", scope="slice", reference_weight=5.0),
     "cone of KL, weight 20": cone(loss="kl", reference_weight=20.0),
+    "null space, rank 32": null_space(subspace_rank=32),
+    "null space, rank 64": null_space(subspace_rank=64),
+    "null space, rank 128": null_space(subspace_rank=128),
+    "null space, rank 192": null_space(subspace_rank=192),
+    "null space, rank 256": null_space(subspace_rank=256),
+    "null space, energy 0.8": null_space(subspace_energy=0.8),
+    "null space, energy 0.9": null_space(subspace_energy=0.9),
+    "null space, energy 0.95": null_space(subspace_energy=0.95),
+    "null space, energy 0.99": null_space(subspace_energy=0.99),
+    "null space, energy 0.9, answers": null_space(subspace_energy=0.9, tokens="answer"),
+    "null space, energy 0.9, KL 8": null_space(subspace_energy=0.9, reference_weight=8.0, refresh_samples=2),
+    "null space, energy 0.9, cone, KL 8": null_space(
+        subspace="both", subspace_energy=0.9, reference_weight=8.0, refresh_samples=2
+    ),
+    "null space, energy 0.9, contrast": null_space(subspace_energy=0.9, contrast=0.2),
     "plain, contrast": Method(contrast=0.2),
     "plain, half contrast": Method(contrast=0.5),
     "plain, third contrast": Method(contrast=1 / 3),

@@ -61,7 +61,7 @@ class _Clock(TrainerCallback):
     ) -> None:
         self.steps.append(_now() - self._start)
         if self.projector is not None:
-            total = self.projector.diagnostics.stopwatch.totals()["refresh"]
+            total = self.projector.diagnostics.stopwatch.totals().get("refresh", 0.0)
             self.refreshes.append(total - sum(self.refreshes))
 
 
@@ -91,8 +91,13 @@ def dry_run(trainer: Trainer, config: Any, console: Console) -> None:
     figures = {"peak memory": _peak_memory()}
     processes = trainer.args.world_size
     each = f", in each of {processes} processes" if processes > 1 else ""
-    if projector is not None:
-        assert projector.subspace is not None
+    build = 0.0
+    if projector is not None and projector.activations is not None:
+        build = projector.diagnostics.stopwatch.totals()["build"]
+        size = projector.activations.bytes()
+        figures["activation subspace"] = f"{size:,} bytes ({_mebibytes(size)}), built in {build:.1f} seconds{each}"
+        total += build
+    if projector is not None and projector.subspace is not None:
         subspace = projector.subspace
         stacks = [subspace.rows] if subspace.directions is subspace.rows else [subspace.rows, subspace.directions]
         size = sum(part.numel() * part.element_size() for stack in stacks for part in stack)
@@ -100,15 +105,17 @@ def dry_run(trainer: Trainer, config: Any, console: Console) -> None:
             f"{size:,} bytes ({_mebibytes(size)}), {subspace.capacity} rows in each block{each}"
         )
     figures["seconds per step"] = f"{step:.3f}"
-    if projector is not None:
+    if projector is not None and projector.subspace is not None:
         refresh = clock.refreshes[-1]
         refreshes = planned_refreshes(steps, projector.config.refresh_steps)
         total += refreshes * refresh
         figures["seconds per refresh"] = f"{refresh:.3f}"
         figures["whole run"] = f"{_duration(total)}, {steps} steps and {refreshes} refreshes"
-        figures["share spent on references"] = f"{refreshes * refresh / total:.0%}"
+        figures["share spent on references"] = f"{(build + refreshes * refresh) / total:.0%}"
     else:
         figures["whole run"] = f"{_duration(total)}, {steps} steps"
+        if build:
+            figures["share spent on references"] = f"{build / total:.0%}"
     console.print(f"Dry run: {_STEPS} steps taken, nothing saved.")
     for name, figure in figures.items():
         console.print(f"  {name:<27}{figure}", highlight=False)
