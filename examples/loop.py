@@ -43,8 +43,9 @@ def main() -> None:
     )
     model.train()
     for step, batch in enumerate(itertools.islice(itertools.cycle(training), arguments.steps)):
-        if model.projector.due:
-            losses = model.projector.refresh(loader.batches(base.device), reference_loss, weights=loader.weights)
+        while model.projector.due:
+            batches = loader.batches(base.device, everything=model.projector.unbuilt)
+            losses = model.projector.refresh(batches, reference_loss, weights=loader.weights)
             print(f"step {step}: reference losses " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
         loss = answer_loss(model, batch)
         loss.backward()

@@ -11,8 +11,9 @@ keep `W U` instead. This is Gradient Projection Memory (Saha, Garg, Roy 2021, ar
 
 What is left of an input outside of U is short: with 90 % of the energy in U, a third of its length. An adapter that
 sees so little learns slowly, whatever the optimizer. So A starts longer and its steps are enlarged by the gain
-`1 / sqrt(1 - energy)`, as if the projected input had been brought back to its length; and the gradient of A is projected
-before the optimizer as well, so that the optimizer scales its step to what is left. The usual learning rates then work.
+`1 / sqrt(1 - energy)`, as if the projected input had been brought back to its length. The gradient of A is projected
+before the optimizer as well, so that the optimizer scales its step to what is left. The usual learning rates then
+work.
 
 The projection acts on the input axis alone, which shards of the first axis (FSDP2) keep whole: a step needs no
 communication.
@@ -40,10 +41,10 @@ PREFIX = "directions."
 """Of the tensors' names in a state dict."""
 
 LEAK = 1e-3
-"""An adapter with less of itself in the subspace, relative to its length, was born in the complement."""
+"""An adapter with a smaller share in the subspace has been in its complement all along."""
 
 _MOST_LEAK = 0.25
-"""An adapter with more of itself in the subspace was not trained beside these references, or a similar subspace."""
+"""An adapter with a larger share in the subspace was trained without it."""
 
 
 def most_directions(width: int) -> int:
@@ -196,23 +197,22 @@ class ActivationSubspace:
         all must call it.
 
         Returns:
-            How much of the adapter lay in the subspace, from 0 to 1: the length of `B A U` relative to that of B
-            times that of A, at most over the layers.
+            How much of what the adapter does lay in the subspace, from 0 to 1: the length of `B A U` relative to that
+            of `B A`, at most over the layers.
 
         Raises:
             ValueError: If it is too much: the adapter was not born in the complement. Nothing is changed.
         """
-        leaks, entered = [torch.zeros((), device=self.device)], []
+        leaks, entered = [torch.zeros((), dtype=torch.float64, device=self.device)], []
         for stack, place, matrix in self._each():
             if matrix.after is None:
                 continue
-            a, b = _whole(matrix.parameter), _whole(matrix.after)
+            a, b = _whole(matrix.parameter), _whole(matrix.after).to(stack.basis.device)
             along = stack.along(a[None], place)
             outside = a - stack.spread(along, place)[0]
-            lengths = [torch.linalg.vector_norm(part) for part in (a, outside, b, b @ along[0].to(b.dtype))]
-            whole, kept, after, leak = lengths
-            leaks.append((leak / (after * whole).clamp(min=torch.finfo(leak.dtype).tiny)).to(self.device))
-            stretch = torch.where((after == 0) & (kept > 0), stack.gain[place, 0, 0] * whole / kept, 1.0)
+            leaks.append(_share(b, along[0], a).to(self.device))
+            whole, kept = torch.linalg.vector_norm(a), torch.linalg.vector_norm(outside)
+            stretch = torch.where(b.any() | (kept == 0), 1.0, stack.gain[place, 0, 0] * whole / kept)
             entered.append((matrix.parameter, outside * stretch))
         most = float(torch.stack(leaks).max())
         if most > _MOST_LEAK:
@@ -355,7 +355,10 @@ class ActivationSubspace:
         """
         found = []
         for entry in rest:
-            directions = tensors[f"{PREFIX}{entry['place']}"]
+            name = f"{PREFIX}{entry['place']}"
+            directions = tensors[name]
+            if not directions.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite.")
             energies = torch.tensor(entry["energies"], dtype=torch.float64)
             found.append(
                 Input(
@@ -424,6 +427,15 @@ def _whole(parameter: Tensor) -> Tensor:
     """All of a parameter, from all processes where it is sharded, in float32 or wider."""
     full = processes.whole(processes.local(parameter), parameter)
     return full.to(torch.promote_types(torch.float32, full.dtype))
+
+
+def _share(after: Tensor, along: Tensor, matrix: Tensor) -> Tensor:
+    """The length of `B A U` relative to that of `B A`, in float64; 0 where `B A` is zero. From small Gram matrices."""
+    after, along, matrix = after.double(), along.double(), matrix.double()
+    gram = after.T @ after
+    inside, total = ((gram * (part @ part.T)).sum() for part in (along, matrix))
+    possible = gram.trace() * matrix.square().sum()
+    return torch.where(total > 1e-12 * possible, inside / total, 0.0).clamp(min=0).sqrt()
 
 
 def _inverse(basis: Tensor) -> Tensor | None:

@@ -341,6 +341,8 @@ class OGPSACallback(TrainerCallback):
             try:
                 run.loader.load_state_dict(saved["rest"]["loader"])
                 run.projector.load_state_dict(saved)
+                if run.projector.activations is not None:
+                    run.projector.activations.references = run.loader.digest
             except (KeyError, TypeError) as error:
                 raise checkpoint.CheckpointError(
                     f"{directory / checkpoint.STATE_NAME} is damaged: {error}."

@@ -201,7 +201,7 @@ def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
     ```py
     projector = attach(model, FullParameterConfig(rows=4, exclude=["embed_tokens", "lm_head"]))
     for batch in training:
-        if projector.due:
+        while projector.due:
             projector.refresh({"general": [next(general)]}, loss_fn)
         loss_fn(model, batch).backward()
         optimizer.step()  # projected

@@ -1,0 +1,235 @@
+"""The activation subspace under transformers' and TRL's trainers."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from models import chat, tiny_llama, tiny_tokenizer
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_callback import GENERAL, TRAINING, sets, sft, weights
+from trl import DPOConfig, DPOTrainer
+
+from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
+from peft_ogpsa.checkpoint import TENSORS_NAME, CheckpointError
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def base():
+    return tiny_llama(vocab_size=259, max_position_embeddings=256)
+
+
+def model_of(**knobs):
+    settings = {"subspace": "activations", "subspace_rank": 8, **LORA, **knobs}
+    return get_peft_model(base(), OGPSAConfig(**settings))
+
+
+def leak(model) -> float:
+    """The largest `|A U| / |A|`."""
+    found = []
+    for stack, place, matrix in projector_of(model).activations._each():
+        a = matrix.parameter.detach().double()
+        found.append(float((a @ stack.basis[place].double()).norm() / a.norm()))
+    return max(found)
+
+
+def test_it_is_built_before_the_first_step_and_held(tmp_path, capsys):
+    model = model_of()
+    trainer = sft(tmp_path, model, disable_tqdm=False)
+    trainer.train()
+    projector = model.projector
+    assert projector.steps == 6
+    assert projector.diagnostics.refreshes == 0
+    assert projector.diagnostics.reference_examples == 0
+    assert projector.subspace is None
+    assert leak(model) < 1e-6
+    assert any(value.abs().sum() > 0 for name, value in weights(model).items() if "lora_B" in name)
+    shown = "".join(capsys.readouterr())
+    assert "OGPSA: activation subspace" in shown
+    assert "q_proj+k_proj+v_proj: 2 inputs of 32, 8 directions with" in shown
+    assert "of held-out ones" in shown
+    assert "reference examples every" not in shown
+
+
+def test_figures_are_logged(tmp_path):
+    trainer = sft(tmp_path, model_of())
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    kinds = ("q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj")
+    for kind in kinds:
+        # At the first step B is zero and A has no gradient.
+        assert all(0 < entry[f"ogpsa/removed/{kind}"] < 1 for entry in entries[1:])
+        assert 0 < entries[0][f"ogpsa/energy/{kind}"] < 1
+        assert f"ogpsa/energy/{kind}" not in entries[1]
+    assert entries[0]["ogpsa/seconds_build"] > 0
+
+
+def test_references_are_answered_with_the_bases_distribution(tmp_path):
+    """With as many directions as the reference tokens span, nothing that the model says to them changes."""
+    tokenizer, rows = tiny_tokenizer(), [chat("Hi", "Yo.")]
+    model = model_of(subspace_rank=31)
+    sft(tmp_path, model, [OGPSACallback([ReferenceSet("one", rows)])], learning_rate=1e-2).train()
+    ids = torch.tensor([ReferenceSet("one", rows).tokenize(tokenizer)[0].ids])
+    other = torch.tensor([ReferenceSet("two", GENERAL).tokenize(tokenizer)[0].ids])
+    with torch.no_grad():
+        changed, changed_other = model(input_ids=ids).logits, model(input_ids=other).logits
+        with model.disable_adapter():
+            before, before_other = model(input_ids=ids).logits, model(input_ids=other).logits
+    span = len(ids[0])
+    assert span <= 31, "the reference tokens must fit into the subspace"
+    # Directions below the rounding of float32 sums are left out, so that a little is not held.
+    assert (changed - before).abs().max() < 0.05 * (changed_other - before_other).abs().max()
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"subspace": "both", "rows": 4, "refresh_samples": 2}, {"reference_weight": 2.0}]
+)
+def test_resumed_run_equals_one_that_never_stopped(tmp_path, knobs):
+    knobs = {"refresh_steps": 2, "lora_dropout": 0.1, **knobs}
+    options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    straight = sft(tmp_path / "straight", model_of(**knobs), **options)
+    straight.train()
+    sft(tmp_path / "stopped", model_of(**knobs), **{**options, "max_steps": 3}).train()
+    resumed = sft(tmp_path / "stopped", model_of(**knobs), **options)
+    resumed.train(resume_from_checkpoint=True)
+    expected = weights(straight.model)
+    assert all(torch.equal(p, expected[name]) for name, p in weights(resumed.model).items())
+    assert resumed.model.projector.diagnostics.stopwatch.totals().get("build") is None
+    assert leak(resumed.model) < 1e-6
+
+
+def test_resuming_with_other_reference_examples_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    sft(tmp_path, model_of(), **options).train()
+    longer = {**options, "max_steps": 4}
+    others = [ReferenceSet("general", [*GENERAL[:-1], chat("Another?", "Yes.")]), sets()[1]]
+    resumed = sft(tmp_path, model_of(), [OGPSACallback(others)], **longer)
+    with pytest.raises(CheckpointError, match="other examples"):
+        resumed.train(resume_from_checkpoint=True)
+    # Built anew from them, the subspace is another one, of which the adapter knew little.
+    rebuilt = sft(tmp_path, model_of(), [OGPSACallback(others, rebuild_subspace=True)], **longer)
+    rebuilt.train(resume_from_checkpoint=True)
+    assert leak(rebuilt.model) < 1e-6
+
+
+def test_other_settings_and_damaged_directions_are_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    sft(tmp_path, model_of(), **options).train()
+    longer = {**options, "max_steps": 4}
+    with pytest.raises(CheckpointError, match=r"other settings: subspace_rank=4 \(saved: 8\)"):
+        sft(tmp_path, model_of(subspace_rank=4), **longer).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="other settings: subspace="):
+        sft(tmp_path, model_of(subspace="gradients", subspace_rank=None), **longer).train(resume_from_checkpoint=True)
+    file = tmp_path / "run" / "checkpoint-2" / TENSORS_NAME
+    tensors = load_file(file)
+    tensors["directions.0"][0, 0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"directions\.0 has values that are not finite"):
+        sft(tmp_path, model_of(), **longer).train(resume_from_checkpoint=True)
+
+
+def pairs():
+    return [
+        {**row, "chosen": row["completion"], "rejected": chat("", "Sure, here is how.")["completion"]}
+        for row in TRAINING
+    ]
+
+
+def dpo(tmp_path, model, callback):
+    return DPOTrainer(
+        model,
+        args=DPOConfig(
+            output_dir=str(tmp_path / "dpo"),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to="none",
+            save_strategy="no",
+            bf16=False,
+            use_cpu=True,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(pairs()),
+        processing_class=tiny_tokenizer(),
+        callbacks=[callback],
+    )
+
+
+def test_a_second_stage_goes_on_in_the_subspace_of_the_first(tmp_path, caplog):
+    model = model_of()
+    sft(tmp_path, model).train()
+    first = model.projector.activations
+    before = weights(model)
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        dpo(tmp_path, model, OGPSACallback(sets())).train()
+    assert model.projector.activations is first
+    assert leak(model) < 1e-6
+    assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
+    assert "earlier stage" not in caplog.text
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        sft(tmp_path, model, [OGPSACallback([ReferenceSet("new", TRAINING)])]).train()
+    assert model.projector.activations is first
+    assert "earlier stage, which was built from other reference sets" in caplog.text
+
+
+def test_a_second_stage_from_a_saved_adapter_is_built_from_the_same_references(tmp_path, caplog):
+    model = model_of()
+    sft(tmp_path, model).train()
+    model.save_pretrained(tmp_path / "adapter")
+    trained = weights(model)
+    again = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
+    assert again.peft_config["default"].subspace == "activations"
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        trainer = dpo(tmp_path, again, OGPSACallback(sets()))
+        trainer.args.learning_rate = 0.0
+        trainer.train()
+    assert "acted on the reference inputs" not in caplog.text
+    own = weights(again)  # and those of TRL's reference policy
+    for name, value in trained.items():
+        torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-6)
+    assert leak(again) < 1e-6
+
+
+def test_a_plain_adapter_is_refused_with_the_remedy(tmp_path):
+    model = model_of()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"not trained in the complement .*merge_adapter"):
+        sft(tmp_path, model).train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_dpo_with_pairs_as_references_needs_no_reference_policy(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_ogpsa.callback.with_margins", lambda *_: pytest.fail("nothing needs the margins"))
+    model = model_of()
+    dpo(tmp_path, model, OGPSACallback([ReferenceSet("pairs", pairs(), loss="dpo"), *sets()])).train()
+    assert leak(model) < 1e-6
+
+
+def test_whole_weights(tmp_path):
+    model = base()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = FullParameterConfig(
+        subspace="activations", subspace_rank=8, exclude=["embed_tokens", "*norm*", "lm_head"]
+    )
+    sft(tmp_path, model, [OGPSACallback(sets(), config=config)]).train()
+    for stack, place, matrix in projector_of(model).activations._each():
+        change = matrix.parameter.detach() - before[matrix.name]
+        assert change.norm() > 0
+        assert (change @ stack.basis[place]).norm() < 1e-4 * change.norm()
+    assert not torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+
+
+def test_a_reference_weight_draws_references_in_training(tmp_path):
+    model = model_of(reference_weight=2.0, refresh_steps=2, refresh_samples=2)
+    sft(tmp_path, model).train()
+    assert model.projector.diagnostics.reference_examples == 8  # before steps 1, 2, 4 and 6
+    assert model.projector.subspace.capacity == 2  # a row for each set
+    assert leak(model) < 1e-6
