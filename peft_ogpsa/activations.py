@@ -167,7 +167,7 @@ class ActivationSubspace:
                     "autocast (bf16=True)."
                 )
             rows = tuple(len(parameter) for parameter in parameters)
-            key = (_kind(item.layers), item.width, rows, parameters[0].dtype, parameters[0].device)
+            key = (kind_of(item.layers), item.width, rows, parameters[0].dtype, parameters[0].device)
             kinds.setdefault(key, []).append(i)
         stacks = []
         for (kind, width, _, _, device), places in kinds.items():
@@ -419,7 +419,8 @@ class Kind:
         )
 
 
-def _kind(layers: Sequence[str]) -> str:
+def kind_of(layers: Sequence[str]) -> str:
+    """The kind of layers that share an input: their names without what tells one block of a model from another."""
     return "+".join(dict.fromkeys(re.sub(r"\d+", "*", layer.rpartition(".")[2]) for layer in layers))
 
 

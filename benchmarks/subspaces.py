@@ -1,0 +1,122 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The activation subspace of a model: how its energy is spread, how it fits held-out references, what it weighs.
+
+python -m benchmarks.subspaces --output docs/activations      # a figure and its numbers
+python -m benchmarks.subspaces --sizes                        # bytes at 7 and 8 B, computed
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from peft_ogpsa import ReferenceSet, data, inputs
+from peft_ogpsa.activations import kind_of, most_directions
+from peft_ogpsa.cli.models import SMOLLM2, load_model
+from peft_ogpsa.modes import undisturbed
+from peft_ogpsa.reference import ReferenceLoader, reference_loss
+from peft_ogpsa.sketch import OVERSAMPLING
+
+SHAPES = {"Llama-3.1-8B": (32, 4096, 14336), "Qwen2.5-7B": (28, 3584, 18944), "Qwen2.5-1.5B": (28, 1536, 8960)}
+"""Blocks, hidden size, width of the MLP. An input each for q, k, v; o; gate, up; down."""
+
+
+def sizes() -> None:
+    """Prints what the directions weigh, and what finding them needs meanwhile."""
+    print("| model | directions | held, float32 | held, bfloat16 | while it is built |")
+    print("|---|---|---|---|---|")
+    for name, (blocks, hidden, wide) in SHAPES.items():
+        for rank in (128, 256, 512):
+            elements = blocks * rank * (3 * hidden + wide)
+            # A sketch and its test matrix, in float32.
+            meanwhile = 2 * 4 * blocks * (rank + OVERSAMPLING) * (3 * hidden + wide)
+            mib = [count / 2**20 for count in (4 * elements, 2 * elements, meanwhile)]
+            print(f"| {name} | {rank} | {mib[0]:,.0f} MiB | {mib[1]:,.0f} MiB | {mib[2]:,.0f} MiB |")
+
+
+def measured(model_name: str, prompts: int) -> dict[str, Any]:
+    """The energies of every kind of layer, found with the base's own answers to built-in prompts."""
+    base, tokenizer, source = load_model(model_name)
+    sets = [
+        ReferenceSet.from_prompts(name, data.load_prompts(name), base, tokenizer, samples=prompts, max_new_tokens=64)
+        for name in ("general", "arithmetic", "lookalikes")
+    ]
+    loader = ReferenceLoader({own.name: own.tokenize(tokenizer) for own in sets}, None, 16, pad_token_id=0)
+    batches = loader.batches("cpu", everything=True)
+    layers = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    shares: dict[str, list[torch.Tensor]] = {}
+    held: dict[str, list[float]] = {}
+    start = time.perf_counter()
+    with undisturbed(base):
+        found = inputs.find(
+            layers, reference_loss, base, batches, most=most_directions, energy=1.0, progress=lambda own: tqdm(own)
+        )
+    seconds = time.perf_counter() - start
+    for item in found:
+        kind = kind_of(item.layers)
+        shares.setdefault(kind, []).append(item.energies.cumsum(0) / item.energy)
+        held.setdefault(kind, []).append(item.held_out or 0.0)
+    kinds = {}
+    for kind, own in shares.items():
+        shortest = min(map(len, own))
+        mean = torch.stack([share[:shortest] for share in own]).mean(0)
+        own_held = held[kind]
+        kinds[kind] = {
+            "share": mean.tolist(),
+            "directions": shortest,
+            "held_out_share_of_all_directions": sum(own_held) / len(own_held),
+        }
+    return {"model": source, "references": {own.name: len(own.dataset) for own in sets}, "seconds": seconds} | {
+        "kinds": kinds
+    }
+
+
+def draw(report: dict[str, Any], file: Path) -> None:
+    """Draws the share of the energy over the number of directions."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for kind, own in report["kinds"].items():
+        axes.plot(range(1, len(own["share"]) + 1), own["share"], label=kind)
+    axes.axhline(0.9, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(
+        xscale="log",
+        xlabel="directions",
+        ylabel="share of the inputs' energy",
+        title="Inputs on reference tokens, mean over the layers of a kind",
+        ylim=(0, 1),
+    )
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=160)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="Without suffix: a .json and a .png file.")
+    parser.add_argument("--model", default=SMOLLM2)
+    parser.add_argument("--prompts", type=int, default=48, help="Of each reference set.")
+    parser.add_argument("--sizes", action="store_true", help="Only compute bytes for larger models.")
+    arguments = parser.parse_args()
+    if arguments.sizes:
+        sizes()
+        return
+    if arguments.output is None:
+        parser.error("--output is missing.")
+    report = measured(arguments.model, arguments.prompts)
+    arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    draw(report, arguments.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
