@@ -152,12 +152,13 @@ METHODS: dict[str, Method] = {
     "null space, energy 0.9": null_space(subspace_energy=0.9),
     "null space, energy 0.95": null_space(subspace_energy=0.95),
     "null space, energy 0.99": null_space(subspace_energy=0.99),
-    "null space, energy 0.9, answers": null_space(subspace_energy=0.9, tokens="answer"),
-    "null space, energy 0.9, KL 8": null_space(subspace_energy=0.9, reference_weight=8.0, refresh_samples=2),
-    "null space, energy 0.9, cone, KL 8": null_space(
-        subspace="both", subspace_energy=0.9, reference_weight=8.0, refresh_samples=2
+    "null space": null_space(subspace_energy=1.0),
+    "null space, answers": null_space(subspace_energy=1.0, tokens="answer"),
+    "null space, KL 8": null_space(subspace_energy=1.0, reference_weight=8.0, refresh_samples=2),
+    "null space, cone, KL 8": null_space(
+        subspace="both", subspace_energy=1.0, reference_weight=8.0, refresh_samples=2
     ),
-    "null space, energy 0.9, contrast": null_space(subspace_energy=0.9, contrast=0.2),
+    "null space, contrast": null_space(subspace_energy=1.0, contrast=0.2),
     "plain, contrast": Method(contrast=0.2),
     "plain, half contrast": Method(contrast=0.5),
     "plain, third contrast": Method(contrast=1 / 3),
