@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import processes
 from .encoding import IGNORED
+from .geometry import small_dtype
 from .gradients import LossFn, batch_size, examples_of, first_tensor
 from .sketch import Sketch
 
@@ -129,9 +130,12 @@ def find(
 
         if not all(own.exact for own in sketches.values()):
             for turn in range(_TURNS):
+                seen = 0
                 for part in used:
-                    if turn < part.size:
-                        watcher.take(forward, model, part.of(range(turn, part.size, _TURNS)), add)
+                    quarter = [i for i in range(part.size) if (seen + i) % _TURNS == turn]
+                    seen += part.size
+                    if quarter:
+                        watcher.take(forward, model, part.of(quarter), add)
                 _add_up(sketches.values())
                 for own in sketches.values():
                     own.turn()
@@ -185,7 +189,7 @@ def _split(batches: Batches, tokens: Tokens) -> tuple[list[_Part], list[_Part]]:
             if rest:
                 kept.append(part.of(rest))
         used += _weighted(kept, name, len(batches))
-        held += _weighted(out, name, len(batches))
+        held += _weighted([part for part in out if _count(part)], name, len(batches))
     return used, held
 
 
@@ -236,7 +240,8 @@ class _Watcher:
         self.shared: dict[str, list[str]] = {}
         self.inputs: dict[str, tuple[int, torch.device]] = {}
         self._first: dict[str, str] = {}  # of the layers that share its input, by layer
-        self._alive: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # this pass's inputs, and who had them first
+        # The inputs of a pass by identity and version, and who had them first.
+        self._alive: dict[tuple[int, int], tuple[weakref.ref[Tensor], str]] = {}
         self._act: Callable[[str, Tensor], None] | None = None
 
     @contextmanager
@@ -261,10 +266,11 @@ class _Watcher:
 
     def _shared_with(self, name: str, vectors: Tensor) -> str:
         """The layer that was given this very tensor first."""
-        held, first = self._alive.get(id(vectors), (None, ""))
+        key = id(vectors), vectors._version
+        held, first = self._alive.get(key, (None, ""))
         if held is not None and held() is vectors:
             return first
-        self._alive[id(vectors)] = weakref.ref(vectors), name
+        self._alive[key] = weakref.ref(vectors), name
         return name
 
     def discover(self, forward: LossFn, model: nn.Module, part: _Part) -> None:
@@ -332,6 +338,13 @@ def _changed(name: str, before: str, now: str) -> ValueError:
     )
 
 
+def _not_finite(layer: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"The input of {layer} is not finite on the reference examples. Check the model's loss on them and the dtype "
+        "(float16 overflows: use bfloat16 or float32)."
+    )
+
+
 def _add_up(sketches: Iterable[Sketch]) -> None:
     for own in sketches:
         for tensor in own.parts():
@@ -342,10 +355,7 @@ def _add_up(sketches: Iterable[Sketch]) -> None:
 def _input(layers: Sequence[str], sketch: Sketch, rank: int | None, energy: float) -> Input:
     total = float(sketch.energy)
     if not math.isfinite(total):
-        raise FloatingPointError(
-            f"The input of {layers[0]} is not finite on the reference examples. Check the model's loss on them and "
-            "the dtype (float16 overflows: use bfloat16 or float32)."
-        )
+        raise _not_finite(layers[0])
     energies, directions = sketch.leading()
     found = Input(tuple(layers), directions.shape[0], energies, directions, total)
     found.cut(rank, energy)
@@ -359,16 +369,19 @@ def _measure(
     if not held:
         return
     own = {item.layers[0]: item for item in found}
-    sums = {name: item.energies.new_zeros(2) for name, item in own.items()}
+    sums = {name: torch.zeros(2, dtype=small_dtype(watcher.inputs[name][1])) for name in own}
 
     def take(name: str, vectors: Tensor, weight: float) -> None:
-        inside = vectors.float() @ own[name].directions.float()
-        squares = [part.square().sum(dtype=torch.float64) for part in (inside, vectors.float())]
-        sums[name] += torch.stack(squares) * weight
+        with torch.autocast(vectors.device.type, enabled=False):
+            inside = vectors.float() @ own[name].directions.to(vectors.device, torch.float32)
+        squares = [part.square().sum(dtype=sums[name].dtype) for part in (inside, vectors.float())]
+        sums[name] = sums[name].to(vectors.device) + torch.stack(squares) * weight
 
     for part in held:
         watcher.take(forward, model, part, take)
     for name, item in own.items():
         (total,) = processes.summed([sums[name]])
         inside, everything = total.tolist()
+        if not math.isfinite(everything):
+            raise _not_finite(name)
         item.held_out = inside / everything if everything else None

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .geometry import small_dtype
+
 OVERSAMPLING = 16
 """Columns beyond the directions that are wanted."""
 
@@ -34,7 +36,7 @@ class Sketch:
 
     Attributes:
         exact (`bool`): Whether it is held whole.
-        energy (`Tensor`): Scalar, float64: the trace of the second moment, which is the weighted sum of the vectors'
+        energy (`Tensor`): Scalar: the trace of the second moment, which is the weighted sum of the vectors'
             squared lengths.
     """
 
@@ -46,16 +48,20 @@ class Sketch:
             generator = torch.Generator().manual_seed(seed)
             self._test = torch.randn(width, columns, generator=generator).to(device)
         self.exact = self._test is None
-        self._image = torch.zeros(width, width if self._test is None else columns, device=device)
-        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+        double = small_dtype(device)
+        # Sums of a whole second moment are small enough for the wider type, in which rounding makes no directions.
+        shape, dtype = ((width, width), double) if self.exact else ((width, columns), torch.float32)
+        self._image = torch.zeros(shape, dtype=dtype, device=device)
+        self.energy = torch.zeros((), dtype=double, device=device)
         self._rank = rank
 
     def add(self, vectors: Tensor, weight: float = 1.0) -> None:
         """Adds `(n, width)` vectors of any dtype, each with the same weight."""
-        vectors = vectors.float()
-        images = vectors if self._test is None else vectors @ self._test
-        self._image.addmm_(vectors.T, images, alpha=weight)
-        self.energy += vectors.square().sum(dtype=torch.float64) * weight
+        with torch.autocast(vectors.device.type, enabled=False):
+            vectors = vectors.float()
+            images = vectors if self._test is None else vectors @ self._test
+            self._image.add_(vectors.T @ images, alpha=weight)
+        self.energy += vectors.square().sum(dtype=self.energy.dtype) * weight
 
     def parts(self) -> list[Tensor]:
         """What is held, for sums over processes: change it in place."""
@@ -76,11 +82,12 @@ class Sketch:
             less where the vectors span less. A direction's energy is the second moment along it, which the range
             finder underestimates a little.
         """
-        image = self._image.double()
+        # mps has no float64.
+        image = (self._image.cpu() if self.energy.dtype == torch.float32 else self._image).double()
         if self._test is None:
             values, vectors = torch.linalg.eigh((image + image.T) / 2)
         else:
-            test = self._test.double()
+            test = self._test.to(image.device).double()
             core = test.T @ image
             weights, axes = torch.linalg.eigh((core + core.T) / 2)
             weights, axes = weights[kept := weights > _NOISE * weights[-1]], axes[:, kept]
