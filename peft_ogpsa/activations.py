@@ -43,6 +43,9 @@ PREFIX = "directions."
 LEAK = 1e-3
 """An adapter with a smaller share in the subspace has been in its complement all along."""
 
+_HOLLOW = 1e-3
+"""A matrix of which a smaller share is left outside of the subspace has nothing there but rounding errors."""
+
 _MOST_LEAK = 0.25
 """An adapter with a larger share in the subspace was trained without it."""
 
@@ -203,7 +206,7 @@ class ActivationSubspace:
         Raises:
             ValueError: If it is too much: the adapter was not born in the complement. Nothing is changed.
         """
-        leaks, entered = [torch.zeros((), dtype=torch.float64, device=self.device)], []
+        leaks, entered, hollow = [torch.zeros((), dtype=torch.float64, device=self.device)], [], []
         for stack, place, matrix in self._each():
             if matrix.after is None:
                 continue
@@ -212,8 +215,15 @@ class ActivationSubspace:
             outside = a - stack.spread(along, place)[0]
             leaks.append(_share(b, along[0], a).to(self.device))
             whole, kept = torch.linalg.vector_norm(a), torch.linalg.vector_norm(outside)
+            hollow.append((kept <= _HOLLOW * whole).to(self.device))
             stretch = torch.where(b.any() | (kept == 0), 1.0, stack.gain[place, 0, 0] * whole / kept)
             entered.append((matrix.parameter, outside * stretch))
+        for matrix, nothing in zip(self._afters(), torch.stack(hollow).tolist() if hollow else [], strict=True):
+            if nothing:
+                raise ValueError(
+                    f"Nothing is left of {matrix.name} outside of the activation subspace, so that the layer could "
+                    "not learn. Lower subspace_rank."
+                )
         most = float(torch.stack(leaks).max())
         if most > _MOST_LEAK:
             raise ValueError(
@@ -224,6 +234,10 @@ class ActivationSubspace:
         for parameter, full in entered:
             processes.local(parameter).copy_(processes.own_part(full, parameter))
         return most
+
+    def _afters(self) -> list[InputMatrix]:
+        """The matrices that are an adapter's, in the order of `_each`."""
+        return [matrix for _, _, matrix in self._each() if matrix.after is not None]
 
     def in_use(self) -> bool:
         """Whether the adapter does anything yet: whether some B is not zero. True for whole weights."""
@@ -258,11 +272,12 @@ class ActivationSubspace:
     @torch.no_grad()
     def project_step(self, record: bool = True) -> None:
         """Projects what the matrices have changed by since `remember`; with `record` it counts for `removed`."""
-        assert self._before is not None
-        for i, (stack, before) in enumerate(zip(self._stacks, self._before, strict=True)):
+        for i, stack in enumerate(self._stacks):
             now = stack.copies(stack.parameters())
-            step = now - before
             if record:
+                assert self._before is not None
+                before = self._before[i]
+                step = now - before
                 removed = stack.inside(step)
                 self._squares[i] += torch.stack([removed.square().sum(), step.square().sum()])
                 step -= removed
@@ -273,6 +288,7 @@ class ActivationSubspace:
                 now -= stack.inside(now)
             own = [processes.local(parameter) for parameter in stack.parameters()]
             torch._foreach_copy_(own, stack.views(now))
+        self._before = None
 
     @torch.no_grad()
     def project_rows(self, rows: Mapping[str, Tensor]) -> None:
@@ -354,11 +370,13 @@ class ActivationSubspace:
             ValueError: If it does not fit the matrices.
         """
         found = []
+        widths = {matrix.layer: matrix.parameter.shape[1] for matrix in matrices}
         for entry in rest:
             name = f"{PREFIX}{entry['place']}"
+            if name not in tensors:
+                raise ValueError(f"{name} is missing.")
             directions = tensors[name]
-            if not directions.isfinite().all():
-                raise ValueError(f"{name} has values that are not finite.")
+            _check_directions(name, directions, len(entry["energies"]), widths.get(entry["layers"][0]))
             energies = torch.tensor(entry["energies"], dtype=torch.float64)
             found.append(
                 Input(
@@ -428,6 +446,17 @@ def _whole(parameter: Tensor) -> Tensor:
     """All of a parameter, from all processes where it is sharded, in float32 or wider."""
     full = processes.whole(processes.local(parameter), parameter)
     return full.to(torch.promote_types(torch.float32, full.dtype))
+
+
+def _check_directions(name: str, directions: Tensor, count: int, width: int | None) -> None:
+    if directions.dim() != 2 or directions.shape[1] != count or width not in (None, directions.shape[0]):
+        raise ValueError(f"{name} has the shape {tuple(directions.shape)}, and ({width}, {count}) is needed.")
+    if not directions.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite.")
+    exact = directions.double()
+    error = (exact.T @ exact - torch.eye(count, dtype=exact.dtype, device=exact.device)).abs().max() if count else 0.0
+    if error > (1e-5 if directions.dtype == torch.float32 else 0.05):
+        raise ValueError(f"{name} is damaged: its columns are not orthonormal.")
 
 
 def _share(after: Tensor, along: Tensor, matrix: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ SIDECAR_NAME = "ogpsa_config.json"
 _FORMAT_VERSION = 1
 
 # Initialisations after which the base without the adapter is not the model that was loaded.
-_MOVING_STARTS = ("pissa", "olora", "corda", "loftq")
+_MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 logger = logging.getLogger(__name__)
 

@@ -244,7 +244,9 @@ class Projector:
                     subspace.discard(slots)  # the older rows remain as they were
                 raise
             if self.activations is not None and config.uses_activations:
-                self.activations.project_rows(subspace.views_of(slots))
+                with self._full_precision():
+                    for rows in subspace.views_of(slots):
+                        self.activations.project_rows(rows)
             subspace.add_up(slots)
             owners = [name for name, count in counts.items() for _ in range(count)]
             bad = subspace.commit(slots, owners)
@@ -280,6 +282,10 @@ class Projector:
         own = self._built_for
         return own.keys() != trained.keys() or any(own[name] is not trained[name] for name in own)
 
+    def _drop_activations(self) -> None:
+        self.activations, self._built_for = None, {}
+        self.diagnostics.removed_by_kind = dict
+
     def _build(
         self,
         config: ProjectionConfig,
@@ -292,6 +298,11 @@ class Projector:
         self._targets.forget()
         self._targets.check()
         matrices = self._targets.matrices()
+        if not matrices:
+            raise ValueError(
+                f"There is no matrix for subspace={config.subspace!r} to project: no LoRA matrix A, or weight of a "
+                "linear layer, is in training."
+            )
         device = processes.local(matrices[0].parameter).device
         sizes = {name: [batch_size(batch) for batch in own] for name, own in batches.items()}
         processes.check_agreement(
@@ -310,7 +321,8 @@ class Projector:
                 progress=progress,
             )
         processes.reshard(self._model)
-        self._hold(ActivationSubspace(matrices, found, _DTYPES[config.rows_dtype]), config)
+        with _full_precision(device):
+            self._hold(ActivationSubspace(matrices, found, _DTYPES[config.rows_dtype]), config)
 
     def _hold(self, activations: ActivationSubspace, config: ProjectionConfig) -> None:
         """Takes a subspace and puts the adapter into its complement."""
@@ -477,7 +489,7 @@ class Projector:
         The activation subspace stays while the adapter in its complement is in use.
         """
         if self.activations is not None and not self.activations.in_use():
-            self.activations = None
+            self._drop_activations()
         self.subspace = self._before = self._masters = self._overlaps = self._last_launcher = None
         self._fresh = []
         self._weights = {}
@@ -488,7 +500,7 @@ class Projector:
     def retire(self) -> None:
         """Lets go of the optimizer's steps for good; the adapter has been unloaded."""
         self.reset()
-        self.activations = None
+        self._drop_activations()
         hooks.unwatch(self)
 
     # The optimizer step
@@ -856,9 +868,10 @@ class Projector:
             raise ValueError(f"The saved state holds no subspace of the kind that subspace={config.subspace!r} needs.")
         self._compare_fingerprint(rest["fingerprint"])
         self.subspace, self._made_with = subspace, _shape_of(config)
-        self.activations, self._built_with = activations, _inputs_of(config)
-        self._built_for, _ = self._trained()
+        self._drop_activations()
         if activations is not None:
+            self.activations, self._built_with = activations, _inputs_of(config)
+            self._built_for, _ = self._trained()
             self.diagnostics.removed_by_kind = activations.removed
         self._masters = None
         if masters:

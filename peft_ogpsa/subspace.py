@@ -180,13 +180,14 @@ class Subspace:
         (total,) = self.blocks.total(torch.stack([has[name] for name in self.blocks.order]).float())
         return total > 0
 
-    def views_of(self, slots: Sequence[int]) -> dict[str, Tensor]:
-        """Some rows of every parameter, `(rows, *shape)` by name; views where the slots are neighbours.
+    def views_of(self, slots: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        """Some rows of every parameter, `(rows, *shape)` by name, as views: neighbouring slots at a time.
 
         The shapes are those of `Blocks.views`.
         """
-        own = _index(slots)
-        return {name: view[own] for name, view in zip(self.blocks.names(), self.blocks.views(self.rows), strict=True)}
+        views = dict(zip(self.blocks.names(), self.blocks.views(self.rows), strict=True))
+        for _, own in _runs(slots):
+            yield {name: view[own] for name, view in views.items()}
 
     def claim(self, count: int) -> list[int]:
         """Takes the next `count` slots of the ring, oldest first; their former rows are lost.

@@ -112,14 +112,20 @@ class AdapterTargets:
 
         Raises:
             ValueError: If a layer's output depends on other trained parameters than A and B, or on A in another way
-                than through `B A x`.
+                than through `B A x`, or if its B is trained and its A is not.
         """
         found = []
+        names = {name for name, _, _ in self.trained()}
         configs: dict[str, Any] = self.model.peft_config
         for name, owner, parameter in self.trained():
             path, _, adapter = owner.rpartition(":")
             layer: Any = self.model.get_submodule(path)
             _refuse_layer(path, layer, adapter, configs[adapter])
+            if ".lora_B." in name and name.replace(".lora_B.", ".lora_A.") not in names:
+                raise ValueError(
+                    f"{name} is trained and the matrix A before it is not, so that an activation subspace cannot keep "
+                    "the layer's output on reference inputs. Train both, or use subspace='gradients'."
+                )
             if ".lora_A." in name:
                 after = layer.lora_B[adapter].weight
                 found.append(InputMatrix(name, path, layer, parameter, after))
