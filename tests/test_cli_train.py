@@ -127,7 +127,7 @@ def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
             "--max_new_tokens",
             "4",
             "--dtype",
-            "float32",
+            "bfloat16",
             "--output",
             results[-1],
             "--card",
@@ -173,7 +173,7 @@ def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
     main(["compare", *results])
     printed = capsys.readouterr().out
     assert "Not measured alike: samples is 3, None." in printed
-    assert "Not measured alike: dtype is bfloat16, float32." in printed
+    assert "Not measured alike: dtype is float32, bfloat16." in printed
 
 
 def test_push(folder, monkeypatch, capsys):
