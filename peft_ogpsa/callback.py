@@ -364,12 +364,13 @@ def _plan(run: _Run, step_examples: int) -> str:
     """What the run will cost, for the user to see before it starts."""
     config = run.projector.config
     held, more = run.projector.memory(len(run.loader.sets))
-    lines = []
-    if run.projector.activations is not None and config.uses_activations:
+    lines, activations = [], run.projector.activations
+    if activations is not None and config.uses_activations:
+        held -= activations.bytes()
         lines = [
-            f"OGPSA: activation subspace, {run.projector.activations.bytes() / 2**20:,.0f} MiB, built in "
+            f"OGPSA: activation subspace, {activations.bytes() / 2**20:,.0f} MiB, built in "
             f"{run.projector.diagnostics.stopwatch.totals().get('build', 0.0):.1f} seconds.",
-            *(f"  {own}" for own in run.projector.activations.kinds()),
+            *(f"  {own}" for own in activations.kinds()),
         ]
     if not config.refreshes:
         return "\n".join(lines)
