@@ -49,10 +49,11 @@ class ProjectionConfig:
         },
     )
     subspace_energy: float = field(
-        default=0.9,
+        default=1.0,
         metadata={
             "help": "Without subspace_rank: the share of the energy of a layer's inputs on reference tokens that its "
-            "directions hold, above 0 and at most 1."
+            "directions hold, above 0 and at most 1, with at most 512 directions and half of the width. 1.0: as many "
+            "as that."
         },
     )
     tokens: Literal["all", "answer"] = field(

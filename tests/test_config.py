@@ -21,7 +21,7 @@ from peft_ogpsa.registration import register
 DEFAULTS = {
     "subspace": "gradients",
     "subspace_rank": None,
-    "subspace_energy": 0.9,
+    "subspace_energy": 1.0,
     "tokens": "all",
     "constraint": "cone",
     "projection": "update",
