@@ -42,7 +42,7 @@ class Input:
         layers: Names of the layers.
         width: Its last axis.
         energies: `(k,)`, float64, of each direction on the reference tokens, strongest first.
-        directions: `(width, k)`, float64, orthonormal columns.
+        directions: `(width, k)`, float32, orthonormal columns.
         energy: Of everything: the mean squared length of the input.
         held_out: Share of the energy of held-out examples that lies in the directions; `None` without any.
     """
@@ -128,6 +128,10 @@ def find(
         def add(name: str, vectors: Tensor, weight: float) -> None:
             sketches[name].add(vectors, weight)
 
+        def add_to_sketched(name: str, vectors: Tensor, weight: float) -> None:
+            if not sketches[name].exact:
+                sketches[name].add(vectors, weight)
+
         if not all(own.exact for own in sketches.values()):
             for turn in range(_TURNS):
                 seen = 0
@@ -135,14 +139,15 @@ def find(
                     quarter = [i for i in range(part.size) if (seen + i) % _TURNS == turn]
                     seen += part.size
                     if quarter:
-                        watcher.take(forward, model, part.of(quarter), add)
+                        watcher.take(forward, model, part.of(quarter), add_to_sketched)
                 _add_up(sketches.values())
                 for own in sketches.values():
                     own.turn()
         for part in progress(used):
             watcher.take(forward, model, part, add)
         _add_up(sketches.values())
-        found = [_input(watcher.shared[name], own, rank, energy) for name, own in sketches.items()]
+        # Each sketch is freed as soon as its directions are found.
+        found = [_input(watcher.shared[name], sketches.pop(name), rank, energy) for name in list(sketches)]
         _measure(found, held, watcher, forward, model)
     return found
 
@@ -357,7 +362,7 @@ def _input(layers: Sequence[str], sketch: Sketch, rank: int | None, energy: floa
     if not math.isfinite(total):
         raise _not_finite(layers[0])
     energies, directions = sketch.leading()
-    found = Input(tuple(layers), directions.shape[0], energies, directions, total)
+    found = Input(tuple(layers), directions.shape[0], energies, directions.float(), total)
     found.cut(rank, energy)
     return found
 

@@ -103,16 +103,18 @@ def moments(model, batches, which="all", layers=None, forward=pass_batch) -> dic
 
 def assert_leading(item: Input, moment: Moment, tolerance=1e-5):
     """The directions are eigenvectors, and those with the largest eigenvalues."""
+    directions = item.directions.double()
     values, k = moment.values(), len(item.energies)
     np.testing.assert_allclose(item.energies.numpy(), values[:k], atol=tolerance * values[0])
-    assert (moment.used @ item.directions - item.directions * item.energies).norm(dim=0).max() < tolerance * values[0]
-    assert (item.directions.T @ item.directions - torch.eye(k).double()).abs().max() < 1e-10
+    assert (moment.used @ directions - directions * item.energies).norm(dim=0).max() < tolerance * values[0]
+    assert (directions.T @ directions - torch.eye(k).double()).abs().max() < 1e-6
     assert item.energy == pytest.approx(values.sum(), rel=1e-5)
 
 
 def assert_captured(item: Input, moment: Moment, least=0.99):
     best = moment.values()[: len(item.energies)].sum()
-    share = float(torch.trace(item.directions.T @ moment.used @ item.directions)) / best
+    directions = item.directions.double()
+    share = float(torch.trace(directions.T @ moment.used @ directions)) / best
     assert share >= least
     assert item.energy == pytest.approx(moment.values().sum(), rel=1e-5)
 
@@ -231,7 +233,7 @@ def test_directions_of_a_model_in_bfloat16():
     model, batches = tiny_llama().bfloat16(), {"set": [padded(4)]}
     exact = moments(model, batches)
     for name, item in by_layer(find(model, batches, rank=RANK)).items():
-        assert item.directions.dtype == torch.float64
+        assert item.directions.dtype == torch.float32
         # Splitting the batch in examples changes how bfloat16 rounds, so this is not as close as in float32.
         assert_captured(item, exact[name], 0.999)
 
@@ -242,7 +244,7 @@ def test_sets_count_the_same():
     item = one(nn.Linear(4, 2), {"many": [axes[[1] * 5], axes[[1]]], "few": [2 * axes[[3]]]}, layers=None, rank=4)
     assert item.energies.tolist() == pytest.approx([2, 0.5])
     assert item.energy == pytest.approx(2.5)
-    assert torch.allclose(item.directions.abs(), axes[:, [3, 1]].double())
+    assert torch.allclose(item.directions.abs(), axes[:, [3, 1]])
 
 
 def test_tokens_of_a_set_count_the_same():
@@ -256,7 +258,7 @@ def test_tokens_of_a_set_count_the_same():
     for batches in ([batch], [{key: value[[i]] for key, value in batch.items()} for i in range(2)]):
         item = one(model, {"set": batches, "other": [other]}, layers={"a": model.a}, rank=4)
         assert item.energies.tolist() == pytest.approx([0.5, 0.375, 0.125])
-        assert torch.allclose(item.directions.abs(), torch.eye(4)[:, [3, 1, 0]].double())
+        assert torch.allclose(item.directions.abs(), torch.eye(4)[:, [3, 1, 0]])
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (5, 3, 12)])
@@ -346,7 +348,7 @@ def test_held_out():
     shares = {}
     for name, item in by_layer(find(model, batches, rank=RANK)).items():
         assert_leading(item, exact[name])  # none of the held-out examples is in them
-        assert item.held_out == pytest.approx(exact[name].share_held(item.directions), rel=1e-5)
+        assert item.held_out == pytest.approx(exact[name].share_held(item.directions.double()), rel=1e-5)
         shares[name] = item.held_out
     few = by_layer(find(model, batches, rank=2))
     assert all(few[name].held_out < shares[name] for name in few)  # it is that of the directions that are kept
@@ -358,7 +360,7 @@ def test_held_out_of_answers():
     exact = moments(model, batches, "answer")
     for name, item in by_layer(find(model, batches, rank=RANK, tokens="answer")).items():
         assert_leading(item, exact[name])
-        assert item.held_out == pytest.approx(exact[name].share_held(item.directions), rel=1e-5)
+        assert item.held_out == pytest.approx(exact[name].share_held(item.directions.double()), rel=1e-5)
 
 
 def test_nothing_held_out():
@@ -372,7 +374,7 @@ def test_batch_that_is_held_out_altogether():
     exact = moments(model, batches)
     for name, item in by_layer(find(model, batches, rank=RANK)).items():
         assert_leading(item, exact[name])
-        assert item.held_out == pytest.approx(exact[name].share_held(item.directions), rel=1e-5)
+        assert item.held_out == pytest.approx(exact[name].share_held(item.directions.double()), rel=1e-5)
 
 
 def test_held_out_examples_without_a_token():
@@ -447,7 +449,7 @@ def test_wide_layers_of_an_mlp():
     for name, item in found.items():
         assert item.directions.shape == (item.width, 8)
         assert_captured(item, exact[name])
-        assert item.held_out == pytest.approx(exact[name].share_held(item.directions), rel=1e-5)
+        assert item.held_out == pytest.approx(exact[name].share_held(item.directions.double()), rel=1e-5)
 
 
 def words(rows: int, length: int, seed: int, side: str = "right") -> dict:
@@ -515,7 +517,7 @@ def test_under_autocast(width):
 
     item, exact = one(model, batches, rank=8, forward=forward), moments(model, batches)[""]
     assert_captured(item, exact)
-    assert item.held_out == pytest.approx(exact.share_held(item.directions), rel=1e-5)
+    assert item.held_out == pytest.approx(exact.share_held(item.directions.double()), rel=1e-5)
 
 
 # Refusals
@@ -597,7 +599,8 @@ def test_example_without_a_token():
 
 
 def whole(item: Input) -> torch.Tensor:
-    return item.directions * item.energies @ item.directions.T
+    directions = item.directions.double()
+    return directions * item.energies @ directions.T
 
 
 def test_order_and_size_of_batches():
