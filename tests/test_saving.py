@@ -31,6 +31,10 @@ from peft_ogpsa.config import SIDECAR_NAME
 from peft_ogpsa.model import projector_of
 
 KNOBS = {
+    "subspace": "gradients",
+    "subspace_rank": 3,
+    "subspace_energy": 0.5,
+    "tokens": "answer",
     "constraint": "orthogonal",
     "projection": "gradient",
     "scope": "module",
@@ -38,7 +42,6 @@ KNOBS = {
     "rows": 7,
     "rows_from": "batch",
     "rows_dtype": "bfloat16",
-    "subspace_rank": 3,
     "refresh_steps": 2,
     "reference_budget": 0.25,
     "refresh_samples": None,
