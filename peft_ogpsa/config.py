@@ -45,7 +45,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         subspace_energy (`float`): Without `subspace_rank`: the share of the energy (mean squared length) of a layer's
             inputs on reference tokens that its directions hold, above 0 and at most 1. There are at most 512
             directions, and at most half of the input's width; at 1.0, the default, as many as that. Lower shares keep
-            much less: a few directions hold most of the energy (docs/tax.md).
+            less: in some layers a few directions hold most of the energy (docs/tax.md).
         tokens (`str`): Whose inputs count for an activation subspace: `"all"` tokens of a reference example, or those
             of the `"answer"`.
         constraint (`str`): `"cone"` takes the closest update along which no reference loss rises to first order;

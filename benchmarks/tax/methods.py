@@ -195,6 +195,7 @@ DRAWN = (
     "replay 1",
     "KL 8, 2 of 40",
     DEFAULT,
+    "null space",
     "cone of KL, slices",
     "cone of KL, slices, weight 5",
     "cone of KL, slices, weight 5, contrast",
