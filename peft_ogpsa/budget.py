@@ -23,7 +23,9 @@ def refresh_samples(
         ValueError: If `refresh_samples` leaves a set without its row, with `rows_from="set"`.
     """
     given = config.refresh_samples
-    if config.row_of == "set" and given is not None and given < sets:
+    # Rows that are only added to the gradient need not be of every set each time.
+    each_set = config.constrains and config.rows_from == "set"
+    if each_set and given is not None and given < sets:
         raise ValueError(
             f"refresh_samples={given} is less than the {sets} reference sets, and with rows_from='set' every set has "
             f"a row. Set refresh_samples={sets} or more, or give fewer sets."
@@ -31,7 +33,9 @@ def refresh_samples(
     if given is not None or config.reference_budget is None:
         return given
     wanted = max(1, round(config.reference_budget * config.refresh_steps * step_examples / cost))
-    if config.row_of == "set":
+    if not config.constrains:
+        return wanted
+    if each_set:
         return max(wanted, sets)
     # More than the ring holds does not fit.
     if config.row_of == "example":

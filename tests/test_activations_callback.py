@@ -227,9 +227,10 @@ def test_whole_weights(tmp_path):
     assert not torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
 
 
-def test_a_reference_weight_draws_references_in_training(tmp_path):
-    model = model_of(reference_weight=2.0, refresh_steps=2, refresh_samples=2)
+@pytest.mark.parametrize(("samples", "drawn"), [(2, 8), (1, 4)])
+def test_a_reference_weight_draws_references_in_training(tmp_path, samples, drawn):
+    model = model_of(reference_weight=2.0, refresh_steps=2, refresh_samples=samples)
     sft(tmp_path, model).train()
-    assert model.projector.diagnostics.reference_examples == 8  # before steps 1, 2, 4 and 6
+    assert model.projector.diagnostics.reference_examples == drawn  # before steps 1, 2, 4 and 6
     assert model.projector.subspace.capacity == 2  # a row for each set
     assert leak(model) < 1e-6
