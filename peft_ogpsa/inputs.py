@@ -3,7 +3,10 @@
 """The inputs of a model's layers on reference tokens: one pass of the base, and the leading directions of each input.
 
 Layers that are given one and the same tensor (q, k and v; gate and up) share an input. Every reference set counts as
-much as any other, whatever its size, and every token of a set as much as any other of the set.
+much as any other, whatever its size, and every token of a set as much as any other of the set. In some layers of
+language models the inputs of a few tokens, such as the first, are hundreds of times as long as those of all others
+(massive activations: Sun, Chen, Kolter, Liu 2024, arXiv 2402.17762). They would be all of the energy there, so longer
+inputs count with `LONGEST` times the median length.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ HELD_OUT = 8
 
 MOST_GAIN = 10.0
 """The largest gain. Where next to nothing is left of an input, noise would be enlarged."""
+
+LONGEST = 10.0
+"""The most that the length of an input counts for, in median lengths of an example's tokens."""
 
 _TURNS = 4
 """Wide inputs are passed twice. In the first pass sketches are turned so many times, after an equal part each."""
@@ -244,6 +250,7 @@ class _Watcher:
         self._layers = layers
         self.shared: dict[str, list[str]] = {}
         self.inputs: dict[str, tuple[int, torch.device]] = {}
+        self._longest: dict[str, Tensor] = {}  # by the first layer, the length that an input counts for at most
         self._first: dict[str, str] = {}  # of the layers that share its input, by layer
         # The inputs of a pass by identity and version, and who had them first.
         self._alive: dict[tuple[int, int], tuple[weakref.ref[Tensor], str]] = {}
@@ -287,6 +294,7 @@ class _Watcher:
                 raise _changed(name, self._first[name], first)
             if first == name:
                 self.inputs[name] = vectors.shape[-1], vectors.device
+                self._longest[name] = LONGEST * _median_length(self._at_tokens(part, name, vectors))
             own = self.shared.setdefault(first, [])
             if name not in own:
                 own.append(name)
@@ -304,7 +312,6 @@ class _Watcher:
         """Passes this process's share of the examples, and gives `take` the vectors at their tokens."""
         share = processes.share(part.size)
         own = part if len(share) == part.size else part.of(share or [0])
-        where = None if own.tokens is None else own.tokens.flatten().nonzero().squeeze(1)
 
         def act(name: str, vectors: Tensor) -> None:
             first = self._shared_with(name, vectors)
@@ -312,19 +319,28 @@ class _Watcher:
                 raise _changed(name, self._first[name], first)
             if first != name or not share:
                 return
-            flat = vectors.reshape(-1, vectors.shape[-1])
-            if own.tokens is not None and where is not None and len(where) < own.tokens.numel():
-                if len(flat) != own.tokens.numel():
-                    raise ValueError(
-                        f"The layer {name} is given {len(flat)} vectors, and the batch has {own.tokens.numel()} "
-                        "positions, so which of them are tokens is not known (routed experts are such layers). Pass "
-                        "one reference example at a time (OGPSACallback(batch_size=1)) with tokens='all', leave such "
-                        "layers out of target_modules, or use subspace='gradients'."
-                    )
-                flat = flat.index_select(0, where.to(flat.device))
-            take(name, flat.detach(), own.weight)
+            found = self._at_tokens(own, name, vectors)
+            lengths = torch.linalg.vector_norm(found, dim=1, keepdim=True)
+            take(name, found * (self._longest[name] / lengths).clamp(max=1), own.weight)
 
         self._pass(forward, model, own, act)
+
+    def _at_tokens(self, part: _Part, name: str, vectors: Tensor) -> Tensor:
+        """What a layer is given at the tokens that count: `(n, width)`, float32."""
+        flat = vectors.detach().reshape(-1, vectors.shape[-1]).float()
+        if part.tokens is None:
+            return flat
+        where = part.tokens.flatten().nonzero().squeeze(1)
+        if len(where) == part.tokens.numel():
+            return flat
+        if len(flat) != part.tokens.numel():
+            raise ValueError(
+                f"The layer {name} is given {len(flat)} vectors, and the batch has {part.tokens.numel()} "
+                "positions, so which of them are tokens is not known (routed experts are such layers). Pass "
+                "one reference example at a time (OGPSACallback(batch_size=1)) with tokens='all', leave such "
+                "layers out of target_modules, or use subspace='gradients'."
+            )
+        return flat.index_select(0, where.to(flat.device))
 
     def _pass(self, forward: LossFn, model: nn.Module, part: _Part, act: Callable[[str, Tensor], None]) -> None:
         self._alive.clear()
@@ -334,6 +350,14 @@ class _Watcher:
         finally:
             self._act = None
             self._alive.clear()
+
+
+def _median_length(vectors: Tensor) -> Tensor:
+    """Of `(n, width)` vectors; infinite where it is zero, so that it bounds nothing."""
+    if not len(vectors):
+        return torch.tensor(math.inf, device=vectors.device)
+    median = torch.linalg.vector_norm(vectors, dim=1).median()
+    return torch.where(median > 0, median, math.inf)
 
 
 def _changed(name: str, before: str, now: str) -> ValueError:

@@ -529,7 +529,7 @@ def routed(net, x, ids):
 
 def test_routed_inputs_with_padding():
     model = Net(routed)
-    with pytest.raises(ValueError, match=r"layer a is given \d+ vectors.*36 positions.*batch_size=1"):
+    with pytest.raises(ValueError, match=r"layer a is given \d+ vectors.*9 positions.*batch_size=1"):
         find(model, {"set": [padded(4)]}, layers={"a": model.a}, rank=4)
 
 
@@ -652,3 +652,32 @@ def test_nothing_is_kept_for_autograd():
     for item in inputs.find(linear_layers(model), pass_batch, model, {"set": [padded(9)]}, most=lambda _: 4):
         assert not item.directions.requires_grad
         assert not item.energies.requires_grad
+
+
+# Massive activations
+
+
+@pytest.mark.parametrize("factor", [0.5, 9.0, 11.0, 1e3, 1e6])
+@pytest.mark.parametrize("width", [32, 256])
+def test_long_inputs_count_up_to_a_limit(width, factor):
+    # Of every example's 12 tokens one is long, in another direction; all others have the length 1.
+    vectors = power_law(40, 12, width, 1.0)
+    vectors /= vectors.norm(dim=-1, keepdim=True)
+    long = torch.nn.functional.normalize(torch.randn(width, generator=torch.Generator().manual_seed(1)), dim=0)
+    vectors[:, 3] = long * factor
+    layer = nn.Linear(width, width)
+    item = one(layer, {"set": list(vectors.split(10))}, layers={"a": layer}, rank=16)
+    vectors[:, 3] = long * min(factor, inputs.LONGEST)
+    expected = moments(layer, {"set": list(vectors.split(10))}, layers={"a": layer})["a"]
+    assert len(item.energies) == 16  # a long input does not make the others' directions rounding errors
+    assert_captured(item, expected, least=0.98)
+    assert item.held_out == pytest.approx(expected.share_held(item.directions.double()), abs=1e-4)
+    assert factor < 1 or float((item.directions.T @ long).norm()) == pytest.approx(1, abs=1e-3)
+
+
+def test_tokens_of_no_length_limit_nothing():
+    vectors = torch.zeros(16, 9, 32)
+    vectors[:, :4] = torch.randn(16, 4, 32, generator=torch.Generator().manual_seed(0))
+    layer = nn.Linear(32, 32)
+    item = one(layer, {"set": [vectors]}, layers={"a": layer}, rank=8)
+    assert_leading(item, moments(layer, {"set": [vectors]}, layers={"a": layer})["a"])

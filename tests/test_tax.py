@@ -187,8 +187,9 @@ def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.tax.measurement.MAX_LENGTH", 400)  # tokens are bytes
         patch.setattr("benchmarks.tax.training.MAX_LENGTH", 400)
-        # What random weights answer would not be kept.
+        # What random weights answer would not be kept, and has no whole sentence but by chance.
         patch.setattr("peft_ogpsa.answers.classify", lambda text: Verdict.COMPLIANCE)
+        patch.setattr("peft_ogpsa.contrast._ended", lambda row: row["completion"])
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         settings = Settings(str(folder), "cpu", steps=4, batch=2, measurements=2, answer_tokens=4)
         yield Workbench(settings, rows)
@@ -204,6 +205,9 @@ def bench(tmp_path_factory):
         ("replay 1", ("sft",)),
         ("A-GEM", ("sft",)),
         ("OSF", ("sft",)),
+        ("null space", ("sft", "dpo")),
+        ("null space at the start alone", ("sft",)),
+        ("null space, A frozen", ("sft",)),
     ],
 )
 def test_a_run(bench, name, stages):
@@ -214,7 +218,8 @@ def test_a_run(bench, name, stages):
     assert [point["step"] for point in points] == [2, 4]
     assert all(math.isfinite(value) for point in points for value in point.values())
     assert points[-1]["kl"] > 0
-    assert (result["train_info"]["references"] > 0) == METHODS[name].references
+    draws = METHODS[name].references and not name.startswith("null space")
+    assert (result["train_info"]["references"] > 0) == draws
     after = bench.base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

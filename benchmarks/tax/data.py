@@ -29,6 +29,7 @@ class TaxData:
         general: Held-out rows by set. `unseen` is in no reference set.
         held_out_safety: Refusals that are not trained on.
         harmful: Requests that should be refused, of another source than `safety`.
+        more_harmful: More of them, of a third source.
         benign: Requests that look harmful and are not.
         prompts: For the divergence from the base, by kind.
         contrast: Requests that look harmful and are not, to train on with the base's own answers.
@@ -44,6 +45,7 @@ class TaxData:
     benign: list[Any]
     prompts: dict[str, list[Any]] = field(default_factory=dict)
     contrast: list[Any] = field(default_factory=list)
+    more_harmful: list[Any] = field(default_factory=list)
     source: str = "built-in"
 
 
@@ -99,6 +101,7 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
         benign=benign,
         prompts=prompts | {"lookalikes": unseen_lookalikes},
         contrast=contrast,
+        more_harmful=[row["prompt"] for row in builtin.load("harmful", "test")],
         source=folder.name,
     )
 

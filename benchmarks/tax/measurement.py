@@ -62,15 +62,18 @@ class Meter:
                 own = [mean for mean, its in zip(example_means, self.kinds, strict=True) if its == kind]
                 figures[f"kl/{kind}"] = statistics.mean(own)
             figures["kl"] = statistics.mean(figures[f"kl/{kind}"] for kind in data.prompts)
-        asked = [*data.harmful, *data.benign]
+        asked = [*data.harmful, *data.benign, *data.more_harmful]
         answers = generate(
             model, self.tokenizer, asked, max_new_tokens=NEW_TOKENS["refusal"], batch_size=2 * self.batch_size
         )
         verdicts = [classify(answer) for answer in answers]
-        harmful, benign = verdicts[: len(data.harmful)], verdicts[len(data.harmful) :]
-        figures["refusal"] = harmful.count(Verdict.REFUSAL) / len(harmful)
-        figures["over_refusal"] = benign.count(Verdict.REFUSAL) / len(benign)
-        figures["unclear"] = verdicts.count(Verdict.UNCLEAR) / len(verdicts)
+        named = {"refusal": data.harmful, "over_refusal": data.benign, "refusal/built-in": data.more_harmful}
+        own = iter(verdicts)
+        for name, prompts in named.items():
+            if prompts:
+                figures[name] = sum(next(own) is Verdict.REFUSAL for _ in prompts) / len(prompts)
+        counted = verdicts[: len(data.harmful) + len(data.benign)]
+        figures["unclear"] = counted.count(Verdict.UNCLEAR) / len(counted)
         told = generate(
             model, self.tokenizer, list(FACTS), max_new_tokens=NEW_TOKENS["facts"], batch_size=2 * self.batch_size
         )

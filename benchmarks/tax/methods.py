@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Method:
         optimizer: Of transformers' names.
         whole: Train all weights instead of an adapter.
         osf: Train them outside their leading singular directions, with PEFT's OSF.
+        start: Plain LoRA that OGPSA with these knobs has put into the complement of its subspace: A is then trained
+            (`"free"`), or not (`"frozen"`).
     """
 
     knobs: dict[str, Any] | None = None
@@ -44,6 +46,7 @@ class Method:
     optimizer: str = "adamw_torch_fused"
     whole: bool = False
     osf: bool = False
+    start: Literal["free", "frozen"] | None = None
 
     @property
     def references(self) -> bool:
@@ -158,6 +161,8 @@ METHODS: dict[str, Method] = {
     "null space, cone, KL 8": null_space(
         subspace="both", subspace_energy=1.0, reference_weight=8.0, refresh_samples=2
     ),
+    "null space at the start alone": replace(null_space(), start="free"),
+    "null space, A frozen": replace(null_space(), start="frozen"),
     "null space, contrast": null_space(subspace_energy=1.0, contrast=0.2),
     "plain, contrast": Method(contrast=0.2),
     "plain, half contrast": Method(contrast=0.5),

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, OSFConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -308,12 +308,32 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
     else:
         config = OGPSAConfig(**LORA, **method.knobs)
     model = get_peft_model(bench.base, config)
+    if method.start:
+        return _started(bench, model, sets, frozen=method.start == "frozen")
     if isinstance(config, OGPSAConfig):
         return config, model, [OGPSACallback(sets, seed=seed)]
     if method.replay:
         samples = round(method.budget * 5 * settings.batch)
         return config, model, [Replay(sets, bench.tokenizer, samples, method.replay)]
     return config, model, []
+
+
+def _started(
+    bench: Workbench, model: Any, sets: list[ReferenceSet], *, frozen: bool
+) -> tuple[LoraConfig, Any, list[TrainerCallback]]:
+    """Plain LoRA with the adapter that an OGPSA model starts with."""
+    batch = bench.settings.batch
+    loader = ReferenceLoader.from_sets(sets, bench.tokenizer, model.peft_config["default"], batch, batch)
+    model.projector.refresh(loader.batches(bench.settings.device, everything=True), reference_loss)
+    adapter = get_peft_model_state_dict(model)
+    bench.base = model.unload()
+    config = LoraConfig(**LORA)
+    plain = get_peft_model(bench.base, config)
+    set_peft_model_state_dict(plain, adapter)
+    if frozen:
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+    return config, plain, []
 
 
 def _peak_mb(device: str) -> float:
