@@ -30,7 +30,9 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": 
 METHODS = {
     "plain LoRA": lambda rows: LoraConfig(**LORA),
     "paper's rule": lambda rows: OGPSAConfig.paper("sft", refresh_steps=1, **LORA),
-    "OGPSA (cone on the update)": lambda rows: OGPSAConfig(refresh_steps=1, rows=rows, reference_weight=0.0, **LORA),
+    "OGPSA (cone on the update)": lambda rows: OGPSAConfig(
+        subspace="gradients", refresh_steps=1, rows=rows, reference_weight=0.0, **LORA
+    ),
 }
 
 

@@ -159,6 +159,7 @@ def adapt(model: nn.Module, settings: Settings) -> PeftModel:
         "task_type": "CAUSAL_LM",
     }
     own: dict[str, Any] = {
+        "subspace": "gradients",
         "rows": settings.rows,
         "rows_dtype": settings.rows_dtype,
         "refresh_steps": REFRESH_STEPS,

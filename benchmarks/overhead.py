@@ -39,6 +39,7 @@ from peft_ogpsa.gradients import LossFn
 from peft_ogpsa.reference import answer_loss
 
 PAPER_EXAMPLES = 400  # of its two reference sets, at every refresh
+BUILD_EXAMPLES = 192  # that an activation subspace is built from, once
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,13 @@ class Method:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         self.projector = self.model.projector if isinstance(config, OGPSAConfig) else None
         self._generator = torch.Generator().manual_seed(0)
-        if self.projector is not None:
-            self._refresh(config.rows if config.rows_from == "example" else 2 * settings.batch)
+        self.build = 0.0
+        if isinstance(config, OGPSAConfig):
+            if config.uses_activations:
+                self._refresh(BUILD_EXAMPLES)
+                self.build = self.projector.diagnostics.stopwatch.totals()["build"]
+            if config.refreshes:
+                self._refresh(config.rows if config.rows_from == "example" else 2 * settings.batch)
 
     def cycle(self) -> dict[str, float]:
         """Takes the steps of one cycle; returns seconds of the whole, of the refresh and of the projection."""
@@ -91,7 +97,7 @@ class Method:
         self._step(settings.batch)
         before = self._totals()
         start = _now(settings.device)
-        if self.projector is not None:
+        if self.samples and self.projector is not None:
             # The paper's refresh is too large to run in every cycle: one batch of it, and its share of time.
             self._refresh(min(int(self.samples), settings.batch) or 1)
         refreshed = _now(settings.device)
@@ -147,13 +153,14 @@ def methods(settings: Settings) -> dict[str, Callable[[], Method]]:
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }
-    default, paper = OGPSAConfig(**lora), OGPSAConfig.paper("sft", **lora)
-    samples = (default.reference_budget or 0) * settings.batch * settings.steps
+    cone, paper = OGPSAConfig(subspace="gradients", **lora), OGPSAConfig.paper("sft", **lora)
+    samples = (cone.reference_budget or 0) * settings.batch * settings.steps
     return {
         "plain LoRA": functools.partial(Method, settings, LoraConfig(**lora)),
-        "OGPSA, default": functools.partial(Method, settings, default, samples),
-        "OGPSA, default, divergence from the base": functools.partial(
-            Method, settings, default, round(samples / COST), loss=divergence_loss
+        "OGPSA, null space (default)": functools.partial(Method, settings, OGPSAConfig(**lora)),
+        "OGPSA, cone": functools.partial(Method, settings, cone, samples),
+        "OGPSA, cone, divergence from the base": functools.partial(
+            Method, settings, cone, round(samples / COST), loss=divergence_loss
         ),
         "replay of as many examples": functools.partial(Method, settings, LoraConfig(**lora), samples, replay=True),
         "the paper's rule and schedule": functools.partial(
@@ -167,7 +174,8 @@ def benchmark(settings: Settings) -> dict[str, Any]:
 
     Returns:
         By method: `seconds` of a cycle, and ratios to plain LoRA: `total`, `refresh` and `projection` (shares of plain
-        LoRA's time), each with median, least and most over the repeats.
+        LoRA's time), each with median, least and most over the repeats; and `build_steps`, what is built once before
+        training, in the time of plain steps.
     """
     made = {name: make() for name, make in methods(settings).items()}
     for method in made.values():
@@ -185,6 +193,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
             "total": _spread([cycle["seconds"] / base for cycle, base in zip(own, plain, strict=True)]),
             "refresh": _spread([cycle["refresh"] / base for cycle, base in zip(own, plain, strict=True)]),
             "projection": _spread([cycle["projection"] / base for cycle, base in zip(own, plain, strict=True)]),
+            "build_steps": made[name].build / (statistics.median(plain) / settings.steps),
         }
     return result
 
@@ -196,14 +205,14 @@ def _spread(values: list[float]) -> dict[str, float]:
 def markdown(result: dict[str, Any]) -> str:
     """A table of the ratios."""
     lines = [
-        "| method | time, of plain LoRA's | spread | of that, reference gradients | projection |",
-        "|---|---|---|---|---|",
+        "| method | time, of plain LoRA's | spread | of that, references | projection | once, in plain steps |",
+        "|---|---|---|---|---|---|",
     ]
     for name, own in result.items():
         total = own["total"]
         lines.append(
             f"| {name} | {total['median']:.3f} | {total['least']:.3f} to {total['most']:.3f} | "
-            f"{own['refresh']['median']:.3f} | {own['projection']['median']:.3f} |"
+            f"{own['refresh']['median']:.3f} | {own['projection']['median']:.3f} | {own['build_steps']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -58,7 +58,10 @@ class Policy:
 
 def cone(threshold: float | None = None, **knobs: Any) -> Policy:
     """The cone on the update, with 48 rows and settings of its own."""
-    return Policy(lambda: OGPSAConfig(**{**LORA, "rows": 48, "reference_weight": 0.0, **knobs}), threshold=threshold)
+    return Policy(
+        lambda: OGPSAConfig(**{**LORA, "subspace": "gradients", "rows": 48, "reference_weight": 0.0, **knobs}),
+        threshold=threshold,
+    )
 
 
 # "4/5" is 4 reference examples every 5 steps. All are at 10 % of the training examples, as far as whole examples
@@ -83,7 +86,9 @@ POLICIES = {
     "replay 8/5": Policy(lambda: LoraConfig(**LORA), replay=8),
     "cone 8/5": cone(refresh_samples=8),
     # Today's default
-    "own answers, divergence 2/5, weight 8, 8 rows": Policy(lambda: OGPSAConfig(**LORA), own=True),
+    "own answers, divergence 2/5, weight 8, 8 rows": Policy(
+        lambda: OGPSAConfig(subspace="gradients", **LORA), own=True
+    ),
 }
 
 

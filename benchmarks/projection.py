@@ -41,6 +41,7 @@ def adapter(shape: str, rank: int, layers: int | None, rows: int, rows_dtype: st
     config = copy.deepcopy(SHAPES[shape])
     config.num_hidden_layers = layers or config.num_hidden_layers
     settings = OGPSAConfig(
+        subspace="gradients",
         r=rank,
         target_modules="all-linear",
         task_type="CAUSAL_LM",

@@ -44,7 +44,9 @@ def observe(bench: Workbench, probed: int, seed: int) -> dict[str, Any]:
     kept = [example for example in (example.cut(MAX_LENGTH) for example in examples) if example is not None]
     torch.manual_seed(seed)
     return watch(
-        get_peft_model(bench.base, OGPSAConfig(reference_weight=0.0, rows=24, refresh_samples=4, **LORA)),
+        get_peft_model(
+            bench.base, OGPSAConfig(subspace="gradients", reference_weight=0.0, rows=24, refresh_samples=4, **LORA)
+        ),
         [kept[i : i + settings.batch] for i in range(0, len(kept), settings.batch)],
         sets,
         probed=probed,

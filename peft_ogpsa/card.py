@@ -463,7 +463,11 @@ def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[st
 
 def _of_activations(settings: Mapping[str, Any]) -> list[str]:
     rank, energy = settings["subspace_rank"], settings["subspace_energy"]
-    size = f"{rank} directions" if rank else f"as many directions as hold {energy:.0%} of the inputs' energy"
+    size = "half as many directions as the input is wide, at most 512"
+    if rank:
+        size = f"{rank} directions"
+    elif energy < 1:
+        size = f"as many directions as hold {energy:.0%} of the inputs' energy"
     tokens = "all tokens" if settings["tokens"] == "all" else "the answers' tokens"
     return [
         "- Activation subspace: each layer's A is orthogonal to the leading directions of the layer's inputs on the "

@@ -32,8 +32,8 @@ class FullParameterConfig(ProjectionConfig):
     weights, so that a few must do: 4 by default, and each the gradient of a batch.
 
     Args:
-        subspace (`str`): See [`OGPSAConfig`]. With `"activations"` the change of every linear layer's weight is
-            projected; embeddings, norms and biases must be frozen or named in `exclude`.
+        subspace (`str`): See [`OGPSAConfig`]; `"gradients"` by default. With `"activations"` the change of every
+            linear layer's weight is projected; embeddings, norms and biases must be frozen or named in `exclude`.
         subspace_rank (`int`, *optional*): See [`OGPSAConfig`].
         subspace_energy (`float`): See [`OGPSAConfig`].
         tokens (`str`): See [`OGPSAConfig`].
@@ -63,6 +63,10 @@ class FullParameterConfig(ProjectionConfig):
         ValueError: If a value is not allowed, or if two contradict each other.
     """
 
+    subspace: Literal["activations", "gradients", "both"] = field(
+        default="gradients",
+        metadata={"help": "What updates are projected away from, as for adapters."},
+    )
     rows: int = field(default=4, metadata={"help": "Reference gradients held per block, over all sets."})
     rows_from: Literal["example", "batch", "set"] = field(
         default="batch",

@@ -20,6 +20,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _COUNTS = ("slices", "rows", "refresh_steps")
 _OPTIONAL_COUNTS = ("refresh_samples", "subspace_rank")
+_OF_GRADIENTS = ("constraint", "projection", "scope", "slices", "rows_from")
+_OF_REFRESHES = ("rows", "refresh_steps", "reference_budget", "refresh_samples")
+_OF_ACTIVATIONS = ("subspace_energy", "tokens")
 _PAPER_REFRESH_STEPS = {"sft": 30, "dpo": 5}
 
 
@@ -34,7 +37,7 @@ class ProjectionConfig:
     """
 
     subspace: Literal["activations", "gradients", "both"] = field(
-        default="gradients",
+        default="activations",
         metadata={
             "help": "What updates are projected away from. 'activations': the leading directions of every layer's "
             "inputs on reference tokens, found once. 'gradients': reference gradients, computed anew again and again. "
@@ -138,6 +141,10 @@ class ProjectionConfig:
         self._check_projection()
 
     def _check_projection(self) -> None:
+        self._check_values()
+        self._check_effects()
+
+    def _check_values(self) -> None:
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -184,6 +191,24 @@ class ProjectionConfig:
                 raise ValueError(
                     f"subspace_rank={self.subspace_rank} is more than rows={self.rows} can span. Use at most "
                     f"{self.rows}, or more rows."
+                )
+
+    def _check_effects(self) -> None:
+        """Refuses settings of what the configuration leaves out: they would do nothing."""
+        if not self.constrains:
+            self._refuse_set(_OF_GRADIENTS, "set subspace='gradients' or 'both'")
+        if not self.refreshes:
+            self._refuse_set(_OF_REFRESHES, "set subspace='gradients' or 'both', or a reference_weight")
+        if not self.uses_activations:
+            self._refuse_set(_OF_ACTIVATIONS, "set subspace='activations' or 'both'")
+
+    def _refuse_set(self, names: tuple[str, ...], remedy: str) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in names:
+            value = getattr(self, name)
+            if value != defaults[name]:
+                raise ValueError(
+                    f"{name}={value!r} has no effect with subspace={self.subspace!r}. Leave it out, or {remedy}."
                 )
 
     @staticmethod

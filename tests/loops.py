@@ -24,7 +24,7 @@ def loss_of(model, inputs) -> torch.Tensor:
 
 
 def ogpsa_model(**knobs) -> PeftModel:
-    settings = {"rows": 8, "refresh_steps": 2, "reference_weight": 0.0, **LORA, **knobs}
+    settings = {"subspace": "gradients", "rows": 8, "refresh_steps": 2, "reference_weight": 0.0, **LORA, **knobs}
     return get_peft_model(tiny_llama(), OGPSAConfig(**settings))
 
 

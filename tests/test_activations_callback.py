@@ -86,10 +86,15 @@ def test_references_are_answered_with_the_bases_distribution(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"subspace": "both", "rows": 4, "refresh_samples": 2}, {"reference_weight": 2.0}]
+    "knobs",
+    [
+        {},
+        {"subspace": "both", "rows": 4, "refresh_samples": 2, "refresh_steps": 2},
+        {"reference_weight": 2.0, "refresh_steps": 2},
+    ],
 )
 def test_resumed_run_equals_one_that_never_stopped(tmp_path, knobs):
-    knobs = {"refresh_steps": 2, "lora_dropout": 0.1, **knobs}
+    knobs = {"lora_dropout": 0.1, **knobs}
     options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
     straight = sft(tmp_path / "straight", model_of(**knobs), **options)
     straight.train()

@@ -40,7 +40,15 @@ BENIGN = [chat(f"How do I kill process {i}?", f"Run kill {i} in a shell.") for i
 
 
 def model_of(**knobs):
-    settings = {"rows": 8, "refresh_steps": 2, "refresh_samples": 4, "reference_weight": 0.0, **LORA, **knobs}
+    settings = {
+        "subspace": "gradients",
+        "rows": 8,
+        "refresh_steps": 2,
+        "refresh_samples": 4,
+        "reference_weight": 0.0,
+        **LORA,
+        **knobs,
+    }
     return get_peft_model(tiny_llama(vocab_size=259, max_position_embeddings=256), OGPSAConfig(**settings))
 
 
@@ -150,7 +158,7 @@ def test_trainer_that_wraps_the_base_itself(tmp_path):
         ),
         train_dataset=Dataset.from_list(TRAINING),
         processing_class=tiny_tokenizer(),
-        peft_config=OGPSAConfig(rows=8, refresh_samples=4, **LORA),
+        peft_config=OGPSAConfig(subspace="gradients", rows=8, refresh_samples=4, **LORA),
         callbacks=[OGPSACallback(sets())],
     )
     trainer.train()
@@ -189,7 +197,7 @@ def test_dpo_trainer(tmp_path, given, precompute):
         {**row, "chosen": row["completion"], "rejected": chat("", "Sure, here is how.")["completion"]}
         for row in TRAINING
     ]
-    config = OGPSAConfig(rows=8, refresh_steps=2, refresh_samples=4, **LORA)
+    config = OGPSAConfig(subspace="gradients", rows=8, refresh_steps=2, refresh_samples=4, **LORA)
     base = tiny_llama(vocab_size=259, max_position_embeddings=256)
     trainer = DPOTrainer(
         get_peft_model(base, config) if given == "peft model" else base,
@@ -248,7 +256,7 @@ def test_four_bit_base_keeps_its_adapters_in_float32(tmp_path):
         ),
         train_dataset=Dataset.from_list(TRAINING),
         processing_class=tiny_tokenizer(),
-        peft_config=OGPSAConfig(rows=8, refresh_samples=4, **LORA),
+        peft_config=OGPSAConfig(subspace="gradients", rows=8, refresh_samples=4, **LORA),
         callbacks=[OGPSACallback(sets())],
     )
     trainer.train()
@@ -552,7 +560,7 @@ def test_more_reference_gradients_than_rows_are_refused_before_training(tmp_path
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_a_base_that_is_trained_is_no_base_to_stay_close_to(tmp_path, bias):
     base = tiny_llama(vocab_size=259, max_position_embeddings=256, attention_bias=True)
-    model = get_peft_model(base, OGPSAConfig(rows=8, refresh_samples=4, bias=bias, **LORA))
+    model = get_peft_model(base, OGPSAConfig(subspace="gradients", rows=8, refresh_samples=4, bias=bias, **LORA))
     trainer = sft(tmp_path, model, [OGPSACallback(three_sets("kl"))])
     with pytest.raises(ValueError, match=rf"bias='{bias}' in the configuration of adapter 'default'.*bias='none'"):
         trainer.train()
@@ -721,7 +729,7 @@ def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
 def test_budget(knobs, batch_size, accumulation, expected):
     args = TrainingArguments(gradient_accumulation_steps=accumulation, use_cpu=True)
     trained = examples_per_step(args, batch_size)
-    assert refresh_samples(OGPSAConfig(**knobs), trained, batch_size=64, sets=3) == expected
+    assert refresh_samples(OGPSAConfig(subspace="gradients", **knobs), trained, batch_size=64, sets=3) == expected
 
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(8, 2), (32, 8), (1, 1)])
@@ -754,7 +762,7 @@ def test_large_weight_of_given_answers_is_warned_of(loss, weight, warned, tmp_pa
 
 
 def test_too_few_samples_for_rows_of_sets():
-    config = OGPSAConfig(rows_from="set", refresh_samples=2)
+    config = OGPSAConfig(subspace="gradients", rows_from="set", refresh_samples=2)
     with pytest.raises(ValueError, match="refresh_samples=2 is less than the 3 reference sets"):
         refresh_samples(config, 8, batch_size=8, sets=3)
 

@@ -51,7 +51,7 @@ RUN = {
 
 def save(folder, config=None, base=BASE, weights=True):
     """An adapter's folder as PEFT leaves it, without the wait for a model."""
-    config = config or OGPSAConfig(**LORA)
+    config = config or OGPSAConfig(subspace="gradients", **LORA)
     config.base_model_name_or_path = base
     folder.mkdir(parents=True, exist_ok=True)
     if weights:
@@ -104,7 +104,7 @@ def snippet_of(text):
 
 
 def test_peft_saves_it_with_the_adapter(tmp_path):
-    model = get_peft_model(tiny_llama(), OGPSAConfig(**LORA))
+    model = get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **LORA))
     model.base_model.model.config._name_or_path = model.peft_config["default"].base_model_name_or_path = BASE
     model.save_pretrained(tmp_path)
     text = readme(tmp_path)
@@ -128,7 +128,7 @@ def test_peft_saves_it_with_the_adapter(tmp_path):
 PAPER = "This is the paper's rule and its {} schedule"
 METHODS = {
     "default": (
-        OGPSAConfig(**LORA),
+        OGPSAConfig(subspace="gradients", **LORA),
         ["not the paper's rule", "no reference loss rises", "scope=tensor", "at most 8 "],
     ),
     "paper-sft": (
@@ -145,15 +145,29 @@ METHODS = {
         ["the paper's rule on LoRA's matrices, on a sch"],
     ),
     "variant": (
-        OGPSAConfig(constraint="orthogonal", rows=16, subspace_rank=11, rows_dtype="bfloat16", **LORA),
+        OGPSAConfig(
+            subspace="gradients", constraint="orthogonal", rows=16, subspace_rank=11, rows_dtype="bfloat16", **LORA
+        ),
         ["a variant of the paper's", "no reference loss changes", "Only their 11 leading", "held in bfloat16"],
     ),
-    "cone-gradient": (OGPSAConfig(projection="gradient", **LORA), ["whose descent raises", "is not itself bound"]),
-    "weight": (OGPSAConfig(reference_weight=0.25, **LORA), ["Reference weight: 0.25 times"]),
-    "no-weight": (OGPSAConfig(reference_weight=0.0, **LORA), ["no reference loss rises"]),
-    "slices": (OGPSAConfig(scope="slice", slices=8, **LORA), ["each of 8 slices of a LoRA matrix by itself"]),
-    "optional": (OGPSAConfig(missing_reference="ignore", **LORA), ["would have been plain LoRA"]),
-    "module": (OGPSAConfig(scope="module", rows_from="batch", **LORA), ["both matrices of a layer", "of one batch"]),
+    "cone-gradient": (
+        OGPSAConfig(subspace="gradients", projection="gradient", **LORA),
+        ["whose descent raises", "is not itself bound"],
+    ),
+    "weight": (OGPSAConfig(subspace="gradients", reference_weight=0.25, **LORA), ["Reference weight: 0.25 times"]),
+    "no-weight": (OGPSAConfig(subspace="gradients", reference_weight=0.0, **LORA), ["no reference loss rises"]),
+    "slices": (
+        OGPSAConfig(subspace="gradients", scope="slice", slices=8, **LORA),
+        ["each of 8 slices of a LoRA matrix by itself"],
+    ),
+    "optional": (
+        OGPSAConfig(subspace="gradients", missing_reference="ignore", **LORA),
+        ["would have been plain LoRA"],
+    ),
+    "module": (
+        OGPSAConfig(subspace="gradients", scope="module", rows_from="batch", **LORA),
+        ["both matrices of a layer", "of one batch"],
+    ),
     "plain": (LoraConfig(**LORA), ["Plain LoRA as far as the folder tells"]),
 }
 
@@ -194,7 +208,7 @@ def test_how_it_was_trained(tmp_path):
 
 
 def test_a_plain_run_is_plain_whatever_an_earlier_one_left(tmp_path):
-    save(tmp_path, OGPSAConfig(**LORA))
+    save(tmp_path, OGPSAConfig(subspace="gradients", **LORA))
     text = save_card(tmp_path, run={"method": "plain"}).read_text()
     assert (tmp_path / SIDECAR_NAME).is_file()
     assert "Plain LoRA. No projection" in text
@@ -251,7 +265,7 @@ def test_facts_about_other_weights_are_left_out(tmp_path):
 )
 def test_the_snippet_loads_the_right_class(task, auto, tmp_path):
     auto = auto or "AutoModelForCausalLM"
-    text = readme(save(tmp_path, OGPSAConfig(**{**LORA, "task_type": task})))
+    text = readme(save(tmp_path, OGPSAConfig(subspace="gradients", **{**LORA, "task_type": task})))
     assert f"{auto}.from_pretrained(base" in snippet_of(text)
     assert hasattr(transformers, auto)
     assert ModelCard(text).data.pipeline_tag == ("text-generation" if task == "CAUSAL_LM" else None)
@@ -296,7 +310,7 @@ def test_a_local_base_is_named_by_its_folder(name, tmp_path):
 def test_pefts_path_of_the_base_is_taken_out_of_the_metadata(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    get_peft_model(base, OGPSAConfig(**LORA)).save_pretrained(tmp_path / "adapter")
+    get_peft_model(base, OGPSAConfig(subspace="gradients", **LORA)).save_pretrained(tmp_path / "adapter")
     assert str(tmp_path) not in readme(tmp_path / "adapter")
     assert "`base`, a local model" in readme(tmp_path / "adapter")
 
@@ -461,7 +475,7 @@ def test_a_card_never_costs_the_adapter(damage, tmp_path, caplog):
     name, content = damage
     (tmp_path / name).write_text(content)
     (tmp_path / "adapter_config.json").unlink()
-    save(tmp_path, OGPSAConfig(**{**LORA, "r": 9}))
+    save(tmp_path, OGPSAConfig(subspace="gradients", **{**LORA, "r": 9}))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 9
     assert f"The model card was not renewed: {tmp_path / name}" in caplog.text
     assert (tmp_path / name).read_text() == content
@@ -560,7 +574,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def adapted():
-    return randomize(get_peft_model(tiny_llama(), OGPSAConfig(rows=9, **LORA)))
+    return randomize(get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", rows=9, **LORA)))
 
 
 def logits(model):
@@ -649,7 +663,7 @@ def test_a_trainers_push_leaves_its_card_and_push_adapter_adds_the_section(hub, 
         ),
         train_dataset=Dataset.from_list([chat("a", "b")] * 8),
         processing_class=tiny_tokenizer(),
-        peft_config=OGPSAConfig(**LORA),
+        peft_config=OGPSAConfig(subspace="gradients", **LORA),
         callbacks=[OGPSACallback([ReferenceSet("general", [chat("c", "d")])])],
     )
     trainer.train()

@@ -43,14 +43,14 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "out"
     options = ["--model", str(model), "--data", str(data), "--output_dir", str(output), "--device", "cpu"]
-    main(["quickstart", *options, "--steps", "3", "--measurements", "2", "--methods", "plain", "paper", "ogpsa"])
+    main(["quickstart", *options, "--steps", "3", "--measurements", "2", "--methods", "plain", "paper", "ogpsa", "cone"])
     printed = capsys.readouterr().out
     for heading in ("general", "KL", "refuses", "seconds", "references"):
         assert heading in printed
     assert (output / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
 
     report = json.loads((output / "report.json").read_text())
-    assert list(report["methods"]) == ["plain", "paper", "ogpsa"]
+    assert list(report["methods"]) == ["plain", "paper", "ogpsa", "cone"]
     base = Measurement.from_dict(report["base"])
     assert base.kl.value == 0
     for name, result in report["methods"].items():
@@ -59,10 +59,11 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
         assert curve[-1].kl.value > 0
         assert curve[-1].refusal.n == curve[-1].over_refusal.n == 10
         assert result["seconds"] > 0
-        assert (result["reference_share"] > 0) == (name != "plain")
+        assert (result["reference_share"] > 0) == (name in ("paper", "cone"))
+        assert (result["build_seconds"] > 0) == (name == "ogpsa")
     # 0.075 of 5 steps' 40 passes are 3, so 2 examples with a pass of the base beside each (3/2 an example), before the
     # first step and after it, for 3 steps of 8; the paper's rule takes all 20 both times.
-    assert report["methods"]["ogpsa"]["reference_share"] == pytest.approx(2 * 2 / 24)
+    assert report["methods"]["cone"]["reference_share"] == pytest.approx(2 * 2 / 24)
     assert report["methods"]["paper"]["reference_share"] == pytest.approx(40 / 24)
 
     assert isinstance(PeftConfig.from_pretrained(str(output / "adapter")), OGPSAConfig)

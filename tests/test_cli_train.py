@@ -52,6 +52,7 @@ def folder(tmp_path, monkeypatch):
             "dataset": str(tmp_path / f"{data}.jsonl"),
             "references": [f"general={tmp_path / 'general.jsonl'}"],
             "reference_max_length": 64,
+            "subspace": "gradients",
             "rows": 8,
             "refresh_steps": 2,
             "refresh_samples": 4,
@@ -256,7 +257,7 @@ def test_methods(folder, method):
     options = ["--method", method, "--max_steps", "1"]
     if method == "paper":  # which takes rows from whole sets, and every example
         lines = yaml.safe_load((folder / "sft.yaml").read_text())
-        for knob in ("rows", "refresh_steps", "refresh_samples"):
+        for knob in ("subspace", "rows", "refresh_steps", "refresh_samples"):
             del lines[knob]
         (folder / "sft.yaml").write_text(yaml.safe_dump(lines))
     main(["sft", "--config", str(folder / "sft.yaml"), *options])
@@ -333,7 +334,7 @@ def test_every_ogpsa_knob_is_an_option():
     lora = _lora()
     assert OGPSAArguments().__dict__.keys() - {"method"} == OGPSAConfig().ogpsa_dict().keys() - {"missing_reference"}
     assert adapter_config(OGPSAArguments(), lora, "sft").ogpsa_dict() == OGPSAConfig().ogpsa_dict()
-    given = OGPSAArguments(scope="model", reference_budget=0, reference_weight=0.5)
+    given = OGPSAArguments(subspace="both", scope="model", reference_budget=0, reference_weight=0.5)
     config = adapter_config(given, lora, "dpo")
     assert (config.scope, config.reference_budget, config.reference_weight, config.r) == ("model", None, 0.5, 3)
     paper = adapter_config(OGPSAArguments(method="paper", rows=3), lora, "dpo")

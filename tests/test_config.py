@@ -14,12 +14,12 @@ import pytest
 from peft import LoraConfig, PeftType, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from peft_ogpsa import OGPSAConfig, OGPSAModel
+from peft_ogpsa import FullParameterConfig, OGPSAConfig, OGPSAModel
 from peft_ogpsa import config as config_module
 from peft_ogpsa.registration import register
 
 DEFAULTS = {
-    "subspace": "gradients",
+    "subspace": "activations",
     "subspace_rank": None,
     "subspace_energy": 1.0,
     "tokens": "all",
@@ -76,7 +76,8 @@ def test_every_own_field_has_help():
 )
 def test_choices(name, allowed):
     for value in allowed:
-        assert getattr(OGPSAConfig(**{name: value}), name) == value
+        knobs = {"subspace": "gradients" if value == "int8" else "both", name: value}
+        assert getattr(OGPSAConfig(**knobs), name) == value
     for value in ("Cone!", None, 3, True, ["cone"]):
         with pytest.raises(ValueError) as caught:
             OGPSAConfig(**{name: value})
@@ -88,7 +89,7 @@ def test_choices(name, allowed):
 @pytest.mark.parametrize("value", [0, -1, 1.5, 2.0, "3", True, False, math.nan, [1]])
 def test_counts(name, value):
     with pytest.raises(ValueError) as caught:
-        OGPSAConfig(constraint="orthogonal", **{name: value})
+        OGPSAConfig(subspace="gradients", constraint="orthogonal", **{name: value})
     assert f"{name}={value!r}" in str(caught.value)
     assert "at least 1" in str(caught.value)
 
@@ -126,19 +127,52 @@ def test_reference_budget_must_be_finite_and_above_zero(value):
 
 @pytest.mark.parametrize("value", [None, 0.01, 1, 2.5])
 def test_reference_budget(value):
-    assert OGPSAConfig(reference_budget=value).reference_budget == value
+    assert OGPSAConfig(subspace="both", reference_budget=value).reference_budget == value
 
 
 def test_subspace_rank_needs_orthogonal():
     with pytest.raises(ValueError, match=r"subspace_rank=4 .*constraint='cone'"):
-        OGPSAConfig(subspace_rank=4)
-    assert OGPSAConfig(subspace_rank=4, constraint="orthogonal").subspace_rank == 4
+        OGPSAConfig(subspace="gradients", subspace_rank=4)
+    assert OGPSAConfig(subspace="gradients", subspace_rank=4, constraint="orthogonal").subspace_rank == 4
+    assert OGPSAConfig(subspace_rank=4).subspace_rank == 4
+
+
+OF_GRADIENTS = {
+    "constraint": "orthogonal",
+    "projection": "gradient",
+    "scope": "module",
+    "slices": 4,
+    "rows_from": "set",
+}
+OF_REFRESHES = {"rows": 4, "refresh_steps": 3, "reference_budget": None, "refresh_samples": 5}
+OF_ACTIVATIONS = {"subspace_energy": 0.9, "tokens": "answer"}
+
+
+@pytest.mark.parametrize("name", [*OF_GRADIENTS, *OF_REFRESHES, *OF_ACTIVATIONS])
+@pytest.mark.parametrize("cls", [OGPSAConfig, FullParameterConfig])
+def test_settings_without_effect_are_refused(cls, name):
+    value = (OF_GRADIENTS | OF_REFRESHES | OF_ACTIVATIONS)[name]
+    if cls is FullParameterConfig and name == "rows":
+        value = 5
+    other = "gradients" if name in OF_ACTIVATIONS else "activations"
+    with pytest.raises(ValueError) as caught:
+        cls(subspace=other, **{name: value})
+    assert f"{name}={value!r} has no effect with subspace={other!r}. Leave it out, or set subspace=" in str(
+        caught.value
+    )
+    assert getattr(cls(subspace="both", **{name: value}), name) == value
+    if name in OF_REFRESHES:  # of the gradients that are added
+        assert getattr(cls(subspace="activations", reference_weight=1.0, **{name: value}), name) == value
+    # A default does no harm, wherever it comes from.
+    default = getattr(cls(), name)
+    assert getattr(cls(subspace=other, **{name: default}), name) == default
 
 
 def test_subspace_rank_is_at_most_rows():
-    assert OGPSAConfig(subspace_rank=4, rows=4, constraint="orthogonal").subspace_rank == 4
+    knobs = {"subspace": "gradients", "rows": 4, "constraint": "orthogonal"}
+    assert OGPSAConfig(subspace_rank=4, **knobs).subspace_rank == 4
     with pytest.raises(ValueError, match="subspace_rank=5 is more than rows=4"):
-        OGPSAConfig(subspace_rank=5, rows=4, constraint="orthogonal")
+        OGPSAConfig(subspace_rank=5, **knobs)
 
 
 def test_loras_own_checks_remain():
@@ -185,7 +219,7 @@ def test_paper_has_two_stages(stage):
 
 def test_lora_view():
     knobs = {"r": 3, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 5}, "use_rslora": True}
-    config = OGPSAConfig(rows=7, **knobs)
+    config = OGPSAConfig(subspace_rank=7, **knobs)
     view = config.lora_config()
     assert type(view) is LoraConfig
     assert view == LoraConfig(**knobs)
@@ -204,7 +238,7 @@ def test_lora_view():
     ids=["deepcopy", "copy", "replace", "pickle"],
 )
 def test_copies(copied):
-    config = OGPSAConfig(r=4, rows=9, constraint="orthogonal", subspace_rank=2, target_modules=["q_proj"])
+    config = OGPSAConfig(subspace="both", r=4, rows=9, constraint="orthogonal", target_modules=["q_proj"])
     twin = copied(config)
     assert type(twin) is OGPSAConfig
     assert twin == config
@@ -212,15 +246,15 @@ def test_copies(copied):
 
 
 def test_dictionary_round_trip():
-    config = OGPSAConfig(r=4, rows=9, target_modules="all-linear")
+    config = OGPSAConfig(r=4, subspace_rank=9, target_modules="all-linear")
     twin = get_peft_config(json.loads(json.dumps(config.to_dict())))
     assert type(twin) is OGPSAConfig
     assert twin == config
 
 
 def test_init_weights_is_init_lora_weights():
-    config = OGPSAConfig(init_lora_weights="pissa")
-    assert config.init_weights == "pissa"
+    config = OGPSAConfig(init_lora_weights="gaussian")
+    assert config.init_weights == "gaussian"
     config.init_weights = True
     assert config.init_lora_weights is True
     assert "init_weights" not in config.to_dict()
@@ -246,8 +280,8 @@ def test_registering_again_changes_nothing(tmp_path):
     try:
         register(OGPSAConfig, OGPSAModel)
         assert list(PeftType) == members
-        OGPSAConfig(rows=9).save_pretrained(tmp_path)
-        assert OGPSAConfig.from_pretrained(tmp_path).rows == 9
+        OGPSAConfig(subspace_rank=9).save_pretrained(tmp_path)
+        assert OGPSAConfig.from_pretrained(tmp_path).subspace_rank == 9
     finally:
         register(OGPSAConfig, OGPSAModel)
 
@@ -255,7 +289,7 @@ def test_registering_again_changes_nothing(tmp_path):
 def test_importing_again_registers_the_new_classes(tmp_path):
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "peft_ogpsa"}
     members = list(PeftType)
-    OGPSAConfig(rows=9).save_pretrained(tmp_path)
+    OGPSAConfig(subspace_rank=9).save_pretrained(tmp_path)
     try:
         for name in before:
             del sys.modules[name]

@@ -54,7 +54,7 @@ def test_loss_is_the_formula_written_out():
 
 
 def test_base_has_no_divergence_and_no_gradient():
-    model = get_peft_model(tiny_llama(), OGPSAConfig(**LORA)).eval()
+    model = get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **LORA)).eval()
     loss = reference_loss(model, collate(anchored(), 0, "cpu"))
     loss.backward()
     assert abs(loss.item()) < 1e-7
@@ -82,7 +82,9 @@ class Wrapper(nn.Module):
         return self.module(**inputs)
 
 
-@pytest.mark.parametrize("config", [OGPSAConfig(**LORA), LoraConfig(**LORA, modules_to_save=["lm_head"])])
+@pytest.mark.parametrize(
+    "config", [OGPSAConfig(subspace="gradients", **LORA), LoraConfig(**LORA, modules_to_save=["lm_head"])]
+)
 def test_without_adapter_is_the_base_and_changes_nothing(config):
     ids = torch.arange(3, 12).unsqueeze(0)
     base = tiny_llama().eval()(input_ids=ids).logits
@@ -163,7 +165,7 @@ def trainer(model, folder, callback):
 def test_training_with_a_weight_stays_nearer_to_the_base(tmp_path):
     ends = {}
     for weight in (0.0, 100.0):
-        config = OGPSAConfig(**LORA, reference_weight=weight, refresh_steps=1, refresh_samples=6)
+        config = OGPSAConfig(subspace="gradients", **LORA, reference_weight=weight, refresh_steps=1, refresh_samples=6)
         torch.manual_seed(0)
         model = get_peft_model(tiny_llama(vocab_size=259), config)
         run = trainer(model, tmp_path, OGPSACallback([ReferenceSet("kept", ROWS, loss="kl")]))
@@ -179,7 +181,7 @@ def test_whole_weights_have_no_base_beside_them(tmp_path):
 
 
 def test_the_gradient_at_the_base_is_zero_to_the_bit():
-    model = get_peft_model(tiny_llama(), OGPSAConfig(**LORA)).eval()
+    model = get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **LORA)).eval()
     loss = reference_loss(model, collate(anchored(), 0, "cpu"))
     loss.backward()
     assert loss.item() == 0
@@ -206,13 +208,13 @@ def test_value_and_gradient_of_the_divergence_against_autograd_in_float64(scale)
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_a_base_whose_biases_are_trained_is_refused(bias):
     base = tiny_llama(attention_bias=True)
-    model = get_peft_model(base, OGPSAConfig(bias=bias, **LORA))
+    model = get_peft_model(base, OGPSAConfig(subspace="gradients", bias=bias, **LORA))
     with pytest.raises(ValueError, match=rf"bias='{bias}'.*not the original model"):
         divergence_loss(model, collate(anchored(), 0, "cpu"))
 
 
 def test_a_base_with_a_weight_in_training_is_refused():
-    model = get_peft_model(tiny_llama(), OGPSAConfig(**{**LORA, "target_modules": ["q_proj"]}))
+    model = get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **{**LORA, "target_modules": ["q_proj"]}))
     batch = collate(anchored(), 0, "cpu")
     divergence_loss(model, batch)
     weight = model.get_base_model().model.layers[1].mlp.up_proj.weight
@@ -227,7 +229,7 @@ def test_a_base_with_a_weight_in_training_is_refused():
     ids=str,
 )
 def test_what_an_adapter_trains_beside_its_matrices_is_no_part_of_the_base(knobs):
-    model = get_peft_model(tiny_llama(), OGPSAConfig(**LORA, **knobs)).eval()
+    model = get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **LORA, **knobs)).eval()
     assert divergence_loss(model, collate(anchored(), 0, "cpu")).item() == pytest.approx(0, abs=1e-6)
 
 

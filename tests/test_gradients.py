@@ -34,7 +34,7 @@ def ragged(count: int = 5) -> list[Example]:
 
 
 def model_with_random_adapter(base=None, **knobs):
-    settings = {"rows": 8, **LORA, **knobs}
+    settings = {"subspace": "gradients", "rows": 8, **LORA, **knobs}
     model = get_peft_model(tiny_llama() if base is None else base, OGPSAConfig(**settings))
     if base is None:
         model.double()  # so that what is compared is the method, not the rounding of a tiny model's attention
@@ -115,7 +115,7 @@ class Dtypes:
 
 
 def test_gradients_stay_float32_where_the_loop_is_under_autocast():
-    model = get_peft_model(tiny_llama(), OGPSAConfig(rows=8, **LORA))
+    model = get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", rows=8, **LORA))
     model.projector.refresh({"set": [collate(ragged(), 0, "cpu")]}, answer_loss)
     sink, projector = Dtypes(), model.projector
     with torch.autocast("cpu", torch.bfloat16):
@@ -189,7 +189,7 @@ def test_layers_that_mix_examples_fall_back_to_one_at_a_time():
             listed = self.first(x).tanh().transpose(0, 1).flatten(0, 1)
             return self.second(listed).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
 
-    model = get_peft_model(Flat(), OGPSAConfig(r=2, target_modules=["first", "second"], rows=8))
+    model = get_peft_model(Flat(), OGPSAConfig(subspace="gradients", r=2, target_modules=["first", "second"], rows=8))
     for parameter in parameters_of(model):
         torch.nn.init.normal_(parameter.data)
     x = torch.randn(4, 3, 6)
@@ -287,14 +287,16 @@ def test_rows_of_attention_that_reads_its_weights_itself():
             return self.head(self.attention(x, x, x)[0])
 
     torch.manual_seed(0)
-    model = get_peft_model(Net(), OGPSAConfig(r=2, target_modules=["attention", "head"], rows=4))
+    model = get_peft_model(Net(), OGPSAConfig(subspace="gradients", r=2, target_modules=["attention", "head"], rows=4))
     for parameter in parameters_of(model):
         torch.nn.init.normal_(parameter.data, std=0.3)
     rows_equal_those_of_single_examples(model, torch.randn(3, 5, 16), lambda net, x: net(x).square().mean(), 3)
 
 
 def small(network, targets, rows=8):
-    model = get_peft_model(network, OGPSAConfig(r=2, target_modules=targets, rows=rows, reference_weight=0.0))
+    model = get_peft_model(
+        network, OGPSAConfig(subspace="gradients", r=2, target_modules=targets, rows=rows, reference_weight=0.0)
+    )
     for parameter in parameters_of(model):
         torch.nn.init.normal_(parameter.data)
     return model

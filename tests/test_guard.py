@@ -213,7 +213,9 @@ class Forked(torch.nn.Module):
 
 def forked():
     torch.manual_seed(0)
-    config = OGPSAConfig(r=2, target_modules=["one", "other"], rows=4, refresh_steps=2, reference_weight=0.0)
+    config = OGPSAConfig(
+        subspace="gradients", r=2, target_modules=["one", "other"], rows=4, refresh_steps=2, reference_weight=0.0
+    )
     return get_peft_model(Forked(), config)
 
 

@@ -299,7 +299,7 @@ def test_launches_do_not_grow_with_layers(device, monkeypatch):
         monkeypatch.setattr(
             kernels, "_launch", lambda kernel, *a, names=names, **k: (names.append(kernel), launch(kernel, *a, **k))
         )
-        config = OGPSAConfig(rows=8, refresh_steps=10, reference_weight=0.0, **LORA)
+        config = OGPSAConfig(subspace="gradients", rows=8, refresh_steps=10, reference_weight=0.0, **LORA)
         model = get_peft_model(tiny_llama(num_hidden_layers=layers), config).to(device)
         model.projector.kernels = True
         list(step_violations(model, torch.optim.SGD(parameters_of(model), lr=1e-2), steps=1))

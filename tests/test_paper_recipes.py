@@ -301,7 +301,21 @@ def test_random_weights_under_lora(folder, capsys):
     recipe = ROOT / "examples/paper/qwen2.5_7b_sft.yaml"
     random = ["--random_layers", "1", "--random_width", "56", "--model_name_or_path", "qwen2.5_7b"]
     flags = ["--full_parameter", "false", "--lora_r", "2", "--lora_target_modules", "q_proj", "o_proj"]
-    main(["sft", "--config", str(recipe), *local("sft"), *random, *flags, "--dry_run", "--method", "ogpsa"])
+    main(
+        [
+            "sft",
+            "--config",
+            str(recipe),
+            *local("sft"),
+            *random,
+            *flags,
+            "--dry_run",
+            "--method",
+            "ogpsa",
+            "--subspace",
+            "gradients",
+        ]
+    )
     # 8 rows of two bytes, of A and B of rank 2, of two square maps.
     assert figures(capsys.readouterr().out)["reference rows"].startswith(f"{8 * 2 * 2 * (56 + 56) * 2:,} bytes")
 

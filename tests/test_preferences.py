@@ -107,8 +107,8 @@ def test_loader_batches_pairs_by_length():
 
 
 def two_adapters():
-    model = get_peft_model(tiny_llama(), OGPSAConfig(**LORA))
-    model.add_adapter("ref", OGPSAConfig(**LORA))
+    model = get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **LORA))
+    model.add_adapter("ref", OGPSAConfig(subspace="gradients", **LORA))
     return randomize(model)
 
 
@@ -137,7 +137,7 @@ def test_reference_policy_is_the_ref_adapter_or_else_the_base():
     assert model.training
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
-    alone = randomize(get_peft_model(tiny_llama(), OGPSAConfig(**LORA)))
+    alone = randomize(get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **LORA)))
     for name, parameter in alone.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
@@ -154,7 +154,9 @@ def test_reference_policy_is_the_ref_adapter_or_else_the_base():
 @pytest.mark.parametrize("given", ["base and config", "trained adapter"])
 def test_dpo_trainer_with_the_dpo_loss_as_reference(tmp_path, given):
     base = tiny_llama(vocab_size=259, max_position_embeddings=256)
-    config = OGPSAConfig(rows=8, refresh_steps=2, refresh_samples=4, reference_weight=0.0, **LORA)
+    config = OGPSAConfig(
+        subspace="gradients", rows=8, refresh_steps=2, refresh_samples=4, reference_weight=0.0, **LORA
+    )
     trained = given == "trained adapter"
     model = randomize(get_peft_model(base, config)) if trained else base
     start = copy.deepcopy(model)  # not later: TRL replaces `forward`, and a copy would run the original

@@ -499,7 +499,7 @@ def test_frozen_matrices_are_not_projected():
 
 def test_only_the_adapter_in_training_is_touched():
     model = ogpsa_model()
-    model.add_adapter("other", OGPSAConfig(rows=8, reference_weight=0.0, **LORA))
+    model.add_adapter("other", OGPSAConfig(subspace="gradients", rows=8, reference_weight=0.0, **LORA))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     other = {n: p.detach().clone() for n, p in model.named_parameters() if ".other." in n}
     assert max(step_violations(model, optimizer)) <= TOLERANCE
@@ -530,7 +530,9 @@ def test_trained_parameters_other_than_lora_matrices_step_as_ever():
 def test_unloaded_adapter_leaves_its_successor_alone():
     first = ogpsa_model()
     list(step_violations(first, torch.optim.AdamW(first.parameters(), lr=1e-2), steps=1))
-    second = get_peft_model(first.unload(), OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA))
+    second = get_peft_model(
+        first.unload(), OGPSAConfig(subspace="gradients", rows=8, refresh_steps=2, reference_weight=0.0, **LORA)
+    )
     assert max(step_violations(second, torch.optim.AdamW(second.parameters(), lr=1e-2))) <= TOLERANCE
     third = get_peft_model(second.unload(), LoraConfig(**LORA))
     optimizer = torch.optim.AdamW(third.parameters(), lr=1e-2)
@@ -540,7 +542,7 @@ def test_unloaded_adapter_leaves_its_successor_alone():
 
 def test_injected_adapter_is_projected():
     model = tiny_llama()
-    model.add_adapter(OGPSAConfig(rows=8, reference_weight=0.0, **{**LORA, "task_type": None}))
+    model.add_adapter(OGPSAConfig(subspace="gradients", rows=8, reference_weight=0.0, **{**LORA, "task_type": None}))
     projector = projector_of(model)
     optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
     loss_of(model, batch(0)).backward()
@@ -565,7 +567,8 @@ def test_embeddings_and_convolutions():
             return self.head(self.conv(self.embed(ids).mT).mT).mean(1)
 
     model = get_peft_model(
-        Net(), OGPSAConfig(r=3, target_modules=["embed", "conv", "head"], rows=8, reference_weight=0.0)
+        Net(),
+        OGPSAConfig(subspace="gradients", r=3, target_modules=["embed", "conv", "head"], rows=8, reference_weight=0.0),
     )
     for parameter in parameters_of(model):
         torch.nn.init.normal_(parameter.data, std=0.1)
@@ -747,7 +750,9 @@ def test_a_gradient_is_projected_though_the_step_moves_nothing():
 
 def test_the_documented_loop_may_switch_adapters():
     model = ogpsa_model()
-    model.add_adapter("other", OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA))
+    model.add_adapter(
+        "other", OGPSAConfig(subspace="gradients", rows=8, refresh_steps=2, reference_weight=0.0, **LORA)
+    )
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=1e-2)
     due = []
     for number, name in enumerate(["default", "default", "other", "other", "default"]):
@@ -760,7 +765,9 @@ def test_an_adapter_deleted_and_added_again_is_a_new_one():
     model = ogpsa_model()
     list(step_violations(model, torch.optim.AdamW(model.parameters(), lr=1e-2), steps=2))
     model.delete_adapter("default")
-    model.add_adapter("default", OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA))
+    model.add_adapter(
+        "default", OGPSAConfig(subspace="gradients", rows=8, refresh_steps=2, reference_weight=0.0, **LORA)
+    )
     model.set_adapter("default")
     assert model.projector.due
     optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
@@ -772,7 +779,7 @@ def test_a_notebook_cell_that_is_run_again(kept):
     base = tiny_llama()
     models = []
     for _ in range(2):
-        config = OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA)
+        config = OGPSAConfig(subspace="gradients", rows=8, refresh_steps=2, reference_weight=0.0, **LORA)
         model = get_peft_model(base, config)
         if kept:
             models.append(model)
@@ -873,7 +880,7 @@ def test_a_merged_adapter_is_refused_and_stays_merged():
 @pytest.mark.parametrize("scope", ["tensor", "slice", "module", "model"])
 def test_adapters_in_one_memory_are_refused(scope):
     tied = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "scope": scope}
-    config = OGPSAConfig(rows=8, reference_weight=0.0, **{**LORA, **tied})
+    config = OGPSAConfig(subspace="gradients", rows=8, reference_weight=0.0, **{**LORA, **tied})
     model = get_peft_model(tiny_llama(tie_word_embeddings=True), config)
     with pytest.raises(ValueError, match=r"lm_head.lora_.*share memory.*ensure_weight_tying=False"):
         model.projector.refresh(references(0), loss_of)
@@ -896,7 +903,9 @@ def test_parameters_that_are_not_contiguous(adapter, scope, projection):
     knobs = {"rows": 4, "rows_from": "example", "scope": scope, "slices": 4, "projection": projection}
     network = Convolution()
     if adapter:
-        model = get_peft_model(network, OGPSAConfig(r=4, target_modules=["c"], reference_weight=0.0, **knobs))
+        model = get_peft_model(
+            network, OGPSAConfig(subspace="gradients", r=4, target_modules=["c"], reference_weight=0.0, **knobs)
+        )
         for parameter in parameters_of(model):
             torch.nn.init.normal_(parameter.data, std=0.2)
         projector = model.projector

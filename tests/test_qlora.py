@@ -48,7 +48,15 @@ def prepared(folder, dtype=torch.bfloat16, **options):
 
 def config_of(**knobs):
     return OGPSAConfig(
-        **{"rows": 8, "refresh_steps": 2, "refresh_samples": 4, "reference_weight": 0.0, **LORA, **knobs}
+        **{
+            "subspace": "gradients",
+            "rows": 8,
+            "refresh_steps": 2,
+            "refresh_samples": 4,
+            "reference_weight": 0.0,
+            **LORA,
+            **knobs,
+        }
     )
 
 

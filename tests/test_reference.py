@@ -224,7 +224,7 @@ def rows(count):
 )
 def test_a_loader_for_a_loop_of_ones_own_keeps_to_the_budget(loss, budget, expected):
     # 2 steps of 5 training examples from one refresh to the next; an anchored example costs 3/2.
-    config = OGPSAConfig(reference_budget=budget, refresh_steps=2)
+    config = OGPSAConfig(subspace="gradients", reference_budget=budget, refresh_steps=2)
     sets = [ReferenceSet("a", rows(6), loss=loss), ReferenceSet("b", rows(9), loss=loss)]
     loader = ReferenceLoader.from_sets(sets, tiny_tokenizer(), config, step_examples=5, batch_size=2)
     drawn = loader.batches("cpu")
@@ -237,7 +237,9 @@ def test_a_loader_for_a_loop_of_ones_own_keeps_to_the_budget(loss, budget, expec
 def test_a_loop_of_ones_own_with_the_exported_names():
     model = get_peft_model(
         tiny_llama(vocab_size=259, max_position_embeddings=256),
-        OGPSAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", reference_budget=0.5),
+        OGPSAConfig(
+            subspace="gradients", r=4, target_modules="all-linear", task_type="CAUSAL_LM", reference_budget=0.5
+        ),
     )
     sets = [ReferenceSet("answers", rows(6)), ReferenceSet("own", rows(4), loss="kl")]
     loader = ReferenceLoader.from_sets(sets, tiny_tokenizer(), model.projector.config, step_examples=4)
@@ -262,7 +264,10 @@ def test_a_loader_refuses_what_it_cannot_draw():
         ReferenceLoader.from_sets([ReferenceSet("pairs", pairs, loss="dpo")], tiny_tokenizer(), OGPSAConfig(), 4)
     with pytest.raises(ValueError, match="up to 20 reference examples, and rows=8"):
         ReferenceLoader.from_sets(
-            [ReferenceSet("all", rows(20))], tiny_tokenizer(), OGPSAConfig(reference_budget=None), 4
+            [ReferenceSet("all", rows(20))],
+            tiny_tokenizer(),
+            OGPSAConfig(subspace="gradients", reference_budget=None),
+            4,
         )
 
 

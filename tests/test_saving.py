@@ -31,7 +31,7 @@ from peft_ogpsa.config import SIDECAR_NAME
 from peft_ogpsa.model import projector_of
 
 KNOBS = {
-    "subspace": "gradients",
+    "subspace": "both",
     "subspace_rank": 3,
     "subspace_energy": 0.5,
     "tokens": "answer",
@@ -51,8 +51,12 @@ KNOBS = {
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
+# Of what an activation subspace does not go with.
+GRADIENTS = {**KNOBS, "subspace": "gradients", "subspace_energy": 1.0, "tokens": "all"}
+
+
 def adapted(base=None, seed=0, **lora):
-    config = OGPSAConfig(**KNOBS, **{**LORA, **lora})
+    config = OGPSAConfig(**(GRADIENTS if "use_dora" in lora else KNOBS), **{**LORA, **lora})
     return randomize(get_peft_model(base or tiny_llama(), config), seed)
 
 
@@ -311,7 +315,7 @@ def test_embedding_layers(tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_conversion_of_a_mutated_base(init, tmp_path):
-    model = get_peft_model(tiny_llama(), OGPSAConfig(**KNOBS, **LORA, init_lora_weights=init))
+    model = get_peft_model(tiny_llama(), OGPSAConfig(**GRADIENTS, **LORA, init_lora_weights=init))
     model.save_pretrained(tmp_path / "initial")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -473,4 +477,6 @@ def test_a_sidecar_that_is_no_text(saved):
 def test_settings_that_the_sidecar_lacks_are_defaults(saved):
     folder, _ = saved
     (folder / SIDECAR_NAME).write_text('{"format_version": 1, "rows": 3}')
-    assert OGPSAConfig.from_pretrained(folder) == OGPSAConfig(rows=3, **LORA, inference_mode=True)
+    assert OGPSAConfig.from_pretrained(folder) == OGPSAConfig(
+        subspace="gradients", rows=3, **LORA, inference_mode=True
+    )

@@ -84,7 +84,7 @@ def test_number_of_slices(slices, odd):
     layout = Blocks(parameters(), dict.fromkeys(SHAPES, ""), "slice", slices)
     counts = {name: group.slices for group in layout.groups for name in group.names}
     assert (counts["a"], counts["odd"], counts["prime"]) == (slices, odd, 1)
-    config = OGPSAConfig(r=4, target_modules=["q_proj"], scope="slice", slices=slices)
+    config = OGPSAConfig(subspace="gradients", r=4, target_modules=["q_proj"], scope="slice", slices=slices)
     model = get_peft_model(tiny_llama(), config)
     ids = tokens()
     model.projector.refresh({"kept": [{"input_ids": ids}]}, lambda m, b: m(input_ids=b["input_ids"]).logits.mean())
@@ -160,7 +160,9 @@ def test_gradient_projection_in_slices():
 def test_memory_counts_every_slice():
     config = {"r": 4, "target_modules": ["q_proj"]}
     by = {
-        scope: get_peft_model(tiny_llama(), OGPSAConfig(**config, scope=scope)).projector.memory(2)
+        scope: get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **config, scope=scope)).projector.memory(
+            2
+        )
         for scope in ("slice", "tensor")
     }
     assert by["slice"] == by["tensor"]

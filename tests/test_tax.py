@@ -15,7 +15,7 @@ from models import tiny_llama, tiny_tokenizer
 from benchmarks.tax import data, plots, report, training
 from benchmarks.tax.facts import known
 from benchmarks.tax.grid import Grid
-from benchmarks.tax.methods import DEFAULT, METHODS, WHOLE
+from benchmarks.tax.methods import DEFAULT, GRADIENTS, METHODS, WHOLE
 from benchmarks.tax.training import LORA, Settings, Workbench, run
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
 from peft_ogpsa.budget import refresh_samples
@@ -73,11 +73,13 @@ def test_every_method_has_a_configuration():
 
 
 def test_the_default_of_the_tables_is_that_of_the_library():
-    method, config = METHODS[DEFAULT], OGPSAConfig(**METHODS[DEFAULT].knobs)
+    assert replace(OGPSAConfig(**METHODS[DEFAULT].knobs), reference_weight=None) == OGPSAConfig()
+    method, config = METHODS[GRADIENTS], OGPSAConfig(**METHODS[GRADIENTS].knobs)
     assert method.loss == "kl"
-    assert config.refresh_samples == refresh_samples(OGPSAConfig(), Settings.batch, Settings.batch, sets=4, cost=COST)
+    default = OGPSAConfig(subspace="gradients")
+    assert config.refresh_samples == refresh_samples(default, Settings.batch, Settings.batch, sets=4, cost=COST)
     assert config.reference_weight == ANCHORED_WEIGHT
-    assert replace(config, refresh_samples=None, reference_weight=None) == OGPSAConfig()
+    assert replace(config, refresh_samples=None, reference_weight=None) == default
 
 
 def test_the_first_safe_point():

@@ -74,7 +74,7 @@ def base_model():
 
 
 def config_of():
-    return OGPSAConfig(rows=8, refresh_samples=4, reference_weight=0.0, **LORA)
+    return OGPSAConfig(subspace="gradients", rows=8, refresh_samples=4, reference_weight=0.0, **LORA)
 
 
 def reward(completions, **_):

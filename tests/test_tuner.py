@@ -44,7 +44,9 @@ def both(factory, **knobs):
     for config_cls in (LoraConfig, OGPSAConfig):
         base = factory()
         torch.manual_seed(1)
-        models.append(get_peft_model(base, config_cls(**knobs)))
+        # Which goes with everything that LoRA does.
+        own = {"subspace": "gradients"} if config_cls is OGPSAConfig else {}
+        models.append(get_peft_model(base, config_cls(**own, **knobs)))
     return models
 
 
@@ -579,7 +581,7 @@ def test_transformers_may_delete_an_adapter_and_add_another_one():
     base = tiny_llama()
     projectors = []
     for _ in range(2):
-        base.add_adapter(OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA))
+        base.add_adapter(OGPSAConfig(subspace="gradients", rows=8, refresh_steps=2, reference_weight=0.0, **LORA))
         projectors.append(projector_of(base))
         projectors[-1].refresh(references(0), loss_of)
         loss_of(base, batch(0)).backward()
@@ -592,7 +594,7 @@ def test_transformers_may_delete_an_adapter_and_add_another_one():
 
 
 def test_an_adapter_injected_again_under_its_name_is_a_new_one():
-    config = OGPSAConfig(rows=8, refresh_steps=2, reference_weight=0.0, **LORA)
+    config = OGPSAConfig(subspace="gradients", rows=8, refresh_steps=2, reference_weight=0.0, **LORA)
     base = inject_adapter_in_model(config, tiny_llama())
     projector = projector_of(base)
     projector.refresh(references(0), loss_of)
@@ -605,7 +607,9 @@ def test_an_adapter_injected_again_under_its_name_is_a_new_one():
 
 def test_adapters_in_training_together_must_have_the_same_settings():
     model = ogpsa_model()
-    model.add_adapter("other", OGPSAConfig(rows=4, refresh_steps=2, reference_weight=0.0, **LORA))
+    model.add_adapter(
+        "other", OGPSAConfig(subspace="gradients", rows=4, refresh_steps=2, reference_weight=0.0, **LORA)
+    )
     assert model.projector.config.rows == 8
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"\['default', 'other'\], have different OGPSA settings"):

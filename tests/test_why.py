@@ -40,7 +40,13 @@ def examples(count, seed):
 def adapter():
     torch.manual_seed(0)
     config = OGPSAConfig(
-        r=4, target_modules="all-linear", task_type="CAUSAL_LM", reference_weight=0.0, rows=24, refresh_samples=4
+        r=4,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        subspace="gradients",
+        reference_weight=0.0,
+        rows=24,
+        refresh_samples=4,
     )
     return get_peft_model(tiny_llama(), config)
 

@@ -191,16 +191,20 @@ METHODS: dict[str, Method] = {
     "OSF": Method(osf=True, learning_rate=0.2),
 }
 
-DEFAULT = "cone of KL, weight 8, 8 rows, 2 of 40"
-"""What `OGPSAConfig()` with `ReferenceSet.from_prompts` is, with batches of 8."""
+DEFAULT = "null space"
+"""What `OGPSAConfig()` is."""
+
+GRADIENTS = "cone of KL, weight 8, 8 rows, 2 of 40"
+"""What `OGPSAConfig(subspace="gradients")` with `ReferenceSet.from_prompts` is, with batches of 8."""
 
 DRAWN = (
     "plain",
     "paper",
     "replay 1",
     "KL 8, 2 of 40",
+    GRADIENTS,
     DEFAULT,
-    "null space",
+    "null space, KL 8",
     "cone of KL, slices",
     "cone of KL, slices, weight 5",
     "cone of KL, slices, weight 5, contrast",

@@ -56,7 +56,7 @@ METHODS: dict[str, Callable[[], LoraConfig]] = {
     "plain": lambda: LoraConfig(**_LORA),
     "paper": lambda: OGPSAConfig.paper("sft", **_LORA),
     "ogpsa": lambda: OGPSAConfig(**_LORA),
-    "projection": lambda: OGPSAConfig(reference_weight=0.0, **_LORA),
+    "cone": lambda: OGPSAConfig(subspace="gradients", **_LORA),
 }
 """The paper's references have the given answers, the others' those of the base model."""
 
@@ -108,6 +108,7 @@ class MethodResult:
     """Of training, without measurements."""
     reference_share: float
     """Reference examples per training example: the extra forward and backward work."""
+    build_seconds: float
     refresh_seconds: float
     projection_seconds: float
     log: list[dict[str, Any]]
@@ -192,6 +193,7 @@ def train(
         measure.curve,
         seconds,
         share,
+        times.get("build", 0.0),
         times.get("refresh", 0.0),
         times.get("projection", 0.0),
         [entry for entry in trainer.state.log_history if "loss" in entry],
@@ -340,7 +342,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
         {"base": measured_base, **{name: result.curve[-1] for name, result in results.items()}},
         extra={
             "seconds": {name: f"{result.seconds:.0f}" for name, result in results.items()},
-            "references": {name: f"+{result.reference_share:.0%}" for name, result in results.items()},
+            "references": {name: f"+{own.reference_share:.0%}" for name, own in results.items() if own.reference_share},
         },
     )
     console.print(grid)
