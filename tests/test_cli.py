@@ -43,14 +43,15 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "out"
     options = ["--model", str(model), "--data", str(data), "--output_dir", str(output), "--device", "cpu"]
-    main(["quickstart", *options, "--steps", "3", "--measurements", "2", "--methods", "plain", "paper", "ogpsa", "cone"])
+    methods = ["plain", "paper", "ogpsa", "cone"]
+    main(["quickstart", *options, "--steps", "3", "--measurements", "2", "--methods", *methods])
     printed = capsys.readouterr().out
     for heading in ("general", "KL", "refuses", "seconds", "references"):
         assert heading in printed
     assert (output / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
 
     report = json.loads((output / "report.json").read_text())
-    assert list(report["methods"]) == ["plain", "paper", "ogpsa", "cone"]
+    assert list(report["methods"]) == methods
     base = Measurement.from_dict(report["base"])
     assert base.kl.value == 0
     for name, result in report["methods"].items():

@@ -228,6 +228,24 @@ def test_a_run(bench, name, stages):
 
 
 @pytest.mark.slow
+def test_without_the_gain(bench, monkeypatch):
+    """A starts with its usual length, where with the gain it is longer."""
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, stages=("sft",), steps=2, learning_rate=0.0))
+    lengths: dict[int, list[float]] = {}
+
+    def watched(meter, model, step):
+        lengths.setdefault(step, []).append(sum(float(p.norm()) for n, p in model.named_parameters() if "lora_A" in n))
+        return {"step": step, "seconds": 0.0}
+
+    monkeypatch.setattr("benchmarks.tax.measurement.Meter.__call__", watched)
+    for name in ("plain", "null space without the gain", "null space"):
+        run(bench, name, METHODS[name], 0)
+    plain, without, gained = lengths[2]
+    assert without == pytest.approx(plain, rel=1e-3)
+    assert gained > 1.2 * plain
+
+
+@pytest.mark.slow
 def test_the_base_answers_the_pairs_of_a_later_stage_without_an_adapter(bench, monkeypatch):
     bench.settings = replace(bench.settings, stages=("sft", "dpo"))
     adapters, pairs = [], Workbench.pairs

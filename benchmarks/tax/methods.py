@@ -31,6 +31,7 @@ class Method:
         osf: Train them outside their leading singular directions, with PEFT's OSF.
         start: Plain LoRA that OGPSA with these knobs has put into the complement of its subspace: A is then trained
             (`"free"`), or not (`"frozen"`).
+        gain: Whether A's start and steps are enlarged by what the activation subspace leaves of the inputs.
     """
 
     knobs: dict[str, Any] | None = None
@@ -47,6 +48,7 @@ class Method:
     whole: bool = False
     osf: bool = False
     start: Literal["free", "frozen"] | None = None
+    gain: bool = True
 
     @property
     def references(self) -> bool:
@@ -161,6 +163,8 @@ METHODS: dict[str, Method] = {
     "null space, cone, KL 8": null_space(
         subspace="both", subspace_energy=1.0, reference_weight=8.0, refresh_samples=2
     ),
+    "null space without the gain": replace(null_space(), gain=False),
+    "null space without the gain, three times the learning rate": replace(null_space(), gain=False, learning_rate=3.0),
     "null space at the start alone": replace(null_space(), start="free"),
     "null space, A frozen": replace(null_space(), start="frozen"),
     "null space, contrast": null_space(subspace_energy=1.0, contrast=0.2),

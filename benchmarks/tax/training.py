@@ -13,7 +13,8 @@ import resource
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from peft import LoraConfig, OSFConfig, get_peft_model, get_peft_model_state_dic
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
+from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, inputs
 from peft_ogpsa.answers import AnsweredSet
 from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.contrast import with_contrast
@@ -182,7 +183,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
     config, model, callbacks = _prepare(bench, method, seed)
     measure = Measure(bench.meter, settings.measurements // len(settings.stages))
     for stage, part in zip(settings.stages, parts, strict=True):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _most_gain(inputs.MOST_GAIN if method.gain else 1.0):
             trainer = _trainer(bench, stage, model, method, part, folder, seed, [measure, *callbacks])
             trainer.train()
         measure.first += trainer.state.global_step
@@ -223,6 +224,16 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
             "threads": torch.get_num_threads(),
         },
     }
+
+
+@contextmanager
+def _most_gain(most: float) -> Iterator[None]:
+    """Bounds what A's start and steps are multiplied with."""
+    before, inputs.MOST_GAIN = inputs.MOST_GAIN, most
+    try:
+        yield
+    finally:
+        inputs.MOST_GAIN = before
 
 
 def _parts(bench: Workbench, method: Method, seed: int) -> list[list[dict[str, Any]]]:

@@ -338,11 +338,12 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
         }
         # After every method, so that an interrupted run keeps what it has.
         (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    shares = {name: result.reference_share for name, result in results.items()}
     grid = table(
         {"base": measured_base, **{name: result.curve[-1] for name, result in results.items()}},
         extra={
             "seconds": {name: f"{result.seconds:.0f}" for name, result in results.items()},
-            "references": {name: f"+{own.reference_share:.0%}" for name, own in results.items() if own.reference_share},
+            "references": {name: f"+{share:.0%}" for name, share in shares.items() if share},
         },
     )
     console.print(grid)
