@@ -167,8 +167,8 @@ class OGPSACallback(TrainerCallback):
         _move_to_front(self)
         _refuse_unsupported(args, model)
         projector = self._projector_of(model)
-        if optimizer is not None and projector.config.projection == "update":
-            refuse_averaging(optimizer)
+        if optimizer is not None:
+            refuse_averaging(optimizer, projector.config)
         tokenizer = self.processing_class or processing_class
         if tokenizer is None:
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from . import processes
+from .projection import ProjectionConfig
 
 if TYPE_CHECKING:
     from .projector import Projector
@@ -173,17 +174,25 @@ class Guard:
             )
 
 
-def refuse_averaging(optimizer: Optimizer) -> None:
+def refuse_averaging(optimizer: Optimizer, config: ProjectionConfig) -> None:
     """Refuses schedule-free optimizers, whose evaluated and saved weights are an average that is not projected.
 
+    Only where the gradient alone is projected do they work.
+
+    Args:
+        optimizer: What trains the parameters.
+        config: The projection's settings.
+
     Raises:
-        ValueError: If the optimizer is one of them.
+        ValueError: If the optimizer is one of them, and the settings project the change of the parameters.
     """
+    if not config.uses_activations and config.projection == "gradient":
+        return
     if any("train_mode" in group for group in optimizer.param_groups):
         raise ValueError(
-            f"{type(optimizer).__name__} evaluates and saves an average of weights that no step has, and projection="
-            "'update' constrains the steps alone. Use optim='adamw_torch' or another optimizer that is not "
-            "schedule-free, or projection='gradient'."
+            f"{type(optimizer).__name__} evaluates and saves an average of weights that no step has, and only the "
+            "steps are projected. Use optim='adamw_torch' or another optimizer that is not schedule-free, or "
+            "subspace='gradients' with projection='gradient'."
         )
 
 

@@ -528,8 +528,7 @@ class Projector:
         config = self.config
         if not (self.enabled and self._is_ready(optimizer, config)):
             return None
-        if config.uses_activations or config.projection == "update":
-            refuse_averaging(optimizer)
+        refuse_averaging(optimizer, config)
         self.guard.check_changes()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         assert self._device is not None

@@ -311,8 +311,11 @@ def schedule_free(parameters):
 
 
 def test_schedule_free_optimizers_are_refused_with_the_update_and_taken_with_the_gradient(tmp_path):
-    with pytest.raises(ValueError, match=r"average of weights.*projection='gradient'"):
-        refuse_averaging(schedule_free([torch.nn.Parameter(torch.ones(1))]))
+    optimizer = schedule_free([torch.nn.Parameter(torch.ones(1))])
+    for knobs in ({}, {"subspace": "gradients"}, {"subspace": "both", "projection": "gradient"}):
+        with pytest.raises(ValueError, match=r"average of weights.*subspace='gradients' with projection='gradient'"):
+            refuse_averaging(optimizer, OGPSAConfig(**knobs))
+    refuse_averaging(optimizer, OGPSAConfig(subspace="gradients", projection="gradient"))
     trainer = trainer_with(tmp_path, schedule_free)
     before = weights(trainer.model)
     with pytest.raises(ValueError, match="average of weights"):
