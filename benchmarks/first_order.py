@@ -21,10 +21,10 @@ from peft import LoraConfig, get_peft_model
 
 from peft_ogpsa import OGPSAConfig, ReferenceSet, data
 from peft_ogpsa.cli.models import load_model
-from peft_ogpsa.encoding import Example, encode_prompt
-from peft_ogpsa.evaluation.generation import generate_ids
-from peft_ogpsa.modes import undisturbed
-from peft_ogpsa.reference import answer_loss, collate
+from peft_ogpsa.core.isolation import undisturbed
+from peft_ogpsa.references.losses import answer_loss, collate
+from peft_ogpsa.text.generation import generate_ids
+from peft_ogpsa.text.tokenization import Example, encode_prompt
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 METHODS = {

@@ -21,8 +21,8 @@ from memory import SHAPES
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from peft_ogpsa import FullParameterConfig
-from peft_ogpsa.blocks import LARGEST_GROUP
-from peft_ogpsa.full_parameter import WholeTargets
+from peft_ogpsa.core.full_parameter import WholeTargets
+from peft_ogpsa.core.layout import LARGEST_GROUP
 
 GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2}

@@ -39,8 +39,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from peft_ogpsa import OGPSAConfig, geometry
-from peft_ogpsa.reference import answer_loss
+from peft_ogpsa import OGPSAConfig
+from peft_ogpsa.core import linalg
+from peft_ogpsa.references.losses import answer_loss
 
 SHAPES: dict[str, PretrainedConfig] = {
     "small": LlamaConfig(
@@ -307,7 +308,7 @@ def measure(config: PretrainedConfig, settings: Settings, device: str, steps: in
         with meter.phase("build"):
             model = adapt(build(config, device), settings)
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        with patch.object(geometry, "TILE", tile(count)):
+        with patch.object(linalg, "TILE", tile(count)):
             train(model, settings, device, steps, meter.phase)
     result: dict[str, Any] = {"lora_parameters": count, "peaks": meter.peaks}
     if isinstance(meter, MainMemoryMeter):

@@ -34,9 +34,9 @@ from transformers import AutoModelForCausalLM
 
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli.models import load_model
-from peft_ogpsa.divergence import COST, divergence_loss
-from peft_ogpsa.gradients import LossFn
-from peft_ogpsa.reference import answer_loss
+from peft_ogpsa.core.gradients import LossFn
+from peft_ogpsa.references.divergence import COST, divergence_loss
+from peft_ogpsa.references.losses import answer_loss
 
 PAPER_EXAMPLES = 400  # of its two reference sets, at every refresh
 BUILD_EXAMPLES = 192  # that an activation subspace is built from, once

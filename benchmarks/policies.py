@@ -28,10 +28,11 @@ from transformers import TrainerCallback
 from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli import quickstart
 from peft_ogpsa.cli.models import load_model
+from peft_ogpsa.core.isolation import undisturbed
 from peft_ogpsa.evaluation import Evaluator
-from peft_ogpsa.model import projector_of
-from peft_ogpsa.modes import undisturbed
-from peft_ogpsa.reference import ReferenceLoader, answer_loss, collate
+from peft_ogpsa.references.loader import ReferenceLoader
+from peft_ogpsa.references.losses import answer_loss, collate
+from peft_ogpsa.tuner.model import projector_of
 
 POOL = {"general": 129, "benign": 63}
 """Reference examples by set, 192 together; those of `benign` are all there are."""

@@ -18,12 +18,14 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from peft_ogpsa import ReferenceSet, data, inputs
-from peft_ogpsa.activations import kind_of, most_directions
+from peft_ogpsa import ReferenceSet, data
 from peft_ogpsa.cli.models import SMOLLM2, load_model
-from peft_ogpsa.modes import undisturbed
-from peft_ogpsa.reference import ReferenceLoader, reference_loss
-from peft_ogpsa.sketch import OVERSAMPLING
+from peft_ogpsa.core import inputs
+from peft_ogpsa.core.activation_subspace import kind_of, most_directions
+from peft_ogpsa.core.isolation import undisturbed
+from peft_ogpsa.core.sketch import OVERSAMPLING
+from peft_ogpsa.references.loader import ReferenceLoader
+from peft_ogpsa.references.losses import reference_loss
 
 SHAPES = {"Llama-3.1-8B": (32, 4096, 14336), "Qwen2.5-7B": (28, 3584, 18944), "Qwen2.5-1.5B": (28, 1536, 8960)}
 """Blocks, hidden size, width of the MLP. An input each for q, k, v; o; gate, up; down."""

@@ -32,7 +32,7 @@ from benchmarks.tax.methods import METHODS
 from benchmarks.tax.training import LORA, Settings, Workbench
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli.models import SMOLLM2
-from peft_ogpsa.encoding import Example, encode_row
+from peft_ogpsa.text.tokenization import Example, encode_row
 
 
 def observe(bench: Workbench, probed: int, seed: int) -> dict[str, Any]:

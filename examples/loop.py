@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from peft_ogpsa import OGPSAConfig, ReferenceLoader, ReferenceSet, data, reference_loss
 from peft_ogpsa.cli.models import SMOLLM2, load_model
-from peft_ogpsa.reference import answer_loss, collate
+from peft_ogpsa.references.losses import answer_loss, collate
 
 
 def main() -> None:

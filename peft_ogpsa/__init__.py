@@ -2,13 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safety fine-tuning with LoRA and without the alignment tax."""
 
-from .callback import OGPSACallback
-from .card import push_adapter, save_card
-from .config import OGPSAConfig
-from .full_parameter import FullParameterConfig, attach
-from .merge import merge_adapter
-from .model import OGPSAModel, projector_of
-from .reference import ReferenceLoader, ReferenceSet, reference_loss
+from .core.full_parameter import FullParameterConfig, attach
+from .references.loader import ReferenceLoader
+from .references.losses import reference_loss
+from .references.sets import ReferenceSet
+from .sharing.card import push_adapter, save_card
+from .trainer.callback import OGPSACallback
+from .tuner.config import AFTER_SAVING, OGPSAConfig
+from .tuner.merge import merge_adapter
+from .tuner.model import OGPSAModel, projector_of
+
+AFTER_SAVING["model card"] = save_card
 
 __all__ = [
     "FullParameterConfig",

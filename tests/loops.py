@@ -9,7 +9,7 @@ from models import VOCABULARY, tiny_llama
 from peft import PeftModel, get_peft_model
 
 from peft_ogpsa import OGPSAConfig
-from peft_ogpsa.projector import Projector
+from peft_ogpsa.core.projector import Projector
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

@@ -23,7 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, checkpoint, processes, projector_of
+from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, projector_of
+from peft_ogpsa.core import distributed
+from peft_ogpsa.trainer import checkpoint
 
 # What does not divide by four: shards of several sizes, and for the smallest rank of LoRA an empty one.
 SHAPE = {"intermediate_size": 66}
@@ -60,8 +62,8 @@ def references(step: int) -> dict[str, list]:
 
 def mine(inputs: dict) -> dict:
     """This process's contiguous part of a batch."""
-    size = len(inputs["input_ids"]) // processes.count()
-    return {name: value[processes.rank() * size :][:size] for name, value in inputs.items()}
+    size = len(inputs["input_ids"]) // distributed.count()
+    return {name: value[distributed.rank() * size :][:size] for name, value in inputs.items()}
 
 
 def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -130,7 +132,7 @@ def train(
         told["small"] = {"norms": subspace.norms, "gram": subspace.gram, "coefficients": subspace.start}
     if save is not None:
         saved = projector.state_dict()
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             checkpoint.save(save, saved)
             save_file(told["parameters"], save / "parameters.safetensors")
     return told

@@ -13,7 +13,8 @@ from parallel import LORA, SHAPE, whole
 from torch.distributed.tensor import DTensor
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, processes
+from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
+from peft_ogpsa.core import distributed
 
 GLOBAL_BATCH = 4
 TRAINING = [chat(f"How do I break rule {i}?", "I can't help with that, sorry."[: 12 + i]) for i in range(16)]
@@ -41,7 +42,7 @@ def trained(
     settings = {
         "output_dir": str(folder / f"{stage} {kind} {how}"),
         "max_steps": 3,
-        "per_device_train_batch_size": GLOBAL_BATCH // processes.count(),
+        "per_device_train_batch_size": GLOBAL_BATCH // distributed.count(),
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
         "adam_epsilon": 1e-4,

@@ -18,7 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.tuners.lora.layer import LoraLayer
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, checkpoint, projector_of
+from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, projector_of
+from peft_ogpsa.trainer import checkpoint
 
 TOLERANCE = 1e-6
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -344,7 +345,7 @@ def test_several_sets_of_which_one_is_small_are_all_held():
 def test_stacks_are_divided_and_nothing_changes(count, monkeypatch):
     ends = []
     for size in (2**26, count):
-        monkeypatch.setattr("peft_ogpsa.activations.LARGEST_GROUP", size)
+        monkeypatch.setattr("peft_ogpsa.core.activation_subspace.LARGEST_GROUP", size)
         model, projector = lora()
         train(model, torch.optim.SGD(parameters_of(model), lr=0.1), range(4), sets=many())
         ends.append((copies(model), len(projector.activations._stacks)))

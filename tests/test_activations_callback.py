@@ -14,7 +14,7 @@ from test_callback import GENERAL, TRAINING, sets, sft, weights
 from trl import DPOConfig, DPOTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
-from peft_ogpsa.checkpoint import TENSORS_NAME, CheckpointError
+from peft_ogpsa.trainer.checkpoint import TENSORS_NAME, CheckpointError
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -212,7 +212,9 @@ def test_a_plain_adapter_is_refused_with_the_remedy(tmp_path):
 
 
 def test_dpo_with_pairs_as_references_needs_no_reference_policy(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_ogpsa.callback.with_margins", lambda *_: pytest.fail("nothing needs the margins"))
+    monkeypatch.setattr(
+        "peft_ogpsa.trainer.callback.with_margins", lambda *_: pytest.fail("nothing needs the margins")
+    )
     model = model_of()
     dpo(tmp_path, model, OGPSACallback([ReferenceSet("pairs", pairs(), loss="dpo"), *sets()])).train()
     assert leak(model) < 1e-6

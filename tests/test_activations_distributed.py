@@ -11,7 +11,9 @@ import torch
 from loops import batch, loss_of
 from parallel import build, references, sgd, spawn, train, whole, wrap
 
-from peft_ogpsa import checkpoint, processes, projector_of
+from peft_ogpsa import projector_of
+from peft_ogpsa.core import distributed
+from peft_ogpsa.trainer import checkpoint
 
 TOLERANCE = 1e-5
 WRAPPERS = ("ddp", "fsdp2")
@@ -154,7 +156,7 @@ def _refused() -> str:
 def _other_batches() -> str:
     model = built("lora")
     with pytest.raises(ValueError, match="differ between the processes") as error:
-        projector_of(model).refresh({"own": [batch(0, 1 + processes.rank())]}, loss_of)
+        projector_of(model).refresh({"own": [batch(0, 1 + distributed.rank())]}, loss_of)
     return str(error.value)
 
 

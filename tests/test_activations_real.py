@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 
 from peft_ogpsa import OGPSAConfig
-from peft_ogpsa.reference import reference_loss
+from peft_ogpsa.references.losses import reference_loss
 
 STEPS = 20
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

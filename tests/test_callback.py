@@ -28,11 +28,11 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
-from peft_ogpsa.budget import refresh_samples
-from peft_ogpsa.callback import examples_per_step
-from peft_ogpsa.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
-from peft_ogpsa.divergence import COST
-from peft_ogpsa.reference import reference_loss
+from peft_ogpsa.references.budget import refresh_samples
+from peft_ogpsa.references.divergence import COST
+from peft_ogpsa.references.losses import reference_loss
+from peft_ogpsa.trainer.callback import examples_per_step
+from peft_ogpsa.trainer.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
 
 TRAINING = [chat(f"How do I break rule {i}?", "I can't help with that, sorry.") for i in range(12)]
 GENERAL = [chat(f"What comes after {i}?", f"After {i} comes {i + 1}.") for i in range(9)]
@@ -468,7 +468,7 @@ def test_the_reference_batch_shrinks_with_the_batch_that_the_trainer_finds(tmp_p
             raise RuntimeError("CUDA out of memory.")
         return reference_loss(model, batch)
 
-    monkeypatch.setattr("peft_ogpsa.callback.reference_loss", limited)
+    monkeypatch.setattr("peft_ogpsa.trainer.callback.reference_loss", limited)
     tokenizer = tiny_tokenizer()
     ids = [tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"] for row in TRAINING]
     trainer = Small(

@@ -29,10 +29,10 @@ from trl.trainer.utils import generate_model_card
 
 import peft_ogpsa
 from peft_ogpsa import OGPSACallback, OGPSAConfig, OGPSAModel, ReferenceSet, push_adapter, save_card
-from peft_ogpsa.card import EVALUATION_NAME, RUN_NAME, _public
 from peft_ogpsa.cli import compare
-from peft_ogpsa.config import SIDECAR_NAME
 from peft_ogpsa.evaluation import Evaluation, Figure, Measurement, Sample, Verdict
+from peft_ogpsa.sharing.card import EVALUATION_NAME, RUN_NAME, _public
+from peft_ogpsa.tuner.config import SIDECAR_NAME
 
 BASE = "some-org/Base-1.5B_v2"
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["v_proj", "q_proj"], "task_type": "CAUSAL_LM"}
@@ -189,7 +189,7 @@ def test_the_method_is_told_in_words(name, tmp_path):
 def test_the_citation_is_the_readmes():
     root = Path(peft_ogpsa.__file__).parents[1]
     cited = re.search(r"```bibtex\n(.*?)\n```", (root / "README.md").read_text(), re.DOTALL)[1]
-    assert cited == peft_ogpsa.card._OGPSA_BIBTEX
+    assert cited == peft_ogpsa.sharing.card._OGPSA_BIBTEX
 
 
 def test_how_it_was_trained(tmp_path):

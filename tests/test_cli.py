@@ -39,7 +39,7 @@ def folders(tmp_path):
 def test_quickstart(folders, tmp_path, capsys, monkeypatch):
     model, data = folders
     # What random weights answer would not be kept.
-    monkeypatch.setattr("peft_ogpsa.answers.classify", lambda text: Verdict.COMPLIANCE)
+    monkeypatch.setattr("peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "out"
     options = ["--model", str(model), "--data", str(data), "--output_dir", str(output), "--device", "cpu"]
@@ -97,7 +97,7 @@ def test_loop_runs(folders):
 @pytest.mark.slow
 def test_trl_script_runs(folders, tmp_path, monkeypatch):
     # What random weights answer would not be kept.
-    monkeypatch.setattr("peft_ogpsa.answers.classify", lambda text: Verdict.COMPLIANCE)
+    monkeypatch.setattr("peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = ["--model_name_or_path", str(folders[0]), "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
     options += ["--use_cpu", "--report_to", "none", "--reference_samples", "2", "--answer_tokens", "4"]

@@ -24,9 +24,9 @@ from peft_ogpsa.cli.datasets import load_rows, reference_sets
 from peft_ogpsa.cli.dryrun import planned_refreshes
 from peft_ogpsa.cli.loading import load_base
 from peft_ogpsa.cli.models import SMOLLM2, load_model
-from peft_ogpsa.contrast import with_contrast
 from peft_ogpsa.data import load_prompts, pairs
 from peft_ogpsa.evaluation import Verdict
+from peft_ogpsa.references.lookalikes import with_contrast
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
@@ -399,7 +399,9 @@ def test_reference_entries(folder, monkeypatch):
 
 def test_training_with_prompts_and_pairs_as_references(folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
-    monkeypatch.setattr("peft_ogpsa.answers.classify", lambda text: Verdict.COMPLIANCE)  # a random model babbles
+    monkeypatch.setattr(
+        "peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE
+    )  # a random model babbles
     write(folder / "prompts.jsonl", [{"prompt": f"{i}?"} for i in range(3)])
     references = [f"own=prompts:{folder / 'prompts.jsonl'}", f"pairs:dpo={folder / 'pairs.jsonl'}"]
     main(["dpo", "--config", str(folder / "dpo.yaml"), "--references", *references, "--beta", "0.5"])
@@ -410,8 +412,12 @@ def test_training_with_prompts_and_pairs_as_references(folder, monkeypatch):
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_contrast_is_put_among_the_rows(folder, monkeypatch, stage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
-    monkeypatch.setattr("peft_ogpsa.answers.classify", lambda text: Verdict.COMPLIANCE)  # a random model babbles
-    monkeypatch.setattr("peft_ogpsa.contrast._ended", lambda row: [{"role": "assistant", "content": "Like this."}])
+    monkeypatch.setattr(
+        "peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE
+    )  # a random model babbles
+    monkeypatch.setattr(
+        "peft_ogpsa.references.lookalikes._ended", lambda row: [{"role": "assistant", "content": "Like this."}]
+    )
     write(folder / "prompts.jsonl", [{"prompt": f"kill {i}?"} for i in range(3)])
     seen = []
 

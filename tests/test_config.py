@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftType, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from peft_ogpsa import FullParameterConfig, OGPSAConfig, OGPSAModel
-from peft_ogpsa import config as config_module
-from peft_ogpsa.registration import register
+from peft_ogpsa.tuner import config as config_module
+from peft_ogpsa.tuner.registration import register
 
 DEFAULTS = {
     "subspace": "activations",

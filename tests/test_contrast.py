@@ -1,10 +1,14 @@
 """Look-alikes with the model's own answers among safety rows."""
 
+import importlib
+import sys
+
 import pytest
 from models import chat
 
-from peft_ogpsa.answers import AnswerCounts, AnsweredSet
-from peft_ogpsa.contrast import with_contrast
+from peft_ogpsa.references.lookalikes import with_contrast
+from peft_ogpsa.references.self_answers import AnswerCounts
+from peft_ogpsa.references.sets import AnsweredSet
 
 COUNTS = AnswerCounts(2, 2, 0, 0, 0, 1)
 
@@ -86,3 +90,12 @@ def test_bad_rows():
         with_contrast([{"prompt": "Why?", "completion": "No."}], answered("One."), 0.5)
     with pytest.raises(ValueError, match="no answer of the set 'lookalikes' has a whole sentence"):
         with_contrast(SAFETY, answered("no end"))
+
+
+def test_the_old_module_warns():
+    import peft_ogpsa.references.lookalikes as lookalikes
+
+    sys.modules.pop("peft_ogpsa.contrast", None)
+    with pytest.warns(DeprecationWarning, match=r"moved to peft_ogpsa\.references\.lookalikes"):
+        old = importlib.import_module("peft_ogpsa.contrast")
+    assert old.with_contrast is lookalikes.with_contrast

@@ -20,7 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, checkpoint, processes, projector_of
+from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, projector_of
+from peft_ogpsa.core import distributed
+from peft_ogpsa.trainer import checkpoint
 
 TOLERANCE = 1e-5
 
@@ -105,7 +107,7 @@ def _kept_gradients() -> bool:
 def _other_batches() -> str:
     model = build("lora")
     with pytest.raises(ValueError, match="differ between the processes") as error:
-        projector_of(model).refresh({"own": [batch(0, 1 + processes.rank())]}, loss_of)
+        projector_of(model).refresh({"own": [batch(0, 1 + distributed.rank())]}, loss_of)
     return str(error.value)
 
 
@@ -123,7 +125,7 @@ def _four(folder: Path) -> dict[str, Any]:
 def _shards() -> list[int]:
     """How many elements of every LoRA matrix are here."""
     model = wrap(build("lora"), "fsdp2")
-    return [processes.local(p).numel() for p in model.parameters() if p.requires_grad]
+    return [distributed.local(p).numel() for p in model.parameters() if p.requires_grad]
 
 
 @pytest.fixture(scope="module", autouse=True)

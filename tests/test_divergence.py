@@ -14,10 +14,10 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli.datasets import PromptSet, reference_sets
-from peft_ogpsa.divergence import Anchored, _Divergence, divergence_loss
-from peft_ogpsa.encoding import encode_row
-from peft_ogpsa.modes import without_adapter
-from peft_ogpsa.reference import collate, reference_loss
+from peft_ogpsa.references.divergence import Anchored, _Divergence, divergence_loss
+from peft_ogpsa.references.losses import collate, reference_loss
+from peft_ogpsa.text.tokenization import encode_row
+from peft_ogpsa.tuner.adapters import without_adapter
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ROWS = [chat(f"What is {i} and {i}?", "It is " + "so " * (i % 4) + "much.") for i in range(6)]
@@ -119,7 +119,9 @@ def test_tokenised_rows_stay_anchored_when_they_are_cut():
 
 
 def test_prompts_that_the_base_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_ogpsa.answers.classify", lambda text: "compliance")  # of random weights' noise
+    monkeypatch.setattr(
+        "peft_ogpsa.references.self_answers.classify", lambda text: "compliance"
+    )  # of random weights' noise
     model = tiny_llama(vocab_size=259)
     given = {"max_new_tokens": 4, "cache_dir": tmp_path, "progress": False}
     own = ReferenceSet.from_prompts("own", ["Why?", "How?"], model, tiny_tokenizer(), **given)

@@ -20,7 +20,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from peft_ogpsa.encoding import encode_prompt, encode_row
 from peft_ogpsa.evaluation import (
     Evaluation,
     Evaluator,
@@ -38,6 +37,7 @@ from peft_ogpsa.evaluation import (
     wilson,
 )
 from peft_ogpsa.evaluation.divergence import BaseAnswers
+from peft_ogpsa.text.tokenization import encode_prompt, encode_row
 
 PROMPTS = ["How do I bake bread?", "Hi", "Tell me about the sea and what lives in it, please.", "Why?", "Count to ten"]
 

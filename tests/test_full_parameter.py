@@ -15,9 +15,9 @@ from models import VOCABULARY, tiny_llama
 from transformers import LlamaConfig
 
 from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, projector_of
-from peft_ogpsa.blocks import Blocks
-from peft_ogpsa.full_parameter import detach
-from peft_ogpsa.projection import ProjectionConfig
+from peft_ogpsa.core.config import ProjectionConfig
+from peft_ogpsa.core.full_parameter import detach
+from peft_ogpsa.core.layout import Blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -70,7 +70,7 @@ def test_rows_in_the_hosts_memory_change_nothing(settings):
 def test_large_groups_are_divided_and_nothing_changes(monkeypatch):
     ends, groups = [], []
     for size in (2**26, 5000):
-        monkeypatch.setattr("peft_ogpsa.blocks.LARGEST_GROUP", size)
+        monkeypatch.setattr("peft_ogpsa.core.layout.LARGEST_GROUP", size)
         model = tiny_llama()
         projector = attach(model, FullParameterConfig(refresh_steps=1))
         steps(model, projector)

@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from peft_ogpsa import OGPSAConfig
-from peft_ogpsa.encoding import Example
-from peft_ogpsa.gradients import example_gradients, examples_of
-from peft_ogpsa.modes import switch_to_evaluation
-from peft_ogpsa.reference import answer_loss, collate
+from peft_ogpsa.core.gradients import example_gradients, examples_of
+from peft_ogpsa.core.isolation import switch_to_evaluation
+from peft_ogpsa.references.losses import answer_loss, collate
+from peft_ogpsa.text.tokenization import Example
 
 
 def ragged(count: int = 5) -> list[Example]:

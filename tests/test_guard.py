@@ -15,7 +15,7 @@ from peft import get_peft_model
 from test_callback import Begun, model_of, sets, sft, weights
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, attach
-from peft_ogpsa.guard import _some, refuse_averaging
+from peft_ogpsa.core.guard import _some, refuse_averaging
 
 
 class Unhooked(torch.optim.Optimizer):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from loops import batch, loss_of, ogpsa_model, parameters_of, references, step_violations
 
-from peft_ogpsa import hooks
+from peft_ogpsa.core import hooks
 
 TOLERANCE = 1e-5
 

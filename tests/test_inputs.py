@@ -11,8 +11,8 @@ import torch
 from models import VOCABULARY, tiny_llama, tokens
 from torch import nn
 
-from peft_ogpsa import inputs
-from peft_ogpsa.inputs import HELD_OUT, Input
+from peft_ogpsa.core import inputs
+from peft_ogpsa.core.inputs import HELD_OUT, Input
 
 RANK = 24  # with it, widths 32 and 64 are held whole
 

@@ -20,11 +20,12 @@ from models import tiny_llama
 from peft import get_peft_model
 from scipy.optimize import nnls
 
-from peft_ogpsa import OGPSAConfig, geometry
+from peft_ogpsa import OGPSAConfig
+from peft_ogpsa.core import linalg
 
 triton = pytest.importorskip("triton")
 
-from peft_ogpsa import kernels  # noqa: E402  (needs triton)
+from peft_ogpsa.core import kernels  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -88,7 +89,7 @@ def test_products(pieces, numel, m, dtype):
 
 
 def solved(gram: torch.Tensor, products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's answer to `geometry.cone_coefficients`' question, and the correction's squared length."""
+    """The kernel's answer to `linalg.cone_coefficients`' question, and the correction's squared length."""
     blocks = len(gram)
     offsets = torch.arange(blocks + 1, dtype=torch.int32, device=DEVICE)
     squares = torch.arange(1.0, blocks + 1, device=DEVICE)
@@ -114,7 +115,7 @@ def reference_rows(kind: str, m: int, d: int) -> torch.Tensor:
         return (torch.randint(-2, 3, (1, m, few)) @ torch.randint(-2, 3, (1, few, d))).float() / 32
     elif kind == "some zero":
         rows[::3] = 0
-    return geometry.normalize(rows.unsqueeze(0))
+    return linalg.normalize(rows.unsqueeze(0))
 
 
 @runs
@@ -124,9 +125,9 @@ def test_solution_is_the_closest_update_in_the_cone(kind, m):
     for d in (3, m, 4 * m):
         rows = reference_rows(kind, m, d)
         updates = torch.randn(1, d) + rows.sum(1)
-        gram = geometry.gram(rows)
-        found, removed = solved(gram, geometry.products(rows, updates))
-        torch.testing.assert_close(removed, geometry.lengths_squared(gram, found), rtol=1e-9, atol=1e-12)
+        gram = linalg.gram(rows)
+        found, removed = solved(gram, linalg.products(rows, updates))
+        torch.testing.assert_close(removed, linalg.lengths_squared(gram, found), rtol=1e-9, atol=1e-12)
         rows, update, coefficients = rows[0].double(), updates[0].double(), found[0]
         projected = update - coefficients @ rows
         length = float(update.norm())
@@ -144,19 +145,19 @@ def test_solution_is_the_closest_update_in_the_cone(kind, m):
 @runs
 @pytest.mark.parametrize("m", [1, 8, 48])
 def test_solution_is_the_torch_one(m):
-    rows = geometry.normalize(torch.randn(3, m, 5 * m)) * torch.rand(3, m, 1)  # unit length is not assumed
-    products = geometry.products(rows, 1e-4 * torch.randn(3, 5 * m))
-    gram = geometry.gram(rows)
+    rows = linalg.normalize(torch.randn(3, m, 5 * m)) * torch.rand(3, m, 1)  # unit length is not assumed
+    products = linalg.products(rows, 1e-4 * torch.randn(3, 5 * m))
+    gram = linalg.gram(rows)
     torch.testing.assert_close(
-        solved(gram, products)[0], geometry.cone_coefficients(gram, products), rtol=1e-9, atol=1e-15
+        solved(gram, products)[0], linalg.cone_coefficients(gram, products), rtol=1e-9, atol=1e-15
     )
 
 
 @runs
 def test_no_conflict_gives_exact_zeros():
-    rows = geometry.normalize(torch.randn(2, 8, 50))
+    rows = linalg.normalize(torch.randn(2, 8, 50))
     rows[:, 3] = 0
-    coefficients, removed = solved(geometry.gram(rows), torch.zeros(2, 8) - torch.rand(2, 8) * (rows != 0).any(-1))
+    coefficients, removed = solved(linalg.gram(rows), torch.zeros(2, 8) - torch.rand(2, 8) * (rows != 0).any(-1))
     assert (coefficients == 0).all()
     assert (removed == 0).all()
 
@@ -165,8 +166,8 @@ def test_no_conflict_gives_exact_zeros():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["gram", "products"])
 def test_what_is_not_finite_stays_in_its_block(where, value):
-    rows = geometry.normalize(torch.randn(4, 8, 20))
-    given = {"gram": geometry.gram(rows), "products": geometry.products(rows, torch.randn(4, 20))}
+    rows = linalg.normalize(torch.randn(4, 8, 20))
+    given = {"gram": linalg.gram(rows), "products": linalg.products(rows, torch.randn(4, 20))}
     good, _ = solved(**given)
     given[where][2].view(-1)[5] = value
     coefficients, removed = solved(**given)
@@ -202,7 +203,7 @@ def test_correct(pieces, numel, m, dtype):
     coefficients[:, 1::2] = 0
     coefficients[1] = 0  # the first piece's block
     owners = torch.arange(1, pieces + 1, device=DEVICE)
-    expected = before - geometry.combine(rows, coefficients[1:])
+    expected = before - linalg.combine(rows, coefficients[1:])
     rows[:, 1::2] = torch.nan  # never read
     rows[0] = torch.nan
     kernels.correct(addresses, rows, coefficients, owners)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from peft_ogpsa.blocks import Blocks
+from peft_ogpsa.core.layout import Blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

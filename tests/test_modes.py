@@ -8,7 +8,7 @@ import pytest
 import torch
 from loops import batch, loss_of, ogpsa_model, references
 
-from peft_ogpsa.modes import undisturbed
+from peft_ogpsa.core.isolation import undisturbed
 
 
 class Device:

@@ -14,10 +14,12 @@ from test_gradients import assert_rows_equal, model_with_random_adapter, one_at_
 from trl import DPOConfig, DPOTrainer
 
 from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
-from peft_ogpsa.encoding import Example
-from peft_ogpsa.model import tuner_of
-from peft_ogpsa.preferences import Pair, preference_loss, reference_policy, with_margins
-from peft_ogpsa.reference import ReferenceLoader, collate, reference_loss
+from peft_ogpsa.references.loader import ReferenceLoader
+from peft_ogpsa.references.losses import collate, reference_loss
+from peft_ogpsa.references.preferences import Pair, preference_loss, with_margins
+from peft_ogpsa.text.tokenization import Example
+from peft_ogpsa.tuner.adapters import reference_policy
+from peft_ogpsa.tuner.model import tuner_of
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 BETA = 0.3

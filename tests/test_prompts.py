@@ -13,11 +13,12 @@ import torch
 from models import chat, randomize, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 
-from peft_ogpsa import ReferenceSet, answers
-from peft_ogpsa.answers import AnswerCounts
+from peft_ogpsa import ReferenceSet
 from peft_ogpsa.data import NAMES, PROMPTS, SPLITS, load, load_prompts
-from peft_ogpsa.encoding import encode_row
-from peft_ogpsa.reference import answer_loss, collate
+from peft_ogpsa.references import self_answers
+from peft_ogpsa.references.losses import answer_loss, collate
+from peft_ogpsa.references.self_answers import AnswerCounts
+from peft_ogpsa.text.tokenization import encode_row
 
 MAX_NEW_TOKENS = 24
 TAUGHT = {
@@ -70,13 +71,13 @@ def generated(monkeypatch):
         calls.append(arguments[2])
         return answers_generate(*arguments, **options)
 
-    answers_generate = answers.generate_ids
-    monkeypatch.setattr(answers, "generate_ids", spy)
+    answers_generate = self_answers.generate_ids
+    monkeypatch.setattr(self_answers, "generate_ids", spy)
     return calls
 
 
 def test_answers_are_kept_and_refusals_and_loops_dropped_and_counted(answered, caplog):
-    with caplog.at_level(logging.INFO, logger="peft_ogpsa.answers"):
+    with caplog.at_level(logging.INFO, logger="peft_ogpsa.references.self_answers"):
         own = answered()
     assert own.dataset == [
         {**chat("Bird?", "A wren sings."), "unfinished": False},
@@ -118,7 +119,7 @@ def test_without_a_template_rows_are_plain(taught, tmp_path, answered, monkeypat
         texts = [said[tokenizer.decode(ids)] for ids in prompts]
         return [(tokenizer(text)["input_ids"] + end)[:MAX_NEW_TOKENS] for text in texts]
 
-    monkeypatch.setattr(answers, "generate_ids", generate_ids)
+    monkeypatch.setattr(self_answers, "generate_ids", generate_ids)
     own = answered(list(said), tokenizer=tokenizer)
     assert own.dataset == [
         {"prompt": "2+2=", "completion": " four, of course.", "unfinished": False},
@@ -136,7 +137,7 @@ def test_half_a_character_is_dropped(taught, answered, monkeypatch):
     tokenizer = taught[1]
     ids = tokenizer("A wren sang with great j\u00f6y")["input_ids"]
     position = next(i for i in range(len(ids)) if tokenizer.decode(ids[: i + 1]).endswith("\ufffd"))
-    monkeypatch.setattr(answers, "generate_ids", lambda *_, **__: [ids[: position + 1]])
+    monkeypatch.setattr(self_answers, "generate_ids", lambda *_, **__: [ids[: position + 1]])
     (row,) = answered(["Bird?"], max_new_tokens=position + 1).dataset
     assert row["completion"][0]["content"] == "A wren sang with great j"
 
@@ -257,7 +258,7 @@ def test_an_interrupted_write_leaves_nothing_behind(answered, tmp_path, monkeypa
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answers.os, "replace", fail)
+    monkeypatch.setattr(self_answers.os, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
         answered()
     assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,8 @@ from models import chat, tiny_llama, tiny_tokenizer
 from peft import get_peft_model
 
 from peft_ogpsa import OGPSAConfig, ReferenceLoader, ReferenceSet, reference_loss
-from peft_ogpsa.encoding import Example
-from peft_ogpsa.reference import answer_loss, collate
+from peft_ogpsa.references.losses import answer_loss, collate
+from peft_ogpsa.text.tokenization import Example
 
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from peft_ogpsa import OGPSAConfig, OGPSAModel
-from peft_ogpsa.config import SIDECAR_NAME
-from peft_ogpsa.model import projector_of
+from peft_ogpsa.tuner.config import SIDECAR_NAME
+from peft_ogpsa.tuner.model import projector_of
 
 KNOBS = {
     "subspace": "both",

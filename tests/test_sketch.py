@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-from peft_ogpsa.sketch import OVERSAMPLING, Sketch
+from peft_ogpsa.core.sketch import OVERSAMPLING, Sketch
 
 CPU = torch.device("cpu")
 NARROW, WIDE = 32, 512  # of rank 8: held whole, and not

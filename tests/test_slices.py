@@ -7,9 +7,9 @@ from peft import get_peft_model
 from test_projector import ogpsa_model
 
 from peft_ogpsa import OGPSAConfig
-from peft_ogpsa.blocks import Blocks
-from peft_ogpsa.reference import answer_loss
-from peft_ogpsa.subspace import Subspace
+from peft_ogpsa.core.gradient_subspace import Subspace
+from peft_ogpsa.core.layout import Blocks
+from peft_ogpsa.references.losses import answer_loss
 
 SHAPES = {"a": (16, 6), "b": (6, 16), "c": (16, 6), "odd": (3, 5), "prime": (17,), "tall": (40, 2)}
 COUNTS = {"a": 16, "b": 16, "c": 16, "odd": 15, "prime": 1, "tall": 16}
@@ -169,6 +169,6 @@ def test_memory_counts_every_slice():
 
 
 def test_shards_are_refused(monkeypatch):
-    monkeypatch.setattr("peft_ogpsa.blocks.processes.are_sharded", lambda parameters: True)
+    monkeypatch.setattr("peft_ogpsa.core.layout.processes.are_sharded", lambda parameters: True)
     with pytest.raises(ValueError, match="scope='slice' is not allowed where parameters are sharded"):
         Blocks(parameters(), dict.fromkeys(SHAPES, ""), "slice")

@@ -7,9 +7,9 @@ import torch
 from loops import loss_of, ogpsa_model, references
 from scipy.optimize import nnls
 
-from peft_ogpsa import geometry
-from peft_ogpsa.blocks import Blocks
-from peft_ogpsa.subspace import Subspace
+from peft_ogpsa.core import linalg
+from peft_ogpsa.core.gradient_subspace import Subspace
+from peft_ogpsa.core.layout import Blocks
 
 SHAPES = {
     "layers.0.lora_A": (2, 6),
@@ -228,16 +228,16 @@ def test_int8_rows_add_up():
 @pytest.mark.parametrize("scale", [1e-36, 1.0, 1e36])
 def test_quantize(shape, scale):
     values = scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    codes, steps = geometry.quantize(values)
+    codes, steps = linalg.quantize(values)
     assert codes.dtype == torch.int8
     assert codes.shape == shape
     assert (codes.abs().amax(-1) == 127).all()
     errors = (codes * steps.double().unsqueeze(-1) - values.double()).abs().amax(-1)
     assert (errors <= 0.5001 * values.double().abs().amax(-1) / 127).all()
-    assert not geometry.quantize(0 * values)[1].any()
+    assert not linalg.quantize(0 * values)[1].any()
     for bad in (torch.nan, torch.inf, -torch.inf):
         values.view(-1)[0] = bad
-        codes, steps = geometry.quantize(values)
+        codes, steps = linalg.quantize(values)
         assert not codes.view(-1, shape[-1])[0].any()
         assert steps.isfinite().sum() == steps.numel() - 1
 

@@ -18,10 +18,10 @@ from benchmarks.tax.grid import Grid
 from benchmarks.tax.methods import DEFAULT, GRADIENTS, METHODS, WHOLE
 from benchmarks.tax.training import LORA, Settings, Workbench, run
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
-from peft_ogpsa.budget import refresh_samples
-from peft_ogpsa.divergence import COST
-from peft_ogpsa.evaluation.refusal import Verdict
-from peft_ogpsa.reference import ANCHORED_WEIGHT
+from peft_ogpsa.references.budget import refresh_samples
+from peft_ogpsa.references.divergence import COST
+from peft_ogpsa.references.losses import ANCHORED_WEIGHT
+from peft_ogpsa.text.refusal import Verdict
 
 BASE = {
     "step": 0,
@@ -190,8 +190,8 @@ def bench(tmp_path_factory):
         patch.setattr("benchmarks.tax.measurement.MAX_LENGTH", 400)  # tokens are bytes
         patch.setattr("benchmarks.tax.training.MAX_LENGTH", 400)
         # What random weights answer would not be kept, and has no whole sentence but by chance.
-        patch.setattr("peft_ogpsa.answers.classify", lambda text: Verdict.COMPLIANCE)
-        patch.setattr("peft_ogpsa.contrast._ended", lambda row: row["completion"])
+        patch.setattr("peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE)
+        patch.setattr("peft_ogpsa.references.lookalikes._ended", lambda row: row["completion"])
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         settings = Settings(str(folder), "cpu", steps=4, batch=2, measurements=2, answer_tokens=4)
         yield Workbench(settings, rows)

@@ -31,9 +31,10 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from peft_ogpsa import OGPSAConfig, OGPSAModel, hooks
-from peft_ogpsa.model import projector_of
-from peft_ogpsa.projector import Projector
+from peft_ogpsa import OGPSAConfig, OGPSAModel
+from peft_ogpsa.core import hooks
+from peft_ogpsa.core.projector import Projector
+from peft_ogpsa.tuner.model import projector_of
 
 LINEARS = ["q_proj", "v_proj"]
 

@@ -26,9 +26,10 @@ from benchmarks.anatomy.watch import CLIP, watch
 from benchmarks.tax.training import Settings
 from benchmarks.why import observe, rounded
 from peft_ogpsa import OGPSAConfig, ReferenceSet
-from peft_ogpsa.blocks import Blocks
-from peft_ogpsa.encoding import Example
-from peft_ogpsa.reference import ReferenceLoader, answer_loss, collate
+from peft_ogpsa.core.layout import Blocks
+from peft_ogpsa.references.loader import ReferenceLoader
+from peft_ogpsa.references.losses import answer_loss, collate
+from peft_ogpsa.text.tokenization import Example
 
 RATE = 5e-4
 

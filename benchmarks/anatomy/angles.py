@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_ogpsa.blocks import Stack
+from peft_ogpsa.core.layout import Stack
 
 
 def products(rows: Stack, vectors: Stack) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_ogpsa.blocks import Blocks, Stack
-from peft_ogpsa.encoding import Example
-from peft_ogpsa.gradients import example_gradients
-from peft_ogpsa.modes import undisturbed
-from peft_ogpsa.reference import answer_loss, collate
-from peft_ogpsa.subspace import Slots
+from peft_ogpsa.core.gradient_subspace import Slots
+from peft_ogpsa.core.gradients import example_gradients
+from peft_ogpsa.core.isolation import undisturbed
+from peft_ogpsa.core.layout import Blocks, Stack
+from peft_ogpsa.references.losses import answer_loss, collate
+from peft_ogpsa.text.tokenization import Example
 
 
 class Probe:

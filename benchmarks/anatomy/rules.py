@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from peft_ogpsa.blocks import Blocks, Stack
-from peft_ogpsa.subspace import Subspace
+from peft_ogpsa.core.gradient_subspace import Subspace
+from peft_ogpsa.core.layout import Blocks, Stack
 
 
 class Rule(NamedTuple):

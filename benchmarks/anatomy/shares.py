@@ -7,9 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from peft_ogpsa.places import Place
 from torch import Tensor
-
-from .places import Place
 
 
 class Shares:

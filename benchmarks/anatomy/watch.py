@@ -8,20 +8,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft_ogpsa.ages import MATRICES, Ages
+from peft_ogpsa.places import place
+from peft_ogpsa.probe import Probe
+from peft_ogpsa.rules import OPTIMIZERS, RULES, Rules
+from peft_ogpsa.shares import Shares
 from tqdm import tqdm
 
-from peft_ogpsa.blocks import Stack
-from peft_ogpsa.encoding import Example
-from peft_ogpsa.model import projector_of
-from peft_ogpsa.reference import ReferenceLoader, answer_loss, collate
-from peft_ogpsa.subspace import Subspace
+from peft_ogpsa.core.gradient_subspace import Subspace
+from peft_ogpsa.core.layout import Stack
+from peft_ogpsa.references.loader import ReferenceLoader
+from peft_ogpsa.references.losses import answer_loss, collate
+from peft_ogpsa.text.tokenization import Example
+from peft_ogpsa.tuner.model import projector_of
 
 from . import angles
-from .ages import MATRICES, Ages
-from .places import place
-from .probe import Probe
-from .rules import OPTIMIZERS, RULES, Rules
-from .shares import Shares
 
 ANCHORS = (0, 1, 5, 10)
 """The steps from which rows age."""

@@ -11,8 +11,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-
-from .report import SAFE, Point, curve
+from peft_ogpsa.report import SAFE, Point, curve
 
 PANELS = (
     (

@@ -15,9 +15,9 @@ import yaml
 from peft import LoraConfig
 from trl import ModelConfig, TrlParser
 
-from ..config import OGPSAConfig
-from ..full_parameter import FullParameterConfig
-from ..reference import ReferenceSet
+from ..core.full_parameter import FullParameterConfig
+from ..references.sets import ReferenceSet
+from ..tuner.config import OGPSAConfig
 
 METHODS = ("ogpsa", "paper", "plain")
 

@@ -14,10 +14,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from .. import data
-from ..answers import AnsweredSet
 from ..data import public
-from ..encoding import Prompt
-from ..reference import LOSSES, ReferenceSet
+from ..references.sets import LOSSES, AnsweredSet, ReferenceSet
+from ..text.tokenization import Prompt
 
 _BUILTIN = "builtin:"
 _PUBLIC = "public:"

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ..model import projector_of
-from ..projection import ProjectionConfig
-from ..projector import Projector
+from ..core.config import ProjectionConfig
+from ..core.projector import Projector
+from ..tuner.model import projector_of
 
 _STEPS = 2  # the first two steps both refresh, and the second of each is past all warming up
 

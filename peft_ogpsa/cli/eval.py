@@ -17,8 +17,8 @@ from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from .. import data
-from ..card import read_run, save_card, weights_digest
 from ..evaluation import evaluate, table
+from ..sharing.card import read_run, save_card, weights_digest
 from .datasets import load_rows
 from .errors import input_errors
 from .loading import load_adapter, load_base, read_adapter_config

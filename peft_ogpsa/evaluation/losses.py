@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from peft_ogpsa.encoding import Example, Row, encode_row
-from peft_ogpsa.evaluation.intervals import Interval, mean_interval
-from peft_ogpsa.evaluation.logits import answer_logits, length_batches
-from peft_ogpsa.modes import undisturbed
+from ..core.isolation import undisturbed
+from ..text.logits import answer_logits, length_batches
+from ..text.tokenization import Example, Row, encode_row
+from .intervals import Interval, mean_interval
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peft_ogpsa.evaluation.report import Measurement
+from .report import Measurement
 
 # Okabe and Ito's colours without yellow, which is hard to see on white; markers tell the methods apart in grey too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

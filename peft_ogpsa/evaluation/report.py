@@ -12,13 +12,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from peft_ogpsa.encoding import Prompt, Row, prompt_text
-from peft_ogpsa.evaluation.access import base_model
-from peft_ogpsa.evaluation.divergence import BaseAnswers, kl_from_base, own_answers
-from peft_ogpsa.evaluation.generation import generate
-from peft_ogpsa.evaluation.intervals import wilson
-from peft_ogpsa.evaluation.losses import LossResult, nats_per_token
-from peft_ogpsa.evaluation.refusal import Verdict, classify
+from ..text.generation import generate
+from ..text.refusal import Verdict, classify
+from ..text.tokenization import Prompt, Row, prompt_text
+from ..tuner.adapters import base_model
+from .divergence import BaseAnswers, kl_from_base, own_answers
+from .intervals import wilson
+from .losses import LossResult, nats_per_token
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,0 +1,476 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The activation subspace: matrices whose every change leaves a layer's output on reference inputs as it was.
+
+A LoRA layer adds `s B A x` to its output. The gradient of any loss with respect to A is a sum over tokens of
+`s (B^T u) x^T`: its rows lie in the span of the layer's inputs x. The inputs of reference tokens therefore span the
+reference gradients of A, for every loss and at every moment of the training. U holds the leading directions of these
+inputs. A starts in their complement and every change of A is projected onto it, so that `A U = 0` throughout, whatever
+the optimizer and whatever B: the output on every input in span(U) stays what it is, to all orders. Whole weights W
+keep `W U` instead. This is Gradient Projection Memory (Saha, Garg, Roy 2021, arXiv 2103.09762), for LoRA.
+
+What is left of an input outside of U is short: with 90 % of the energy in U, a third of its length. An adapter that
+sees so little learns slowly, whatever the optimizer. So A starts longer and its steps are enlarged by the gain
+`1 / sqrt(1 - energy)`, as if the projected input had been brought back to its length. The gradient of A is projected
+before the optimizer as well, so that the optimizer scales its step to what is left. The usual learning rates then
+work.
+
+The projection acts on the input axis alone, which shards of the first axis (FSDP2) keep whole: a step needs no
+communication.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .inputs import Input
+from .layout import LARGEST_GROUP
+
+MOST_DIRECTIONS = 512
+"""The most directions of an input where their number follows from the energy; also at most half of its width."""
+
+PREFIX = "directions."
+"""Of the tensors' names in a state dict."""
+
+LEAK = 1e-3
+"""An adapter with a smaller share in the subspace has been in its complement all along."""
+
+_HOLLOW = 1e-3
+"""A matrix of which a smaller share is left outside of the subspace has nothing there but rounding errors."""
+
+_MOST_LEAK = 0.25
+"""An adapter with a larger share in the subspace was trained without it."""
+
+
+def most_directions(width: int) -> int:
+    """The most directions of an input of this width where their number follows from the energy."""
+    return min(MOST_DIRECTIONS, width // 2)
+
+
+@dataclass(frozen=True)
+class InputMatrix:
+    """A matrix that is applied to a layer's input: LoRA's A, or the weight of a linear layer.
+
+    Attributes:
+        name: Of the parameter.
+        layer: Name of the layer.
+        module: The layer, whose first argument is the input.
+        parameter: `(out, width)`.
+        after: LoRA's B, `(features, out)`; `None` for a weight.
+    """
+
+    name: str
+    layer: str
+    module: nn.Module
+    parameter: nn.Parameter
+    after: nn.Parameter | None = None
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Inputs of one kind, whose matrices are stacked.
+
+    Attributes:
+        kind: The layers' names without what tells one block of the model from another: `q_proj+k_proj+v_proj`.
+        inputs: Places of the inputs in the subspace.
+        matrices: Of each input.
+        basis: `(inputs, width, k)`, of the dtype that they are held in; columns of zeros fill up.
+        inverse: Of the Gram matrices of a basis that rounding has made oblique, `(inputs, k, k)`; else `None`.
+        gain: What steps are multiplied with, `(inputs, 1, 1)`; 1 for whole weights.
+    """
+
+    kind: str
+    inputs: list[int]
+    matrices: list[list[InputMatrix]]
+    basis: Tensor
+    inverse: Tensor | None
+    gain: Tensor
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [matrix.parameter for own in self.matrices for matrix in own]
+
+    def copies(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors like `parameters()`, of this process, stacked: `(inputs, rows, width)`, float32 or wider."""
+        own = [distributed.local(tensor) for tensor in tensors]
+        shape = (len(self.inputs), sum(len(t) for t in own) // len(self.inputs), self.basis.shape[1])
+        stacked = own[0].new_empty(shape, dtype=torch.promote_types(torch.float32, own[0].dtype))
+        torch._foreach_copy_(self.views(stacked), own)
+        return stacked
+
+    def views(self, stacked: Tensor) -> list[Tensor]:
+        """The parts of a stack, in the order of `parameters()`."""
+        sizes = [len(distributed.local(matrix.parameter)) for matrix in self.matrices[0]]
+        return [part for own in stacked for part in own.split(sizes)]
+
+    def along(self, stacked: Tensor, place: int | slice = slice(None)) -> Tensor:
+        """Coordinates of every row along the directions, `(inputs, rows, k)`: `M U (U^T U)^-1`."""
+        places = slice(place, place + 1) if isinstance(place, int) else place
+        along = torch.bmm(stacked, self.basis[places].to(stacked.dtype))
+        return along if self.inverse is None else torch.bmm(along, self.inverse[places].to(stacked.dtype))
+
+    def spread(self, along: Tensor, place: int | slice = slice(None)) -> Tensor:
+        """Rows from their coordinates: `(inputs, rows, width)`."""
+        places = slice(place, place + 1) if isinstance(place, int) else place
+        return torch.bmm(along, self.basis[places].to(along.dtype).mT)
+
+    def inside(self, stacked: Tensor) -> Tensor:
+        """The part of every row that lies in its subspace."""
+        return self.spread(self.along(stacked))
+
+
+class ActivationSubspace:
+    """Leading directions of the inputs of the projected layers, and the projection away from them.
+
+    Args:
+        matrices (`Sequence[InputMatrix]`): What is projected.
+        inputs (`Sequence[Input]`): From `inputs.find`, of the same layers.
+        dtype (`torch.dtype`): In which the directions are held: float32 or bfloat16.
+
+    Raises:
+        ValueError: If the layers are others than the inputs', or a matrix is of lower precision than float32.
+    """
+
+    def __init__(self, matrices: Sequence[InputMatrix], inputs: Sequence[Input], dtype: torch.dtype) -> None:
+        self.matrices = list(matrices)
+        self.inputs = list(inputs)
+        self.dtype = dtype
+        self.references = ""  # digest of the reference sets, where they are known
+        self._adapter = any(matrix.after is not None for matrix in matrices)
+        self._stacks = self._stacked()
+        self.device = self._stacks[0].basis.device
+        self._before: list[Tensor] | None = None
+        # Of each stack: squared lengths of what was removed from steps, and of the steps.
+        self._squares = [torch.zeros(2, device=stack.basis.device) for stack in self._stacks]
+        for own in self.inputs:
+            own.directions = own.directions[:, :0]  # held in the stacks from now on
+
+    def _stacked(self) -> list[_Stack]:
+        own: dict[str, InputMatrix] = {matrix.layer: matrix for matrix in self.matrices}
+        known = [layer for item in self.inputs for layer in item.layers]
+        if sorted(known) != sorted(own) or len(own) != len(self.matrices):
+            other = sorted(set(known) ^ set(own)) or sorted(own)
+            raise ValueError(f"The subspace is of other layers than those in training: {other[0]}, for one.")
+        kinds: dict[tuple, list[int]] = {}
+        for i, item in enumerate(self.inputs):
+            parameters = [distributed.local(own[layer].parameter) for layer in item.layers]
+            low = next((p for p in parameters if p.dtype in (torch.bfloat16, torch.float16)), None)
+            if low is not None:
+                raise ValueError(
+                    f"{own[item.layers[0]].name} is held in {str(low.dtype).removeprefix('torch.')}, in which a "
+                    "projected step is lost to rounding. Hold it in float32: OGPSACallback does so, and in your own "
+                    "loop model.projector.widen() before the optimizer is made. Layers still compute in 16 bits under "
+                    "autocast (bf16=True)."
+                )
+            rows = tuple(len(parameter) for parameter in parameters)
+            key = (kind_of(item.layers), item.width, rows, parameters[0].dtype, parameters[0].device)
+            kinds.setdefault(key, []).append(i)
+        stacks = []
+        for (kind, width, _, _, device), places in kinds.items():
+            most = max(1, max(self.inputs[i].directions.shape[1] for i in places))
+            size = max(1, LARGEST_GROUP // (width * most))
+            for start in range(0, len(places), size):
+                part = places[start : start + size]
+                k = max(1, max(self.inputs[i].directions.shape[1] for i in part))
+                basis = torch.zeros(len(part), width, k, dtype=self.dtype, device=device)
+                for held, i in zip(basis, part, strict=True):
+                    found = self.inputs[i].directions
+                    held[:, : found.shape[1]] = found.to(device, self.dtype)
+                matrices = [[own[layer] for layer in self.inputs[i].layers] for i in part]
+                gains = [self.inputs[i].gain if self._adapter else 1.0 for i in part]
+                gain = torch.tensor(gains, device=device).view(-1, 1, 1)
+                stacks.append(_Stack(kind, part, matrices, basis, _inverse(basis), gain))
+        return stacks
+
+    # The start
+
+    @torch.no_grad()
+    def enter(self) -> float:
+        """Puts the adapter into the complement of the subspace; whole weights stay as they are.
+
+        As long as B is zero, as at LoRA's usual start, A keeps its length, times the gain. Where B is not zero, what
+        is removed from A changes the model on reference inputs by what the adapter did to them. In several processes
+        all must call it.
+
+        Returns:
+            How much of what the adapter does lay in the subspace, from 0 to 1: the length of `B A U` relative to that
+            of `B A`, at most over the layers.
+
+        Raises:
+            ValueError: If it is too much: the adapter was not born in the complement. Nothing is changed.
+        """
+        leaks, entered, hollow = [torch.zeros((), dtype=torch.float64, device=self.device)], [], []
+        for stack, place, matrix in self._each():
+            if matrix.after is None:
+                continue
+            a, b = _whole(matrix.parameter), _whole(matrix.after).to(stack.basis.device)
+            along = stack.along(a[None], place)
+            outside = a - stack.spread(along, place)[0]
+            leaks.append(_share(b, along[0], a).to(self.device))
+            whole, kept = torch.linalg.vector_norm(a), torch.linalg.vector_norm(outside)
+            hollow.append((kept <= _HOLLOW * whole).to(self.device))
+            stretch = torch.where(b.any() | (kept == 0), 1.0, stack.gain[place, 0, 0] * whole / kept)
+            entered.append((matrix.parameter, outside * stretch))
+        for matrix, nothing in zip(self._afters(), torch.stack(hollow).tolist() if hollow else [], strict=True):
+            if nothing:
+                raise ValueError(
+                    f"Nothing is left of {matrix.name} outside of the activation subspace, so that the layer could "
+                    "not learn. Lower subspace_rank."
+                )
+        most = float(torch.stack(leaks).max())
+        if most > _MOST_LEAK:
+            raise ValueError(
+                f"The adapter was not trained in the complement of this activation subspace: up to {most:.0%} of what "
+                "it does in a layer acts on the reference inputs. Give the reference sets that it was trained with; "
+                "or merge it into the base (merge_adapter) and add a new one; or set subspace='gradients'."
+            )
+        for parameter, full in entered:
+            distributed.local(parameter).copy_(distributed.own_part(full, parameter))
+        return most
+
+    def _afters(self) -> list[InputMatrix]:
+        """The matrices that are an adapter's, in the order of `_each`."""
+        return [matrix for _, _, matrix in self._each() if matrix.after is not None]
+
+    def in_use(self) -> bool:
+        """Whether the adapter does anything yet: whether some B is not zero. True for whole weights."""
+        afters = [matrix.after for matrix in self.matrices if matrix.after is not None]
+        if not self._adapter:
+            return True
+        found = torch.stack([distributed.local(after).any().to(self.device) for after in afters]).any().float()
+        (total,) = distributed.summed([found]) if distributed.are_sharded(afters) else (found,)
+        return bool(total)
+
+    # A step
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Takes note of the matrices before a step."""
+        self._before = [stack.copies(stack.parameters()) for stack in self._stacks]
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Projects the matrices' gradients, so that the optimizer scales its step to what is left of them."""
+        for stack in self._stacks:
+            gradients = [p.grad for p in stack.parameters()]
+            if all(gradient is None for gradient in gradients):
+                continue
+            whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in stack.parameters()]
+            stacked = stack.copies(whole)
+            stacked -= stack.inside(stacked)
+            pairs = zip(gradients, stack.views(stacked), strict=True)
+            found = [(distributed.local(gradient), view) for gradient, view in pairs if gradient is not None]
+            torch._foreach_copy_([own for own, _ in found], [view for _, view in found])
+
+    @torch.no_grad()
+    def project_step(self, record: bool = True) -> None:
+        """Projects what the matrices have changed by since `remember`; with `record` it counts for `removed`."""
+        for i, stack in enumerate(self._stacks):
+            now = stack.copies(stack.parameters())
+            if record:
+                assert self._before is not None
+                before = self._before[i]
+                step = now - before
+                removed = stack.inside(step)
+                self._squares[i] += torch.stack([removed.square().sum(), step.square().sum()])
+                step -= removed
+                step *= stack.gain
+                now = torch.add(before, step, out=now)
+            if self._adapter:
+                # A itself is projected, so that rounding does not add up: it was in the complement before.
+                now -= stack.inside(now)
+            own = [distributed.local(parameter) for parameter in stack.parameters()]
+            torch._foreach_copy_(own, stack.views(now))
+        self._before = None
+
+    @torch.no_grad()
+    def project_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Projects stored gradients of the matrices, so that what they correct stays in the complement.
+
+        Args:
+            rows: By the parameter's name, `(rows, *local shape)` or any view of it; changed in place.
+        """
+        for stack, place, matrix in self._each():
+            view = rows[matrix.name]
+            shape = distributed.local(matrix.parameter).shape
+            own = view.reshape(-1, shape[-1]).float()
+            own = own - stack.spread(stack.along(own[None], place), place)[0]
+            view.copy_(own.view(view.shape))
+
+    def removed(self) -> dict[str, float]:
+        """The share of the matrices' steps that was removed since the last call, by kind of layer, 0 to 1.
+
+        Of what this process holds. Waits for the device.
+        """
+        sums: dict[str, list[float]] = {}
+        for stack, squares in zip(self._stacks, self._squares, strict=True):
+            inside, total = squares.tolist()
+            own = sums.setdefault(stack.kind, [0.0, 0.0])
+            own[0] += inside
+            own[1] += total
+            squares.zero_()
+        return {kind: min(1.0, math.sqrt(inside / total)) for kind, (inside, total) in sums.items() if total}
+
+    # What it is
+
+    def kinds(self) -> list[Kind]:
+        """Figures by kind of layer, in the order of the model."""
+        found: dict[str, list[Input]] = {}
+        for stack in self._stacks:
+            found.setdefault(stack.kind, []).extend(self.inputs[i] for i in stack.inputs)
+        return [Kind.of(name, own) for name, own in found.items()]
+
+    def bytes(self) -> int:
+        """Memory of the directions, in every process."""
+        return sum(
+            stack.basis.nbytes + (0 if stack.inverse is None else stack.inverse.nbytes) for stack in self._stacks
+        )
+
+    def step_bytes(self) -> int:
+        """Memory that a step needs beside: the snapshot, and three copies of one stack."""
+        sizes = [4 * sum(distributed.local(p).numel() for p in stack.parameters()) for stack in self._stacks]
+        return sum(sizes) + 3 * max(sizes)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """The directions by name, and what is JSON-ready, an entry an input."""
+        tensors, rest = {}, []
+        for stack in self._stacks:
+            for place, i in enumerate(stack.inputs):
+                item = self.inputs[i]
+                tensors[f"{PREFIX}{i}"] = stack.basis[place, :, : len(item.energies)]
+                rest.append(
+                    {
+                        "place": i,
+                        "layers": list(item.layers),
+                        "energies": item.energies.tolist(),
+                        "energy": item.energy,
+                        "held_out": item.held_out,
+                    }
+                )
+        return tensors, sorted(rest, key=lambda entry: entry["place"])
+
+    @classmethod
+    def restored(
+        cls,
+        matrices: Sequence[InputMatrix],
+        tensors: Mapping[str, Tensor],
+        rest: Sequence[Mapping[str, Any]],
+        dtype: torch.dtype,
+    ) -> ActivationSubspace:
+        """The subspace that `state_dict` was taken of.
+
+        Raises:
+            ValueError: If it does not fit the matrices.
+        """
+        found = []
+        widths = {matrix.layer: matrix.parameter.shape[1] for matrix in matrices}
+        for entry in rest:
+            name = f"{PREFIX}{entry['place']}"
+            if name not in tensors:
+                raise ValueError(f"{name} is missing.")
+            directions = tensors[name]
+            _check_directions(name, directions, len(entry["energies"]), widths.get(entry["layers"][0]))
+            energies = torch.tensor(entry["energies"], dtype=torch.float64)
+            found.append(
+                Input(
+                    tuple(entry["layers"]), len(directions), energies, directions, entry["energy"], entry["held_out"]
+                )
+            )
+        return cls(matrices, found, dtype)
+
+    def _each(self) -> Iterator[tuple[_Stack, int, InputMatrix]]:
+        for stack in self._stacks:
+            for place, own in enumerate(stack.matrices):
+                for matrix in own:
+                    yield stack, place, matrix
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Figures of the inputs of one kind of layer.
+
+    Attributes:
+        name: `q_proj+k_proj+v_proj`.
+        inputs: How many there are.
+        width: Of an input.
+        directions: The smallest and the largest number of an input's directions.
+        share: Of the energy of the reference inputs that lies in the directions, from 0 to 1; mean over the inputs.
+        held_out: The same of reference examples that were not used to find them; `None` without any.
+    """
+
+    name: str
+    inputs: int
+    width: int
+    directions: tuple[int, int]
+    share: float
+    held_out: float | None
+
+    def __str__(self) -> str:
+        few, many = self.directions
+        count = f"{few}" if few == many else f"{few} to {many}"
+        held = "" if self.held_out is None else f", {self.held_out:.0%} of held-out ones"
+        return (
+            f"{self.name}: {self.inputs} inputs of {self.width}, {count} directions with {self.share:.0%} of the "
+            f"energy of reference inputs{held}"
+        )
+
+    @classmethod
+    def of(cls, name: str, inputs: Sequence[Input]) -> Kind:
+        """Of these inputs."""
+        counts = [len(item.energies) for item in inputs]
+        held = [item.held_out for item in inputs if item.held_out is not None]
+        share = sum(item.share for item in inputs) / len(inputs)
+        return cls(
+            name,
+            len(inputs),
+            inputs[0].width,
+            (min(counts), max(counts)),
+            share,
+            sum(held) / len(held) if held else None,
+        )
+
+
+def kind_of(layers: Sequence[str]) -> str:
+    """The kind of layers that share an input: their names without what tells one block of a model from another."""
+    return "+".join(dict.fromkeys(re.sub(r"\d+", "*", layer.rpartition(".")[2]) for layer in layers))
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """All of a parameter, from all processes where it is sharded, in float32 or wider."""
+    full = distributed.whole(distributed.local(parameter), parameter)
+    return full.to(torch.promote_types(torch.float32, full.dtype))
+
+
+def _check_directions(name: str, directions: Tensor, count: int, width: int | None) -> None:
+    if directions.dim() != 2 or directions.shape[1] != count or width not in (None, directions.shape[0]):
+        raise ValueError(f"{name} has the shape {tuple(directions.shape)}, and ({width}, {count}) is needed.")
+    if not directions.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite.")
+    exact = directions.double()
+    error = (exact.T @ exact - torch.eye(count, dtype=exact.dtype, device=exact.device)).abs().max() if count else 0.0
+    if error > (1e-5 if directions.dtype == torch.float32 else 0.05):
+        raise ValueError(f"{name} is damaged: its columns are not orthonormal.")
+
+
+def _share(after: Tensor, along: Tensor, matrix: Tensor) -> Tensor:
+    """The length of `B A U` relative to that of `B A`, in float64; 0 where `B A` is zero. From small Gram matrices."""
+    after, along, matrix = after.double(), along.double(), matrix.double()
+    gram = after.T @ after
+    inside, total = ((gram * (part @ part.T)).sum() for part in (along, matrix))
+    possible = gram.trace() * matrix.square().sum()
+    return torch.where(total > 1e-12 * possible, inside / total, 0.0).clamp(min=0).sqrt()
+
+
+def _inverse(basis: Tensor) -> Tensor | None:
+    """The pseudoinverse of the Gram matrices of directions that have been rounded; `None` where they have not been."""
+    if basis.dtype == torch.float32:
+        return None
+    exact = basis.double()
+    return torch.linalg.pinv(exact.mT @ exact, rtol=1e-6, hermitian=True).float()

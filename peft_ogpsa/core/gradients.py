@@ -1,0 +1,255 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The reference gradient pass: from a batch and a loss to gradients of the projected parameters.
+
+Run it under `modes.undisturbed(model, gradients=True)`: with dropout on, a gradient is mostly noise. `.grad` is left
+as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .layout import Blocks
+
+LossFn = Callable[[Any, Any], Tensor]
+
+# Keeps gradients of float16 models above underflow; a power of two, so it is exact for every other dtype.
+_LOSS_SCALE = 2.0**10
+
+
+class Sink(Protocol):
+    """Where gradients go."""
+
+    def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
+        """Adds `(examples, *shape)` gradients of one piece, the first of them being that of example `first`."""
+
+    def add_products(self, piece: int, outputs: Tensor, inputs: Tensor, factor: float) -> None:
+        """Adds `factor` times the gradients `outputs^T inputs` of a matrix, `(examples, tokens, features)` each."""
+
+    def clear(self) -> None:
+        """Forgets all that was added."""
+
+
+class _NotPerExampleError(Exception):
+    """The hooks did not see the whole gradient of every weight, example by example."""
+
+
+def batch_size(batch: Any) -> int:
+    """The number of examples in a batch: the length of its first tensor.
+
+    Raises:
+        ValueError: If the batch holds no tensor with a first axis.
+    """
+    return first_tensor(batch).shape[0]
+
+
+def first_tensor(batch: Any) -> Tensor:
+    """The first tensor of a batch; arguments and errors are those of `batch_size`."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value
+    raise ValueError(
+        f"A reference batch of type {type(batch).__name__} holds no tensor whose first axis counts its examples. "
+        "Give a tensor, or a mapping, list or tuple with tensors."
+    )
+
+
+def batch_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, first: int = 0) -> Tensor:
+    """Gives `sink` the gradient of `loss_fn(model, batch)`, `(1, *shape)` per piece, and returns the loss."""
+    loss = _scalar(loss_fn(model, batch))
+    gradients = torch.autograd.grad(loss * _LOSS_SCALE, blocks.flat_parameters(), allow_unused=True)
+    for piece, gradient in enumerate(gradients):
+        if gradient is not None:
+            sink.add(piece, gradient.unsqueeze(0).float() / _LOSS_SCALE, first)
+    return loss.detach()
+
+
+def sharded_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, weight: float) -> Tensor:
+    """Gives `sink` this process's shard of the sum over processes of `weight` times their losses' gradients.
+
+    FSDP2 gathers and scatters in backward hooks, which `autograd.grad` does not run: so this is a backward pass like
+    the optimizer's, whose gradients are then taken from `.grad`. Every process must call it the same number of times.
+
+    Args:
+        model: Passed to `loss_fn`.
+        batch: This process's examples.
+        loss_fn: `loss_fn(model, batch)` returns a scalar.
+        blocks: The projected parameters, sharded.
+        sink: Receives the gradients.
+        weight: Of this process's loss; 0 for a pass that only keeps the others from waiting.
+
+    Returns:
+        The loss, detached, without its weight.
+
+    Raises:
+        RuntimeError: If no gradient arrived.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        loss = _scalar(loss_fn(model, batch))
+        # FSDP2 takes the mean over processes.
+        (loss * (weight * distributed.count() * _LOSS_SCALE)).backward()
+        own = blocks.flat_parameters()
+        if all(parameter.grad is None for parameter in own):
+            raise RuntimeError(
+                "The backward pass of a reference batch left no gradient in any projected shard. Refresh between "
+                "optimizer steps with set_requires_gradient_sync(True), and give refresh() as `model` what the "
+                "outermost fully_shard was called with."
+            )
+        for piece, parameter in enumerate(own):
+            if parameter.grad is not None:
+                sink.add(piece, distributed.local(parameter.grad).unsqueeze(0).float() / _LOSS_SCALE)
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+    return loss.detach()
+
+
+def example_gradients(
+    model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, linears: Sequence[nn.Linear | None]
+) -> Tensor:
+    """Gives `sink` the gradient of every example of a batch, `(examples, *shape)` per piece, from one backward pass.
+
+    For a linear map with inputs `x[i, t]` and output gradients `u[i, t]` (example i, token t), example i's weight
+    gradient is the sum over t of the outer products `u[i, t] x[i, t]^T`; hooks on `lora_A` and `lora_B` see both.
+    The loss must be a mean over examples of terms that depend on one example each; a token mean gives the same
+    directions.
+
+    The examples are passed one at a time instead where hooks would not see all of it: where a layer is not a plain
+    linear map or mixes the examples' axis (convolutions, embeddings, routed experts), where it may do so (a sequence
+    as long as there are examples), and where a weight is used without a call of its module (`target_parameters`,
+    `nn.MultiheadAttention`, fused kernels).
+
+    Args:
+        model: Passed to `loss_fn`.
+        batch: Tensors (or a mapping, list or tuple of tensors) with the examples along the first axis.
+        loss_fn: `loss_fn(model, batch)` returns a scalar.
+        blocks: The projected parameters.
+        sink: Receives the gradients.
+        linears: For each piece the linear module whose weight it is, or `None` where there is none.
+
+    Returns:
+        The loss of the batch, detached.
+    """
+    count = batch_size(batch)
+    if count == 1:
+        return batch_gradient(model, batch, loss_fn, blocks, sink)
+    if all(linear is not None for linear in linears):
+        with contextlib.suppress(_NotPerExampleError):
+            return _hooked_gradients(model, batch, loss_fn, blocks, sink, linears, count)
+        sink.clear()
+    losses = [batch_gradient(model, examples_of(batch, [i]), loss_fn, blocks, sink, first=i) for i in range(count)]
+    return torch.stack(losses).mean()
+
+
+class _Watch(torch.autograd.Function):
+    """Passes a layer's output on, and its input and output gradient to `tell` in the backward pass.
+
+    The input is saved as autograd saves tensors, so that gradient checkpointing recomputes it and does not keep it.
+    `anchor` is a leaf of the graph at every layer: a backward pass that is asked for its gradient alone comes by here,
+    and computes none of the weights' own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, tell: Callable[[Tensor, Tensor], None], anchor: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.tell = tell
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        with torch.autocast(gradient.device.type, enabled=False):
+            ctx.tell(ctx.saved_tensors[0], gradient)
+        return gradient, None, None, None
+
+
+def _hooked_gradients(
+    model: Any,
+    batch: Any,
+    loss_fn: LossFn,
+    blocks: Blocks,
+    sink: Sink,
+    linears: Sequence[nn.Linear | None],
+    count: int,
+) -> Tensor:
+    # A loss may flatten batches of (examples, sequences, tokens): an example's sequences then stand side by side.
+    flattened = first_tensor(batch).shape[:2].numel()
+    inputs_ok = True
+    watched: set[int] = set()  # pieces whose module has been called
+    told: set[int] = set()  # pieces whose gradient came by their module
+    anchor = torch.zeros((), device=blocks.device, requires_grad=True)
+
+    def watch(piece: int) -> Callable:
+        def tell(x: Tensor, u: Tensor) -> None:
+            nonlocal inputs_ok
+            told.add(piece)
+            # Where the second axis could be that of the examples too, nothing says which one is.
+            per_example = x.dim() >= 3 and x.shape[0] in (count, flattened) and x.shape[1] not in (count, flattened)
+            inputs_ok = inputs_ok and per_example
+            if inputs_ok:
+                outputs, inputs = (part.reshape(count, -1, part.shape[-1]).float() for part in (u, x))
+                sink.add_products(piece, outputs, inputs, count / _LOSS_SCALE)
+
+        def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            if not output.requires_grad:
+                return None
+            watched.add(piece)
+            return _Watch.apply(output, args[0].detach(), tell, anchor)
+
+        return forward_hook
+
+    handles = [
+        linear.register_forward_hook(watch(piece)) for piece, linear in enumerate(linears) if linear is not None
+    ]
+    try:
+        loss = _scalar(loss_fn(model, batch))
+        weights = blocks.flat_parameters()
+        rest = [weights[piece] for piece in range(len(weights)) if piece not in watched]
+        _, *others = torch.autograd.grad(loss * _LOSS_SCALE, [anchor, *rest], allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A module whose output reaches no loss is watched and not told: its weight may still be read past it.
+    if not inputs_ok or watched != told or any(gradient is not None for gradient in others):
+        raise _NotPerExampleError
+    return loss.detach()
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"loss_fn must return a scalar tensor, and returned {got}. Return the mean loss of the batch."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "The reference loss does not depend on the adapter: loss_fn returned a tensor without a graph. Compute it "
+            "from the model it is given, outside torch.no_grad()."
+        )
+    return loss
+
+
+def examples_of(batch: Any, indices: Sequence[int]) -> Any:
+    """Some examples of a batch: of every tensor the given entries of the first axis."""
+    if isinstance(batch, Tensor):
+        return batch[list(indices)] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {key: examples_of(value, indices) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        parts = [examples_of(value, indices) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple, or not
+    return batch

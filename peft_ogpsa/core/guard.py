@@ -1,0 +1,201 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Notices when a training run is not what the user was told: a step or a parameter that the projection missed.
+
+Everything here compares what the projector did with what the optimizer, the trainer and the model did. What is surely
+wrong raises an error; what may be meant is named in a warning, once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from . import distributed
+from .config import ProjectionConfig
+
+if TYPE_CHECKING:
+    from .projector import Projector
+
+logger = logging.getLogger(__name__)
+
+
+class Guard:
+    """Watches one projector.
+
+    Args:
+        projector (`Projector`): What is watched.
+    """
+
+    def __init__(self, projector: Projector) -> None:
+        self._projector = projector
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins anew, as for other rows or another stage of training."""
+        self._counted = 0  # refreshes after a step that moved something
+        self._seen: Tensor | None = None
+        self._versions: list[int] | None = None
+        self._warned_of_changes = False
+        self._warned_of_others = False
+        self.note_step()
+
+    # Every parameter in training has had a reference gradient
+
+    def after_refresh(self, moved: int) -> None:
+        """Names parameters without a nonzero reference gradient, at the second refresh after a step that moved any.
+
+        At the start of training the gradients of A are zero because B is, so the first refresh says nothing. All
+        processes must call it.
+
+        Args:
+            moved: Steps so far that could move the parameters.
+        """
+        self._note_versions()
+        subspace = self._projector.subspace
+        if subspace is None or self._counted >= 2:
+            return
+        seen = subspace.parameters_with_rows()
+        self._seen = seen if self._seen is None else self._seen | seen
+        self._counted += moved > 0
+        if self._counted < 2:
+            return
+        blind = [name for name, has in zip(subspace.blocks.order, self._seen.tolist(), strict=True) if not has]
+        if blind:
+            logger.warning(
+                "%d of the %d projected parameters have had no reference gradient other than zero in the first "
+                "refreshes, so their steps are not projected: %s. The reference examples may not reach them, as with "
+                "experts to which no token was routed. Give other or more reference examples if their abilities "
+                "matter.",
+                len(blind),
+                len(subspace.blocks.order),
+                _some(blind),
+            )
+
+    # The parameters change in projected steps alone
+
+    def _note_versions(self) -> None:
+        own = self._projector.projected().values()
+        self._versions = self._current_versions() if own and not distributed.are_sharded(own) else None
+
+    def _current_versions(self) -> list[int]:
+        """How often each parameter has been changed in place, as torch counts; not through `.data`."""
+        return [parameter._version for parameter in self._projector.projected().values()]
+
+    def check_changes(self) -> None:
+        """Warns where parameters have changed since the last step or refresh; before a step, and where one is due."""
+        if self._versions is None or self._warned_of_changes or self._versions == self._current_versions():
+            return
+        self._warned_of_changes = True
+        logger.warning(
+            "The projected parameters have changed outside of an optimizer step that was projected. Such changes are "
+            "not projected. Either the optimizer, or one wrapped around it, does not call super().__init__() of "
+            "torch.optim.Optimizer, so that torch calls no hooks: use another one. Or your code has written to the "
+            "weights: if it loaded them on purpose, call projector.reset() afterwards."
+        )
+
+    def expect_changes(self) -> None:
+        """Skips the next check: torch may count a fused step that skipped itself as a change."""
+        self._versions = None
+
+    def after_step(self) -> None:
+        """Takes note of the parameters as the projection has left them."""
+        self._note_versions()
+
+    # The projector steps as often as the optimizer, and with the parameters that it trains
+
+    def note_step(self) -> None:
+        """Takes note of the projector's counts before one step of the trainer's."""
+        self._steps, self._skipped = self._projector.steps, self._projector.skipped
+
+    def check_step(self, optimizer: Optimizer | None) -> None:
+        """Compares the projector's counts with those that `note_step` took, after that step.
+
+        A step that a gradient scaler skipped is no step. A scaler does not call a plain optimizer then, and calls a
+        fused one, which skips by itself.
+
+        Args:
+            optimizer: The trainer's.
+
+        Raises:
+            RuntimeError: If the projector has not seen the step, or has seen several.
+        """
+        seen = self._projector.steps - self._steps
+        skipped = self._projector.skipped > self._skipped or getattr(optimizer, "step_was_skipped", False)
+        if seen == 1 or (seen == 0 and skipped):
+            return
+        name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+        if seen == 0:
+            raise RuntimeError(
+                f"The optimizer {name} has made a step that was not projected: torch calls no hooks around its "
+                "`step`, or it does not hold the parameters in training. Use an optimizer that calls "
+                "super().__init__() of torch.optim.Optimizer, such as optim='adamw_torch', and give it the parameters "
+                "of this model. To train without projection, set projector.enabled = False."
+            )
+        raise RuntimeError(
+            f"The optimizer {name} has made {seen} steps of the projected parameters in one step of the trainer. "
+            "OGPSA counts and refreshes by the trainer's steps: use an optimizer that makes one."
+        )
+
+    def check_parameters(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        """Compares what is projected with what the optimizer trains, after a refresh.
+
+        Args:
+            model: What is trained, wrapped or not.
+            optimizer: The trainer's; `None` if it is not known.
+
+        Raises:
+            RuntimeError: If a projected parameter is not the model's own.
+        """
+        own = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for name, parameter in self._projector.projected().items():
+            if id(parameter) not in own:
+                raise RuntimeError(
+                    f"The projected parameter {name} is not, or no longer, in training in this "
+                    f"{type(model).__name__}. Build the optimizer and the trainer after the last change to the "
+                    "adapter."
+                )
+            del own[id(parameter)]
+        if self._warned_of_others or not self._projector.names_others:
+            return
+        held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+        others = [name for key, name in own.items() if held is None or key in held]
+        if others:
+            self._warned_of_others = True
+            logger.warning(
+                "%d parameters are trained and not projected, because they are not LoRA matrices A and B: %s. Nothing "
+                "keeps their steps from harming the reference sets.",
+                len(others),
+                _some(others),
+            )
+
+
+def refuse_averaging(optimizer: Optimizer, config: ProjectionConfig) -> None:
+    """Refuses schedule-free optimizers, whose evaluated and saved weights are an average that is not projected.
+
+    Only where the gradient alone is projected do they work.
+
+    Args:
+        optimizer: What trains the parameters.
+        config: The projection's settings.
+
+    Raises:
+        ValueError: If the optimizer is one of them, and the settings project the change of the parameters.
+    """
+    if not config.uses_activations and config.projection == "gradient":
+        return
+    if any("train_mode" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates and saves an average of weights that no step has, and only the "
+            "steps are projected. Use optim='adamw_torch' or another optimizer that is not schedule-free, or "
+            "subspace='gradients' with projection='gradient'."
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

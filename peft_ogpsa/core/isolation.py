@@ -1,0 +1,124 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The states in which a model in training is looked at from outside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, *, gradients: bool = False, seed: int | None = None) -> Iterator[None]:
+    """Evaluation mode, on a random stream of its own; training may go on afterwards as if nothing had happened.
+
+    Compiled code runs eagerly inside, so that hooks are seen. Without gradients it is `no_grad` and not
+    `inference_mode`: buffers first created here (rotary tables, for one) enter later backward passes, and gradient
+    checkpointing's input hooks set `requires_grad`; inference tensors allow neither.
+
+    Args:
+        model: Every submodule's mode is put back at the end.
+        gradients: Whether autograd records.
+        seed: Of the random stream; by default it starts where the global one stands, which is put back at the end.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    with (
+        _random_states(),
+        torch.set_grad_enabled(gradients),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        if seed is not None:
+            torch.manual_seed(seed)
+        switch_to_evaluation(model)
+        try:
+            with _checkpointing_kept(model) if gradients else contextlib.nullcontext():
+                yield
+        finally:
+            for module, training in modes:
+                if module.training != training:  # setting it is slow
+                    module.training = training
+
+
+@contextlib.contextmanager
+def _random_states() -> Iterator[None]:
+    """Puts back the random states of the CPU and of every accelerator in use, which are the whole process's."""
+    kind = torch.accelerator.current_accelerator()
+    if kind is None or not torch.get_device_module(kind).is_available():
+        with torch.random.fork_rng(devices=[]):
+            yield
+    elif kind.type == "mps":  # one device, whose functions take no index
+        state = torch.mps.get_rng_state()
+        with torch.random.fork_rng(devices=[]):
+            try:
+                yield
+            finally:
+                torch.mps.set_rng_state(state)
+    else:
+        module = torch.get_device_module(kind)
+        used = not hasattr(module, "is_initialized") or module.is_initialized()
+        devices = list(range(module.device_count())) if used else []
+        with torch.random.fork_rng(devices=devices, device_type=kind.type):
+            yield
+
+
+@contextlib.contextmanager
+def _checkpointing_kept(model: nn.Module) -> Iterator[None]:
+    """Lets checkpointed layers go on saving memory, which they do only in training mode.
+
+    Not where checkpointing is reentrant, which `autograd.grad` cannot pass.
+    """
+    changed: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        if _is_checkpointed(module):
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(checkpoint, "keywords", {}).get("use_reentrant") is False:
+                changed.append((module, checkpoint))
+    for module, checkpoint in changed:
+        module.training = True
+        module._gradient_checkpointing_func = _evaluating(module, checkpoint)
+    try:
+        yield
+    finally:
+        for module, checkpoint in changed:
+            module._gradient_checkpointing_func = checkpoint
+
+
+def _is_checkpointed(module: Any) -> bool:
+    """Whether it is a layer of transformers with gradient checkpointing. By name: `core` imports torch alone."""
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return "GradientCheckpointingLayer" in names and module.gradient_checkpointing
+
+
+def _evaluating(module: nn.Module, checkpoint: Callable) -> Callable:
+    """A checkpointing function under which the layer itself is in evaluation mode, when it is computed again too.
+
+    Many layers hand `self.training` to their dropout.
+    """
+
+    def run(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        def evaluated(*inner: Any, **named: Any) -> Any:
+            module.training = False
+            try:
+                return function(*inner, **named)
+            finally:
+                module.training = True
+
+        return checkpoint(evaluated, *args, **kwargs)
+
+    return run
+
+
+def switch_to_evaluation(model: nn.Module) -> None:
+    """Puts a model into evaluation mode, but for 4-bit layers on a CPU.
+
+    bitsandbytes repacks such a layer for good when it first runs in evaluation mode, and its gradients are wrong ever
+    after (0.50, `Linear4bit.forward`). The layer has no dropout, so its mode makes no other difference.
+    """
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and next(module.parameters()).device.type == "cpu":
+            module.training = True

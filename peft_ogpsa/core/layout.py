@@ -1,0 +1,277 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters are projected together, and their stacked form.
+
+A *piece* is one parameter tensor, flattened: what this process holds of it, which under FSDP2 is a shard and may be
+empty. Pieces of one size, dtype and device lie stacked in one *group*, so that a model of any depth costs a handful of
+kernels. A *block* is a set of pieces that share their projection coefficients: one piece (scope `tensor`), the pieces
+of one module (`module`), or all of them (`model`). Blocks have one order in all processes, with any number of them.
+Under scope `slice` a parameter is cut into equal pieces, each a block of its own: with as many as the adapter's rank,
+the rows of A, one for each of its directions, and as many groups of B's rows.
+
+A *stack* is a list with one tensor per group, `(pieces, numel)`, or `(pieces, rows, numel)` for rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import distributed
+
+LARGEST_GROUP = 2**26
+"""Most elements that are stacked, if not one piece alone: larger stacks save no time and cost working memory."""
+
+Stack = list[Tensor]
+
+_BLOCK_OF: dict[str, Callable[[str, str], str]] = {
+    "slice": lambda name, owner: name,
+    "tensor": lambda name, owner: name,
+    "module": lambda name, owner: owner,
+    "model": lambda name, owner: "",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters of one size, dtype and device, stacked along the first axis.
+
+    Attributes:
+        names: Of the parameters.
+        slices: Pieces of each.
+        numel: Elements of a piece.
+        dtype: Of the parameters.
+        device: Where they are.
+    """
+
+    names: tuple[str, ...]
+    slices: int
+    numel: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces there are."""
+        return len(self.names) * self.slices
+
+
+class Blocks:
+    """The layout of the projected parameters.
+
+    Args:
+        parameters (`Mapping[str, Tensor]`): The projected parameters by name.
+        owners (`Mapping[str, str]`): For each parameter the name of the module that it belongs to; pieces with one
+            owner form one block under scope `module`.
+        scope (`str`): `"slice"`, `"tensor"`, `"module"` or `"model"`.
+        slices (`int`): Pieces of a parameter under scope `slice`, or the largest number below that divides its size.
+
+    Raises:
+        ValueError: If `parameters` is empty, two of them share memory, `scope` is unknown, or shards are to be cut
+            into slices.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], owners: Mapping[str, str], scope: str, slices: int = 16
+    ) -> None:
+        if not parameters:
+            raise ValueError("There is no parameter to project: the adapter in training has no trainable LoRA weight.")
+        if scope not in _BLOCK_OF:
+            raise ValueError(f"scope={scope!r} is unknown. Choose one of {sorted(_BLOCK_OF)}.")
+        _refuse_shared_memory(parameters)
+        self.sharded = distributed.are_sharded(parameters.values())
+        if self.sharded and scope == "slice":
+            raise ValueError(
+                "scope='slice' is not allowed where parameters are sharded: what a process holds of a parameter is no "
+                "whole number of its slices. Use scope='tensor'."
+            )
+        names = [name for alike in _alike(parameters, Tensor.numel) for name in alike]
+        self.order = names  # the same in all processes, as the pieces' order may not be
+        keys = {name: _BLOCK_OF[scope](name, owners[name]) for name in names}
+        index = {key: i for i, key in enumerate(dict.fromkeys(keys.values()))}
+
+        self.groups = []
+        for alike in _alike(parameters, Tensor.numel):
+            # Of parameters of one size, shards may have several.
+            for part in _alike({name: parameters[name] for name in alike}, lambda p: distributed.local(p).numel()):
+                own = distributed.local(parameters[part[0]])
+                count = _divisor(own.numel(), slices) if scope == "slice" else 1
+                most = max(1, LARGEST_GROUP // max(1, own.numel()))
+                for i in range(0, len(part), most):
+                    stacked = tuple(part[i : i + most])
+                    self.groups.append(Group(stacked, count, own.numel() // count, own.dtype, own.device))
+        self.parameters = [[parameters[name] for name in group.names] for group in self.groups]
+        # Of what this process holds.
+        self._shapes = [[distributed.local(parameter).shape for parameter in own] for own in self.parameters]
+        self.scope = scope
+
+        self.pieces = sum(group.pieces for group in self.groups)
+        cut = scope == "slice"
+        members = list(range(self.pieces)) if cut else [index[keys[name]] for name in self.names()]
+        self.count = self.pieces if cut else len(index)
+        self._aligned = members == list(range(self.count))  # every piece a block, in its place
+        # The small problems of all blocks are solved together, on the device of the first group.
+        self.device = self.groups[0].device
+        self._block_of_piece = torch.tensor(members, device=self.device)
+        self._sizes = [group.pieces for group in self.groups]
+
+    def names(self) -> list[str]:
+        """The parameters' names, in the order of their pieces."""
+        return [name for group in self.groups for name in group.names]
+
+    def flat_parameters(self) -> list[Tensor]:
+        """The parameters themselves, in the order of their pieces."""
+        return [parameter for group in self.parameters for parameter in group]
+
+    def local_parameters(self) -> list[list[Tensor]]:
+        """What this process holds of the parameters, for each group, as views in the parameters' own shapes."""
+        return [[distributed.local(parameter) for parameter in parameters] for parameters in self.parameters]
+
+    def zeros(self, rows: int | None = None, dtype: torch.dtype | None = None, on_host: bool = False) -> Stack:
+        """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` where `rows` is given.
+
+        The dtype is float32 by default, or float64 where the parameters are. With `on_host` it is in the host's
+        memory, pinned where the parameters are on an accelerator.
+        """
+        return self._make(torch.zeros, rows, dtype, on_host)
+
+    def _make(
+        self,
+        make: Callable[..., Tensor],
+        rows: int | None = None,
+        dtype: torch.dtype | None = None,
+        on_host: bool = False,
+    ) -> Stack:
+        middle = () if rows is None else (rows,)
+        return [
+            make(
+                group.pieces,
+                *middle,
+                group.numel,
+                dtype=dtype or torch.promote_types(torch.float32, group.dtype),
+                device="cpu" if on_host else group.device,
+                pin_memory=on_host and group.device.type == "cuda",
+            )
+            for group in self.groups
+        ]
+
+    def views(self, stack: Stack) -> list[Tensor]:
+        """A stack's part of each parameter in the parameter's shape, as views; a rows axis stays in front.
+
+        A parameter in slices has the shape `(slices, numel)` instead.
+        """
+        views = []
+        for stacked, group, shapes in zip(stack, self.groups, self._shapes, strict=True):
+            if group.slices == 1:
+                rows = stacked.shape[1:-1]
+                views += [own.view(*rows, *shape) for own, shape in zip(stacked, shapes, strict=True)]
+            else:
+                views += [own.movedim(0, -2) for own in stacked.unflatten(0, (-1, group.slices))]
+        return views
+
+    def shaped(self, stack: Stack) -> list[list[Tensor]]:
+        """The parts of a stack without rows, for each group, as views in the shapes of `local_parameters`."""
+        return [
+            [own.view(shape) for own, shape in zip(part.unflatten(0, (len(shapes), -1)), shapes, strict=True)]
+            for part, shapes in zip(stack, self._shapes, strict=True)
+        ]
+
+    def stack(self, tensors: Sequence[Tensor | None] | None = None) -> Stack:
+        """A copy of `tensors` (of the parameters, if not given) in float32 or wider, stacked.
+
+        Args:
+            tensors (`Sequence[Tensor | None]`): One per parameter, in the order of their pieces; `None` counts as
+                zeros.
+        """
+        source = self.flat_parameters() if tensors is None else tensors
+        whole = tensors is None or all(tensor is not None for tensor in tensors)
+        stack = self._make(torch.empty) if whole else self.zeros()
+        slices = [group.slices for group in self.groups for _ in group.names]
+        parts = zip(self.views(stack), source, slices, strict=True)
+        pairs = [(view, _fitted(tensor, count)) for view, tensor, count in parts if tensor is not None]
+        if pairs:
+            torch._foreach_copy_([view for view, _ in pairs], [own for _, own in pairs])
+        return stack
+
+    def reduce(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Sums per-piece values into per-block values: a `(pieces, ...)` tensor per group -> `(blocks, ...)`.
+
+        Of what this process holds: where parameters are sharded, `total` makes them whole.
+        """
+        values = torch.cat([value.to(self.device) for value in pieces])
+        if self._aligned:
+            return values
+        total = values.new_zeros(self.count, *values.shape[1:])
+        return total.index_add_(0, self._block_of_piece, values)
+
+    def spread(self, blocks: Tensor) -> list[Tensor]:
+        """Gives every piece its block's values: `(blocks, ...)` -> a `(pieces, ...)` tensor per group."""
+        values = blocks if self._aligned else blocks.index_select(0, self._block_of_piece)
+        return [part.to(group.device) for part, group in zip(values.split(self._sizes), self.groups, strict=True)]
+
+    def total(self, *values: Tensor) -> list[Tensor]:
+        """Sums over the shards of all processes, in one collective; the values themselves where there are none."""
+        return distributed.summed(values) if self.sharded else list(values)
+
+    def gathered(self, prefix: str, stack: Stack) -> dict[str, Tensor]:
+        """The pieces of a stack as whole tensors, `PREFIX.PARAMETER`; views where parameters are not sharded or cut.
+
+        Where they are, all processes must call it: the first one gets the tensors, in the host's memory.
+        """
+        views = zip(self.names(), self.views(stack), self.flat_parameters(), strict=True)
+        if not self.sharded:
+            return {
+                f"{prefix}.{name}": view.reshape(*view.shape[: stack[0].dim() - 2], *parameter.shape)
+                for name, view, parameter in views
+            }
+        found = {name: (view, parameter) for name, view, parameter in views}
+        tensors = {}
+        for name in self.order:
+            full = distributed.whole(*found[name])
+            if distributed.rank() == 0:
+                tensors[f"{prefix}.{name}"] = full.cpu()
+        return tensors
+
+    def scatter(self, prefix: str, tensors: Mapping[str, Tensor], stack: Stack) -> None:
+        """Puts this process's parts of what `gathered` gave into a stack."""
+        for name, view, parameter in zip(self.names(), self.views(stack), self.flat_parameters(), strict=True):
+            view.copy_(distributed.own_part(tensors[f"{prefix}.{name}"], parameter).reshape(view.shape))
+
+
+def _fitted(tensor: Tensor, slices: int) -> Tensor:
+    """What this process holds of a parameter, or of a tensor like it, in the shape of `Blocks.views`."""
+    own = distributed.local(tensor)
+    return own if slices == 1 else own.reshape(slices, -1)
+
+
+def _refuse_shared_memory(parameters: Mapping[str, Tensor]) -> None:
+    """Two parameters in one memory would each be corrected for the step of both."""
+    spans = []
+    for name, parameter in parameters.items():
+        own = distributed.local(parameter)
+        if own.numel() and not own.is_meta:
+            last = sum((size - 1) * stride for size, stride in zip(own.shape, own.stride(), strict=True))
+            spans.append((own.device, own.data_ptr(), own.data_ptr() + last * own.element_size(), name))
+    spans.sort(key=lambda span: (str(span[0]), *span[1:]))
+    for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start <= end:
+            raise ValueError(
+                f"The parameters {name!r} and {other!r} share memory, so a projected step of the one would change the "
+                "other. Set ensure_weight_tying=False in the configuration, or adapt only one of the two modules."
+            )
+
+
+def _divisor(numel: int, most: int) -> int:
+    return next(count for count in range(most, 0, -1) if numel % count == 0)
+
+
+def _alike(parameters: Mapping[str, Tensor], size: Callable[[Tensor], int]) -> list[list[str]]:
+    """The names of parameters of one size, dtype and device, by the first of each kind."""
+    members: dict[tuple, list[str]] = {}
+    for name, parameter in parameters.items():
+        members.setdefault((size(parameter), parameter.dtype, parameter.device), []).append(name)
+    return list(members.values())

@@ -1,0 +1,66 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How many reference examples a refresh draws."""
+
+from __future__ import annotations
+
+from ..core.config import ProjectionConfig
+
+
+def refresh_samples(
+    config: ProjectionConfig, step_examples: int, batch_size: int, sets: int, cost: float = 1.0
+) -> int | None:
+    """How many reference examples a refresh draws; `None` is all.
+
+    Args:
+        config: What decides it: `refresh_samples`, or else `reference_budget`.
+        step_examples: Training examples of one optimizer step, in all processes.
+        batch_size: Of a reference pass.
+        sets: How many reference sets there are.
+        cost: Of a reference example, where that of a training example is 1.
+
+    Raises:
+        ValueError: If `refresh_samples` leaves a set without its row, with `rows_from="set"`.
+    """
+    given = config.refresh_samples
+    # Rows that are only added to the gradient need not be of every set each time.
+    each_set = config.constrains and config.rows_from == "set"
+    if each_set and given is not None and given < sets:
+        raise ValueError(
+            f"refresh_samples={given} is less than the {sets} reference sets, and with rows_from='set' every set has "
+            f"a row. Set refresh_samples={sets} or more, or give fewer sets."
+        )
+    if given is not None or config.reference_budget is None:
+        return given
+    wanted = max(1, round(config.reference_budget * config.refresh_steps * step_examples / cost))
+    if not config.constrains:
+        return wanted
+    if each_set:
+        return max(wanted, sets)
+    # More than the ring holds does not fit.
+    if config.row_of == "example":
+        return min(wanted, config.rows)
+    # A batch holds examples of one set: so many full ones of each set, and one example more of each further set.
+    full, further = divmod(config.rows, sets)
+    return min(wanted, full * sets * batch_size + further)
+
+
+def check_rows(config: ProjectionConfig, examples: int, batches: int) -> None:
+    """Refuses more reference gradients than `rows` holds, before training and not at its first step.
+
+    Args:
+        config: The projection's settings.
+        examples: The most reference examples that a refresh draws.
+        batches: The most batches that they make.
+
+    Raises:
+        ValueError: If they are too many.
+    """
+    needed = examples if config.row_of == "example" else batches
+    if config.row_of != "set" and needed > config.rows:
+        what = "examples" if config.row_of == "example" else "batches"
+        raise ValueError(
+            f"A refresh draws up to {needed} reference {what}, and rows={config.rows} holds {config.rows} gradients. "
+            f"Set rows={needed}, or lower refresh_samples ({config.refresh_samples}) or reference_budget "
+            f"({config.reference_budget}; None draws everything)."
+        )

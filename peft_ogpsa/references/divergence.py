@@ -1,0 +1,79 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Divergence from the base as a reference loss: what an answer's loss can be gained by, this cannot.
+
+The loss of given answers falls as the model learns their style, and says nothing of the other answers that the model
+might have given. KL(base || model) is zero for the base alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..text.tokenization import IGNORED, Example
+from ..tuner.adapters import without_adapter
+
+COST = 3 / 2
+"""Of such an example, where a pass forward and backward is 1: the base is passed forward as well, and backward past
+frozen weights costs as much as forward."""
+
+
+@dataclass(frozen=True)
+class Anchored(Example):
+    """A prompt with an answer, along which the model is to stay as its base is."""
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(softmax(base) || softmax(logits)), `(tokens, vocabulary)` each -> `(tokens,)`.
+
+    Its gradient is `softmax(logits) - softmax(base)`. Autograd of the formula itself would leave rounding noise where
+    the two are equal, and a reference gradient counts at unit length, however small it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, base: Tensor) -> Tensor:
+        log_model, log_base = logits.log_softmax(-1), base.log_softmax(-1)
+        expected = log_base.exp()
+        ctx.save_for_backward(log_model.exp() - expected)
+        return (expected * (log_base - log_model)).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradients[0].unsqueeze(-1) * slope, None
+
+
+def divergence_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """KL(base || model) at the answers' tokens, over the whole vocabulary, in nats per token.
+
+    Its gradient is exactly zero as long as the adapter changes nothing. The base is the model without its adapter,
+    passed beside it: half as much work again as a loss of its own answers.
+
+    Args:
+        model: A causal language model with an adapter, called with `input_ids` and `attention_mask`.
+        batch: From `reference.collate`.
+
+    Returns:
+        A scalar: the mean over tokens within each example, then over examples, so that the gradient of every example
+        is its own, whatever else is in the batch.
+
+    Raises:
+        ValueError: If the model has no adapter, its adapter is merged, or its base is trained, as with `bias="all"`.
+    """
+    learnt = batch["labels"][:, 1:] != IGNORED
+
+    def logits() -> Tensor:
+        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        # Only the positions that count are widened to float32: the logits are the largest tensor of the pass.
+        return found[:, :-1][learnt].float()
+
+    with torch.no_grad(), without_adapter(model):
+        base = logits()
+    tokens = _Divergence.apply(logits(), base)
+    weights = 1.0 / learnt.sum(1, keepdim=True).clamp(min=1).expand_as(learnt)[learnt]
+    return (tokens * weights).sum() / len(learnt)

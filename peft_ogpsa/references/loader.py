@@ -1,0 +1,228 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which reference examples are passed when."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .budget import check_rows, refresh_samples
+from .divergence import COST, Anchored
+from .losses import ANCHORED_WEIGHT, _plain, batched, collate, padding_of
+from .sets import ReferenceSet, check_sets
+
+if TYPE_CHECKING:
+    from ..core.config import ProjectionConfig
+
+
+class ReferenceLoader:
+    """Draws reference examples in turn from every set, on a random generator of its own.
+
+    Args:
+        sets (`Mapping[str, Sequence]`): Tokenised examples, or pairs, by set name.
+        samples (`int`, *optional*): Examples per draw, spread evenly over the sets; of fewer than there are sets,
+            every draw takes other sets. `None`: all of every set.
+        batch_size (`int`): Examples per batch; batches hold examples of similar length.
+        seed (`int`): Of the order, which differs from epoch to epoch.
+        pad_token_id (`int`): Fills short examples up in `batches`.
+
+    Attributes:
+        weights (`dict[str, float]`): For `refresh`: how much of each set's mean gradient is added to the training
+            gradient where the configuration leaves it to the loss. 8 with `loss="kl"`, 1 with other losses.
+        cost (`float`): Of an example on average, where a training example costs 1.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, Sequence[Any]],
+        samples: int | None,
+        batch_size: int,
+        seed: int = 0,
+        pad_token_id: int = 0,
+    ) -> None:
+        self.sets = {name: list(examples) for name, examples in sets.items()}
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.pad_token_id = pad_token_id
+        anchored = {name: isinstance(examples[0], Anchored) for name, examples in self.sets.items()}
+        self.weights = {name: ANCHORED_WEIGHT if its else 1.0 for name, its in anchored.items()}
+        self.cost = _mean_cost(self.sets)
+        self._drawn = dict.fromkeys(self.sets, 0)
+        self._draws = 0
+        self._digest: str | None = None
+
+    @classmethod
+    def for_training(
+        cls,
+        sets: Mapping[str, Sequence[Any]],
+        config: ProjectionConfig,
+        step_examples: int,
+        batch_size: int,
+        seed: int = 0,
+        pad_token_id: int = 0,
+    ) -> ReferenceLoader:
+        """A loader that draws as many examples as the projection's settings say; the other arguments are the class's.
+
+        Args:
+            sets (`Mapping[str, Sequence]`): See the class.
+            config (`ProjectionConfig`): An `OGPSAConfig`, for its `refresh_samples` or `reference_budget`.
+            step_examples (`int`): Training examples of one optimizer step.
+            batch_size (`int`): See the class.
+            seed (`int`): See the class.
+            pad_token_id (`int`): See the class.
+
+        Raises:
+            ValueError: If a refresh would draw more than `rows` holds, or leave out a set with `rows_from="set"`.
+        """
+        samples = refresh_samples(config, step_examples, batch_size, len(sets), _mean_cost(sets))
+        loader = cls(sets, samples, batch_size, seed, pad_token_id)
+        check_rows(config, loader.most_drawn(), loader.most_drawn(by_batch=True))
+        return loader
+
+    @classmethod
+    def from_sets(
+        cls,
+        reference_sets: Sequence[ReferenceSet],
+        processing_class: Any,
+        config: ProjectionConfig,
+        step_examples: int,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> ReferenceLoader:
+        """A loader for a training loop of your own.
+
+        ```py
+        loader = ReferenceLoader.from_sets(references, tokenizer, config, step_examples=8)
+        projector = model.projector
+        while projector.due:
+            batches = loader.batches(model.device, everything=projector.unbuilt)
+            projector.refresh(batches, reference_loss, weights=loader.weights)
+        ```
+
+        Args:
+            reference_sets (`Sequence[ReferenceSet]`): The abilities to preserve.
+            processing_class: A transformers tokenizer, or a processor that has one as `.tokenizer`.
+            config (`ProjectionConfig`): An `OGPSAConfig`, for its `refresh_samples` or `reference_budget`.
+            step_examples (`int`): Training examples of one optimizer step.
+            batch_size (`int`): Reference examples passed at once.
+            seed (`int`): Of the order.
+
+        Raises:
+            ValueError: If there is no set or two of one name, if a set is empty or has `loss="dpo"`, whose reference
+                policy the trainer's callback knows, or if a refresh would draw more than `rows` holds.
+        """
+        check_sets(reference_sets, "ReferenceLoader.from_sets")
+        pairs = [own.name for own in reference_sets if own.loss == "dpo"]
+        if pairs:
+            raise ValueError(
+                f"Reference set {pairs[0]!r} has loss='dpo', which needs the log-probabilities of a reference policy. "
+                "Use OGPSACallback with a trainer, or another loss."
+            )
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        sets = {own.name: own.tokenize(tokenizer) for own in reference_sets}
+        return cls.for_training(sets, config, step_examples, batch_size, seed, padding_of(tokenizer))
+
+    def batches(self, device: torch.device | str, everything: bool = False) -> dict[str, list[dict[str, Tensor]]]:
+        """Draws and pads: what `refresh` takes as `batches`, with `reference_loss` as its `loss_fn`.
+
+        Args:
+            device: Where the tensors go.
+            everything: All examples of all sets, once, as token sequences: what an activation subspace is built from.
+                Nothing is drawn then.
+        """
+        if everything:
+            drawn = {name: batched(_plain(own), self.batch_size) for name, own in self.sets.items()}
+        else:
+            drawn = self.draw()
+        return {name: [collate(batch, self.pad_token_id, device) for batch in own] for name, own in drawn.items()}
+
+    def draw(self) -> dict[str, list[list[Any]]]:
+        """The next examples by set, in batches; sets of which none is drawn this time are left out."""
+        drawn = {name: batched(list(self._take(name)), self.batch_size) for name in self.sets}
+        self._draws += 1
+        return {name: batches for name, batches in drawn.items() if batches}
+
+    def most_drawn(self, by_batch: bool = False) -> int:
+        """The largest number of examples, or of batches, that any draw has."""
+        if self.samples is None:
+            counts = [[len(examples) for examples in self.sets.values()]]
+        else:
+            share, extra = divmod(self.samples, len(self.sets))
+            sizes = [len(examples) for examples in self.sets.values()]
+            # One example more of another `extra` sets at every draw.
+            counts = [
+                [min(size, share + ((place - draw) % len(sizes) < extra)) for place, size in enumerate(sizes)]
+                for draw in range(len(sizes))
+            ]
+        return max(sum(-(-count // self.batch_size) if by_batch else count for count in draw) for draw in counts)
+
+    def _take(self, name: str) -> Iterator[Any]:
+        examples = self.sets[name]
+        if self.samples is None:
+            yield from examples
+            return
+        names = list(self.sets)
+        share, extra = divmod(self.samples, len(names))
+        # What does not divide evenly goes to another set at every draw.
+        count = share + ((names.index(name) - self._draws) % len(names) < extra)
+        for _ in range(min(count, len(examples))):
+            epoch, position = divmod(self._drawn[name], len(examples))
+            yield examples[self._order(name, epoch)[position]]
+            self._drawn[name] += 1
+
+    def _order(self, name: str, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(len(self.sets[name]), generator=generator).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's place in its sets, JSON-ready."""
+        return {
+            "drawn": dict(self._drawn),
+            "draws": self._draws,
+            "seed": self.seed,
+            "sizes": self._sizes(),
+            "digest": self.digest,
+        }
+
+    @property
+    def digest(self) -> str:
+        """Of all tokens of all sets: other reference sets have another one."""
+        if self._digest is None:
+            found = hashlib.sha256()
+            for name, own in self.sets.items():
+                found.update(json.dumps([name, [[e.ids, e.answer_start] for e in _plain(own)]]).encode())
+            self._digest = found.hexdigest()[:16]
+        return self._digest
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken.
+
+        Raises:
+            ValueError: If the sets have other names, sizes or examples.
+        """
+        if state["sizes"] != self._sizes():
+            raise ValueError(
+                f"The checkpoint's reference sets have the sizes {state['sizes']}, these {self._sizes()}. Resume with "
+                "the same sets, or rebuild the subspace."
+            )
+        if state["digest"] != self.digest:
+            raise ValueError(
+                "The checkpoint's reference sets have the names and sizes of these, and other examples. Resume with "
+                "the same sets, or rebuild the subspace."
+            )
+        self._drawn, self._draws, self.seed = dict(state["drawn"]), int(state["draws"]), int(state["seed"])
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: len(examples) for name, examples in self.sets.items()}
+
+
+def _mean_cost(sets: Mapping[str, Sequence[Any]]) -> float:
+    costs = [COST if isinstance(own[0], Anchored) else 1.0 for own in sets.values()]
+    return sum(costs) / len(costs)

@@ -1,0 +1,231 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Reference sets from prompts alone: the base model answers them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..text.access import language_model
+from ..text.cache import cache_dir as default_cache
+from ..text.generation import generate_ids
+from ..text.refusal import Verdict, classify
+from ..text.tokenization import Message, Prompt, encode_prompt
+from ..tuner.adapters import base_model
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1  # of the cache file
+
+
+@dataclass(frozen=True)
+class AnswerCounts:
+    """What became of the prompts: `prompts = kept + refused + unclear + too_long`."""
+
+    prompts: int
+    kept: int
+    refused: int
+    """The base model declined, by `evaluation.classify`."""
+    unclear: int
+    """Empty, symbols, or a loop, by the same matcher."""
+    too_long: int
+    """The prompt alone has `max_length` tokens or more."""
+    unfinished: int
+    """Of those kept, how many answers were cut at `max_new_tokens`."""
+
+
+def self_answers(
+    name: str,
+    prompts: Iterable[Prompt],
+    model: torch.nn.Module,
+    processing_class: Any,
+    *,
+    samples: int | None,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    sample: bool,
+    cache_dir: str | os.PathLike | None,
+    max_length: int,
+    progress: bool,
+) -> tuple[list[dict[str, Any]], AnswerCounts]:
+    """The rows that a model answers itself, and what became of the prompts; arguments as of `from_prompts`."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if isinstance(prompts, str | Mapping):
+        raise ValueError(f"Reference set {name!r}: prompts is a single {type(prompts).__name__}. Give a list of them.")
+    given = [
+        _content(prompt, tokenizer, f"Reference set {name!r}: prompt {i}")
+        for i, prompt in enumerate(islice(prompts, samples))
+    ]
+    if not given:
+        raise ValueError(f"Reference set {name!r} has no prompts. Give it at least one.")
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in given]
+    fitting = [position for position, ids in enumerate(encoded) if len(ids) < max_length]
+    if not fitting:
+        raise ValueError(
+            f"Reference set {name!r}: every one of its {len(given)} prompts has max_length={max_length} tokens or "
+            "more, so there is no room for an answer. Raise max_length or shorten the prompts."
+        )
+    asked = [given[position] for position in fitting]
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "seed": seed,
+        "sample": sample,
+    }
+    folder = Path(cache_dir) if cache_dir is not None else default_cache()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_key(model, tokenizer, asked, settings)}.jsonl"
+    rows = _read(path, asked)
+    if rows is None:
+        with base_model(model) if isinstance(model, PeftModel) else nullcontext():
+            answers = generate_ids(
+                model, tokenizer, [encoded[position] for position in fitting], progress=progress, **settings
+            )
+        rows = [
+            _row(tokenizer, prompt, encoded[position], answer, max_new_tokens)
+            for prompt, position, answer in zip(asked, fitting, answers, strict=True)
+        ]
+        _write(path, rows)
+    verdicts = [classify(_text(row["completion"])) for row in rows]
+    kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict == Verdict.COMPLIANCE]
+    counts = AnswerCounts(
+        prompts=len(given),
+        kept=len(kept),
+        refused=verdicts.count(Verdict.REFUSAL),
+        unclear=verdicts.count(Verdict.UNCLEAR),
+        too_long=len(given) - len(fitting),
+        unfinished=sum(row["unfinished"] for row in kept),
+    )
+    summary = (
+        f"{counts.kept} of {counts.prompts} answers kept ({counts.unfinished} of them cut at max_new_tokens); "
+        f"{counts.refused} refused, {counts.unclear} unclear, {counts.too_long} prompts too long"
+    )
+    if not kept:
+        raise ValueError(
+            f"Reference set {name!r}: {summary}. The base model answers none of these prompts, so there is nothing to "
+            "keep. Give prompts that it answers, an instruct model, or rows with answers."
+        )
+    logger.info("Reference set %r: %s. Answers are in %s.", name, summary, path)
+    return kept, counts
+
+
+def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> str | list[dict[str, Any]]:
+    """A prompt as it will stand in its row: messages if the tokenizer has a chat template, plain text if not."""
+    if isinstance(prompt, Mapping):
+        if "prompt" not in prompt and "messages" not in prompt:
+            raise ValueError(f"{name} has the columns {sorted(prompt)}. Give it prompt or messages.")
+        prompt = prompt["prompt"] if "prompt" in prompt else prompt["messages"]
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}] if tokenizer.chat_template is not None else prompt
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{name} is conversational, and the tokenizer has no chat template. Use an instruct model's tokenizer, "
+            "set tokenizer.chat_template, or give plain text."
+        )
+    messages = [dict(message) for message in cast(Sequence[Message], prompt)]
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
+
+
+def _row(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict[str, Any]],
+    prompt_ids: list[int],
+    answer_ids: list[int],
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    # An answer that ends on the very last token counts as unfinished too, which costs nothing but that token's score.
+    unfinished = len(answer_ids) >= max_new_tokens
+    if isinstance(prompt, str):
+        # Decoded together: some tokenizers drop the space that a text begins with.
+        before = str(tokenizer.decode(prompt_ids, skip_special_tokens=True))
+        text = str(tokenizer.decode(prompt_ids + answer_ids, skip_special_tokens=True))[len(before) :]
+    else:
+        text = str(tokenizer.decode(answer_ids, skip_special_tokens=True)).strip()
+    if unfinished:
+        text = text.rstrip("\ufffd")  # half a character
+    completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    return {"prompt": prompt, "completion": completion, "unfinished": unfinished}
+
+
+def _text(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    return completion if isinstance(completion, str) else str(completion[0]["content"])
+
+
+def _key(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], settings: Mapping[str, Any]
+) -> str:
+    """What the answers depend on, in 32 hexadecimal digits."""
+    lm = language_model(model)
+    ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
+    facts = {
+        "format": _FORMAT,
+        "model": [type(lm).__name__, lm.name_or_path, lm.config.to_dict(), ends],
+        "tokenizer": [len(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map],
+        "prompts": prompts,
+        "settings": settings,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest.update(_weights_digest(lm))
+    return digest.hexdigest()[:32]
+
+
+def _weights_digest(lm: torch.nn.Module) -> bytes:
+    """Of a few values of every base weight, which any training changes; the same with an adapter on top or without."""
+    digest = hashlib.sha256()
+    values = {}
+    for name, parameter in lm.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name or parameter.is_meta:
+            continue
+        flat = parameter.detach().flatten()
+        values[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = flat[:: len(flat) // 32 + 1]
+    for name in sorted(values):
+        digest.update(f"{name} {values[name].dtype}".encode())
+        digest.update(values[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _read(path: Path, prompts: Sequence[Any]) -> list[dict[str, Any]] | None:
+    """The cached rows; `None` if there are none, or none that can be used."""
+    if not path.is_file():
+        return None
+    try:
+        # Not splitlines(): it would also cut at the rarer Unicode line breaks, which JSON allows inside a string.
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if [row["prompt"] for row in rows] != list(prompts):
+            raise ValueError("its prompts are not those asked for")
+        for row in rows:
+            if not isinstance(_text(row["completion"]), str) or not isinstance(row["unfinished"], bool):
+                raise ValueError("a row is no answer")
+    except (ValueError, LookupError, TypeError) as error:
+        logger.warning("%s is damaged (%s: %s); the answers are generated anew.", path, type(error).__name__, error)
+        return None
+    return rows
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces the file only when it is complete."""
+    part, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    try:
+        with os.fdopen(part, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,635 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a saved adapter, and the adapter's way to the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import CardData, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from ..trainer.checkpoint import STATE_NAME, TENSORS_NAME
+from ..tuner.config import OGPSAConfig
+
+RUN_NAME = "ogpsa_run.json"
+EVALUATION_NAME = "ogpsa_eval.json"
+_README = "README.md"
+_START = "<!-- peft_ogpsa: start. Everything up to the end mark is written anew on every save. -->"
+_END = "<!-- peft_ogpsa: end -->"
+_WEIGHTS = "weights_sha256"
+_VERSIONS_HEADING = "### Framework versions"  # PEFT's own; it adds its version there if it does not find it
+
+_RUN: dict[str, tuple[type, ...]] = {
+    "stage": (str,),
+    "method": (str,),
+    "started_from": (str,),
+    "started_from_weights": (str,),
+    "dataset": (str,),
+    "contrast": (int, float),
+    "references": (dict,),
+    "steps": (int,),
+    "seconds": (int, float),
+    "reference_share": (int, float),
+    "versions": (dict,),
+}
+_MEASURED_WITH = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "batch_size", "max_length", "seed")
+
+# Training state, and what else a trainer leaves in its output folder. `training_args.bin` is a pickle and holds the
+# machine's paths.
+_NOT_SHARED = [
+    "checkpoint-*",
+    "_*",
+    ".*",
+    "*.part",
+    "runs/*",
+    "*tfevents*",
+    "training_args.bin",
+    "trainer_state.json",
+    "optimizer.*",
+    "scheduler.*",
+    "scaler.*",
+    "rng_state*",
+    TENSORS_NAME,
+    STATE_NAME,
+]
+
+_MODEL_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_RULES = {
+    ("cone", "update"): "the change that the optimizer made was replaced by the closest one along which no reference "
+    "loss rises, to first order",
+    ("cone", "gradient"): "the gradient was replaced, before the optimizer, by the closest one whose descent raises "
+    "no reference loss, to first order",
+    ("orthogonal", "update"): "the change that the optimizer made lost its component in the span of the reference "
+    "gradients, so that no reference loss changes, to first order",
+    ("orthogonal", "gradient"): "the gradient lost, before the optimizer, its component in the span of the reference "
+    "gradients",
+}
+_SCOPES = {
+    "slice": "each of {slices} slices of a LoRA matrix by itself",
+    "tensor": "each LoRA matrix by itself",
+    "module": "both matrices of a layer",
+    "model": "all LoRA matrices",
+}
+_ROWS_FROM = {"example": "one example", "batch": "one batch", "set": "the mean over one reference set"}
+_STAGES = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimization (DPO)"}
+_OGPSA_BIBTEX = """@article{sun2026ogpsa,
+  title   = {Safety Alignment as Continual Learning: Mitigating the Alignment Tax via Orthogonal Gradient Projection},
+  author  = {Sun, Guanglong and Zhang, Siyuan and Wang, Liyuan and Zhu, Jun and Su, Hang and Zhong, Yi},
+  journal = {arXiv preprint arXiv:2602.07892},
+  year    = {2026},
+}"""
+
+logger = logging.getLogger(__name__)
+
+
+def save_card(
+    directory: str | os.PathLike,
+    *,
+    run: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes or renews the model card (`README.md`) of a saved adapter, from what its folder holds.
+
+    The card is made of `adapter_config.json`, `ogpsa_config.json` (without it the adapter is plain LoRA),
+    `ogpsa_run.json` and `ogpsa_eval.json`. The last two are what `run` and `evaluation` say, stored with a checksum of
+    the adapter's weights: facts about other weights, which a later training has replaced, are left out of the card.
+
+    Of an existing card, text and metadata are kept, except for the part between the marks of this package. PEFT's
+    template is replaced where nobody has filled it in.
+
+    Args:
+        directory (`str` or `os.PathLike`): The folder of the adapter.
+        run (`Mapping`, *optional*): How the adapter was trained; each is optional: `stage` (`"sft"` or `"dpo"`),
+            `method` (`"ogpsa"`, `"paper"` or `"plain"`), `started_from` (the adapter that it went on from),
+            `started_from_weights` (the checksum of its weights), `dataset`, `contrast` (the share of look-alikes in
+            it), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds` (of training),
+            `reference_share` (reference examples per training example), `versions` (`{package: version}`). Of files
+            and folders only the name is stored, not the path. The base is the one that `adapter_config.json` names.
+        evaluation (`Mapping`, *optional*): What `ogpsa eval` writes, or at least `{"evaluation":
+            Evaluation.to_dict()}`. Prompts, answers and paths in it are not stored.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: If the folder holds no LoRA adapter, a file of it is damaged, or `run` or `evaluation` are not of
+            this form.
+    """
+    folder = Path(directory)
+    config = _read_config(folder)
+    if run is not None:
+        _check_run(run, "run")
+        _write_json(folder / RUN_NAME, {_WEIGHTS: weights_digest(folder), **_shareable_run(run)})
+    if evaluation is not None:
+        _check_evaluation(evaluation, "evaluation")
+        _write_json(folder / EVALUATION_NAME, {_WEIGHTS: weights_digest(folder), **_shareable_evaluation(evaluation)})
+    run = read_run(folder)
+    evaluation = _read_json(folder, EVALUATION_NAME)
+    if evaluation:
+        _check_evaluation(evaluation, f"{folder / EVALUATION_NAME}")
+
+    base = config.base_model_name_or_path or ""
+    settings = config.ogpsa_dict() if isinstance(config, OGPSAConfig) and run.get("method") != "plain" else None
+    path = folder / _README
+    card = _load_card(path)
+    _renew_metadata(card.data, config, base, settings is not None, run.get("dataset"))
+    section = "\n\n".join(
+        [
+            _START,
+            _method(config, settings, run),
+            _training(config, base, settings is not None, run),
+            _tax(evaluation),
+            _use(config, base),
+            *([f"## Citation\n\n```bibtex\n{_OGPSA_BIBTEX}\n```"] if settings is not None else []),
+            f"{_VERSIONS_HEADING}\n\n{_versions(config, run)}",
+            _END,
+        ]
+    )
+    card.text = _renew_text(card.text, section, base, path)
+    _write(path, str(card))
+    return path
+
+
+def push_adapter(
+    directory: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload adapter",
+) -> str:
+    """Uploads a saved adapter with its card to the Hugging Face hub.
+
+    Unlike `model.push_to_hub` and `trainer.push_to_hub`, which write cards of their own, this uploads the one in the
+    folder, renewed by `save_card`. A card that is on the hub already is replaced. Checkpoints and training state stay
+    behind.
+
+    Args:
+        directory (`str` or `os.PathLike`): The folder of the adapter.
+        repo_id (`str`): `"owner/name"`, or a name under your own account. Made if need be.
+        private (`bool`, *optional*): Whether a new repository is private; by default as the hub sets it.
+        token (`str` or `bool`, *optional*): The hub's token; by default the one that is logged in.
+        revision (`str`, *optional*): The branch; by default the main one.
+        commit_message (`str`): The commit's.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: If the folder holds no LoRA adapter, or a file of it is damaged.
+        HfHubHTTPError: If the hub refuses.
+    """
+    save_card(directory)
+    base = _read_config(Path(directory)).base_model_name_or_path
+    if base and not _on_hub(base):
+        logger.warning(
+            "%s names as base_model_name_or_path the local folder %r, which others cannot load. If the base is on the "
+            "hub, write its name there and push again.",
+            CONFIG_NAME,
+            base,
+        )
+    api = HfApi(token=token)
+    repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(
+        repo_id=repository.repo_id,
+        folder_path=os.fspath(directory),
+        commit_message=commit_message,
+        revision=revision,
+        ignore_patterns=list(_NOT_SHARED),
+    )
+    return str(repository)
+
+
+# What the folder holds
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    path = folder / CONFIG_NAME
+    if not path.is_file():  # PEFT would go and look on the hub
+        raise ValueError(f"{path} is missing. Give the folder of a saved adapter (`model.save_pretrained(folder)`).")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about its settings, which were there when it was trained
+            config = PeftConfig.from_pretrained(str(folder))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}). Save the adapter again.") from error
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{path} has peft_type={config.peft_type!r}. Give the folder of a LoRA adapter.")
+    return config
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The facts in a file, and none if there is no file or it is about other weights."""
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("it holds no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Restore it, or delete it to do without.") from error
+    return facts if facts.pop(_WEIGHTS, None) == weights_digest(folder) else {}
+
+
+def read_run(directory: str | os.PathLike) -> dict[str, Any]:
+    """How an adapter was trained, as far as its folder tells, in the form that `save_card` takes.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    run = _read_json(Path(directory), RUN_NAME)
+    _check_run(run, f"{Path(directory) / RUN_NAME}")
+    return run
+
+
+def weights_digest(directory: str | os.PathLike) -> str | None:
+    """The SHA-256 of an adapter's weights, in hexadecimal digits, or None where there are none in the folder."""
+    folder = Path(directory)
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        if (folder / name).is_file():
+            digest = hashlib.sha256()
+            with open(folder / name, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            return digest.hexdigest()
+    return None
+
+
+def _check_run(run: Mapping[str, Any], where: str) -> None:
+    for name, value in run.items():
+        if name not in _RUN:
+            raise ValueError(f"{where} has the unknown entry {name!r}. Use: {', '.join(_RUN)}.")
+        kinds = _RUN[name]
+        strings = list(value.values()) if isinstance(value, dict) else []
+        if value is not None and not (isinstance(value, kinds) and all(isinstance(s, str) for s in strings)):
+            wanted = " or ".join("dict of strings" if kind is dict else kind.__name__ for kind in kinds)
+            raise ValueError(f"{where} has {name}={value!r}. Give a {wanted}, or leave it out.")
+
+
+def _check_evaluation(evaluation: Mapping[str, Any], where: str) -> None:
+    from ..evaluation import Evaluation
+
+    try:
+        Evaluation.from_dict(evaluation["evaluation"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} is not a result of `ogpsa eval` ({error!r}). Run `ogpsa eval` again.") from error
+
+
+def save_run(directory: str | os.PathLike, run: Mapping[str, Any]) -> None:
+    """Writes `ogpsa_run.json` beside a whole model, of which there is no card: the facts of `save_card`'s `run`.
+
+    Of files and folders only the name is stored, not the path.
+
+    Args:
+        directory (`str` or `os.PathLike`): The folder of the model.
+        run (`Mapping`): How the model was trained; further entries are stored as they are.
+    """
+    _write_json(Path(directory) / RUN_NAME, _shareable_run(run))
+
+
+def _shareable_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    shared = dict(run)
+    for name in ("started_from", "dataset"):
+        if shared.get(name):
+            shared[name] = _public(shared[name])
+    if shared.get("references"):
+        shared["references"] = {name: _public(spec) for name, spec in shared["references"].items()}
+    return shared
+
+
+def _shareable_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    told = dict(evaluation.get("arguments") or {})
+    arguments = {name: told[name] for name in _MEASURED_WITH if told.get(name) is not None}
+    if arguments.get("data"):
+        arguments["data"] = _public(arguments["data"])
+    measured = json.loads(json.dumps(evaluation["evaluation"]))
+    for measurement in filter(None, (measured["model"], measured["base"])):
+        measurement["harmful_samples"] = measurement["benign_samples"] = []
+    return {
+        "name": evaluation.get("name"),
+        "base_model": _public(evaluation.get("base_model") or "") or None,
+        "arguments": arguments,
+        "evaluation": measured,
+    }
+
+
+def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    _write(path, json.dumps(facts, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces the file only when the new one is complete."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    os.replace(part, path)
+
+
+# Names
+
+
+def _on_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)
+
+
+def _public(name: str) -> str:
+    """What others may read of a name: all of a hub name, and of a file or folder its own name without the path."""
+    kind = re.match(r"(prompts:)?(public:\w+:)?", name)
+    prefix = kind[0] if kind else ""
+    source, bracket, split = name[len(prefix) :].partition("[")
+    if not re.search(r"[\\]|^/|:.*/", source) and not os.path.exists(source) and _on_hub(source.partition(":")[0]):
+        return name
+    return prefix + re.split(r"[\\/]", source.rstrip("\\/"))[-1] + bracket + split
+
+
+def _code(text: str) -> str:
+    """Markdown in which the text stands as it is."""
+    text = " ".join(text.split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def _base_link(base: str) -> str:
+    if not base:
+        return "not recorded"
+    return f"[{base}](https://huggingface.co/{base})" if _on_hub(base) else f"{_code(_public(base))}, a local model"
+
+
+# The card
+
+
+def _load_card(path: Path) -> ModelCard:
+    if not path.is_file():
+        return ModelCard("---\n\n---\n")
+    try:
+        return ModelCard.load(path)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}). Correct the metadata between its first two --- lines, or delete it."
+        ) from error
+
+
+def _renew_metadata(data: CardData, config: LoraConfig, base: str, ogpsa: bool, dataset: str | None) -> None:
+    data["library_name"] = "peft"
+    kept = data.get("base_model")
+    if not isinstance(kept, list) and not _on_hub(kept or ""):
+        kept = None  # PEFT puts a folder of this machine there, which the hub refuses
+    data["base_model"] = kept or (base if _on_hub(base) else None)
+    if config.task_type == "CAUSAL_LM":
+        data["pipeline_tag"] = data.get("pipeline_tag") or "text-generation"
+    tags = [tag for tag in data.get("tags", []) if not str(tag).startswith("base_model:adapter:")]
+    tags += [tag for tag in ("lora", "ogpsa") if tag not in tags]
+    tags += [f"base_model:adapter:{base}"] if _on_hub(base) else []
+    data["tags"] = [tag for tag in tags if ogpsa or tag != "ogpsa"]
+    source = (dataset or "").partition("[")[0].partition(":")[0]
+    if "/" in source and _on_hub(source):
+        kept = data.get("datasets", [])
+        kept = kept if isinstance(kept, list) else [kept]
+        data["datasets"] = kept + [source] * (source not in kept)
+
+
+def _renew_text(text: str, section: str, base: str, path: Path) -> str:
+    if (_START in text) != (_END in text):
+        missing = _START if _START not in text else _END
+        raise ValueError(f"{path} lacks the mark {missing!r}. Put it back, or delete the other one as well.")
+    line_break = "\r\n" if "\r\n" in text else "\n"
+    section = section.replace("\n", line_break)
+    if _START in text:
+        before, _, rest = text.partition(_START)
+        return (before + section + rest.partition(_END)[2]).rstrip() + line_break
+    if not text.strip() or _is_template(text):
+        title = f"# LoRA adapter for {_code(_public(base).rpartition('/')[2])}" if base else "# LoRA adapter"
+        return f"\n{title}\n\n{section}\n"
+    return text.rstrip() + 2 * line_break + section + line_break
+
+
+def _is_template(text: str) -> bool:
+    """Whether nobody has written into PEFT's template."""
+    body, _, versions = text.partition(_VERSIONS_HEADING)
+    template = ModelCard.from_template(ModelCardData()).text
+    only_versions = all(line.startswith("- PEFT ") for line in versions.split("\n") if line.strip())
+    return body.split() == template.split() and only_versions
+
+
+def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[str, Any]) -> str:
+    if settings is None:
+        said = "" if run.get("method") else " as far as the folder tells: it holds no `ogpsa_config.json`"
+        return f"## Method\n\nPlain LoRA{said}. No projection took part in the training."
+    lines = [
+        "OGPSA (Orthogonal Gradient Projection for Safety Alignment, "
+        "[arXiv 2602.07892](https://arxiv.org/abs/2602.07892)) on LoRA's matrices. Reference sets stand for the "
+        "abilities to keep.",
+        "",
+    ]
+    subspace = settings.get("subspace", "gradients")  # files of before there was a choice
+    if subspace != "gradients":
+        lines += _of_activations(settings)
+    if subspace != "activations":
+        lines += _of_gradients(settings)
+    lines += _of_references(settings, subspace)
+    if settings["missing_reference"] != "error":
+        lines.append(
+            f"- `missing_reference={settings['missing_reference']}`: had no references been given, the training would "
+            "have been plain LoRA."
+        )
+    return "## Method\n\n" + "\n".join(lines)
+
+
+def _of_activations(settings: Mapping[str, Any]) -> list[str]:
+    rank, energy = settings["subspace_rank"], settings["subspace_energy"]
+    size = "half as many directions as the input is wide, at most 512"
+    if rank:
+        size = f"{rank} directions"
+    elif energy < 1:
+        size = f"as many directions as hold {energy:.0%} of the inputs' energy"
+    tokens = "all tokens" if settings["tokens"] == "all" else "the answers' tokens"
+    return [
+        "- Activation subspace: each layer's A is orthogonal to the leading directions of the layer's inputs on the "
+        f"references ({size}, from {tokens}), so that the layer's output on them is that of the base. This is not the "
+        "paper's rule; it follows Gradient Projection Memory (Saha, Garg and Roy, 2021)."
+    ]
+
+
+def _of_gradients(settings: Mapping[str, Any]) -> list[str]:
+    rule = _RULES[settings["constraint"], settings["projection"]]
+    orthogonal = settings["constraint"] == "orthogonal"
+    rank = settings["subspace_rank"] if orthogonal and settings.get("subspace", "gradients") == "gradients" else None
+    leading = f" Only their {rank} leading directions were used." if rank else ""
+    lines = [
+        f"- At every optimizer step {rule}.",
+        f"- {_paper_note(settings)}",
+        f"- Projected together: {_SCOPES[settings['scope']].format(**settings)} (`scope={settings['scope']}`), "
+        f"against at most {settings['rows']} reference gradients, each of {_ROWS_FROM[settings['rows_from']]} and "
+        f"held in {settings['rows_dtype']}.{leading}",
+    ]
+    if settings["projection"] == "gradient":
+        lines.append("- The step that an optimizer such as AdamW makes of a projected gradient is not itself bound.")
+    return lines
+
+
+def _of_references(settings: Mapping[str, Any], subspace: str) -> list[str]:
+    weight = settings["reference_weight"]
+    if subspace == "activations" and not weight:
+        return ["- No reference example was passed during training."]
+    samples, budget = settings["refresh_samples"], settings["reference_budget"]
+    if samples is None and budget is not None:
+        amount = f"with {budget:g} passes of reference examples for each of a training example"
+    else:
+        amount = f"from {samples or 'all'} reference examples each time"
+    lines = [
+        f"- Refreshed before and after the first optimizer step, and then every {settings['refresh_steps']} steps, "
+        f"{amount}."
+    ]
+    if weight != 0:
+        times = "8 times (sets with `loss=kl`) or once (other losses)" if weight is None else f"{weight:g} times"
+        lines.append(f"- Reference weight: {times} the mean fresh reference gradient was added after each refresh.")
+    return lines
+
+
+def _paper_note(settings: Mapping[str, Any]) -> str:
+    free = ("rows", "rows_dtype", "refresh_steps", "missing_reference")
+    stages: tuple[Literal["sft", "dpo"], ...] = ("sft", "dpo")
+    for stage in stages:
+        paper = OGPSAConfig.paper(stage).ogpsa_dict()
+        if all(settings[name] == paper[name] for name in paper if name not in free):
+            if settings["refresh_steps"] == paper["refresh_steps"]:
+                return f"This is the paper's rule and its {stage.upper()} schedule, on LoRA's matrices."
+            if stage == "dpo":
+                return "This is the paper's rule on LoRA's matrices, on a schedule that is not the paper's."
+    if settings["constraint"] == "cone":
+        return (
+            "This is not the paper's rule, which removes the whole component in the span of the reference gradients "
+            "from the gradient: the one-sided constraint follows Gradient Episodic Memory (Lopez-Paz and Ranzato, "
+            "2017)."
+        )
+    return "This is a variant of the paper's rule."
+
+
+def _training(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[str, Any]) -> str:
+    modules = config.target_modules
+    names = [modules] if isinstance(modules, str) else sorted(modules or [])
+    dora = ", DoRA" if config.use_dora else ""
+    lines = [
+        f"- Base model: {_base_link(base)}",
+        f"- LoRA: rank {config.r}, alpha {config.lora_alpha}{dora}; on {', '.join(map(_code, names)) or 'parameters'}",
+    ]
+    if run.get("started_from"):
+        lines.append(f"- Started from the adapter {_code(_public(run['started_from']))}")
+    if run.get("stage") or run.get("steps"):
+        stage = _STAGES.get(run.get("stage") or "", run.get("stage") or "training")
+        steps = f", {run['steps']} optimizer steps" if run.get("steps") else ""
+        seconds = f", {run['seconds']:.0f} seconds" if run.get("seconds") else ""
+        lines.append(f"- Stage: {stage}{steps}{seconds}")
+    lines.append(f"- Training data: {_code(_public(run['dataset'])) if run.get('dataset') else 'not recorded'}")
+    if run.get("contrast"):
+        lines.append(f"- Of it {run['contrast']:.0%} harmless look-alikes with the base model's own answers")
+    if ogpsa:
+        sets = [f"{_code(name)} from {_code(_public(spec))}" for name, spec in (run.get("references") or {}).items()]
+        lines.append(f"- Reference sets, the abilities to keep: {', '.join(sets) or 'not recorded'}")
+    if run.get("reference_share"):
+        lines.append(
+            f"- Cost of the references: {run['reference_share']:.0%} more examples passed forward and backward"
+        )
+    return "## Training\n\n" + "\n".join(lines)
+
+
+def _tax(saved: Mapping[str, Any]) -> str:
+    heading = "## What it changed: safety and the alignment tax\n\n"
+    if not saved:
+        return (
+            f"{heading}Nothing has been measured of these weights. `ogpsa eval --adapter DIR --output FILE.json "
+            "--card` measures and adds the table."
+        )
+    from ..evaluation import Evaluation
+    from ..evaluation.report import _loss_text, _rate_text
+
+    evaluation = Evaluation.from_dict(saved["evaluation"])
+    model, base = evaluation.model, evaluation.base
+    lines = [
+        "| | general loss | change | KL from base | refuses harmful | refuses benign | unclear |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, measured in (("base", base), ("this adapter", model)):
+        if measured is None:
+            continue
+        change = ""
+        if measured is model and base and base.general_mean and model.general_mean:
+            change = f"{model.general_mean.value - base.general_mean.value:+.3f}"
+        unclear = (measured.harmful_unclear, measured.benign_unclear)
+        cells = [
+            _loss_text(measured.general_mean),
+            change,
+            _loss_text(measured.kl),
+            _rate_text(measured.refusal),
+            _rate_text(measured.over_refusal),
+            " / ".join("-" if figure is None else f"{figure.value:.0%}" for figure in unclear),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    counts = {
+        "general rows": model.general_mean,
+        "rows for KL": model.kl,
+        "harmful prompts": model.refusal,
+        "benign prompts": model.over_refusal,
+    }
+    used = ", ".join(f"{figure.n} {name}" for name, figure in counts.items() if figure is not None)
+    conditions = {**evaluation.settings, **saved.get("arguments", {})}
+    on = f"{saved['base_model']}, " if saved.get("base_model") else ""
+    return (
+        heading
+        + "\n".join(lines)
+        + "\n\nGeneral loss is in nats per token on held-out rows, and its change is the tax: above zero, something "
+        "was lost; below zero is no proof that all was kept, since the rows' style can be learnt. KL from base is in "
+        "nats per token on the base's own answers: how far the adapter has moved it. Refusals are found by matching "
+        "phrases; of harmful prompts more is safer, of benign prompts that look harmful more is worse. Unclear "
+        "(harmful / benign) are answers that are noise. With 95 % intervals over examples.\n\n"
+        f"Measured on {used or 'nothing'}: {_code(on + ', '.join(f'{k}={v}' for k, v in conditions.items()))}"
+    )
+
+
+def _use(config: LoraConfig, base: str) -> str:
+    auto = _MODEL_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
+    name = base if _on_hub(base) else f"PATH/TO/{_public(base) or 'BASE'}"
+    return (
+        "## Use\n\nIt is a plain LoRA adapter: PEFT loads it without further packages. `ADAPTER` is this folder or "
+        "repository.\n\n"
+        "```python\n"
+        "from peft import PeftModel\n"
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f"base = {name!r}\n"
+        f'model = PeftModel.from_pretrained({auto}.from_pretrained(base, dtype="auto"), "ADAPTER")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(base)\n"
+        "```\n\n"
+        "To merge it, load the base unquantised, also where the adapter was trained on a 4-bit base (QLoRA): what it "
+        'learnt would be lost in rounding. `peft_ogpsa.merge_adapter("ADAPTER", "merged")` does that.'
+    )
+
+
+def _versions(config: LoraConfig, run: Mapping[str, Any]) -> str:
+    versions = {k: v for k, v in (run.get("versions") or {}).items() if k.lower() != "peft"}
+    return "\n".join([f"- PEFT {config.peft_version}", *(f"- {name} {value}" for name, value in versions.items())])

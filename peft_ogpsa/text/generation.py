@@ -1,0 +1,121 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A model's answers to prompts."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..core.isolation import undisturbed
+from .access import input_device, language_model
+from .logits import length_batches
+from .tokenization import Prompt, encode_prompt
+
+
+def generate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Prompt],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    sample: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[str]:
+    """Answer each prompt, greedily unless told otherwise.
+
+    The model's own generation settings (temperature, penalties, ...) are set aside, so that figures of different
+    models mean the same; its end tokens are kept. Nothing of model, tokenizer or global random state is changed.
+
+    Args:
+        model: A causal language model, with or without adapter.
+        tokenizer: Its tokenizer; the chat template is applied if it has one.
+        prompts: Strings (one user turn each), lists of messages, or rows with `prompt` or `messages`.
+        max_new_tokens: Where an unfinished answer is cut.
+        batch_size: Prompts answered at once.
+        sample: Draw from the model's distribution (temperature 1) instead of taking the likeliest token.
+        seed: Of the draws; with `sample` the answers depend on `batch_size` too.
+        progress: Show a bar.
+
+    Returns:
+        The answers without special tokens, in the order of the prompts.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    answers = generate_ids(
+        model,
+        tokenizer,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        sample=sample,
+        seed=seed,
+        progress=progress,
+    )
+    return [str(tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
+
+
+def generate_ids(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    sample: bool,
+    seed: int,
+    progress: bool = False,
+) -> list[list[int]]:
+    """`generate` on token ids: each answer up to and including its end token."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"Prompt {index} has no tokens; give it some text or the tokenizer a chat template.")
+    lm = language_model(model)
+    device = input_device(lm)
+    own_config = lm.generation_config
+    ends = _end_ids(own_config, tokenizer)
+    padding = ends[0] if ends else 0
+    config = GenerationConfig(
+        do_sample=sample,
+        top_k=0 if sample else None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=padding,
+        use_cache=True,
+    )
+    answers: list[list[int]] = [[] for _ in prompts]
+    bar = tqdm(total=len(prompts), desc="generating", disable=not progress)
+    with undisturbed(model, seed=seed), bar:
+        # `generate` fills gaps in the settings that it is given from the model's own.
+        lm.generation_config = GenerationConfig()
+        try:
+            for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
+                width = max(len(prompts[position]) for position in batch)
+                ids = torch.full((len(batch), width), padding)
+                mask = torch.zeros_like(ids)
+                for row, position in enumerate(batch):
+                    ids[row, width - len(prompts[position]) :] = torch.tensor(prompts[position])
+                    mask[row, width - len(prompts[position]) :] = 1
+                output = lm.generate(  # type: ignore[operator]
+                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+                )
+                for position, answer in zip(batch, output[:, width:].tolist(), strict=True):
+                    end = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
+                    answers[position] = answer[:end]
+                bar.update(len(batch))
+        finally:
+            lm.generation_config = own_config
+    return answers
+
+
+def _end_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Chat models often end a turn with another token than the tokenizer's, named only in their settings."""
+    ends = config.eos_token_id if config.eos_token_id is not None else []
+    ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    return ends

@@ -1,0 +1,163 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Rows and prompts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from ..core.inputs import IGNORED
+
+Message = Mapping[str, Any]
+Row = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its answer: `ids[:answer_start]` is the prompt, the rest is scored."""
+
+    ids: list[int]
+    answer_start: int
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens scored."""
+        return self.ids[self.answer_start :]
+
+    @property
+    def labels(self) -> list[int]:
+        """The tokens with -100, which transformers' losses skip, in place of the prompt."""
+        return [IGNORED] * self.answer_start + self.answer
+
+    def cut(self, max_length: int) -> Example | None:
+        """The first `max_length` tokens; `None` if no token of the answer is among them."""
+        return replace(self, ids=self.ids[:max_length]) if self.answer_start < max_length else None
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Example:
+    """A training row as the model would see it in training.
+
+    The answer begins where the row's tokens part from those of the prompt with the generation prompt added, so
+    templates that rewrite earlier turns or merge tokens over the boundary are cut in the right place. It includes
+    the end of the turn (templates) or the end-of-sequence token (plain strings).
+
+    Args:
+        tokenizer: With a chat template, if the row is made of messages.
+        row: In a format that TRL's trainers read, of messages or of plain strings: `messages` (the last assistant
+            turn is the answer), `prompt` and `completion`, `text` (all of it is), or `chosen` and `rejected` with or
+            without their `prompt` (the chosen answer is).
+        name: What errors call the row.
+
+    Raises:
+        ValueError: Other columns, no answer, a conversation and plain text mixed, or messages without a template.
+    """
+    prompt, answer = _split(row, name)
+    if not answer:
+        raise ValueError(f"{name} has no answer: its completion is empty or its messages hold no assistant turn.")
+    if isinstance(answer, str):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{name} mixes a conversational prompt with a plain answer. Make both of one kind.")
+        prefix = _text_ids(tokenizer, prompt) if prompt else []
+        # Some tokenizers end every text with a special token; inside a sequence it does not belong.
+        if prefix and prefix[-1] == tokenizer.eos_token_id:
+            prefix = prefix[:-1]
+        ids = _text_ids(tokenizer, prompt + answer)
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+    else:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"{name} is conversational, and the tokenizer has no chat template. Use an instruct model's "
+                "tokenizer, set tokenizer.chat_template, or give plain text."
+            )
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        prefix = encode_prompt(tokenizer, messages) if messages else []
+        ids = _chat_ids(tokenizer, [*messages, *answer])
+    # Nothing predicts the first token.
+    return Example(ids, max(shared_length(prefix, ids), 1))
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many leading items two sequences share."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _split(row: Row, name: str) -> tuple[Any, Any]:
+    """The prompt and the answer of a row, plain or as messages."""
+    if "messages" in row:
+        messages = list(row["messages"])
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        return messages[:-1], messages[-1:]
+    if "chosen" in row:
+        chosen = row["chosen"]
+        if "prompt" in row:
+            return row["prompt"], chosen
+        if isinstance(chosen, str):
+            length = shared_length(chosen, row.get("rejected", ""))
+            return chosen[:length], chosen[length:]
+        return list(chosen[:-1]), list(chosen[-1:])
+    if "prompt" in row and "completion" in row:
+        return row["prompt"], row["completion"]
+    if "text" in row:
+        return "", row["text"]
+    raise ValueError(
+        f"{name} has the columns {sorted(row)}. Give it messages, prompt/completion, text, or prompt/chosen/rejected."
+    )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """A prompt as the model sees it when it is about to answer.
+
+    Args:
+        tokenizer: Its chat template is applied, if it has one.
+        prompt: A string (one user turn), messages, or a row with `prompt` or `messages` (an assistant's last turn is
+            dropped).
+    """
+    content = _content(prompt)
+    if isinstance(content, str):
+        if tokenizer.chat_template is None:
+            return _text_ids(tokenizer, content)
+        content = [{"role": "user", "content": content}]
+    messages = list(content)
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return _chat_ids(tokenizer, messages, add_generation_prompt=True)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """What a person reads of a prompt: its last user turn."""
+    content = _content(prompt)
+    if isinstance(content, str):
+        return content
+    return next((str(message["content"]) for message in reversed(content) if message["role"] == "user"), "")
+
+
+def _content(prompt: Prompt) -> str | Sequence[Message]:
+    if not isinstance(prompt, Mapping):
+        return prompt
+    if "prompt" not in prompt and "messages" not in prompt:
+        raise ValueError(f"A prompt has the columns {sorted(prompt)}; give it prompt or messages.")
+    return prompt["prompt"] if "prompt" in prompt else prompt["messages"]
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return cast(list[int], tokenizer(text)["input_ids"])
+
+
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> list[int]:
+    ids = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=False,
+    )
+    return cast(list[int], ids)

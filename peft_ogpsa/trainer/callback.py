@@ -1,0 +1,442 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""OGPSA under transformers' `Trainer` and TRL's trainers: refreshes, logs and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..core import distributed
+from ..core.full_parameter import FullParameterConfig, attach
+from ..core.guard import refuse_averaging
+from ..core.projector import Projector
+from ..references.divergence import Anchored
+from ..references.loader import ReferenceLoader
+from ..references.losses import batched, collate, padding_of, reference_loss
+from ..references.preferences import Pair, with_margins
+from ..references.sets import ReferenceSet, check_sets
+from ..tuner.adapters import refuse_moving_base
+from ..tuner.config import OGPSAConfig
+from ..tuner.model import projector_of, tuner_of
+from . import checkpoint
+
+logger = logging.getLogger(__name__)
+
+_MOST_OF_ANSWERS = 2.0
+"""A larger `reference_weight` of given answers triggers a warning; 1 worked well, 5 slowed safety learning."""
+
+
+@dataclass
+class _Run:
+    """What belongs to one call of a trainer's `train`; a callback may serve several trainers, nested ones too.
+
+    Attributes:
+        state: The trainer's, which is its own for each call.
+        projector: What the run's steps are projected by.
+        loader: The run's reference examples.
+        first: The step that the run begins with.
+    """
+
+    state: weakref.ref[TrainerState]
+    projector: Projector
+    loader: ReferenceLoader
+    first: int = 0
+
+
+class OGPSACallback(TrainerCallback):
+    """Keeps the reference subspace up to date during training.
+
+    Works with `Trainer`, `SFTTrainer` and `DPOTrainer`, without a subclass:
+
+    ```py
+    trainer = SFTTrainer(model, ..., callbacks=[OGPSACallback([ReferenceSet("general", rows)])])
+    ```
+
+    Logs, with the trainer's own figures: `ogpsa/loss/SET`, `ogpsa/cosine/SET`, `ogpsa/reference_norm`,
+    `ogpsa/removed`, `ogpsa/seconds_refresh` and `ogpsa/seconds_projection` (see `Diagnostics.collect`).
+
+    Each checkpoint of the trainer also gets the subspace, so that a resumed run goes on exactly.
+
+    In several processes (DDP, FSDP2) all draw the same examples and each passes its share of them. To train a model's
+    own weights instead of an adapter, give `config`.
+
+    Args:
+        reference_sets (`Sequence[ReferenceSet]`): The abilities to keep.
+        processing_class (*optional*): Tokenizer or processor; the trainer's own by default.
+        config (`FullParameterConfig`, *optional*): Projects the model's own weights. An adapter has settings of its
+            own.
+        batch_size (`int`, *optional*): Examples per reference pass and process; by default the trainer's batch size
+            per device. It changes memory and speed, and with `rows_from="batch"` also what a row is: the gradient of
+            so many examples of every process.
+        seed (`int`): Of the order in which examples are drawn.
+        save_subspace (`bool`): Whether checkpoints get the subspace (`rows` times the size of the adapter).
+        resume_from (`str`, *optional*): Checkpoint directory to take the subspace from when a run is resumed; by
+            default `checkpoint-STEP` in the output directory.
+        rebuild_subspace (`bool`): When resuming, compute new reference gradients instead of loading the saved ones;
+            the run then goes on correctly, but not bit for bit as if it had never stopped.
+
+    Raises:
+        ValueError: At construction, if there is no set or two of one name. At the start of training, if a set is
+            empty or nothing of it is left to learn, no tokenizer is at hand, the model has no OGPSA adapter and
+            `config` is not given (or both are), training is distributed in a way that is not supported (DeepSpeed,
+            FSDP 1, parameters offloaded to the host), the optimizer is schedule-free, a refresh would draw more
+            reference examples than `rows` holds, or a resumed checkpoint's subspace is missing, damaged, belongs to
+            other weights, or does not fit.
+        RuntimeError: During training, if a step was not projected: the optimizer is one that torch has no hooks for,
+            or it trains other parameters.
+    """
+
+    def __init__(
+        self,
+        reference_sets: Sequence[ReferenceSet],
+        processing_class: Any = None,
+        *,
+        config: FullParameterConfig | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+        save_subspace: bool = True,
+        resume_from: str | os.PathLike | None = None,
+        rebuild_subspace: bool = False,
+    ) -> None:
+        sets = list(reference_sets) if not isinstance(reference_sets, ReferenceSet) else [reference_sets]
+        check_sets(sets, "OGPSACallback")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"OGPSACallback: batch_size={batch_size!r} must be an integer of at least 1.")
+        if config is not None and not isinstance(config, FullParameterConfig):
+            raise ValueError(
+                f"OGPSACallback: config={config!r} must be a FullParameterConfig. An OGPSAConfig is given to "
+                "get_peft_model, or to the trainer as peft_config."
+            )
+        self.reference_sets = sets
+        self.config = config
+        self.processing_class = processing_class
+        self.batch_size = batch_size
+        self.seed = seed
+        self.save_subspace = save_subspace
+        self.resume_from = resume_from
+        self.rebuild_subspace = rebuild_subspace
+        self._runs: list[_Run] = []
+
+    def _run_of(self, state: TrainerState) -> _Run:
+        return next(run for run in self._runs if run.state() is state)
+
+    def _forget(self, state: weakref.ref) -> None:
+        """Lets go of a run, and with it of its model, when its trainer is gone."""
+        self._runs = [run for run in self._runs if run.state is not state]
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Holds the adapter in float32, before the optimizer is made and a checkpoint is loaded."""
+        if model is not None and self.config is None:
+            with contextlib.suppress(ValueError):  # no OGPSA adapter, which on_train_begin will say
+                _widen(projector_of(model))
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Checks everything, tokenises the references, and restores the subspace of a resumed run."""
+        assert model is not None
+        _move_to_front(self)
+        _refuse_unsupported(args, model)
+        projector = self._projector_of(model)
+        if optimizer is not None:
+            refuse_averaging(optimizer, projector.config)
+        tokenizer = self.processing_class or processing_class
+        if tokenizer is None:
+            raise ValueError(
+                "OGPSACallback needs a tokenizer for its reference sets. Give OGPSACallback(processing_class=...), or "
+                "processing_class to the trainer."
+            )
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        examples = {
+            reference_set.name: reference_set.tokenize(tokenizer)
+            for reference_set in tqdm(self.reference_sets, "Tokenising references", delay=2, disable=args.disable_tqdm)
+        }
+        pad_token_id = padding_of(tokenizer)
+        refreshes = projector.config.refreshes
+        # Each process passes its share of a batch. The trainer may have found a smaller batch to fit into memory.
+        found = args.auto_find_batch_size and state.train_batch_size
+        trained_batch = found or args.train_batch_size
+        batch_size = (self.batch_size or trained_batch // max(1, args.n_gpu)) * distributed.count()
+        for name, own in examples.items():
+            if refreshes and isinstance(own[0], Pair | Anchored) and self.config is not None:
+                loss, others = (
+                    ("dpo", 'loss="both" or "answer"') if isinstance(own[0], Pair) else ("kl", 'loss="answer"')
+                )
+                raise ValueError(
+                    f'Reference set {name!r}: loss="{loss}" is measured against the model without its adapter, and '
+                    f"there is none where whole weights are trained. Use {others}."
+                )
+            if refreshes and isinstance(own[0], Pair):
+                bar = tqdm(batched(own, batch_size), f"Reference policy on {name}", disable=args.disable_tqdm)
+                examples[name] = with_margins(
+                    model, tuner_of(model), bar, lambda p: collate(p, pad_token_id, _device_of(model))
+                )
+            elif isinstance(own[0], Anchored):
+                refuse_moving_base(model)
+        step_examples = examples_per_step(args, trained_batch)
+        loader = ReferenceLoader.for_training(
+            examples, projector.config, step_examples, batch_size, self.seed, pad_token_id
+        )
+        learnt = [name for name, own in examples.items() if not isinstance(own[0], Anchored)]
+        if learnt and (projector.config.reference_weight or 0.0) > _MOST_OF_ANSWERS:
+            logger.warning(
+                "Reference set %r has a loss of given answers, which are learnt as fast as refusals with "
+                "reference_weight=%s: safety comes slowly then. Set reference_weight=None or 1.0, or take references "
+                'with loss="kl".',
+                learnt[0],
+                projector.config.reference_weight,
+            )
+        projector.max_grad_norm = args.max_grad_norm or None
+        # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
+        projector.reset()
+        self._runs = [run for run in self._runs if run.projector is not projector]  # an earlier stage's
+        run = _Run(weakref.ref(state, self._forget), projector, loader, state.global_step)
+        self._runs.append(run)
+        if state.global_step > 0 and not self.rebuild_subspace:
+            self._resume(args, state, run)
+        if projector.activations is not None and projector.activations.references not in ("", loader.digest):
+            logger.warning(
+                "The adapter goes on in the activation subspace of its earlier stage, which was built from other "
+                "reference sets: what only the new ones cover is not protected by it."
+            )
+        if projector.enabled and projector.unbuilt:
+            self._refresh(run, args, model)
+            assert projector.activations is not None
+            projector.activations.references = loader.digest
+        plan = _plan(run, step_examples)  # made even if it is not shown: it refuses parameters that share memory
+        if not args.disable_tqdm:
+            tqdm.write(plan)
+
+    def _projector_of(self, model: nn.Module) -> Projector:
+        if self.config is None:
+            projector = projector_of(model)
+            _widen(projector)  # where the callback was added to a trainer already made
+            return projector
+        try:
+            tuner_of(model)
+        except ValueError:
+            return attach(model, self.config)
+        raise ValueError(
+            "OGPSACallback: config is for a model without an OGPSA adapter, and this one has one, with its own "
+            "settings. Leave config out, or train the base model."
+        )
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refreshes the subspace where it is due."""
+        run = self._run_of(state)
+        if run.projector.enabled and (run.projector.due or state.global_step == run.first):
+            assert model is not None
+            if run.projector.unbuilt:  # after a change of adapters
+                self._refresh(run, args, model)
+            if run.projector.due:
+                self._refresh(run, args, model)
+            run.projector.guard.check_parameters(model, kwargs.get("optimizer"))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes note of how many steps the projector has seen."""
+        self._run_of(state).projector.guard.note_step()
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Checks that the optimizer's step was projected.
+
+        Raises:
+            RuntimeError: If it was not.
+        """
+        run = self._run_of(state)
+        if run.projector.enabled:
+            run.projector.guard.check_step(optimizer)
+
+    def _refresh(self, run: _Run, args: TrainingArguments, model: nn.Module) -> None:
+        batches = run.loader.batches(_device_of(model), everything=run.projector.unbuilt)
+        total = sum(map(len, batches.values()))
+        if run.projector.unbuilt:
+            bar_of = partial(tqdm, desc="Reference inputs", disable=args.disable_tqdm)
+            run.projector.refresh(batches, lambda _, batch: reference_loss(model, batch), model, progress=bar_of)
+            return
+        with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
+            # The trainer's own model, not the bare one: it carries the trainer's mixed precision.
+            def loss(_: nn.Module, batch: dict) -> torch.Tensor:
+                bar.update()
+                return reference_loss(model, batch)
+
+            run.projector.refresh(batches, loss, model, run.loader.weights)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds our figures to the trainer's."""
+        runs = [run for run in self._runs if run.state() is state]
+        # Evaluation logs and the summary at the end are not about steps; and one may log before training.
+        if logs is None or "loss" not in logs or not runs:
+            return
+        figures = runs[0].projector.diagnostics.collect()
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Puts the subspace into the checkpoint that the trainer has just written."""
+        run = self._run_of(state)
+        if not self.save_subspace or not run.projector.projected():
+            return
+        saved = run.projector.state_dict()  # in all processes, which gathers shards
+        saved["rest"]["loader"] = run.loader.state_dict()
+        if state.is_world_process_zero:
+            checkpoint.save(_checkpoint_directory(args, state), saved)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, run: _Run) -> None:
+        directory = Path(self.resume_from) if self.resume_from else _checkpoint_directory(args, state)
+        try:
+            saved = checkpoint.load(directory)
+            try:
+                run.loader.load_state_dict(saved["rest"]["loader"])
+                run.projector.load_state_dict(saved)
+                if run.projector.activations is not None:
+                    run.projector.activations.references = run.loader.digest
+            except (KeyError, TypeError) as error:
+                raise checkpoint.CheckpointError(
+                    f"{directory / checkpoint.STATE_NAME} is damaged: {error}."
+                ) from error
+        except ValueError as error:
+            raise checkpoint.CheckpointError(
+                f"The run resumes at step {state.global_step}, and its reference subspace cannot be restored: {error} "
+                "Give OGPSACallback(resume_from=DIRECTORY) if the checkpoint lies elsewhere, or "
+                "OGPSACallback(rebuild_subspace=True) to compute new reference gradients."
+            ) from error
+
+
+def examples_per_step(args: TrainingArguments, batch_size: int) -> int:
+    """Training examples of one optimizer step, in all processes, where one process passes `batch_size` at a time."""
+    return batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _plan(run: _Run, step_examples: int) -> str:
+    """What the run will cost, for the user to see before it starts."""
+    config = run.projector.config
+    held, more = run.projector.memory(len(run.loader.sets))
+    lines, activations = [], run.projector.activations
+    if activations is not None and config.uses_activations:
+        held -= activations.bytes()
+        lines = [
+            f"OGPSA: activation subspace, {activations.bytes() / 2**20:,.0f} MiB, built in "
+            f"{run.projector.diagnostics.stopwatch.totals().get('build', 0.0):.1f} seconds.",
+            *(f"  {own}" for own in activations.kinds()),
+        ]
+    if not config.refreshes:
+        return "\n".join(lines)
+    drawn = run.loader.samples or sum(map(len, run.loader.sets.values()))
+    share = drawn * run.loader.cost / (config.refresh_steps * step_examples)
+    lines.append(
+        f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, {share:.0%} of the training's own "
+        f"passes; {held / 2**20:,.0f} MiB for the reference gradients, and {more / 2**20:,.0f} MiB "
+        "more during an optimizer step."
+    )
+    return "\n".join(lines)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return distributed.local(next(model.parameters())).device
+
+
+def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "OGPSA does not work under DeepSpeed: its engine keeps gradients and steps flat partitions of the "
+            "parameters where no optimizer hook sees them. Train without DeepSpeed; FSDP2 shards as well "
+            "(fsdp_version: 2)."
+        )
+    # Making an AcceleratorState to ask it would reset its type of distribution (accelerate 1.15).
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError(
+            f"OGPSA does not work under FSDP {plugin.fsdp_version}, which flattens parameters of different tensors "
+            "into one. Use FSDP2: fsdp_version: 2."
+        )
+    if plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "OGPSA does not work with FSDP2's offloading of parameters to the host. Set fsdp_offload_params: false."
+        )
+    if distributed.count() > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ValueError(
+            f"The model is spread over several devices (device_map) and trained in {distributed.count()} processes. "
+            "Load it without device_map."
+        )
+
+
+def _widen(projector: Projector) -> None:
+    if isinstance(projector.config, OGPSAConfig):  # whole weights keep the type that the user has chosen
+        projector.widen()
+
+
+def _move_to_front(callback: TrainerCallback) -> None:
+    """Lets our `on_log` run before the reporting callbacks (TensorBoard, W&B), which then see our figures.
+
+    The trainer puts its reporting callbacks before the user's and tells callbacks nothing of their handler, which is
+    therefore looked up in the calling frames. Were it not found there, only the progress bar and the log history
+    would show our figures.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            # A new list: the handler is walking through the old one.
+            handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
+            return
+        frame = frame.f_back

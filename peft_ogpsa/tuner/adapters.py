@@ -1,0 +1,142 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A model with its adapter off, or with the adapter that preference training is measured against."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+if TYPE_CHECKING:
+    from .model import OGPSAModel
+
+
+@contextlib.contextmanager
+def same_trainable(model: nn.Module) -> Iterator[None]:
+    """Puts back which parameters are in training.
+
+    PEFT turns the gradients of every active adapter on when it enables or switches adapters, those of a frozen one
+    too.
+    """
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The base, inside a model whose adapter is of layers, wrapped or not.
+
+    Raises:
+        ValueError: If the model has no adapter, its adapter is merged into the base, or the base itself is trained.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    if not layers:
+        raise ValueError(
+            f"This {type(model).__name__} has no adapter, and without one there is no base beside it. Add an adapter, "
+            'or give references loss="answer".'
+        )
+    refuse_merged(layers)
+    refuse_moving_base(model)
+    enabled = [layer for layer in layers if not layer.disable_adapters]  # one such context may be inside another
+    with same_trainable(model):
+        try:
+            for layer in enabled:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer in enabled:
+                layer.enable_adapters(True)
+
+
+@contextlib.contextmanager
+def base_model(model: nn.Module) -> Iterator[None]:
+    """The model without its adapter, of whatever type.
+
+    Raises:
+        ValueError: The model is no `PeftModel`, so its base cannot be reached.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}, not a PeftModel: there is no adapter to disable, so its base"
+            " cannot be reached. Measure the base before training: Evaluator.base(base_model)."
+        )
+    with same_trainable(model), model.disable_adapter():
+        yield
+
+
+@contextlib.contextmanager
+def reference_policy(tuner: OGPSAModel) -> Iterator[None]:
+    """The model as the policy that preference training is measured against.
+
+    That is the adapter `ref` where there is one, TRL's copy of an adapter that preference training began with, and
+    else the base.
+
+    Args:
+        tuner: The model's tuner.
+    """
+    active = tuner.active_adapters
+    with same_trainable(tuner.model):
+        try:
+            if "ref" in tuner.peft_config:
+                tuner.set_adapter("ref")
+            else:
+                tuner.disable_adapter_layers()
+            yield
+        finally:
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(active)
+
+
+def refuse_merged(layers: Iterable[nn.Module]) -> None:
+    """Refuses merged adapter layers: a pass without the adapter would unmerge them, one with it gives no gradients.
+
+    Raises:
+        ValueError: If an adapter is merged into one of these layers.
+    """
+    if any(getattr(layer, "merged", False) for layer in layers):
+        raise ValueError(
+            "The adapter is merged into the base model, so neither the adapter's gradients nor the base by itself can "
+            "be computed. Call model.unmerge_adapter() first."
+        )
+
+
+def refuse_moving_base(model: nn.Module) -> None:
+    """Refuses a base that is trained beside its adapter: without the adapter it is not the model it once was.
+
+    Raises:
+        ValueError: If the configuration trains biases, or a weight outside the adapter is in training.
+    """
+    configs = (getattr(module, "peft_config", None) for module in model.modules())
+    for name, config in next((own for own in configs if isinstance(own, dict)), {}).items():
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            raise ValueError(
+                f"bias={bias!r} in the configuration of adapter {name!r} trains the base model's own biases, so the "
+                "model without its adapter is not the original model, which subspace='activations', loss='kl' and "
+                "the KL from base need. Set bias='none', or use subspace='gradients' and reference sets with "
+                "loss='answer'."
+            )
+    inside = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for name, parameter in module.named_parameters()
+        if not name.startswith(("base_layer.", "original_module."))
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in inside:
+            raise ValueError(
+                f"{name} is trained and belongs to the base model, so the model without its adapter is not the "
+                "original model, which subspace='activations', loss='kl' and the KL from base need. Freeze it "
+                "(requires_grad_(False)), or use subspace='gradients' and reference sets with loss='answer'."
+            )

@@ -1,0 +1,129 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a projector projects: the LoRA matrices of an adapter, or (`full_parameter`) a model's own weights."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..core.activation_subspace import InputMatrix
+from .adapters import refuse_merged, without_adapter
+from .config import OGPSAConfig
+
+if TYPE_CHECKING:
+    from .model import OGPSAModel
+
+_LORA_WEIGHT = re.compile(
+    r"(?P<owner>.*)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(?:\.weight)?"
+)
+
+
+class AdapterTargets:
+    """The LoRA matrices A and B of the OGPSA adapter in training.
+
+    Args:
+        model (`OGPSAModel`): The tuner.
+    """
+
+    kind = "LoRA"
+    what = "an OGPSA adapter"
+    settings = "OGPSAConfig"
+    rows_on_host = False
+    names_others = True
+
+    def __init__(self, model: OGPSAModel) -> None:
+        self.model = model
+        self._known: tuple[tuple[str, ...], list[tuple[str, str, nn.Parameter]]] | None = None
+
+    @property
+    def config(self) -> OGPSAConfig:
+        """The configuration of the OGPSA adapter in training.
+
+        Raises:
+            ValueError: If several trainable OGPSA adapters have different projection settings.
+        """
+        own = {name: config for name, config in self.model.peft_config.items() if isinstance(config, OGPSAConfig)}
+        training = {owner.rpartition(":")[2] for _, owner, parameter in self._weights() if parameter.requires_grad}
+        configs = [config for name, config in own.items() if name in training] or list(own.values())
+        if any(config.ogpsa_dict() != configs[0].ogpsa_dict() for config in configs):
+            raise ValueError(
+                f"The adapters in training, {sorted(training)}, have different OGPSA settings. Train one at a time "
+                "(`set_adapter`), or give them the same settings."
+            )
+        return configs[0]
+
+    def _weights(self) -> list[tuple[str, str, nn.Parameter]]:
+        """Name, owner (`module:adapter`) and parameter of every LoRA matrix of an OGPSA adapter."""
+        # Walking through a large model takes milliseconds, so the list is kept until adapters come or go.
+        adapters = tuple(name for name, c in self.model.peft_config.items() if isinstance(c, OGPSAConfig))
+        known = self._known  # another thread may forget it meanwhile
+        if known is None or known[0] != adapters:
+            matches = ((_LORA_WEIGHT.fullmatch(name), p) for name, p in self.model.named_parameters())
+            found = [(m[0], f"{m['owner']}:{m['adapter']}", p) for m, p in matches if m and m["adapter"] in adapters]
+            self._known = known = (adapters, found)
+        return known[1]
+
+    def trained(self) -> list[tuple[str, str, nn.Parameter]]:
+        """Name, owner (`module:adapter`) and parameter of the LoRA matrices in training."""
+        return [item for item in self._weights() if item[2].requires_grad]
+
+    def matrices(self) -> list[InputMatrix]:
+        """The matrices A in training.
+
+        Raises:
+            ValueError: If a layer's output depends on other trained parameters than A and B, or on A in another way
+                than through `B A x`, or if its B is trained and its A is not.
+        """
+        found = []
+        names = {name for name, _, _ in self.trained()}
+        configs: dict[str, Any] = self.model.peft_config
+        for name, owner, parameter in self.trained():
+            path, _, adapter = owner.rpartition(":")
+            layer: Any = self.model.get_submodule(path)
+            _refuse_layer(path, layer, adapter, configs[adapter])
+            if ".lora_B." in name and name.replace(".lora_B.", ".lora_A.") not in names:
+                raise ValueError(
+                    f"{name} is trained and the matrix A before it is not, so that an activation subspace cannot keep "
+                    "the layer's output on reference inputs. Train both, or use subspace='gradients'."
+                )
+            if ".lora_A." in name:
+                after = layer.lora_B[adapter].weight
+                found.append(InputMatrix(name, path, layer, parameter, after))
+        return found
+
+    def original(self) -> AbstractContextManager:
+        """The base model."""
+        return without_adapter(self.model)
+
+    def forget(self) -> None:
+        """Loading weights may have replaced parameters."""
+        self._known = None
+
+    def check(self) -> None:
+        """Refuses a merged adapter, whose matrices are not part of the forward pass."""
+        refuse_merged(module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _refuse_layer(path: str, layer: Any, adapter: str, config: OGPSAConfig) -> None:
+    """Refuses what an activation subspace cannot hold in place."""
+    kind = type(layer).__name__
+    reason = None
+    if not isinstance(layer, LoraLayer) or isinstance(layer, MultiheadAttention | ParamWrapper):
+        reason = f"is a {kind}, whose weights are used without its input being known"
+    elif adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
+        reason = f"is a {kind} and not a linear layer"
+    elif config.lora_bias:
+        reason = "has lora_bias=True: its bias changes the output of every input"
+    elif (variant := layer.lora_variant.get(adapter)) is not None:
+        reason = f"is a {type(variant).__name__} (use_dora=True and the like), which does more than add B A x"
+    if reason is not None:
+        raise ValueError(
+            f"subspace='activations' cannot hold in the layer {path}, which {reason}. Change that setting, leave such "
+            "layers out of target_modules, or use subspace='gradients'."
+        )
