@@ -95,7 +95,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
 }
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-TILE = 2**24  # of geometry, on an accelerator
+TILE = 2**24  # of linalg, on an accelerator
 REFRESH_STEPS = 5
 REFRESH_SAMPLES = 8
 
@@ -243,7 +243,7 @@ class MainMemoryMeter:
             what no function of ours had allocated is under `""`.
     """
 
-    _OURS = re.compile(r".*peft_ogpsa/(\w+)\.py\(\d+\): (\w+)")
+    _OURS = re.compile(r".*peft_ogpsa/(?:\w+/)*(\w+)\.py\(\d+\): (\w+)")
 
     def __init__(self) -> None:
         self.peaks: dict[str, int] = {}

@@ -67,7 +67,7 @@ def test_meter_names_who_holds_the_memory():
     blocks = Blocks({"a": parameter}, {"a": "a"}, "tensor")
     with MainMemoryMeter() as meter, meter.phase("only"):
         stack = blocks.zeros(rows=3)
-    assert meter.holders["only"]["blocks._make"] == stack[0].nbytes == 12000
+    assert meter.holders["only"]["layout._make"] == stack[0].nbytes == 12000
 
 
 def test_the_model_is_built_in_four_bits():

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft_ogpsa.angles import cosine, squares
-from peft_ogpsa.places import Place
 from torch import Tensor
 
 from peft_ogpsa.core.layout import Stack
+
+from .angles import cosine, squares
+from .places import Place
 
 MATRICES = ("A", "B")
 

@@ -11,7 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from peft_ogpsa.ages import MATRICES
+
+from .ages import MATRICES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 CONSTRAINTS = {"cone": COLOURS[2], "orthogonal": COLOURS[1]}

@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from peft_ogpsa.places import Place
 from torch import Tensor
+
+from .places import Place
 
 
 class Shares:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-from peft_ogpsa.ages import MATRICES
+from .ages import MATRICES
 
 
 def shares(report: Mapping[str, Any]) -> str:

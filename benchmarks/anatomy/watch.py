@@ -8,11 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft_ogpsa.ages import MATRICES, Ages
-from peft_ogpsa.places import place
-from peft_ogpsa.probe import Probe
-from peft_ogpsa.rules import OPTIMIZERS, RULES, Rules
-from peft_ogpsa.shares import Shares
 from tqdm import tqdm
 
 from peft_ogpsa.core.gradient_subspace import Subspace
@@ -23,6 +18,11 @@ from peft_ogpsa.text.tokenization import Example
 from peft_ogpsa.tuner.model import projector_of
 
 from . import angles
+from .ages import MATRICES, Ages
+from .places import place
+from .probe import Probe
+from .rules import OPTIMIZERS, RULES, Rules
+from .shares import Shares
 
 ANCHORS = (0, 1, 5, 10)
 """The steps from which rows age."""

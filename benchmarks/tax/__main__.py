@@ -9,14 +9,15 @@ import shlex
 from pathlib import Path
 
 import torch
-from peft_ogpsa.grid import Grid
-from peft_ogpsa.methods import DRAWN
-from peft_ogpsa.plots import tradeoffs
-from peft_ogpsa.report import SAFE, at_equal_loss, at_first_safe, load
-from peft_ogpsa.training import Settings
 from tqdm import tqdm
 
 from peft_ogpsa.cli.models import SMOLLM2
+
+from .grid import Grid
+from .methods import DRAWN
+from .plots import tradeoffs
+from .report import SAFE, at_equal_loss, at_first_safe, load
+from .training import Settings
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft_ogpsa.methods import METHODS, WHOLE, Method
-from peft_ogpsa.training import Settings, Workbench, run
 
-from peft_ogpsa.data import load
+from .data import load
+from .methods import METHODS, WHOLE, Method
+from .training import Settings, Workbench, run
 
 Task = tuple[str, int]
 """A method's name and a seed."""

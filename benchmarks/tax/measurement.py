@@ -10,15 +10,16 @@ from itertools import chain
 from typing import Any
 
 from peft import PeftModel
-from peft_ogpsa.facts import FACTS, known
 
-from peft_ogpsa.data import TaxData
 from peft_ogpsa.evaluation.divergence import BaseAnswers, kl_from_base, own_answers
 from peft_ogpsa.evaluation.losses import nats_per_token
 from peft_ogpsa.text.generation import generate
 from peft_ogpsa.text.refusal import Verdict, classify
 from peft_ogpsa.text.tokenization import encode_row
 from peft_ogpsa.tuner.adapters import base_model
+
+from .data import TaxData
+from .facts import FACTS, known
 
 MAX_LENGTH = 128
 NEW_TOKENS = {"refusal": 12, "divergence": 32, "facts": 16}  # a refusal shows in its first words

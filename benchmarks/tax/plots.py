@@ -11,7 +11,8 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from peft_ogpsa.report import SAFE, Point, curve
+
+from .report import SAFE, Point, curve
 
 PANELS = (
     (

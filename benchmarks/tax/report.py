@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_ogpsa.methods import METHODS, WHOLE
+from .methods import METHODS, WHOLE
 
 Point = Mapping[str, float]
 """Figures of one state, by name."""

@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, OSFConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft_ogpsa.measurement import MAX_LENGTH, Meter
-from peft_ogpsa.methods import Method
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -33,13 +31,16 @@ from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.core import inputs
 from peft_ogpsa.core.config import ProjectionConfig
 from peft_ogpsa.core.isolation import undisturbed
-from peft_ogpsa.data import TaxData
 from peft_ogpsa.references.loader import ReferenceLoader
 from peft_ogpsa.references.lookalikes import with_contrast
 from peft_ogpsa.references.losses import collate, reference_loss
 from peft_ogpsa.references.sets import AnsweredSet
 from peft_ogpsa.text.tokenization import encode_row
 from peft_ogpsa.tuner.model import projector_of
+
+from .data import TaxData
+from .measurement import MAX_LENGTH, Meter
+from .methods import Method
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
