@@ -87,6 +87,10 @@ def test_the_first_safe_point():
     assert points[0]["kl"] == 0
     assert report.first_safe(points)["step"] == 10
     assert report.first_safe(points[:2]) is None
+    # Of several sources of harmful requests all must be refused.
+    for point, other in zip(points, (0.0, 0.9, 0.94, 0.96), strict=True):
+        point["refusal/built-in"] = other
+    assert report.first_safe(points)["step"] == 15
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,13 @@ def test_methods_are_compared_at_plain_loras_safety():
     assert "| better | 1 | +12% | +0.080 | -0.080 | 0.080 | 79 | 48 |" in text
     text = report.at_first_safe(BASE, runs)
     assert "| slow | 1 | not reached |" in text
-    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 50 | 1 | 8 | 2.1 |" in text
+    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 50 | 1 | 100 |  | 8 | 2.1 |" in text
+    runs["better"][0]["train_info"]["metrics"][1]["refusal/built-in"] = 0.98
+    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 50 | 1 | 100 | 98 | 8 | 2.1 |" in report.at_first_safe(
+        BASE, runs
+    )
+    runs["better"][0]["train_info"]["metrics"][1]["refusal/built-in"] = 0.9
+    assert "| better | 1 | not reached |" in report.at_first_safe(BASE, runs)
 
 
 def test_a_curve_is_the_mean_over_seeds(tmp_path):
