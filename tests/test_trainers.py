@@ -152,6 +152,34 @@ def test_trainer(name, given, tmp_path):
     assert max(violations.measured) <= TOLERANCE
 
 
+class Leaks(TrainerCallback):
+    """The largest `|A U| / |A|` over the layers, after each optimizer step, in float64."""
+
+    def __init__(self) -> None:
+        self.measured: list[float] = []
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        activations = model.projector.activations
+        directions, rest = activations.state_dict()
+        own = {layer: directions[f"directions.{e['place']}"].double() for e in rest for layer in e["layers"]}
+        matrices = [(matrix.parameter.detach().double(), own[matrix.layer]) for matrix in activations.matrices]
+        self.measured.append(max(float((a @ u).norm() / a.norm()) for a, u in matrices))
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainer_with_the_default_subspace(name, tmp_path):
+    leaks = Leaks()
+    callbacks = [OGPSACallback([ReferenceSet("general", GENERAL)]), leaks]
+    model = get_peft_model(base_model(), OGPSAConfig(**LORA))
+    trainer = TRAINERS[name](model, str(tmp_path), callbacks)
+    trainer.train()
+    assert trainer.model.projector.steps == 2
+    assert trainer.model.projector.diagnostics.reference_examples == 0
+    assert any(key.startswith("ogpsa/removed/") for entry in trainer.state.log_history for key in entry)
+    assert len(leaks.measured) == 2
+    assert max(leaks.measured) <= 1e-6
+
+
 @pytest.mark.parametrize("name", ["SDFT", "SDPO"])
 def test_moving_average_teacher_is_refused(name, tmp_path):
     # TRL makes one of adapters of the type LORA alone.
