@@ -17,7 +17,7 @@ _COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs `ogpsa COMMAND [--option value ...]`."""
+    """Run `ogpsa COMMAND [--option value ...]`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] not in _COMMANDS:
         wanted = bool(arguments) and arguments[0] not in ("-h", "--help")
@@ -26,5 +26,5 @@ def main(arguments: list[str] | None = None) -> None:
         lines += [f"  {name:<12}{summary}" for name, summary in _COMMANDS.items()]
         print("\n".join(lines), file=sys.stderr if wanted else sys.stdout)
         raise SystemExit(2 if wanted or not arguments else 0)
-    # Imported only now: each command's libraries take seconds to load.
+    # Import the command only now, because its libraries take seconds to load.
     importlib.import_module(f".{arguments[0]}", __name__).run(arguments[1:])

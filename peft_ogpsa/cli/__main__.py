@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m peft_ogpsa.cli`, which `accelerate launch -m` needs."""
+"""Entry point for `python -m peft_ogpsa.cli`, which `accelerate launch -m` needs."""
 
 from . import main
 

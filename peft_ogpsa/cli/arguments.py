@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What `ogpsa sft` and `ogpsa dpo` can be told besides TRL's own options."""
+"""Options of `ogpsa sft` and `ogpsa dpo` in addition to TRL's own options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHODS = ("ogpsa", "paper", "plain")
 
 
 def _knobs() -> list[tuple[str, Any, Any]]:
-    """OGPSAConfig's own fields, as optional ones."""
+    """Return OGPSAConfig's own fields as optional fields."""
     hints, own = get_type_hints(OGPSAConfig), OGPSAConfig().ogpsa_dict()
     whole = FullParameterConfig().ogpsa_dict()
     knobs = []
@@ -31,7 +31,7 @@ def _knobs() -> list[tuple[str, Any, Any]]:
         if knob.name not in own or knob.name == "missing_reference":  # the command always has references
             continue
         text = knob.metadata["help"]
-        if knob.name == "reference_budget":  # None, which is all there, means "not given" here
+        if knob.name == "reference_budget":  # None means "all" there and "not given" here
             text = text.replace("None uses all", "0 uses all")
         default = f"{knob.default}"
         if whole[knob.name] != own[knob.name]:
@@ -42,7 +42,7 @@ def _knobs() -> list[tuple[str, Any, Any]]:
 
 
 def _check_method(self: Any) -> None:
-    if self.method not in METHODS:  # argparse checks flags alone, not what comes from YAML
+    if self.method not in METHODS:  # argparse checks only flags, not values from YAML
         raise ValueError(f"method={self.method!r} is unknown. Choose from: {', '.join(METHODS)}.")
 
 
@@ -62,7 +62,7 @@ OGPSAArguments: Any = make_dataclass(
 
 @dataclass
 class DataArguments:
-    """What is trained on, and what must not be lost."""
+    """Training data, evaluation data and reference sets."""
 
     dataset: str | None = field(
         default=None,
@@ -182,14 +182,16 @@ class RunArguments:
 
 
 class ConfigParser(TrlParser):
-    """TRL's parser, for configuration files that may name another one beside them."""
+    """TRL's parser, extended to configuration files that name a second file with defaults."""
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *rest: Any, **options: Any) -> tuple:
-        """As TRL's. A file's `defaults: FILE` names a file whose options hold where it is silent itself.
+        """Parse as TRL's parser does, and also accept `defaults: FILE` in a configuration file.
+
+        The options in `FILE` apply where the configuration file does not set them itself.
 
         Raises:
-            ValueError: If one of the files is no mapping, or the second names a third.
-            OSError: If one of them cannot be read.
+            ValueError: If one of the files is not a mapping, or the second file names a third.
+            OSError: If one of the files cannot be read.
         """
         words = list(args or ())
         place = words.index("--config") + 1 if "--config" in words[:-1] else None
@@ -204,7 +206,7 @@ class ConfigParser(TrlParser):
 
 
 def _with_defaults(path: Path) -> dict[str, Any] | None:
-    """A file's options over those of the file that it names, or None where it names none."""
+    """Merge a file's options over those of its `defaults` file. Return None if it names no such file."""
     given = _read_yaml(path)
     if not isinstance(given, dict) or "defaults" not in given:
         return None
@@ -218,21 +220,21 @@ def _with_defaults(path: Path) -> dict[str, Any] | None:
 
 
 def _read_yaml(path: Path) -> Any:
-    with open(path, encoding="utf-8") as file:  # whose name errors then tell
+    with open(path, encoding="utf-8") as file:  # an open file, so that YAML errors show its name
         return yaml.safe_load(file)
 
 
 def parser(stage: str, training: type) -> ConfigParser:
-    """The parser of a training command.
+    """Build the parser of a training command.
 
     Args:
         stage: `"sft"` or `"dpo"`.
         training: TRL's `SFTConfig` or `DPOConfig`.
 
     Returns:
-        A parser of `OGPSAArguments`, `DataArguments`, `RunArguments`, `training` and TRL's `ModelConfig`. Where there
-        is no accelerator, `use_cpu` is on and `bf16` is off unless they are given: TRL's bf16 default would stop the
-        run there, and many CPUs only emulate that type.
+        A parser of `OGPSAArguments`, `DataArguments`, `RunArguments`, `training` and TRL's `ModelConfig`. Without an
+        accelerator, `use_cpu` is on and `bf16` is off unless they are given: TRL's bf16 default would stop the run,
+        and many CPUs only emulate that type.
     """
     classes = (OGPSAArguments, DataArguments, RunArguments, training, ModelConfig)
     made = ConfigParser(cast(Any, classes), prog=f"ogpsa {stage}")
@@ -242,12 +244,12 @@ def parser(stage: str, training: type) -> ConfigParser:
 
 
 def adapter_config(ogpsa: Any, lora: LoraConfig, stage: Literal["sft", "dpo"]) -> LoraConfig:
-    """The method's configuration with the LoRA settings given.
+    """Build the method's configuration with the given LoRA settings.
 
     Args:
         ogpsa: The `OGPSAArguments`.
         lora: LoRA's settings.
-        stage: The schedule of the paper's method.
+        stage: Selects the schedule of the paper's method.
 
     Raises:
         ValueError: If `OGPSAConfig` does not allow a value.
@@ -261,12 +263,12 @@ def adapter_config(ogpsa: Any, lora: LoraConfig, stage: Literal["sft", "dpo"]) -
 
 
 def whole_config(ogpsa: Any, run: RunArguments, stage: Literal["sft", "dpo"]) -> FullParameterConfig | None:
-    """The method's configuration where whole weights are trained; None for `method="plain"`.
+    """Build the method's configuration for full-parameter training. Return None for `method="plain"`.
 
     Args:
         ogpsa: The `OGPSAArguments`.
         run: The `RunArguments`.
-        stage: The schedule of the paper's method.
+        stage: Selects the schedule of the paper's method.
 
     Raises:
         ValueError: If `FullParameterConfig` does not allow a value.
@@ -278,7 +280,7 @@ def whole_config(ogpsa: Any, run: RunArguments, stage: Literal["sft", "dpo"]) ->
 
 
 def _given(ogpsa: Any) -> dict[str, Any]:
-    """What the user has set of the projection."""
+    """Return the projection options that the user has set."""
     knobs = {name: value for name, value in vars(ogpsa).items() if name != "method" and value is not None}
     if knobs.get("reference_budget") == 0:
         knobs["reference_budget"] = None

@@ -17,15 +17,15 @@ from rich.console import Console
 from ..evaluation import Evaluation, Measurement, table, tradeoff
 from .errors import input_errors
 
-# Results are comparable only where these agree.
+# Results are comparable only if they agree in these conditions.
 _CONDITIONS = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "max_length", "seed")
 
 
 def read(path: str) -> dict[str, Any]:
-    """One result of `ogpsa eval`, with its `evaluation` as an `Evaluation`.
+    """Read one result of `ogpsa eval`, with its `evaluation` as an `Evaluation`.
 
     Raises:
-        ValueError: If the file is not one.
+        ValueError: If the file is not a result of `ogpsa eval`.
         OSError: If it cannot be opened.
     """
     try:
@@ -40,7 +40,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser("ogpsa compare", description="Compares results of `ogpsa eval`.")
     parser.add_argument("results", nargs="+", metavar="FILE.json", help="Results of `ogpsa eval`.")
     parser.add_argument("--plot", metavar="FILE.png", help="Draw general loss against refusal of harmful prompts.")
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
     with input_errors("compare"):
         results = {path: read(path) for path in parsed.results}
         names = [saved["name"] for saved in results.values()]
-        # Where two runs have one name, the files tell them apart.
+        # If two runs have the same name, use their file paths instead.
         evaluations: dict[str, Evaluation] = {
             saved["name"] if names.count(saved["name"]) == 1 else path: saved["evaluation"]
             for path, saved in results.items()
@@ -65,14 +65,14 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _stages_before(results: Mapping[str, dict[str, Any]]) -> dict[str, str]:
-    """For each result whose adapter went on from the adapter of another, the other's name."""
+    """Map each result whose adapter continues another result's adapter to the name of that other result."""
     names = {saved["weights"]: name for name, saved in results.items() if saved.get("weights")}
     stages = {name: names.get(saved.get("started_from") or "") for name, saved in results.items()}
     return {name: before for name, before in stages.items() if before is not None}
 
 
 def _per_stage(evaluations: Mapping[str, Evaluation], before: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """What the last stage alone changed, where there was one before it."""
+    """Return what the last stage alone changed, for results that have an earlier stage."""
     if not before:
         return {}
     changes = {}
@@ -84,7 +84,7 @@ def _per_stage(evaluations: Mapping[str, Evaluation], before: Mapping[str, str])
 
 
 def _curves(evaluations: Mapping[str, Evaluation], before: Mapping[str, str]) -> dict[str, list[Measurement]]:
-    """One line a pipeline, by the name of its last stage."""
+    """Return one curve per pipeline, by the name of its last stage."""
     curves = {}
     for last in evaluations:
         if last in before.values():
@@ -97,7 +97,7 @@ def _curves(evaluations: Mapping[str, Evaluation], before: Mapping[str, str]) ->
 
 
 def _differences(results: Sequence[dict[str, Any]]) -> list[str]:
-    """The conditions in which results differ."""
+    """List the conditions in which the results differ."""
     conditions = {"base_model": [saved.get("base_model") for saved in results]}
     conditions |= {name: [saved["arguments"].get(name) for saved in results] for name in _CONDITIONS}
     return [

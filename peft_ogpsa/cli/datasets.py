@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data by a short name: a file, a folder, the built-in rows, or a data set on the Hugging Face hub."""
+"""Load data by a short name: a file, a folder, the built-in rows, or a data set on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FORMS = (
     f"(NAME one of {', '.join(data.NAMES)}, pairs), public:NAME (NAME one of {', '.join(public.PUBLIC)}), or a hub "
     "name, as in owner/name:config[train]."
 )
-# What TRL's trainers need of the rows; a set of columns is enough if it holds one of these.
+# The columns that TRL's trainers need. The rows must have all columns of at least one of these sets.
 _COLUMNS: dict[str, tuple[set[str], ...]] = {
     "sft": ({"messages"}, {"prompt", "completion"}, {"text"}, {"conversations"}, {"input_ids"}),
     "dpo": ({"chosen", "rejected"},),
@@ -37,19 +37,19 @@ _OTHER_STAGE = {"sft": "dpo", "dpo": "sft"}
 
 
 def load_rows(spec: str, field: str, samples: int | None = None) -> Dataset:
-    """Loads the rows that a data SPEC names.
+    """Load the rows that a data SPEC names.
 
     Args:
         spec: A file (`.jsonl`, `.json`, `.parquet`), a folder saved by `datasets`, `builtin:NAME` with an optional
             `:SPLIT`, `public:NAME` for a set of `data.public` (from the hub, or from a file with its columns:
-            `public:NAME:FILE`), or a name on the Hugging Face hub with an optional `:CONFIG`. All but the built-in
-            ones and files of public ones may end in `[SPLIT]` in the syntax of `datasets`, as in
-            `rows.jsonl[train[:100]]`; without, it is `train`, or the public set's own.
-        field: What errors call the option that the SPEC was given to.
-        samples: Of a public set, which may be large, only so many rows.
+            `public:NAME:FILE`), or a name on the Hugging Face hub with an optional `:CONFIG`. All forms except
+            built-in sets and files of public sets may end in `[SPLIT]` in the syntax of `datasets`, for example
+            `rows.jsonl[train[:100]]`. The default split is `train`, or the public set's own.
+        field: Name of the option that the SPEC was given to, for error messages.
+        samples: For a public set, which may be large: load at most this many rows.
 
     Raises:
-        ValueError: If the SPEC has none of these forms, names nothing that can be loaded, or holds no rows.
+        ValueError: If the SPEC has none of these forms, cannot be loaded, or has no rows.
     """
     try:
         if spec.startswith(_BUILTIN):
@@ -109,10 +109,10 @@ def _from_folder(loaded: Dataset | DatasetDict, split: str | None) -> Dataset:
 
 
 def check_columns(rows: Dataset, stage: str, field: str, spec: str) -> None:
-    """Refuses preference pairs for SFT, instruction data for DPO, and what is neither.
+    """Reject preference pairs for SFT, instruction data for DPO, and data that is neither.
 
     Raises:
-        ValueError: If TRL's trainer for the stage could not read the columns.
+        ValueError: If TRL's trainer for the stage cannot read the columns.
     """
     columns = set(rows.column_names)
     if any(needed <= columns for needed in _COLUMNS[stage]):
@@ -129,7 +129,7 @@ def check_columns(rows: Dataset, stage: str, field: str, spec: str) -> None:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A reference set to be, whose prompts the base model has yet to answer."""
+    """The prompts of a reference set, before the base model has answered them."""
 
     name: str
     prompts: Sequence[Prompt]
@@ -138,7 +138,7 @@ class PromptSet:
     loss: str
 
     def answered(self, model: Any, processing_class: Any) -> AnsweredSet:
-        """The set with the answers of a model, whose adapter, if it has one, is off meanwhile."""
+        """Build the reference set from a model's answers. Its adapter, if any, is disabled while it answers."""
         return ReferenceSet.from_prompts(
             self.name,
             self.prompts,
@@ -153,18 +153,18 @@ class PromptSet:
 def reference_sets(
     entries: Sequence[str], samples: int, max_length: int, beta: float
 ) -> list[ReferenceSet | PromptSet]:
-    """The reference sets that `references` names.
+    """Build the reference sets that `references` names.
 
     Args:
-        entries: `NAME=SPEC` each, with a SPEC as `load_rows` reads it, or `NAME:LOSS=SPEC` with a loss of
-            `ReferenceSet`, or `NAME=prompts:SPEC` for prompts that the base model answers itself, where the SPEC may
-            also be the name of a built-in set of prompts; their loss is `kl` if not given.
-        samples: Most rows used of each set.
-        max_length: Most tokens used of each row.
-        beta: Of the DPO loss.
+        entries: One entry per set. `NAME=SPEC` takes a SPEC as `load_rows` reads it. `NAME:LOSS=SPEC` also sets a loss
+            of `ReferenceSet`. `NAME=prompts:SPEC` gives prompts that the base model answers itself. There, the SPEC
+            may also be the name of a built-in set of prompts, and the default loss is `kl`.
+        samples: Maximum number of rows used from each set.
+        max_length: Maximum number of tokens used from each row.
+        beta: Beta of the DPO loss.
 
     Raises:
-        ValueError: If there is no entry, one has none of these forms, or its SPEC cannot be loaded.
+        ValueError: If there is no entry, an entry has none of these forms, or its SPEC cannot be loaded.
     """
     if not entries:
         raise ValueError(
@@ -197,6 +197,6 @@ def reference_sets(
 def prompt_set(
     field: str, source: str, max_length: int, name: str = "contrast", samples: int = 200, loss: str = "answer"
 ) -> PromptSet:
-    """A set of prompts: a built-in one, or those of a SPEC; see `reference_sets`."""
+    """Load a set of prompts, either a built-in one or the prompts of a SPEC; see `reference_sets`."""
     prompts = data.load_prompts(source) if source in data.PROMPTS else load_rows(source, field, samples).to_list()
     return PromptSet(name, prompts, samples, max_length, loss)

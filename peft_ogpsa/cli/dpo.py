@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`ogpsa dpo`: DPO with TRL's trainer, and the abilities to keep as reference sets."""
+"""`ogpsa dpo`: DPO with TRL's trainer, and reference sets for the abilities to preserve."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from .training import train
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Run the command."""
     train("dpo", DPOConfig, DPOTrainer, arguments)

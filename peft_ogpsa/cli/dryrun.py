@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A trial of a training run: what it needs in memory and how long it would take."""
+"""Dry run of a training command: how much memory it needs and how long it would take."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..core.config import ProjectionConfig
 from ..core.projector import Projector
 from ..tuner.model import projector_of
 
-_STEPS = 2  # the first two steps both refresh, and the second of each is past all warming up
+_STEPS = 2  # both steps refresh, and the second step and refresh are free of warm-up costs
 
 
 def save_nothing(training: Any, scratch: str) -> None:
-    """Turns off whatever makes the trainer write, report or evaluate; what is left goes to `scratch`."""
+    """Turn off everything that makes the trainer write, report or evaluate. Remaining output goes to `scratch`."""
     training.output_dir = scratch
     training.save_strategy, training.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     training.load_best_model_at_end = training.push_to_hub = training.eval_on_start = False
@@ -32,7 +32,7 @@ def save_nothing(training: Any, scratch: str) -> None:
 
 
 class _Clock(TrainerCallback):
-    """Seconds of every step and of every refresh, in order."""
+    """Record the seconds of every step and of every refresh, in order."""
 
     def __init__(self, projected: bool) -> None:
         self.projected = projected
@@ -48,7 +48,7 @@ class _Clock(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.projected:  # by now OGPSACallback has made it, where whole weights are trained
+        if self.projected:  # in full-parameter training, OGPSACallback has created it by now
             self.projector = projector_of(cast(nn.Module, model))
 
     def on_step_begin(
@@ -72,17 +72,18 @@ def _now() -> float:
 
 
 def dry_run(trainer: Trainer, config: Any, console: Console) -> None:
-    """Takes two steps and prints memory and time.
+    """Take two steps, and print memory and time.
 
     Args:
-        trainer: Ready to train, with `save_nothing` done to its arguments and `OGPSACallback` among its callbacks.
-        config: The method's configuration; the projection is looked at if it is a `ProjectionConfig`.
+        trainer: A trainer that is ready to train. `save_nothing` has been applied to its arguments, and
+            `OGPSACallback` is among its callbacks.
+        config: The method's configuration. The projection is measured if it is a `ProjectionConfig`.
         console: Where to print.
     """
     steps = planned_steps(trainer)
     trainer.args.max_steps = _STEPS
     clock = _Clock(isinstance(config, ProjectionConfig))
-    trainer.add_callback(clock)  # after OGPSACallback, so that its refresh is not in the step's time
+    trainer.add_callback(clock)  # after OGPSACallback, so that the step's time does not include the refresh
     trainer.train()
     projector = clock.projector
 
@@ -122,7 +123,7 @@ def dry_run(trainer: Trainer, config: Any, console: Console) -> None:
 
 
 def planned_steps(trainer: Trainer) -> int:
-    """The optimizer steps of the whole run, in as many processes as this one."""
+    """Return the optimizer steps of the whole run, with as many processes as this run has."""
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps
@@ -132,14 +133,14 @@ def planned_steps(trainer: Trainer) -> int:
 
 
 def planned_refreshes(steps: int, refresh_steps: int) -> int:
-    """The refreshes of the whole run: before the first and the second step, and from there regularly."""
+    """Return the refreshes of the whole run: before the first and the second step, then at regular intervals."""
     return steps if steps < 2 else 2 + (steps - 2) // refresh_steps
 
 
 def _peak_memory() -> str:
     if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
         return f"{_mebibytes(peak)} on the GPU"
-    import resource  # not there on Windows
+    import resource  # not available on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.

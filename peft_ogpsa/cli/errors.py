@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Input errors, told without a traceback."""
+"""Report input errors without a traceback."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import yaml
 
 @contextlib.contextmanager
 def input_errors(command: str) -> Iterator[None]:
-    """Ends the command with one line and exit status 1 where what the user gave is at fault.
+    """End the command with one line and exit status 1 if the user's input is at fault.
 
-    Wrap only what reads, checks and loads input: inside, every `ValueError`, `OSError` and `ImportError` counts.
+    Wrap only code that reads, checks and loads input: every `ValueError`, `OSError` and `ImportError` raised inside
+    counts as an input error.
     """
     try:
         yield

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`ogpsa eval`: what a model refuses, what it has lost, and the same of its base."""
+"""`ogpsa eval`: measure what a model refuses and what it has lost, and do the same for its base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .models import compute_dtype
 
 @dataclass
 class EvalArguments:
-    """What `ogpsa eval` can be told."""
+    """Options of `ogpsa eval`."""
 
     output: str = field(metadata={"help": "JSON file to write, for `ogpsa compare`."})
     model: str | None = field(
@@ -80,7 +80,7 @@ class EvalArguments:
 
 
 def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str, Any]]]:
-    """The held-out rows by kind: harmful, benign and general.
+    """Load the held-out rows by kind: harmful, benign and general.
 
     Raises:
         ValueError: If the folder has none of the files, or one of them cannot be read.
@@ -97,7 +97,7 @@ def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str,
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Run the command."""
     with input_errors("eval"):
         argument_parser = HfArgumentParser(cast(Any, EvalArguments), prog="ogpsa eval")
         (parsed,) = argument_parser.parse_args_into_dataclasses(list(arguments))
@@ -117,7 +117,7 @@ def run(arguments: Sequence[str]) -> None:
         harmful=rows.get("harmful"),
         benign=rows.get("benign"),
         general={"general": rows["general"]} if "general" in rows else None,
-        # KL is measured from the base, which a bare model is itself.
+        # KL is measured from the base. A model without an adapter is the base itself.
         divergence_prompts=rows.get("general") if isinstance(model, PeftModel) else None,
         max_new_tokens=parsed.max_new_tokens,
         batch_size=parsed.batch_size,
@@ -132,7 +132,7 @@ def run(arguments: Sequence[str]) -> None:
         "arguments": asdict(parsed),
         "evaluation": evaluation.to_dict(),
     }
-    if parsed.adapter:  # `compare` finds by them what a stage went on from
+    if parsed.adapter:  # `compare` uses them to find the adapter that a stage continued
         saved["weights"] = weights_digest(parsed.adapter)
         saved["started_from"] = read_run(parsed.adapter).get("started_from_weights")
     output.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")

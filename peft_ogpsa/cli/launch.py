@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What `accelerate launch` has set up, as far as whole weights in several processes depend on it."""
+"""Parts of the `accelerate launch` setup that full-parameter training in several processes depends on."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 def shard_on_cpu(trainer: Any) -> None:
-    """Lets FSDP2 run without a GPU, for trying things out: accelerate has it on accelerators alone.
+    """Let FSDP2 run without a GPU, to try things out. accelerate itself supports FSDP2 only on accelerators.
 
-    Where FSDP was not asked for, or there are GPUs, nothing happens.
+    This does nothing if FSDP was not requested or if there are GPUs.
     """
     state = trainer.accelerator.state
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
@@ -24,10 +24,10 @@ def shard_on_cpu(trainer: Any) -> None:
 
 
 def check_saves_whole_model(trainer: Any) -> None:
-    """Refuses shards that the trainer would not put together at the end.
+    """Check that the trainer gathers the shards into one model at the end.
 
     Raises:
-        ValueError: If FSDP keeps a state dict of another kind than the full one.
+        ValueError: If FSDP uses a state dict type other than the full one.
     """
     if not trainer.is_fsdp_enabled:
         return

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The base model and the adapter of a command."""
+"""Load the base model and the adapter of a command."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def load_base(
     init_kwargs: dict[str, Any] | None = None,
     random: RandomWeights | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """The model and its tokenizer (or processor), loaded as TRL's scripts do, in 4 or 8 bits if asked.
+    """Load the model and its tokenizer (or processor) as TRL's scripts do, in 4 or 8 bits if requested.
 
-    SmolLM2-135M-Instruct is also found without the hub, as by `load_model`.
+    Like `load_model`, this also finds SmolLM2-135M-Instruct without the hub.
 
     Args:
         model: TRL's model options.
         trust_remote_code: Run code that comes with the model.
-        init_kwargs: Further arguments of `from_pretrained`, which win over the model options.
-        random: Takes configuration and tokenizer alone, and makes up weights.
+        init_kwargs: Further arguments of `from_pretrained`. They override the model options.
+        random: Load only the configuration and the tokenizer, and create random weights.
 
     Raises:
-        ValueError: If no name is given, the model or its tokenizer cannot be loaded, or weights are to be made up
-            for a model that cannot be shrunk so, or be quantised.
-        ImportError: If it is to be quantised and bitsandbytes is not installed.
+        ValueError: If no name is given, the model or its tokenizer cannot be loaded, or random weights are requested
+            together with quantization or for a model that cannot be shrunk this way.
+        ImportError: If quantization is requested and bitsandbytes is not installed.
     """
     name = model.model_name_or_path
     if not name:
@@ -60,7 +60,7 @@ def load_base(
         dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.bfloat16)
         source = local_source(name, dtype)
         shared = {name: options[name] for name in ("revision", "trust_remote_code")}
-        # Of random weights only the configuration is read.
+        # For random weights, read only the configuration.
         loaded: Any = (
             create_model_from_path(source, **options)
             if random is None
@@ -74,16 +74,16 @@ def load_base(
         ) from error
     if random is not None:
         loaded = random.build(loaded, options["dtype"], options["attn_implementation"])
-    # What a saved adapter names as its base must not be a folder in the cache.
+    # A saved adapter must not name a folder in the cache as its base.
     loaded.config._name_or_path = loaded.name_or_path = name
     return loaded, processing_class
 
 
 def read_adapter_config(adapter: str) -> LoraConfig:
-    """The settings of a saved LoRA adapter.
+    """Read the settings of a saved LoRA adapter.
 
     Raises:
-        ValueError: If there is none, or if it is an adapter of another kind.
+        ValueError: If there is no adapter, or if it is an adapter of another kind.
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
@@ -99,7 +99,7 @@ def read_adapter_config(adapter: str) -> LoraConfig:
 
 
 def load_adapter(base: PreTrainedModel, adapter: str, config: LoraConfig, *, trainable: bool) -> PeftModel:
-    """Puts a saved adapter on its base model.
+    """Load a saved adapter onto its base model.
 
     Raises:
         ValueError: If the adapter does not fit the model.

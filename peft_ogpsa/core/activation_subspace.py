@@ -1,22 +1,23 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The activation subspace: matrices whose every change leaves a layer's output on reference inputs as it was.
+"""The activation subspace: keep a layer's output on reference inputs unchanged while its matrices train.
 
 A LoRA layer adds `s B A x` to its output. The gradient of any loss with respect to A is a sum over tokens of
-`s (B^T u) x^T`: its rows lie in the span of the layer's inputs x. The inputs of reference tokens therefore span the
-reference gradients of A, for every loss and at every moment of the training. U holds the leading directions of these
-inputs. A starts in their complement and every change of A is projected onto it, so that `A U = 0` throughout, whatever
-the optimizer and whatever B: the output on every input in span(U) stays what it is, to all orders. Whole weights W
-keep `W U` instead. This is Gradient Projection Memory (Saha, Garg, Roy 2021, arXiv 2103.09762), for LoRA.
+`s (B^T u) x^T`, where u is the gradient at the layer's output. The rows of this gradient lie in the span of the
+layer's inputs x. The inputs of reference tokens therefore span the reference gradients of A, for every loss and at
+every point of the training. U holds the leading directions of these inputs. A starts in their complement, and every
+change of A is projected onto this complement. `A U = 0` then holds throughout the training, for any optimizer and any
+B. The layer's output on every input in span(U) stays the same, to all orders. For full weights W, `W U` stays the same
+instead. This is Gradient Projection Memory (Saha, Garg, Roy 2021, arXiv 2103.09762), applied to LoRA.
 
-What is left of an input outside of U is short: with 90 % of the energy in U, a third of its length. An adapter that
-sees so little learns slowly, whatever the optimizer. So A starts longer and its steps are enlarged by the gain
-`1 / sqrt(1 - energy)`, as if the projected input had been brought back to its length. The gradient of A is projected
-before the optimizer as well, so that the optimizer scales its step to what is left. The usual learning rates then
-work.
+The part of an input outside span(U) is short: with 90 % of the energy in U, it has a third of the input's length. An
+adapter that sees only this part learns slowly with any optimizer. A therefore starts longer, and its steps are
+multiplied by the gain `1 / sqrt(1 - energy)`, as if the projected input had its original length again. The gradient of
+A is also projected before the optimizer, so that the optimizer scales its step to the remaining part. The usual
+learning rates then work.
 
-The projection acts on the input axis alone, which shards of the first axis (FSDP2) keep whole: a step needs no
-communication.
+The projection acts only on the input axis. FSDP2 shards the first axis and keeps the input axis whole, so a step needs
+no communication.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ from .inputs import Input
 from .layout import LARGEST_GROUP
 
 MOST_DIRECTIONS = 512
-"""The most directions of an input where their number follows from the energy; also at most half of its width."""
+"""Maximum directions of an input if the energy determines their number; also limited to half of its width."""
 
 PREFIX = "directions."
-"""Of the tensors' names in a state dict."""
+"""Prefix of the tensors' names in a state dict."""
 
 LEAK = 1e-3
-"""An adapter with a smaller share in the subspace has been in its complement all along."""
+"""An adapter whose share in the subspace is smaller than this counts as in the complement from the start."""
 
 _HOLLOW = 1e-3
-"""A matrix of which a smaller share is left outside of the subspace has nothing there but rounding errors."""
+"""If the share of a matrix outside the subspace is smaller than this, it consists only of rounding errors."""
 
 _MOST_LEAK = 0.25
-"""An adapter with a larger share in the subspace was trained without it."""
+"""An adapter whose share in the subspace is larger than this counts as trained without the subspace."""
 
 
 def most_directions(width: int) -> int:
-    """The most directions of an input of this width where their number follows from the energy."""
+    """Maximum directions of an input of this width if the energy determines their number."""
     return min(MOST_DIRECTIONS, width // 2)
 
 
@@ -60,11 +61,11 @@ class InputMatrix:
     """A matrix that is applied to a layer's input: LoRA's A, or the weight of a linear layer.
 
     Attributes:
-        name: Of the parameter.
+        name: Name of the parameter.
         layer: Name of the layer.
-        module: The layer, whose first argument is the input.
-        parameter: `(out, width)`.
-        after: LoRA's B, `(features, out)`; `None` for a weight.
+        module: The layer. Its first argument is the input.
+        parameter: The matrix, `(out, width)`.
+        after: LoRA's B, `(features, out)`; `None` for a full weight.
     """
 
     name: str
@@ -76,15 +77,17 @@ class InputMatrix:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Inputs of one kind, whose matrices are stacked.
+    """Inputs of one kind of layer, with their matrices stacked.
 
     Attributes:
-        kind: The layers' names without what tells one block of the model from another: `q_proj+k_proj+v_proj`.
-        inputs: Places of the inputs in the subspace.
-        matrices: Of each input.
-        basis: `(inputs, width, k)`, of the dtype that they are held in; columns of zeros fill up.
-        inverse: Of the Gram matrices of a basis that rounding has made oblique, `(inputs, k, k)`; else `None`.
-        gain: What steps are multiplied with, `(inputs, 1, 1)`; 1 for whole weights.
+        kind: The layers' names without the part that differs between the model's blocks: `q_proj+k_proj+v_proj`.
+        inputs: Indices of the inputs in the subspace.
+        matrices: The matrices of each input.
+        basis: `(inputs, width, k)`, in the dtype in which the directions are stored. Inputs with fewer directions are
+            padded with columns of zeros.
+        inverse: Pseudoinverse of the Gram matrices, `(inputs, k, k)`, if rounding has made the basis oblique; else
+            `None`.
+        gain: The factor of the steps, `(inputs, 1, 1)`; 1 for full weights.
     """
 
     kind: str
@@ -98,7 +101,7 @@ class _Stack:
         return [matrix.parameter for own in self.matrices for matrix in own]
 
     def copies(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors like `parameters()`, of this process, stacked: `(inputs, rows, width)`, float32 or wider."""
+        """Stack this process's part of tensors like `parameters()`: `(inputs, rows, width)`, float32 or wider."""
         own = [distributed.local(tensor) for tensor in tensors]
         shape = (len(self.inputs), sum(len(t) for t in own) // len(self.inputs), self.basis.shape[1])
         stacked = own[0].new_empty(shape, dtype=torch.promote_types(torch.float32, own[0].dtype))
@@ -106,7 +109,7 @@ class _Stack:
         return stacked
 
     def views(self, stacked: Tensor) -> list[Tensor]:
-        """The parts of a stack, in the order of `parameters()`."""
+        """Split a stack into its parts, in the order of `parameters()`."""
         sizes = [len(distributed.local(matrix.parameter)) for matrix in self.matrices[0]]
         return [part for own in stacked for part in own.split(sizes)]
 
@@ -117,7 +120,7 @@ class _Stack:
         return along if self.inverse is None else torch.bmm(along, self.inverse[places].to(stacked.dtype))
 
     def spread(self, along: Tensor, place: int | slice = slice(None)) -> Tensor:
-        """Rows from their coordinates: `(inputs, rows, width)`."""
+        """Compute rows from their coordinates: `(inputs, rows, width)`."""
         places = slice(place, place + 1) if isinstance(place, int) else place
         return torch.bmm(along, self.basis[places].to(along.dtype).mT)
 
@@ -130,27 +133,27 @@ class ActivationSubspace:
     """Leading directions of the inputs of the projected layers, and the projection away from them.
 
     Args:
-        matrices (`Sequence[InputMatrix]`): What is projected.
-        inputs (`Sequence[Input]`): From `inputs.find`, of the same layers.
-        dtype (`torch.dtype`): In which the directions are held: float32 or bfloat16.
+        matrices (`Sequence[InputMatrix]`): The matrices to project.
+        inputs (`Sequence[Input]`): The result of `inputs.find` for the same layers.
+        dtype (`torch.dtype`): The dtype in which the directions are stored: float32 or bfloat16.
 
     Raises:
-        ValueError: If the layers are others than the inputs', or a matrix is of lower precision than float32.
+        ValueError: If the layers differ from those of the inputs, or if a matrix has lower precision than float32.
     """
 
     def __init__(self, matrices: Sequence[InputMatrix], inputs: Sequence[Input], dtype: torch.dtype) -> None:
         self.matrices = list(matrices)
         self.inputs = list(inputs)
         self.dtype = dtype
-        self.references = ""  # digest of the reference sets, where they are known
+        self.references = ""  # digest of the reference sets, if it is known
         self._adapter = any(matrix.after is not None for matrix in matrices)
         self._stacks = self._stacked()
         self.device = self._stacks[0].basis.device
         self._before: list[Tensor] | None = None
-        # Of each stack: squared lengths of what was removed from steps, and of the steps.
+        # For each stack: squared lengths of the parts removed from steps, and of the steps.
         self._squares = [torch.zeros(2, device=stack.basis.device) for stack in self._stacks]
         for own in self.inputs:
-            own.directions = own.directions[:, :0]  # held in the stacks from now on
+            own.directions = own.directions[:, :0]  # stored in the stacks from now on
 
     def _stacked(self) -> list[_Stack]:
         own: dict[str, InputMatrix] = {matrix.layer: matrix for matrix in self.matrices}
@@ -189,22 +192,23 @@ class ActivationSubspace:
                 stacks.append(_Stack(kind, part, matrices, basis, _inverse(basis), gain))
         return stacks
 
-    # The start
+    # The start of training of training
 
     @torch.no_grad()
     def enter(self) -> float:
-        """Puts the adapter into the complement of the subspace; whole weights stay as they are.
+        """Move the adapter into the complement of the subspace. Full weights stay as they are.
 
-        As long as B is zero, as at LoRA's usual start, A keeps its length, times the gain. Where B is not zero, what
-        is removed from A changes the model on reference inputs by what the adapter did to them. In several processes
-        all must call it.
+        While B is zero, as at the usual start of LoRA, A keeps its length, times the gain. If B is not zero, removing
+        a part of A changes the model's output on reference inputs: what the adapter did to them is lost. With several
+        processes, all of them must call this method.
 
         Returns:
-            How much of what the adapter does lay in the subspace, from 0 to 1: the length of `B A U` relative to that
-            of `B A`, at most over the layers.
+            The share of the adapter's effect that lay in the subspace, from 0 to 1: the length of `B A U` relative to
+            that of `B A`, the maximum over the layers.
 
         Raises:
-            ValueError: If it is too much: the adapter was not born in the complement. Nothing is changed.
+            ValueError: If this share is too large, because the adapter did not start in the complement. Nothing is
+                changed.
         """
         leaks, entered, hollow = [torch.zeros((), dtype=torch.float64, device=self.device)], [], []
         for stack, place, matrix in self._each():
@@ -236,11 +240,11 @@ class ActivationSubspace:
         return most
 
     def _afters(self) -> list[InputMatrix]:
-        """The matrices that are an adapter's, in the order of `_each`."""
+        """The matrices that belong to an adapter, in the order of `_each`."""
         return [matrix for _, _, matrix in self._each() if matrix.after is not None]
 
     def in_use(self) -> bool:
-        """Whether the adapter does anything yet: whether some B is not zero. True for whole weights."""
+        """Whether the adapter has an effect yet, that is, whether some B is not zero. True for full weights."""
         afters = [matrix.after for matrix in self.matrices if matrix.after is not None]
         if not self._adapter:
             return True
@@ -248,16 +252,16 @@ class ActivationSubspace:
         (total,) = distributed.summed([found]) if distributed.are_sharded(afters) else (found,)
         return bool(total)
 
-    # A step
+    # An optimizer step
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Takes note of the matrices before a step."""
+        """Copy the matrices before a step."""
         self._before = [stack.copies(stack.parameters()) for stack in self._stacks]
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """Projects the matrices' gradients, so that the optimizer scales its step to what is left of them."""
+        """Project the matrices' gradients, so that the optimizer scales its step to the remaining part."""
         for stack in self._stacks:
             gradients = [p.grad for p in stack.parameters()]
             if all(gradient is None for gradient in gradients):
@@ -271,7 +275,7 @@ class ActivationSubspace:
 
     @torch.no_grad()
     def project_step(self, record: bool = True) -> None:
-        """Projects what the matrices have changed by since `remember`; with `record` it counts for `removed`."""
+        """Project the change of the matrices since `remember`. With `record` it counts for `removed`."""
         for i, stack in enumerate(self._stacks):
             now = stack.copies(stack.parameters())
             if record:
@@ -284,7 +288,7 @@ class ActivationSubspace:
                 step *= stack.gain
                 now = torch.add(before, step, out=now)
             if self._adapter:
-                # A itself is projected, so that rounding does not add up: it was in the complement before.
+                # A was in the complement before. Project A itself, so that rounding errors do not add up.
                 now -= stack.inside(now)
             own = [distributed.local(parameter) for parameter in stack.parameters()]
             torch._foreach_copy_(own, stack.views(now))
@@ -292,10 +296,10 @@ class ActivationSubspace:
 
     @torch.no_grad()
     def project_rows(self, rows: Mapping[str, Tensor]) -> None:
-        """Projects stored gradients of the matrices, so that what they correct stays in the complement.
+        """Project stored gradients of the matrices, so that their corrections stay in the complement.
 
         Args:
-            rows: By the parameter's name, `(rows, *local shape)` or any view of it; changed in place.
+            rows: The gradients by parameter name, `(rows, *local shape)` or any view of it; changed in place.
         """
         for stack, place, matrix in self._each():
             view = rows[matrix.name]
@@ -305,9 +309,9 @@ class ActivationSubspace:
             view.copy_(own.view(view.shape))
 
     def removed(self) -> dict[str, float]:
-        """The share of the matrices' steps that was removed since the last call, by kind of layer, 0 to 1.
+        """Share of the matrices' steps that was removed since the last call, by kind of layer, from 0 to 1.
 
-        Of what this process holds. Waits for the device.
+        It counts only this process's part. Waits for the device.
         """
         sums: dict[str, list[float]] = {}
         for stack, squares in zip(self._stacks, self._squares, strict=True):
@@ -318,7 +322,7 @@ class ActivationSubspace:
             squares.zero_()
         return {kind: min(1.0, math.sqrt(inside / total)) for kind, (inside, total) in sums.items() if total}
 
-    # What it is
+    # Figures and state
 
     def kinds(self) -> list[Kind]:
         """Figures by kind of layer, in the order of the model."""
@@ -328,18 +332,18 @@ class ActivationSubspace:
         return [Kind.of(name, own) for name, own in found.items()]
 
     def bytes(self) -> int:
-        """Memory of the directions, in every process."""
+        """Memory of the directions in each process, in bytes."""
         return sum(
             stack.basis.nbytes + (0 if stack.inverse is None else stack.inverse.nbytes) for stack in self._stacks
         )
 
     def step_bytes(self) -> int:
-        """Memory that a step needs beside: the snapshot, and three copies of one stack."""
+        """Additional memory that a step needs, in bytes: the snapshot, and three copies of one stack."""
         sizes = [4 * sum(distributed.local(p).numel() for p in stack.parameters()) for stack in self._stacks]
         return sum(sizes) + 3 * max(sizes)
 
     def state_dict(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """The directions by name, and what is JSON-ready, an entry an input."""
+        """The directions by name, and a JSON-ready list with one entry per input."""
         tensors, rest = {}, []
         for stack in self._stacks:
             for place, i in enumerate(stack.inputs):
@@ -364,10 +368,10 @@ class ActivationSubspace:
         rest: Sequence[Mapping[str, Any]],
         dtype: torch.dtype,
     ) -> ActivationSubspace:
-        """The subspace that `state_dict` was taken of.
+        """Rebuild the subspace from the output of `state_dict`.
 
         Raises:
-            ValueError: If it does not fit the matrices.
+            ValueError: If the state does not fit the matrices.
         """
         found = []
         widths = {matrix.layer: matrix.parameter.shape[1] for matrix in matrices}
@@ -394,15 +398,16 @@ class ActivationSubspace:
 
 @dataclass(frozen=True)
 class Kind:
-    """Figures of the inputs of one kind of layer.
+    """Figures for the inputs of one kind of layer.
 
     Attributes:
-        name: `q_proj+k_proj+v_proj`.
-        inputs: How many there are.
-        width: Of an input.
-        directions: The smallest and the largest number of an input's directions.
-        share: Of the energy of the reference inputs that lies in the directions, from 0 to 1; mean over the inputs.
-        held_out: The same of reference examples that were not used to find them; `None` without any.
+        name: The kind, such as `q_proj+k_proj+v_proj`.
+        inputs: Number of inputs.
+        width: Width of an input.
+        directions: The smallest and the largest number of directions of an input.
+        share: Share of the energy of the reference inputs that lies in the directions, from 0 to 1; mean over the
+            inputs.
+        held_out: The same share for reference examples that were not used to find the directions; `None` without any.
     """
 
     name: str
@@ -423,7 +428,7 @@ class Kind:
 
     @classmethod
     def of(cls, name: str, inputs: Sequence[Input]) -> Kind:
-        """Of these inputs."""
+        """Compute the figures of these inputs."""
         counts = [len(item.energies) for item in inputs]
         held = [item.held_out for item in inputs if item.held_out is not None]
         share = sum(item.share for item in inputs) / len(inputs)
@@ -438,12 +443,12 @@ class Kind:
 
 
 def kind_of(layers: Sequence[str]) -> str:
-    """The kind of layers that share an input: their names without what tells one block of a model from another."""
+    """The kind of layers that share an input: their names without the part that differs between the model's blocks."""
     return "+".join(dict.fromkeys(re.sub(r"\d+", "*", layer.rpartition(".")[2]) for layer in layers))
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """All of a parameter, from all processes where it is sharded, in float32 or wider."""
+    """The full parameter in float32 or wider, gathered from all processes if it is sharded."""
     full = distributed.whole(distributed.local(parameter), parameter)
     return full.to(torch.promote_types(torch.float32, full.dtype))
 
@@ -460,7 +465,10 @@ def _check_directions(name: str, directions: Tensor, count: int, width: int | No
 
 
 def _share(after: Tensor, along: Tensor, matrix: Tensor) -> Tensor:
-    """The length of `B A U` relative to that of `B A`, in float64; 0 where `B A` is zero. From small Gram matrices."""
+    """The length of `B A U` relative to that of `B A`, in float64; 0 if `B A` is zero.
+
+    It is computed from small Gram matrices.
+    """
     after, along, matrix = after.double(), along.double(), matrix.double()
     gram = after.T @ after
     inside, total = ((gram * (part @ part.T)).sum() for part in (along, matrix))
@@ -469,7 +477,7 @@ def _share(after: Tensor, along: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _inverse(basis: Tensor) -> Tensor | None:
-    """The pseudoinverse of the Gram matrices of directions that have been rounded; `None` where they have not been."""
+    """The pseudoinverse of the Gram matrices of rounded directions; `None` if the directions are not rounded."""
     if basis.dtype == torch.float32:
         return None
     exact = basis.double()

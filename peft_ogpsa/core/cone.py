@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The cone: the closest update along which no reference loss rises, for many blocks at once."""
+"""The cone: find the closest update along which no reference loss rises, for many blocks at once."""
 
 from typing import NamedTuple
 
@@ -11,21 +11,21 @@ from .linalg import small_dtype, times
 
 
 class Correlations(NamedTuple):
-    """A Gram matrix of rows scaled to length 1, and what it takes to solve with it; see `correlations`."""
+    """A Gram matrix of rows scaled to length 1, and the values needed to solve with it; see `correlations`."""
 
     matrix: Tensor
-    """`[B, m, m]`, with the ridge."""
+    """`[B, m, m]`, including the ridge."""
     lengths: Tensor
-    """`[B, m]`, 1 for a zero row."""
+    """`[B, m]`: the rows' lengths, 1 for a zero row."""
     empty: Tensor
     """`[B, m]`: whether a row is zero."""
     finite: Tensor
-    """`[B]`: whether a block's matrix is."""
+    """`[B]`: whether a block's matrix is finite."""
     ridge: float
 
 
 def correlations(gram: Tensor) -> Correlations:
-    """Scales a Gram matrix to a unit diagonal, so that tolerances are relative; made once for many solutions.
+    """Scale a Gram matrix to a unit diagonal, so that tolerances are relative; done once for many solutions.
 
     Args:
         gram: `[B, m, m]`, from `gram`.
@@ -45,32 +45,33 @@ def cone_coefficients(
 ) -> Tensor:
     """Coefficients `l >= 0` for which `D' = D - R^T l` is the update closest to `D` with `R D' <= 0`.
 
-    They minimise `l^T G l / 2 - l^T p`, the dual problem (Lopez-Paz and Ranzato 2017, equation 11). On a CPU block
-    principal pivoting (Judice and Pires 1994) solves most blocks in a few rounds; it cycles on rows that are nearly
-    opposed or more than the dimensions. Those blocks, and on an accelerator all, are solved by Mehrotra's
-    predictor-corrector interior-point method (Nocedal and Wright 2006, algorithm 16.4), whose number of iterations
-    hardly depends on the rows. A tiny ridge, undone at the end where that keeps `l >= 0`, makes `l` unique for
-    dependent rows.
+    The coefficients minimize `l^T G l / 2 - l^T p`, the dual problem (Lopez-Paz and Ranzato 2017, equation 11). On a
+    CPU, block principal pivoting (Judice and Pires 1994) solves most blocks in a few rounds. It cycles if rows are
+    nearly opposed, or if there are more rows than dimensions. Mehrotra's predictor-corrector interior-point method
+    (Nocedal and Wright 2006, algorithm 16.4) solves those blocks, and on an accelerator all blocks. Its number of
+    iterations hardly depends on the rows. A tiny ridge makes `l` unique for dependent rows. The ridge is undone at the
+    end where that keeps `l >= 0`.
 
-    Exactly zero, so that `D' = D`, for a block without a positive product, and for a zero row. Positive scaling of a
-    row leaves `D'` unchanged; scaling `D` scales it. `l` grows as rows approach opposition: at 1e-3 rad from it, `l`
-    may be 1e3 times `|D|`, and `R D' / (|R||D|)` as computed in float32 is up to 1e-4 instead of 1e-7. It is up to
-    1e-5 for linearly dependent rows that oppose one another together. Projecting `D'` once more lowers both. (The
-    ridge treats rows that cancel to within float32 rounding as cancelling, which they are but for that rounding.)
+    The coefficients are exactly zero, so that `D' = D`, for a block without a positive product. A zero row has the
+    coefficient zero. Scaling a row by a positive factor leaves `D'` unchanged; scaling `D` scales `D'`. `l` grows as
+    rows approach opposition: at 1e-3 rad from it, `l` may be 1e3 times `|D|`, and `R D' / (|R||D|)` as computed in
+    float32 is up to 1e-4 instead of 1e-7. This ratio is up to 1e-5 for linearly dependent rows that together oppose
+    one another. Projecting `D'` once more lowers both values. (The ridge treats rows that cancel to within float32
+    rounding as if they cancelled exactly, and apart from that rounding they do.)
 
     Args:
         gram: `[B, m, m]`, `G = R R^T`, from `gram`, or its `correlations`.
         products: `[B, m]`, `p = R D`.
-        iterations: Interior-point iterations run on an accelerator, with nothing read back from it; a CPU stops as
-            soon as all blocks have converged. Independent rows take 10 to 18, dependent ones up to 28.
-        start: `[B, m]`, a guess of the coefficients, of which only the signs count: where pivoting starts. The last
-            step's are a good one.
+        iterations: Number of interior-point iterations on an accelerator, from which nothing is read back. A CPU stops
+            as soon as all blocks have converged. Independent rows take 10 to 18 iterations, dependent ones up to 28.
+        start: `[B, m]`, a guess of the coefficients, from which pivoting starts. Only their signs count. The
+            coefficients of the last step are a good guess.
 
     Returns:
-        `[B, m]`, float64; NaN for a block with input that is not finite, the other blocks being unharmed.
+        `[B, m]`, float64. A block with input that is not finite gets NaN; the other blocks are not affected.
     """
     h, lengths, empty, finite, ridge = gram if isinstance(gram, Correlations) else correlations(gram)
-    # Products of at most 1. NaN must stay NaN.
+    # Scale products to at most 1. NaN must stay NaN.
     p = torch.where(empty, -torch.inf, products.to(h.dtype) / lengths)
     peak = torch.where(empty, 0.0, p).abs().amax(-1, keepdim=True)
     peak = torch.where(peak == 0, 1.0, peak)
@@ -83,11 +84,11 @@ def cone_coefficients(
 
 
 _ROUNDS = 10
-"""Of pivoting, before a block counts as cycling."""
+"""Rounds of pivoting before a block counts as cycling."""
 
 
 def _pivoted(h: Tensor, p: Tensor, ridge: float, finite: Tensor, passive: Tensor, iterations: int) -> Tensor:
-    """Minimises `x^T h x / 2 - x^T p` over `x >= 0`, reading back after every round which blocks are left."""
+    """Minimize `x^T h x / 2 - x^T p` over `x >= 0`. After every round, read back which blocks are left."""
     finite = finite & p.isfinite().all(-1)
     x = torch.zeros_like(p).masked_fill_(~finite.unsqueeze(-1), torch.nan)
     left = ((p > 0).any(-1) & finite).nonzero()[:, 0]
@@ -107,12 +108,12 @@ def _pivoted(h: Tensor, p: Tensor, ridge: float, finite: Tensor, passive: Tensor
 
 
 _SLACK = 1e-10
-"""How far below zero a slope may be through rounding, where products are at most 1."""
+"""How far below zero rounding may move a slope, with products of at most 1."""
 
 
 def _on_face(h: Tensor, p: Tensor, ridge: float, passive: Tensor) -> tuple[Tensor, Tensor]:
-    """The minimiser with all but the passive coefficients zero, and the slope there."""
-    # Few rows bind: solve for as many as the block with the most has.
+    """The minimizer with all coefficients zero except the passive ones, and the slope there."""
+    # Few rows bind. Solve for the largest number of passive rows in any block.
     count = int(passive.sum(-1).max())
     order = passive.to(torch.uint8).argsort(-1, descending=True)[:, :count]
     inner = h.gather(1, order.unsqueeze(-1).expand(-1, -1, h.shape[-1]))
@@ -131,13 +132,13 @@ def _face(h: Tensor, passive: Tensor) -> Tensor:
 
 
 def _refined(h: Tensor, p: Tensor, ridge: float, passive: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """One step of iterative refinement towards the solution without the ridge, where that stays `x >= 0`."""
+    """One step of iterative refinement toward the solution without the ridge, where that keeps `x >= 0`."""
     refined = x + _solve(factor, torch.where(passive, p - times(h, x) + ridge * x, 0.0))
     return torch.where((refined >= 0).all(-1, keepdim=True), refined, x)
 
 
 def _interior_point(h: Tensor, p: Tensor, ridge: float, iterations: int) -> Tensor:
-    """The same minimiser in a fixed number of iterations; a CPU stops early."""
+    """Find the same minimizer in a fixed number of iterations; a CPU stops early."""
     gap, rounding = (1e-18, 1e-13) if p.dtype == torch.float64 else (1e-10, 1e-5)
     conflict = (p > 0).any(-1, keepdim=True)
     x, y = torch.ones_like(p), torch.ones_like(p)
@@ -149,7 +150,7 @@ def _interior_point(h: Tensor, p: Tensor, ridge: float, iterations: int) -> Tens
         if p.device.type == "cpu" and not busy.any():
             break
         factor, _ = torch.linalg.cholesky_ex(h + torch.diag_embed(y / x))
-        # Predictor: the Newton step towards x y = 0. Corrector: towards a common, smaller x y, to second order.
+        # Predictor: the Newton step toward x y = 0. Corrector: toward a common, smaller x y, to second order.
         dx = _solve(factor, -slope)
         dy = -y - y / x * dx
         length = torch.minimum(_longest(x, dx), _longest(y, dy))
@@ -160,7 +161,7 @@ def _interior_point(h: Tensor, p: Tensor, ridge: float, iterations: int) -> Tens
         length = torch.minimum(_longest(x, dx), _longest(y, dy)) * 0.995
         x, y = torch.where(busy, x + length * dx, x), torch.where(busy, y + length * dy, y)
 
-    passive = x > y  # Nowhere in a block without conflict, which keeps its start x = y.
+    passive = x > y  # False in a block without conflict, which keeps its start x = y.
     return _refined(h, p, ridge, passive, torch.where(passive, x, 0.0), _face(h, passive))
 
 

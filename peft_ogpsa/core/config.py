@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the user sets of the projection, whether LoRA's matrices or whole weights are trained."""
+"""Settings of the projection that LoRA and full-parameter training share."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _PAPER_REFRESH_STEPS = {"sft": 30, "dpo": 5}
 
 @dataclass
 class ProjectionConfig:
-    """How reference losses are kept from rising: the fields that `OGPSAConfig` and `FullParameterConfig` share.
+    """How to keep reference losses from rising: the fields that `OGPSAConfig` and `FullParameterConfig` share.
 
-    They are explained there.
+    Both classes document the fields.
 
     Raises:
-        ValueError: If a value is not allowed, or if two contradict each other.
+        ValueError: If a value is not allowed, or if two values contradict each other.
     """
 
     subspace: Literal["activations", "gradients", "both"] = field(
@@ -194,7 +194,7 @@ class ProjectionConfig:
                 )
 
     def _check_effects(self) -> None:
-        """Refuses settings of what the configuration leaves out: they would do nothing."""
+        """Reject settings of a part that the configuration does not use: they would have no effect."""
         if not self.constrains:
             self._refuse_set(_OF_GRADIENTS, "set subspace='gradients' or 'both'")
         if not self.refreshes:
@@ -213,7 +213,7 @@ class ProjectionConfig:
 
     @staticmethod
     def _paper_rule(stage: str) -> dict[str, Any]:
-        """The published rule and schedule (arXiv 2602.07892 and its code) as fields.
+        """The published rule and schedule (arXiv 2602.07892 and its code), as fields.
 
         Raises:
             ValueError: If `stage` is neither `"sft"` nor `"dpo"`.
@@ -250,7 +250,7 @@ class ProjectionConfig:
 
     @property
     def row_of(self) -> str:
-        """What one row is the gradient of: `rows_from`, or a set where rows are there to be added alone."""
+        """What one row is the gradient of: `rows_from`, or a set if rows are only added to the training gradient."""
         return self.rows_from if self.constrains else "set"
 
     def ogpsa_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the projector did and what it cost, gathered without waiting for the device."""
+"""Figures about what the projector did and what it cost, collected without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Stopwatch:
-    """Adds up the seconds spent under a name; on CUDA by events, so that nothing waits."""
+    """Total seconds spent under each name. On CUDA it uses events, so that nothing waits."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -21,7 +21,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, name: str, device: torch.device) -> Iterator[None]:
-        """Times the enclosed work."""
+        """Time the enclosed work."""
         if device.type != "cuda":
             start = time.perf_counter()
             try:
@@ -37,7 +37,7 @@ class Stopwatch:
             finally:
                 events[1].record()
         self._pending.append((name, *events))
-        if len(self._pending) >= 512:  # a loop that never asks for totals must not hold events for ever
+        if len(self._pending) >= 512:  # a loop that never asks for totals must not keep events forever
             self._settle(self._pending[:256])
             del self._pending[:256]
 
@@ -57,12 +57,12 @@ class Stopwatch:
 
 
 class Diagnostics:
-    """Figures for the log, averaged since they were last collected.
+    """Figures for the log, averaged since the last collection.
 
     Attributes:
         stopwatch (`Stopwatch`): Seconds spent in `"build"`, `"refresh"` and `"projection"`.
-        removed_by_kind (`Callable`): Gives the share of the steps that an activation subspace removed since it was
-            last asked, by kind of layer.
+        removed_by_kind (`Callable`): Returns, by kind of layer, the share of the steps that an activation subspace
+            removed since the previous call.
         reference_examples (`int`): Reference examples passed forward and backward so far.
         refreshes (`int`): Refreshes so far.
     """
@@ -81,42 +81,43 @@ class Diagnostics:
         self._reported: dict[str, float] = {}
 
     def forget(self) -> None:
-        """Drops the last losses and cosines of every set, as for a new stage of training with sets of its own."""
+        """Drop the last losses and cosines of every set, for a new stage of training with its own sets."""
         self._losses, self._cosines, self._reference = {}, {}, None
 
     def record_losses(self, losses: dict[str, float]) -> None:
-        """Takes the reference loss of every set, in the loss's own unit (nats per token for `ReferenceSet`)."""
+        """Record the reference loss of every set, in the loss's own unit (nats per token for `ReferenceSet`)."""
         self._losses.update(losses)
 
     def record_cosines(self, cosines: dict[str, Tensor]) -> None:
-        """Takes the cosine of the training gradient with every set's mean reference gradient."""
+        """Record the cosine of the training gradient with every set's mean reference gradient."""
         self._cosines = dict(cosines)
 
     def record_reference(self, norm: Tensor) -> None:
-        """Takes the norm of what was added to the training gradient, after its weight and its clipping."""
+        """Record the norm of what was added to the training gradient, after its weight and its clipping."""
         self._reference = norm
 
     def record_projection(self, removed_squared: Tensor, total_squared: Tensor) -> None:
-        """Takes one step's squared norms of what was removed and of what there was before."""
+        """Record the squared norms of one step: of the removed part, and of the step before projection."""
         share = (removed_squared / total_squared.clamp(min=torch.finfo(total_squared.dtype).tiny)).sqrt()
         self._removed = share if self._removed is None else self._removed + share
         self._steps += 1
 
     def record_energies(self, shares: dict[str, float | None]) -> None:
-        """Takes the share of held-out inputs' energy that the activation subspace holds, by kind of layer."""
+        """Record the share of held-out inputs' energy that the activation subspace holds, by kind of layer."""
         self._energies = {kind: share for kind, share in shares.items() if share is not None}
 
     def collect(self) -> dict[str, float]:
         """The figures since the last call, by log name; waits for the device.
 
         Returns:
-            `ogpsa/loss/SET` (at the last refresh that drew of it), `ogpsa/cosine/SET` (last refresh; positive: the
-            training gradient also lowers that reference loss), `ogpsa/reference_norm` (of the weighted reference
-            gradient that was last added to the training gradient, whose own norm is `grad_norm`), `ogpsa/removed`
-            (norm removed over norm before, mean over steps, 0 to 1), `ogpsa/seconds_refresh`, `ogpsa/seconds_build`
-            and `ogpsa/seconds_projection`. With an activation subspace `ogpsa/removed/KIND` (the same by kind of
-            layer, of the matrices that it projects) and, once, `ogpsa/energy/KIND` (the share of the energy of
-            held-out reference inputs that lies in it). Empty if nothing has happened.
+            The figures by name. `ogpsa/loss/SET` is the loss at the last refresh that used the set. `ogpsa/cosine/SET`
+            is the cosine at the last refresh; if it is positive, the training gradient also lowers that reference
+            loss. `ogpsa/reference_norm` is the norm of the weighted reference gradient that was last added to the
+            training gradient, whose own norm is `grad_norm`. `ogpsa/removed` is the removed norm divided by the norm
+            before, mean over steps, 0 to 1. `ogpsa/seconds_refresh`, `ogpsa/seconds_build` and
+            `ogpsa/seconds_projection` are times. With an activation subspace there are `ogpsa/removed/KIND` (the same
+            by kind of layer, of the matrices that the subspace projects) and, once, `ogpsa/energy/KIND` (the share of
+            the energy of held-out reference inputs that lies in the subspace). Empty if nothing has happened.
         """
         figures = {f"ogpsa/loss/{name}": loss for name, loss in self._losses.items()}
         figures |= {f"ogpsa/cosine/{name}": float(value) for name, value in self._cosines.items()}

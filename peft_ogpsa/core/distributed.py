@@ -1,9 +1,10 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that train one model: data parallel, with whole copies (DDP) or shards (FSDP2) of the parameters.
+"""Several processes that train one model: data parallel, with full copies (DDP) or shards (FSDP2) of the parameters.
 
-A *share* is the part of the reference examples that a process passes itself, every `count()`-th of them. A parameter
-is *local* as its process holds it: all of it under DDP, its shard under FSDP2 (a `DTensor`'s local tensor).
+A *share* is the part of the reference examples that one process passes through the model: every `count()`-th example.
+The *local* part of a parameter is what its process holds: all of it under DDP, its shard under FSDP2 (a `DTensor`'s
+local tensor).
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def count() -> int:
-    """How many processes train; 1 without torch.distributed."""
+    """Number of training processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Number of this process, starting at 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def share(examples: int) -> list[int]:
-    """Which of so many examples this process passes."""
+    """Indices of the examples that this process passes, out of `examples` in total."""
     return list(range(rank(), examples, count()))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, detached; a view."""
+    """The part of a tensor that this process holds, detached; a view."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -42,7 +43,8 @@ def are_sharded(parameters: Iterable[Tensor]) -> bool:
     """Whether the parameters are shards.
 
     Raises:
-        ValueError: If only some of them are, or in another way than FSDP2's over all processes.
+        ValueError: If only some of them are shards, or if they are sharded in another way than FSDP2's over all
+            processes.
     """
     parameters = list(parameters)
     shards = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
@@ -68,9 +70,9 @@ def _size(tensor: DTensor) -> int:
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor's sum over all processes, in one collective; in the widest of their dtypes on the way.
+    """Sum each tensor over all processes in one collective, which uses the widest of their dtypes.
 
-    Every process must call it, with tensors of the same shapes, and gets the same values to the bit.
+    Every process must call it with tensors of the same shapes. All processes get the same values to the bit.
     """
     if count() == 1:
         return list(tensors)
@@ -84,19 +86,19 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_agreement(numbers: Sequence[int], device: torch.device, what: str) -> None:
-    """Compares numbers across processes before they wait for one another in vain.
+    """Check that all processes have the same numbers, before they wait for one another in vain.
 
     Args:
-        numbers: Any, of any length.
-        device: Where collectives run.
-        what: Starts the error's message.
+        numbers: The numbers to compare; any number of them.
+        device: Device on which collectives run.
+        what: Start of the error message.
 
     Raises:
-        ValueError: If a process has others.
+        ValueError: If the processes have different numbers.
     """
     if count() == 1:
         return
-    # A hash of 30 bits that needs no randomised `hash`.
+    # A hash of 30 bits that does not need Python's randomized `hash`.
     digest = 0
     for number in (len(numbers), *numbers):
         digest = (digest * 1_000_003 + number) % (2**30 - 35)
@@ -107,11 +109,11 @@ def check_agreement(numbers: Sequence[int], device: torch.device, what: str) -> 
 
 
 def whole(piece: Tensor, parameter: Tensor) -> Tensor:
-    """Gathers what all processes hold, `(..., *local shape)`, into `(..., *parameter shape)`.
+    """Gather the parts of all processes, `(..., *local shape)`, into `(..., *parameter shape)`.
 
     Args:
-        piece: What is held here for a parameter, with any leading axes.
-        parameter: That parameter, whose shards it follows.
+        piece: What this process holds for a parameter, with any leading axes.
+        parameter: That parameter. The piece is sharded in the same way.
     """
     if not isinstance(parameter, DTensor):
         return piece
@@ -126,11 +128,11 @@ def whole(piece: Tensor, parameter: Tensor) -> Tensor:
 
 
 def own_part(full: Tensor, parameter: Tensor) -> Tensor:
-    """Cuts what `whole` gives to what this process holds; without communication."""
+    """Cut the result of `whole` to the part that this process holds, without communication."""
     if not isinstance(parameter, DTensor):
         return full
     axis = _axis(parameter) + full.dim() - parameter.dim()
-    # On a CPU, so that only the shard is sent to the device.
+    # Cut on a CPU, so that only the shard is sent to the device.
     chunks = full.chunk(_size(parameter), axis)
     own = parameter.device_mesh.get_local_rank()
     return chunks[own] if own < len(chunks) else full.narrow(axis, 0, 0)
@@ -143,7 +145,7 @@ def _axis(parameter: DTensor) -> int:
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts FSDP2's modules back to their shards, which some keep gathered after a forward pass without backward."""
+    """Return FSDP2's modules to their shards. Some stay gathered after a forward pass without a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The same projection where a model's own weights are trained, as in the paper, and not an adapter."""
+"""The same projection for training a model's own weights, as in the paper, instead of an adapter."""
 
 from __future__ import annotations
 
@@ -17,50 +17,51 @@ from .activation_subspace import InputMatrix
 from .config import ProjectionConfig
 from .projector import Projector
 
-# Where a model keeps its projector. Set in `__dict__`, past nn.Module: it is neither submodule nor state.
+# Where a model stores its projector: in `__dict__`, so that nn.Module treats it neither as a submodule nor as state.
 PROJECTOR = "_ogpsa_full_parameter"
 
-# What wrappers put into parameters' names, which must be the same on any number of processes.
+# What wrappers add to parameter names. The names must be the same for any number of processes.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
 @dataclass
 class FullParameterConfig(ProjectionConfig):
-    """Configuration of OGPSA where a model's own weights are trained.
+    """Configuration of OGPSA for training a model's own weights.
 
-    Give it to `attach`, or to `OGPSACallback(..., config=...)`. The rows are `rows` times the size of the projected
-    weights, so that a few must do: 4 by default, and each the gradient of a batch.
+    Pass it to `attach`, or to `OGPSACallback(..., config=...)`. The rows are `rows` times as large as the projected
+    weights, so use only a few of them: the default is 4, each the gradient of a batch.
 
     Args:
-        subspace (`str`): See [`OGPSAConfig`]; `"gradients"` by default. With `"activations"` the change of every
-            linear layer's weight is projected; embeddings, norms and biases must be frozen or named in `exclude`.
+        subspace (`str`): See [`OGPSAConfig`]; the default is `"gradients"`. With `"activations"` the change of every
+            linear layer's weight is projected. Embeddings, norms and biases must then be frozen or named in `exclude`.
         subspace_rank (`int`, *optional*): See [`OGPSAConfig`].
         subspace_energy (`float`): See [`OGPSAConfig`].
         tokens (`str`): See [`OGPSAConfig`].
         constraint (`str`): See [`OGPSAConfig`].
         projection (`str`): See [`OGPSAConfig`].
-        scope (`str`): The parameters projected together: a slice of each tensor (where they are not sharded), each
-            tensor, all of a module (weight and bias), or all.
+        scope (`str`): The parameters projected together: a slice of each tensor (only if they are not sharded), each
+            tensor, all parameters of a module (weight and bias), or all parameters.
         slices (`int`): See [`OGPSAConfig`].
-        rows (`int`): Reference gradients held per block, over all reference sets. The newest replace the oldest.
+        rows (`int`): Reference gradients stored per block, over all reference sets. The newest replace the oldest.
         rows_from (`str`): What one row is the gradient of: a `"batch"` (of all processes together), the mean over a
             `"set"`, or an `"example"`.
-        rows_dtype (`str`): `"float32"`, `"bfloat16"` for half the memory, or, where the weights are not sharded,
-            `"int8"` for a quarter.
-        refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next, and once more after the first.
+        rows_dtype (`str`): `"float32"`, `"bfloat16"` for half the memory, or `"int8"` for a quarter. `"int8"` requires
+            weights that are not sharded.
+        refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next. There is another refresh after
+            the first step.
         reference_budget (`float`, *optional*): See [`OGPSAConfig`].
         refresh_samples (`int`, *optional*): See [`OGPSAConfig`].
-        reference_weight (`float`, *optional*): See [`OGPSAConfig`]; 0 by default.
-        missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`,
-            or `"ignore"`, which trains without projection silently.
-        exclude (`Sequence[str]`): Modules whose parameters are trained but not projected, and of which no rows are
-            held: names or parts of dotted names, with `*` as in file names, such as `"embed_tokens"`, `"lm_head"`,
-            `"*norm*"`, `"layers.0"`.
-        rows_device (`str`): `"model"` keeps the rows beside the parameters, `"cpu"` in the host's memory, whence they
-            are copied twice in every step.
+        reference_weight (`float`, *optional*): See [`OGPSAConfig`]; the default is 0.
+        missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`, or
+            `"ignore"`, which silently trains without projection.
+        exclude (`Sequence[str]`): Modules whose parameters are trained but not projected, and for which no rows are
+            stored. Give names or parts of dotted names, with `*` as in file names, such as `"embed_tokens"`,
+            `"lm_head"`, `"*norm*"`, `"layers.0"`.
+        rows_device (`str`): `"model"` stores the rows on the device of the parameters. `"cpu"` stores them in host
+            memory and copies them from there twice in every step.
 
     Raises:
-        ValueError: If a value is not allowed, or if two contradict each other.
+        ValueError: If a value is not allowed, or if two values contradict each other.
     """
 
     subspace: Literal["activations", "gradients", "both"] = field(
@@ -97,16 +98,16 @@ class FullParameterConfig(ProjectionConfig):
     def paper(cls, stage: Literal["sft", "dpo"], **knobs: Any) -> FullParameterConfig:
         """The published rule and schedule (arXiv 2602.07892 and its code), which trains all weights.
 
-        The gradient of each tensor loses its component in the span of one mean gradient per reference set (at most
-        two sets, unless `rows` is raised), recomputed from all reference examples every 30 (SFT) or 5 (DPO) optimizer
-        steps.
+        The gradient of each tensor loses its component in the span of one mean gradient per reference set (at most two
+        sets, unless `rows` is raised). The mean gradients are recomputed from all reference examples every 30 (SFT) or
+        5 (DPO) optimizer steps.
 
         Args:
             stage (`str`): `"sft"` or `"dpo"`.
-            **knobs: Any field, which then overrides the paper's.
+            **knobs: Any field. It overrides the paper's value.
 
         Raises:
-            ValueError: If `stage` is neither.
+            ValueError: If `stage` is neither `"sft"` nor `"dpo"`.
         """
         return cls(**{**cls._paper_rule(stage), **knobs})
 
@@ -115,14 +116,14 @@ class WholeTargets:
     """The trainable parameters of a model.
 
     Args:
-        model (`nn.Module`): The model, not wrapped by DDP; FSDP2 may shard it before or afterwards.
+        model (`nn.Module`): The model, not wrapped in DDP. FSDP2 may shard it before or afterwards.
         config (`FullParameterConfig`): The settings.
     """
 
     kind = "projected"
     what = "a model under OGPSA"
     settings = "FullParameterConfig"
-    names_others = False  # the user has excluded them
+    names_others = False  # the user has excluded the other parameters
 
     def __init__(self, model: nn.Module, config: FullParameterConfig) -> None:
         self.model = model
@@ -131,8 +132,8 @@ class WholeTargets:
         self._known: list[tuple[str, str, nn.Parameter]] | None = None
 
     def trained(self) -> list[tuple[str, str, nn.Parameter]]:
-        """Name, owner (the module that it belongs to) and parameter of what is in training and not left out."""
-        known = self._known  # another thread may forget it meanwhile
+        """Name, owner (the module that it belongs to) and parameter of everything in training that is not excluded."""
+        known = self._known  # another thread may reset it in the meantime
         if known is None:
             found = []
             for name, parameter in self.model.named_parameters():
@@ -154,7 +155,7 @@ class WholeTargets:
         """The weights of linear layers in training.
 
         Raises:
-            ValueError: If other parameters are in training, or two layers share a weight.
+            ValueError: If other parameters are in training, or if two layers share a weight.
         """
         layers = {id(own.weight): own for own in self.model.modules() if isinstance(own, nn.Linear)}
         users = Counter(id(own.weight) for own in self.model.modules() if getattr(own, "weight", None) is not None)
@@ -174,15 +175,15 @@ class WholeTargets:
         return found
 
     def original(self) -> AbstractContextManager:
-        """The model as it is: its own weights are in training."""
+        """A context with the model as it is, because its own weights are in training."""
         return nullcontext()
 
     def forget(self) -> None:
-        """Sharding or loading may have replaced parameters."""
+        """Forget the known parameters, because sharding or loading may have replaced them."""
         self._known = None
 
     def check(self) -> None:
-        """Nothing stands between a pass and a model's own weights."""
+        """Accept any model, because every pass uses the model's own weights."""
 
 
 def _matches(owner: str, pattern: str) -> bool:
@@ -190,7 +191,10 @@ def _matches(owner: str, pattern: str) -> bool:
 
 
 class Held:
-    """A model's hold on its projector, which copies of the model do not share: the rows belong to one training run."""
+    """A model's reference to its projector.
+
+    Copies of the model do not share it: the rows belong to one training run.
+    """
 
     def __init__(self, projector: Projector | None = None) -> None:
         self.projector = projector
@@ -200,7 +204,7 @@ class Held:
 
 
 def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
-    """Projects the steps that optimizers make of a model's own weights.
+    """Project the steps that optimizers make with a model's own weights.
 
     ```py
     projector = attach(model, FullParameterConfig(rows=4, exclude=["embed_tokens", "lm_head"]))
@@ -212,17 +216,17 @@ def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
         optimizer.zero_grad()
     ```
 
-    The optimizer need not be named: its own step hooks find the projector of the parameters that it holds. Where the
-    model is then wrapped in `DistributedDataParallel`, go on giving `attach` and `refresh` what is inside; where it
-    is sharded with `fully_shard`, before or after this call, nothing changes. A second call replaces the first.
+    You do not pass the optimizer: its own step hooks find the projector of the parameters that it holds. If you wrap
+    the model in `DistributedDataParallel` afterwards, keep passing the inner model to `attach` and `refresh`. If you
+    shard it with `fully_shard`, before or after this call, nothing changes. A second call replaces the first.
 
     Args:
-        model (`nn.Module`): The model. Its trainable parameters are projected, apart from those that `config.exclude`
+        model (`nn.Module`): The model. Its trainable parameters are projected, except those that `config.exclude`
             names.
         config (`FullParameterConfig`): The settings.
 
     Returns:
-        The projector, also to be had as `projector_of(model)`.
+        The projector. `projector_of(model)` also returns it.
 
     Raises:
         ValueError: If `exclude` names something that is not in the model, or leaves nothing to project.
@@ -240,7 +244,7 @@ def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
 
 
 def detach(model: nn.Module) -> None:
-    """Ends what `attach` began; the weights stay as they are."""
+    """Undo `attach`. The weights stay as they are."""
     held = model.__dict__.pop(PROJECTOR, None)
     if held is not None and held.projector is not None:
         held.projector.retire()

@@ -1,14 +1,16 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The reference gradients held of every block, and the projection that they define.
+"""The reference gradients stored for every block, and the projection that they define.
 
-The rows of a block form a ring: new reference gradients replace the oldest. They are scaled to unit norm per block,
-which changes neither their span nor their cone, and their norms are kept beside them. What is stored of a row is its
-piece of each parameter times a scale: 1, or with int8 what its largest element asks for. Memory is `rows x projected
-parameters`; the orthogonal constraint keeps its orthonormal basis as well, and so needs it twice.
+The rows of a block form a ring: new reference gradients replace the oldest. Rows are scaled to unit norm per block,
+which changes neither their span nor their cone. Their norms are stored separately. A row consists of one piece of each
+parameter. The stored values of a piece are multiplied by a scale: 1, or with int8 the scale that the piece's largest
+element requires. Memory is `rows x projected parameters`. The orthogonal constraint also stores its orthonormal basis,
+so it needs twice that.
 
-Where parameters are sharded, a process holds the same shard of every row. Norms, Gram matrices and inner products are
-then summed over the processes, so that all of them hold the same; every method that says so must be called by all.
+If parameters are sharded, a process holds the same shard of every row. Norms, Gram matrices and inner products are
+then summed over the processes, so that all of them have the same values. All processes must call a method if its
+docstring says so.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ class Slots:
     Args:
         blocks (`Blocks`): The layout.
         stack (`Stack`): The rows.
-        scales (`Stack`): What a piece's rows are multiplied with, `(pieces, rows)` per group.
-        slots (`Sequence[int]`): Which rows.
+        scales (`Stack`): The factors of each piece's rows, `(pieces, rows)` per group.
+        slots (`Sequence[int]`): The indices of the rows.
 
     Attributes:
-        weight (`float`): What gradients are multiplied with when they are added.
+        weight (`float`): The factor by which gradients are multiplied when they are added.
     """
 
     def __init__(self, blocks: Blocks, stack: Stack, scales: Stack, slots: Sequence[int]) -> None:
@@ -56,26 +58,26 @@ class Slots:
         self._slots, self._own = list(slots), _index(slots)
 
     def of(self, places: Sequence[int]) -> Slots:
-        """Access to some of the rows, by their places among these, which stay as they are."""
+        """Access to some of these rows, given by their positions. The contents of the rows stay as they are."""
         part = copy(self)
         part._take([self._slots[place] for place in places])
         return part
 
     def clear(self) -> None:
-        """Sets the rows to zero."""
+        """Set the rows to zero."""
         for _, own in _runs(self._slots):
             for part, scales in zip(self._stack, self._stacked_scales, strict=True):
                 part[:, own] = 0
                 scales[:, own] = 1
 
     def add_products(self, piece: int, outputs: Tensor, inputs: Tensor, factor: float) -> None:
-        """Adds `factor` times the gradients of one matrix, `outputs^T inputs`, to all rows.
+        """Add `factor` times the gradients of one matrix, `outputs^T inputs`, to all rows.
 
         Args:
-            piece (`int`): The matrix.
-            outputs (`Tensor`): `(rows, tokens, out)`, float32: gradients of what a linear map has made.
-            inputs (`Tensor`): `(rows, tokens, in)`, float32: of what.
-            factor (`float`): Of the gradients.
+            piece (`int`): The index of the matrix.
+            outputs (`Tensor`): `(rows, tokens, out)`, float32: gradients of the outputs of a linear map.
+            inputs (`Tensor`): `(rows, tokens, in)`, float32: the inputs of that map.
+            factor (`float`): The factor of the gradients.
         """
         view = self._views[piece]
         own = self._own
@@ -86,7 +88,7 @@ class Slots:
             self.add(piece, torch.bmm(outputs.mT, inputs).mul_(factor))
 
     def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
-        """Adds `(n, *shape)` gradients of one parameter to the rows `first, first + 1, ...`."""
+        """Add the `(n, *shape)` gradients of one parameter to the rows `first, first + 1, ...`."""
         view, scales = self._views[piece], self._scales[piece]
         new = gradients.to(view.device).reshape(len(gradients), *view.shape[1:])
         for given, own in _runs(self._slots[first : first + len(new)]):
@@ -94,7 +96,7 @@ class Slots:
                 old = scales[..., own].movedim(-1, 0)
                 whole = new[given] * self.weight + view[own] * old.reshape(old.shape + (1,) * (view.dim() - old.dim()))
                 multiples, fresh = linalg.quantize(
-                    whole.flatten(1) if old.dim() == 1 else whole  # a scale for each piece
+                    whole.flatten(1) if old.dim() == 1 else whole  # one scale per piece
                 )
                 view[own], scales[..., own] = multiples.view(whole.shape), fresh.movedim(0, -1)
             else:
@@ -102,7 +104,10 @@ class Slots:
 
 
 def _runs(slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Slots as runs of neighbours, each with its place among them: a slice of rows is a view, a list of them no."""
+    """Split slots into runs of neighbors, each with its positions among the slots.
+
+    A slice of rows is a view; a list of rows is not.
+    """
     start = 0
     for end in range(1, len(slots) + 1):
         if end == len(slots) or slots[end] != slots[end - 1] + 1:
@@ -111,7 +116,7 @@ def _runs(slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
 
 
 def _index(slots: Sequence[int]) -> slice | list[int]:
-    """Slots as what selects their rows: a slice where they are neighbours."""
+    """The index that selects the rows of these slots: a slice if they are neighbors, else a list."""
     runs = [own for _, own in _runs(slots)]
     return runs[0] if len(runs) == 1 else list(slots)
 
@@ -121,16 +126,15 @@ class Subspace:
 
     Args:
         blocks (`Blocks`): The layout of the projected parameters.
-        rows (`int`): How many rows a block holds.
+        rows (`int`): Number of rows per block.
         constraint (`str`): `"cone"` or `"orthogonal"`.
-        dtype (`torch.dtype`): In which the rows are stored, int8 under the cone alone and not of shards; every
-            computation is float32 or wider.
-        rank (`int`, *optional*): For `"orthogonal"`: keep only the span of the leading `rank` directions.
-        on_host (`bool`): Keep the rows in the host's memory, whence a group at a time is copied to the parameters'
-            device.
+        dtype (`torch.dtype`): The dtype in which the rows are stored. int8 works only with the cone and without
+            shards. Every computation is in float32 or wider.
+        rank (`int`, *optional*): For `"orthogonal"`: use only the span of the leading `rank` directions.
+        on_host (`bool`): Store the rows in host memory, and copy one group at a time to the parameters' device.
 
     Raises:
-        ValueError: If rows of shards are to be int8.
+        ValueError: If the rows of shards are to be stored as int8.
     """
 
     def __init__(
@@ -156,10 +160,10 @@ class Subspace:
         self.norms = torch.zeros(blocks.count, rows, dtype=linalg.small_dtype(blocks.device), device=blocks.device)
         self.sets: list[str | None] = [None] * rows  # which reference set a row came from; None: empty or bad
         self.cursor = 0
-        # Saved with the rows: computed anew in one piece it could differ in the last bit, and a resumed run with it.
+        # Saved with the rows. Recomputed in one piece, it could differ in the last bit, and so could a resumed run.
         self.gram = torch.zeros(blocks.count, rows, rows, dtype=self.norms.dtype, device=blocks.device)
-        # Which rows bound the last step is where the next one's search for them begins. Saved, as its way there may
-        # decide the last bit.
+        # The rows that bound the last step are the starting point of the next search. Saved, because the path of the
+        # search may decide the last bit.
         self.start = torch.zeros_like(self.norms)
         self.active_gram = self.gram
         self.directions = self.rows
@@ -167,11 +171,11 @@ class Subspace:
 
     @property
     def filled(self) -> int:
-        """How many rows hold a reference gradient."""
+        """Number of rows that hold a reference gradient."""
         return sum(name is not None for name in self.sets)
 
     def parameters_with_rows(self) -> Tensor:
-        """Whether each parameter has a row with an element other than zero: `(parameters,)`, in `blocks.order`.
+        """Whether each parameter has a row with a nonzero element: `(parameters,)`, in `blocks.order`.
 
         All processes must call it.
         """
@@ -181,7 +185,7 @@ class Subspace:
         return total > 0
 
     def views_of(self, slots: Sequence[int]) -> Iterator[dict[str, Tensor]]:
-        """Some rows of every parameter, `(rows, *shape)` by name, as views: neighbouring slots at a time.
+        """Some rows of every parameter, `(rows, *shape)` by name, as views: one run of neighboring slots at a time.
 
         The shapes are those of `Blocks.views`.
         """
@@ -190,7 +194,7 @@ class Subspace:
             yield {name: view[own] for name, view in views.items()}
 
     def claim(self, count: int) -> list[int]:
-        """Takes the next `count` slots of the ring, oldest first; their former rows are lost.
+        """Take the next `count` slots of the ring, oldest first. Their previous rows are lost.
 
         Raises:
             ValueError: If `count` exceeds the ring.
@@ -205,10 +209,10 @@ class Subspace:
         return slots
 
     def claim_for(self, sets: Sequence[str]) -> list[int]:
-        """Takes one slot for each of these sets: the one whose row came from it, or an empty one.
+        """Take one slot for each of these sets: the slot whose row came from the set, or an empty one.
 
         Raises:
-            ValueError: If there is no empty slot left for a set.
+            ValueError: If no empty slot is left for a set.
         """
         owners = list(self.sets)
         for name in sets:
@@ -219,7 +223,7 @@ class Subspace:
         return [owners.index(name) for name in sets]
 
     def adopt(self, other: Subspace) -> None:
-        """Takes over the rows of a smaller subspace over the same parameters."""
+        """Take over the rows of a smaller subspace of the same parameters."""
         old = slice(other.capacity)
         for mine, theirs in zip(self.rows, other.rows, strict=True):
             mine[:, old] = theirs
@@ -231,17 +235,18 @@ class Subspace:
         self._solve()
 
     def open(self, slots: Sequence[int]) -> Slots:
-        """Empties the slots and returns a writer for their raw gradients; `commit` must follow."""
+        """Empty the slots and return a writer for their raw gradients. A call of `commit` must follow."""
         return Slots(self.blocks, self.rows, self.scales, slots)
 
     def commit(self, slots: Sequence[int], sets: Sequence[str]) -> list[int]:
-        """Scales freshly written rows to unit norm per block and rebuilds the projection.
+        """Scale newly written rows to unit norm per block and rebuild the projection.
 
-        A row that is not finite anywhere becomes a zero row, which constrains nothing. All processes must call it.
+        A row with any value that is not finite becomes a zero row, which constrains nothing. All processes must call
+        it.
 
         Args:
             slots (`Sequence[int]`): The slots that `open` gave access to.
-            sets (`Sequence[str]`): For each slot the reference set that it came from.
+            sets (`Sequence[str]`): For each slot, the reference set that its row came from.
 
         Returns:
             The slots whose row was not finite.
@@ -263,20 +268,20 @@ class Subspace:
         return [slot for slot, good in zip(slots, finite, strict=True) if not good]
 
     def _near(self, slots: Sequence[int] | None = None, stack: Stack | None = None) -> Iterator[Tensor]:
-        """Rows beside their parameters, `(pieces, rows, numel)`, group by group: all of a stack's, or some slots'."""
+        """Rows on the parameters' device, `(pieces, rows, numel)`, group by group: all of a stack, or some slots."""
         for rows, group in zip(self.rows if stack is None else stack, self.blocks.groups, strict=True):
             own = rows if slots is None else rows[:, _index(slots)]
             yield own.to(group.device, non_blocking=True)
 
     def _scaled(self, values: Sequence[Tensor], slots: Sequence[int] | None = None) -> list[Tensor]:
-        """Values of stored rows, `(pieces, rows)` per group, times the rows' scales; of all rows, or some slots'."""
+        """Values of stored rows, `(pieces, rows)` per group, times the rows' scales: of all rows, or of some slots."""
         return [
             own * (scales if slots is None else scales[:, slots]).to(own.device)
             for own, scales in zip(values, self.scales, strict=True)
         ]
 
     def _normalize(self, slot: int, norms: Tensor) -> None:
-        """Scales one row to unit norm per block; the norms are finite."""
+        """Scale one row to unit norm per block. The norms must be finite."""
         own = slice(slot, slot + 1)
         lengths = self.blocks.spread(norms)
         for rows, scales, row, length in zip(self.rows, self.scales, self._near([slot]), lengths, strict=True):
@@ -290,7 +295,10 @@ class Subspace:
         self.norms[:, own] = norms
 
     def add_up(self, slots: Sequence[int]) -> None:
-        """Sums raw gradients over processes that hold whole parameters and wrote their shares; all must call it."""
+        """Sum raw gradients over processes that hold whole parameters and wrote their shares.
+
+        All processes must call it.
+        """
         if distributed.count() == 1 or self.blocks.sharded:
             return
         index = list(slots)
@@ -301,7 +309,10 @@ class Subspace:
             rows[:, index] = total.to(rows.device, rows.dtype)
 
     def discard(self, slots: Sequence[int]) -> None:
-        """Empties slots that were opened and cannot be committed. Not of shards: other processes may be elsewhere."""
+        """Empty slots that were opened and cannot be committed.
+
+        It cannot be used with shards, because other processes may be at a different point.
+        """
         self.open(slots)
         self.norms[:, list(slots)] = 0
         for slot in slots:
@@ -320,18 +331,18 @@ class Subspace:
         self._solve()
 
     def _solve(self) -> None:
-        """Prepares what a projection needs from the rows and their Gram matrix.
+        """Prepare what a projection needs from the rows and their Gram matrix.
 
-        A row far shorter than its block's longest one is what rounding has left of a gradient of zero. At unit length
-        it would count as much as the others, so it constrains nothing.
+        If a row is far shorter than the longest row of its block, it is a zero gradient with rounding errors. At unit
+        length it would count as much as the others, so it constrains nothing.
         """
         active = self.norms > NEGLIGIBLE * self.norms.amax(1, keepdim=True)
         self.active_gram = self.gram * (active.unsqueeze(-1) & active.unsqueeze(-2))
         if self.constraint == "cone":
             self._matrix = cone.correlations(self.active_gram)
             return
-        self.directions = self.rows  # frees the old basis before the new one is made
-        # An explicit basis keeps nearly parallel rows exact, where the Gram matrix alone would lose them.
+        self.directions = self.rows  # free the old basis before the new one is computed
+        # An explicit basis stays exact for nearly parallel rows; the Gram matrix alone would lose them.
         weights = self.blocks.spread(linalg.span_weights(self.active_gram, self.rank))
         self.directions = [
             linalg.orthonormal_rows(near, weight).to(rows.device, rows.dtype)
@@ -349,7 +360,7 @@ class Subspace:
         )
 
     def combine(self, coefficients: Tensor) -> Stack:
-        """The rows' linear combination, `(blocks, rows)` coefficients of unit rows, as a stack."""
+        """The rows' linear combination as a stack, from `(blocks, rows)` coefficients of the unit rows."""
         spread = self._scaled(self.blocks.spread(coefficients))
         return [linalg.combine(rows, c) for rows, c in zip(self._near(), spread, strict=True)]
 
@@ -366,21 +377,21 @@ class Subspace:
         )
 
     def coefficients(self, vectors: Stack | None, products: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What combination of the rows, added to descent directions, makes them meet the constraint.
+        """Coefficients of the rows' combination that, added to descent directions, makes them meet the constraint.
 
-        A descent direction `v` is subtracted from the parameters: a gradient, or their value before a step minus that
-        after it. Orthogonal (arXiv 2602.07892, the projection of its update rule): `v - Q^T Q v`, with Q an
+        A descent direction `v` is subtracted from the parameters: a gradient, or their value before a step minus their
+        value after it. Orthogonal (arXiv 2602.07892, the projection of its update rule): `v - Q^T Q v`, where Q is an
         orthonormal basis of the rows' span. Cone (Lopez-Paz and Ranzato 2017, section 3): `v + R^T lambda` with
         `lambda >= 0`, the closest vector with `R v >= 0`, which raises no reference loss.
 
         Args:
             vectors (`Stack`): `(pieces, numel)` per group, float32.
-            products (`Tensor`, *optional*): What `directed` gives of them, summed over processes; where it is given,
+            products (`Tensor`, *optional*): The result of `directed` for the vectors, summed over processes. With it
                 the vectors are not needed.
 
         Returns:
-            The coefficients for `corrections`, `(blocks, rows)`, and the squared norm of the correction in each
-            block, `(blocks,)`.
+            The coefficients for `corrections`, `(blocks, rows)`, and the squared norm of the correction in each block,
+            `(blocks,)`.
         """
         if products is None:
             assert vectors is not None
@@ -391,12 +402,12 @@ class Subspace:
             return coefficients, linalg.lengths_squared(self.gram, coefficients)
         assert isinstance(self._matrix, Tensor)
         coefficients = -linalg.orthogonal_coefficients(self._matrix, products)
-        return coefficients, -(coefficients * products).sum(-1)  # Q^T Q v is as long as its inner product with v says
+        return coefficients, -(coefficients * products).sum(-1)  # |Q^T Q v|^2 is the inner product with v
 
     def corrections(self, coefficients: Tensor) -> Iterator[list[Tensor]]:
-        """The corrections that `coefficients` gave, group by group: of each parameter, in its own shape.
+        """The corrections for the result of `coefficients`, group by group: one per parameter, in its shape.
 
-        Only one group's are in memory at a time, if the caller lets go of them.
+        Only one group's corrections are in memory at a time, if the caller releases them.
         """
         spread = self.blocks.spread(coefficients)
         if self.constraint == "cone":
@@ -414,7 +425,7 @@ class Subspace:
 
         Args:
             slots (`Sequence[int]`): The rows.
-            factors (`Mapping[str, float]`, *optional*): What each set's gradient is multiplied with; 1 by default.
+            factors (`Mapping[str, float]`, *optional*): The factor of each set's gradient; 1 by default.
         """
         members: dict[str, list[int]] = {}
         for slot in slots:
@@ -431,9 +442,9 @@ class Subspace:
         return linalg.lengths_squared(self.gram, coefficients).sum().sqrt()
 
     def overlaps(self, vectors: Stack) -> Tensor:
-        """What `cosines` needs of the vectors: `(rows + 1,)`, of this process's part.
+        """The values of the vectors that `cosines` needs: `(rows + 1,)`, of this process's part.
 
-        Their inner products with the raw rows, over all blocks together, and their squared length.
+        They are the inner products with the raw rows, over all blocks together, and the squared length.
         """
         # Small matrices only: the raw rows are the unit rows times their norms, in each block.
         products = (self.norms * self.products(vectors)).sum(0)
@@ -445,7 +456,8 @@ class Subspace:
 
         Args:
             vectors (`Stack`): `(pieces, numel)` per group.
-            overlaps (`Tensor`, *optional*): What `overlaps` gives of them, summed over processes, in their place.
+            overlaps (`Tensor`, *optional*): The result of `overlaps` for the vectors, summed over processes. With it
+                the vectors are not needed.
         """
         if overlaps is None:
             assert vectors is not None
@@ -460,10 +472,10 @@ class Subspace:
         return cosines
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
-        """The ring as tensors by name (`rows.PARAMETER`: `(rows, *shape)`) and a JSON-ready rest.
+        """The ring as tensors by name (`rows.PARAMETER`: `(rows, *shape)`), and a JSON-ready rest.
 
-        Where parameters are sharded, all processes must call it: the shards are gathered, and the first process gets
-        the tensors, in the host's memory, the others none.
+        If parameters are sharded, all processes must call it, because it gathers the shards. The first process gets
+        the tensors, in host memory. The others get none.
         """
         tensors = self.blocks.gathered("rows", self.rows)
         if not self.blocks.sharded or distributed.rank() == 0:
@@ -471,17 +483,17 @@ class Subspace:
         return tensors, {"sets": list(self.sets), "cursor": self.cursor}
 
     def _small(self) -> dict[str, Tensor]:
-        """What is saved besides the rows, the same in all processes."""
+        """The tensors that are saved in addition to the rows. They are the same in all processes."""
         small = {"norms": self.norms, "gram": self.gram, "start": self.start}
         if self.rows[0].dtype == torch.int8:
             small |= {f"scales.{i}": scales for i, scales in enumerate(self.scales)}
         return small
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], rest: Mapping) -> None:
-        """Restores what `state_dict` gave, in any number of processes.
+        """Restore the result of `state_dict`, in any number of processes.
 
         Raises:
-            ValueError: If the state was made for other parameters, shapes or numbers of rows; nothing is changed.
+            ValueError: If the state was made for other parameters, shapes or numbers of rows. Nothing is changed then.
         """
         pieces = dict(zip(self.blocks.names(), self.blocks.flat_parameters(), strict=True))
         expected = {f"rows.{name}": (self.capacity, *parameter.shape) for name, parameter in pieces.items()}

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference gradient pass: from a batch and a loss to gradients of the projected parameters.
 
-Run it under `modes.undisturbed(model, gradients=True)`: with dropout on, a gradient is mostly noise. `.grad` is left
-as it was found.
+Run it under `modes.undisturbed(model, gradients=True)`: with dropout on, a gradient is mostly noise. `.grad` stays as
+it was.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from .layout import Blocks
 
 LossFn = Callable[[Any, Any], Tensor]
 
-# Keeps gradients of float16 models above underflow; a power of two, so it is exact for every other dtype.
+# Keeps gradients of float16 models from underflowing. It is a power of two, so it is exact for every other dtype.
 _LOSS_SCALE = 2.0**10
 
 
 class Sink(Protocol):
-    """Where gradients go."""
+    """A receiver of gradients."""
 
     def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
-        """Adds `(examples, *shape)` gradients of one piece, the first of them being that of example `first`."""
+        """Add the `(examples, *shape)` gradients of one piece. The first of them belongs to example `first`."""
 
     def add_products(self, piece: int, outputs: Tensor, inputs: Tensor, factor: float) -> None:
-        """Adds `factor` times the gradients `outputs^T inputs` of a matrix, `(examples, tokens, features)` each."""
+        """Add `factor` times the gradients `outputs^T inputs` of a matrix, `(examples, tokens, features)` each."""
 
     def clear(self) -> None:
-        """Forgets all that was added."""
+        """Discard everything that was added."""
 
 
 class _NotPerExampleError(Exception):
-    """The hooks did not see the whole gradient of every weight, example by example."""
+    """The hooks did not see the full gradient of every weight, example by example."""
 
 
 def batch_size(batch: Any) -> int:
@@ -51,7 +51,7 @@ def batch_size(batch: Any) -> int:
 
 
 def first_tensor(batch: Any) -> Tensor:
-    """The first tensor of a batch; arguments and errors are those of `batch_size`."""
+    """The first tensor of a batch. Arguments and errors are those of `batch_size`."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
     for value in values:
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -63,7 +63,7 @@ def first_tensor(batch: Any) -> Tensor:
 
 
 def batch_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, first: int = 0) -> Tensor:
-    """Gives `sink` the gradient of `loss_fn(model, batch)`, `(1, *shape)` per piece, and returns the loss."""
+    """Pass the gradient of `loss_fn(model, batch)` to `sink`, `(1, *shape)` per piece, and return the loss."""
     loss = _scalar(loss_fn(model, batch))
     gradients = torch.autograd.grad(loss * _LOSS_SCALE, blocks.flat_parameters(), allow_unused=True)
     for piece, gradient in enumerate(gradients):
@@ -73,10 +73,11 @@ def batch_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink
 
 
 def sharded_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, weight: float) -> Tensor:
-    """Gives `sink` this process's shard of the sum over processes of `weight` times their losses' gradients.
+    """Pass to `sink` this process's shard of the sum over processes of `weight` times the gradients of their losses.
 
-    FSDP2 gathers and scatters in backward hooks, which `autograd.grad` does not run: so this is a backward pass like
-    the optimizer's, whose gradients are then taken from `.grad`. Every process must call it the same number of times.
+    FSDP2 gathers and scatters in backward hooks, and `autograd.grad` does not run these hooks. This function therefore
+    runs a backward pass as for the optimizer, and then takes the gradients from `.grad`. Every process must call it
+    the same number of times.
 
     Args:
         model: Passed to `loss_fn`.
@@ -84,7 +85,7 @@ def sharded_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, si
         loss_fn: `loss_fn(model, batch)` returns a scalar.
         blocks: The projected parameters, sharded.
         sink: Receives the gradients.
-        weight: Of this process's loss; 0 for a pass that only keeps the others from waiting.
+        weight: Weight of this process's loss; 0 for a pass that only keeps the other processes from waiting.
 
     Returns:
         The loss, detached, without its weight.
@@ -119,17 +120,16 @@ def sharded_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, si
 def example_gradients(
     model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, linears: Sequence[nn.Linear | None]
 ) -> Tensor:
-    """Gives `sink` the gradient of every example of a batch, `(examples, *shape)` per piece, from one backward pass.
+    """Pass the gradient of every example to `sink`, `(examples, *shape)` per piece, from one backward pass.
 
     For a linear map with inputs `x[i, t]` and output gradients `u[i, t]` (example i, token t), example i's weight
-    gradient is the sum over t of the outer products `u[i, t] x[i, t]^T`; hooks on `lora_A` and `lora_B` see both.
-    The loss must be a mean over examples of terms that depend on one example each; a token mean gives the same
-    directions.
+    gradient is the sum over t of the outer products `u[i, t] x[i, t]^T`. Hooks on `lora_A` and `lora_B` see both. The
+    loss must be a mean over examples of terms that depend on one example each. A token mean gives the same directions.
 
-    The examples are passed one at a time instead where hooks would not see all of it: where a layer is not a plain
-    linear map or mixes the examples' axis (convolutions, embeddings, routed experts), where it may do so (a sequence
-    as long as there are examples), and where a weight is used without a call of its module (`target_parameters`,
-    `nn.MultiheadAttention`, fused kernels).
+    The examples are passed one at a time instead if hooks would not see the full gradient. This is so if a layer is
+    not a plain linear map or mixes the examples' axis (convolutions, embeddings, routed experts), if it may do so (a
+    sequence as long as the number of examples), or if a weight is used without a call of its module
+    (`target_parameters`, `nn.MultiheadAttention`, fused kernels).
 
     Args:
         model: Passed to `loss_fn`.
@@ -137,7 +137,7 @@ def example_gradients(
         loss_fn: `loss_fn(model, batch)` returns a scalar.
         blocks: The projected parameters.
         sink: Receives the gradients.
-        linears: For each piece the linear module whose weight it is, or `None` where there is none.
+        linears: For each piece the linear module that has it as its weight, or `None` if there is none.
 
     Returns:
         The loss of the batch, detached.
@@ -154,11 +154,11 @@ def example_gradients(
 
 
 class _Watch(torch.autograd.Function):
-    """Passes a layer's output on, and its input and output gradient to `tell` in the backward pass.
+    """Return a layer's output unchanged, and call `tell` with its input and output gradient in the backward pass.
 
-    The input is saved as autograd saves tensors, so that gradient checkpointing recomputes it and does not keep it.
-    `anchor` is a leaf of the graph at every layer: a backward pass that is asked for its gradient alone comes by here,
-    and computes none of the weights' own.
+    The input is saved in the way autograd saves tensors. Gradient checkpointing therefore recomputes it and does not
+    keep it. `anchor` is a leaf of the graph at every layer. A backward pass that asks only for the gradient of
+    `anchor` still reaches every layer, and computes none of the weights' own gradients.
     """
 
     @staticmethod
@@ -186,18 +186,18 @@ def _hooked_gradients(
     linears: Sequence[nn.Linear | None],
     count: int,
 ) -> Tensor:
-    # A loss may flatten batches of (examples, sequences, tokens): an example's sequences then stand side by side.
+    # A loss may flatten batches of (examples, sequences, tokens). The sequences of an example are then adjacent.
     flattened = first_tensor(batch).shape[:2].numel()
     inputs_ok = True
     watched: set[int] = set()  # pieces whose module has been called
-    told: set[int] = set()  # pieces whose gradient came by their module
+    told: set[int] = set()  # pieces whose gradient came through their module
     anchor = torch.zeros((), device=blocks.device, requires_grad=True)
 
     def watch(piece: int) -> Callable:
         def tell(x: Tensor, u: Tensor) -> None:
             nonlocal inputs_ok
             told.add(piece)
-            # Where the second axis could be that of the examples too, nothing says which one is.
+            # If the second axis could also be the examples' axis, it is unknown which of the two is.
             per_example = x.dim() >= 3 and x.shape[0] in (count, flattened) and x.shape[1] not in (count, flattened)
             inputs_ok = inputs_ok and per_example
             if inputs_ok:
@@ -223,7 +223,7 @@ def _hooked_gradients(
     finally:
         for handle in handles:
             handle.remove()
-    # A module whose output reaches no loss is watched and not told: its weight may still be read past it.
+    # If a module's output does not reach the loss, it is watched but not told. Its weight may still be used elsewhere.
     if not inputs_ok or watched != told or any(gradient is not None for gradient in others):
         raise _NotPerExampleError
     return loss.detach()
@@ -244,7 +244,7 @@ def _scalar(loss: Any) -> Tensor:
 
 
 def examples_of(batch: Any, indices: Sequence[int]) -> Any:
-    """Some examples of a batch: of every tensor the given entries of the first axis."""
+    """Select some examples of a batch: the given entries of the first axis of every tensor."""
     if isinstance(batch, Tensor):
         return batch[list(indices)] if batch.dim() else batch
     if isinstance(batch, Mapping):

@@ -1,9 +1,9 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Notices when a training run is not what the user was told: a step or a parameter that the projection missed.
+"""Checks that a training run is what the user expects: they detect steps and parameters that the projection missed.
 
-Everything here compares what the projector did with what the optimizer, the trainer and the model did. What is surely
-wrong raises an error; what may be meant is named in a warning, once.
+The checks compare what the projector did with what the optimizer, the trainer and the model did. A certain mistake
+raises an error. Something that may be intended gives a warning, once.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class Guard:
-    """Watches one projector.
+    """The checks of one projector.
 
     Args:
-        projector (`Projector`): What is watched.
+        projector (`Projector`): The projector to check.
     """
 
     def __init__(self, projector: Projector) -> None:
@@ -36,7 +36,7 @@ class Guard:
         self.forget()
 
     def forget(self) -> None:
-        """Begins anew, as for other rows or another stage of training."""
+        """Start over, for other rows or another stage of training."""
         self._counted = 0  # refreshes after a step that moved something
         self._seen: Tensor | None = None
         self._versions: list[int] | None = None
@@ -44,16 +44,16 @@ class Guard:
         self._warned_of_others = False
         self.note_step()
 
-    # Every parameter in training has had a reference gradient
+    # Check that every parameter in training has had a reference gradient
 
     def after_refresh(self, moved: int) -> None:
-        """Names parameters without a nonzero reference gradient, at the second refresh after a step that moved any.
+        """Warn about parameters without a nonzero reference gradient.
 
-        At the start of training the gradients of A are zero because B is, so the first refresh says nothing. All
-        processes must call it.
+        It does so at the second refresh after a step that moved any parameter. At the start of training the gradients
+        of A are zero because B is zero, so the first refresh shows nothing. All processes must call it.
 
         Args:
-            moved: Steps so far that could move the parameters.
+            moved: Number of steps so far that could move the parameters.
         """
         self._note_versions()
         subspace = self._projector.subspace
@@ -76,18 +76,21 @@ class Guard:
                 _some(blind),
             )
 
-    # The parameters change in projected steps alone
+    # Check that the parameters change only in projected steps
 
     def _note_versions(self) -> None:
         own = self._projector.projected().values()
         self._versions = self._current_versions() if own and not distributed.are_sharded(own) else None
 
     def _current_versions(self) -> list[int]:
-        """How often each parameter has been changed in place, as torch counts; not through `.data`."""
+        """How often each parameter was changed in place, as torch counts. Changes through `.data` do not count."""
         return [parameter._version for parameter in self._projector.projected().values()]
 
     def check_changes(self) -> None:
-        """Warns where parameters have changed since the last step or refresh; before a step, and where one is due."""
+        """Warn if parameters have changed since the last step or refresh.
+
+        It runs before a step, and when the projector checks whether a refresh is due.
+        """
         if self._versions is None or self._warned_of_changes or self._versions == self._current_versions():
             return
         self._warned_of_changes = True
@@ -99,27 +102,27 @@ class Guard:
         )
 
     def expect_changes(self) -> None:
-        """Skips the next check: torch may count a fused step that skipped itself as a change."""
+        """Skip the next check, because torch may count a fused step that skipped itself as a change."""
         self._versions = None
 
     def after_step(self) -> None:
-        """Takes note of the parameters as the projection has left them."""
+        """Record the parameters as the projection has left them."""
         self._note_versions()
 
-    # The projector steps as often as the optimizer, and with the parameters that it trains
+    # Check that the projector makes as many steps as the optimizer, with the parameters that it trains
 
     def note_step(self) -> None:
-        """Takes note of the projector's counts before one step of the trainer's."""
+        """Record the projector's counts before one step of the trainer."""
         self._steps, self._skipped = self._projector.steps, self._projector.skipped
 
     def check_step(self, optimizer: Optimizer | None) -> None:
-        """Compares the projector's counts with those that `note_step` took, after that step.
+        """Compare the projector's counts after a step of the trainer with those that `note_step` recorded.
 
-        A step that a gradient scaler skipped is no step. A scaler does not call a plain optimizer then, and calls a
-        fused one, which skips by itself.
+        A step that a gradient scaler skipped does not count as a step. In that case the scaler does not call a plain
+        optimizer. It does call a fused one, which skips the step by itself.
 
         Args:
-            optimizer: The trainer's.
+            optimizer: The trainer's optimizer.
 
         Raises:
             RuntimeError: If the projector has not seen the step, or has seen several.
@@ -142,11 +145,11 @@ class Guard:
         )
 
     def check_parameters(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        """Compares what is projected with what the optimizer trains, after a refresh.
+        """Compare the projected parameters with those that the optimizer trains, after a refresh.
 
         Args:
-            model: What is trained, wrapped or not.
-            optimizer: The trainer's; `None` if it is not known.
+            model: The model in training, wrapped or not.
+            optimizer: The trainer's optimizer; `None` if it is not known.
 
         Raises:
             RuntimeError: If a projected parameter is not the model's own.
@@ -175,16 +178,16 @@ class Guard:
 
 
 def refuse_averaging(optimizer: Optimizer, config: ProjectionConfig) -> None:
-    """Refuses schedule-free optimizers, whose evaluated and saved weights are an average that is not projected.
+    """Reject schedule-free optimizers: the weights that they evaluate and save are an average that is not projected.
 
-    Only where the gradient alone is projected do they work.
+    They work only if just the gradient is projected.
 
     Args:
-        optimizer: What trains the parameters.
+        optimizer: The optimizer of the parameters.
         config: The projection's settings.
 
     Raises:
-        ValueError: If the optimizer is one of them, and the settings project the change of the parameters.
+        ValueError: If the optimizer is schedule-free and the settings project the change of the parameters.
     """
     if not config.uses_activations and config.projection == "gradient":
         return

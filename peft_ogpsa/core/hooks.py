@@ -1,10 +1,10 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer steps, seen from outside: each watcher is told of the outermost step over its parameters, once.
+"""Optimizer steps, observed from outside: each watcher is notified once of the outermost step of its parameters.
 
-torch calls global hooks around the `step` of every optimizer class that it knows. Several such calls may be nested in
-one step of the user's: a wrapper (Lookahead, SAM) calls the optimizer inside it, and a subclass calls
-`super().step()`, whose class has hooks of its own. Only the outermost call sees all of the parameters' change.
+torch calls global hooks around the `step` of every optimizer class that it knows. One step of the user's loop may
+contain several such calls: a wrapper (Lookahead, SAM) calls the optimizer inside it, and a subclass calls
+`super().step()`, whose class has its own hooks. Only the outermost call sees the full change of the parameters.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Watcher(Protocol):
-    """Something that acts around the steps of the optimizers that train its parameters."""
+    """An object that acts around the steps of the optimizers that train its parameters."""
 
     def trains(self, optimizer: Optimizer) -> bool:
-        """Whether the step about to begin is one of the watcher's parameters."""
+        """Whether the step that is about to begin is a step of the watcher's parameters."""
 
     def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Acts before a step of its parameters; may return what replaces the step's arguments."""
+        """Act before a step of its parameters; may return replacements for the step's arguments."""
 
     def end_step(self, optimizer: Optimizer) -> None:
-        """Acts after the step; not called if the step raised an error."""
+        """Act after the step; not called if the step raised an error."""
 
 
-# A watcher that is no longer referenced drops out by itself.
+# A watcher that is no longer referenced disappears from the set.
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
-_lock = threading.Lock()  # of the set, in which another thread may put a watcher while we walk through it
-# The call of `step` that each watcher acts around. An entry outlives its step if that raised an error.
+_lock = threading.Lock()  # protects the set: another thread may add a watcher while we iterate over it
+# The call of `step` that each watcher acts around. If the step raises an error, its entry stays.
 _running: weakref.WeakKeyDictionary[Watcher, FrameType] = weakref.WeakKeyDictionary()
 _handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
 def watch(watcher: Watcher) -> None:
-    """Tells the watcher of all steps from now on."""
+    """Notify the watcher of all steps from now on."""
     with _lock:
         _watchers.add(watcher)
 
 
 def unwatch(watcher: Watcher) -> None:
-    """Ends what `watch` began."""
+    """Undo `watch`."""
     with _lock:
         _watchers.discard(watcher)
     _running.pop(watcher, None)
@@ -81,13 +81,13 @@ def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, d
     replaced = None
     with torch.no_grad():
         for watcher in _all_watchers():
-            # This comes first: the entries of other threads' watchers are not ours to judge.
+            # Check this first, so that the entries of other threads' watchers are not touched.
             if not watcher.trains(optimizer):
                 continue
             around = _running.pop(watcher, None)
             if around is not None and _is_running(around):
                 _running[watcher] = around
-                continue  # this step is part of another
+                continue  # this step is part of an outer one
             result = watcher.begin_step(optimizer, args, kwargs)
             _running[watcher] = _step_frame()
             _call_back_first(optimizer)
@@ -97,7 +97,7 @@ def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, d
 
 
 def _call_back_first(optimizer: Optimizer) -> None:
-    """Puts our post hook before the optimizer's own, such as an average of the weights, which then sees the result.
+    """Run our post hook before the optimizer's own, such as an average of the weights, which then sees the result.
 
     torch runs global post hooks last.
     """

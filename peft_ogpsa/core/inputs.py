@@ -1,12 +1,12 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The inputs of a model's layers on reference tokens: one pass of the base, and the leading directions of each input.
+"""Find the leading directions of each layer's inputs on reference tokens, in one or two passes of the base.
 
-Layers that are given one and the same tensor (q, k and v; gate and up) share an input. Every reference set counts as
-much as any other, whatever its size, and every token of a set as much as any other of the set. In some layers of
-language models the inputs of a few tokens, such as the first, are hundreds of times as long as those of all others
-(massive activations: Sun, Chen, Kolter, Liu 2024, arXiv 2402.17762). They would be all of the energy there, so longer
-inputs count with `LONGEST` times the median length.
+Layers that get the same tensor (q, k and v; gate and up) share an input. Every reference set counts equally, whatever
+its size, and every token of a set counts equally within the set. In some layers of language models the inputs of a few
+tokens, such as the first, are hundreds of times as long as those of all others (massive activations: Sun, Chen,
+Kolter, Liu 2024, arXiv 2402.17762). They would make up all of the energy there. So inputs longer than `LONGEST` times
+the median length count with that length.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from .linalg import small_dtype
 from .sketch import Sketch
 
 IGNORED = -100
-"""The label of a position that is not to be learnt, as torch's cross-entropy has it."""
+"""The label of a position that is not trained on, as in torch's cross-entropy."""
 
 HELD_OUT = 8
-"""One of so many examples of a set is not used to find the directions, but to see how well they fit."""
+"""One in this many examples of a set is not used to find the directions. It shows how well they fit."""
 
 MOST_GAIN = 10.0
-"""The largest gain. Where next to nothing is left of an input, noise would be enlarged."""
+"""The largest gain. If almost nothing is left of an input, a larger gain would amplify noise."""
 
 LONGEST = 10.0
-"""The most that the length of an input counts for, in median lengths of an example's tokens."""
+"""The maximum length with which an input counts, in median lengths of an example's tokens."""
 
 _TURNS = 4
-"""Wide inputs are passed twice. In the first pass sketches are turned so many times, after an equal part each."""
+"""Wide inputs are passed twice. The first pass turns their sketches this many times, after an equal part each."""
 
 
 @dataclass
 class Input:
-    """What several layers are given in each forward pass, and where most of it lies.
+    """The input that several layers share in each forward pass, and the directions that hold most of it.
 
     Attributes:
         layers: Names of the layers.
-        width: Its last axis.
-        energies: `(k,)`, float64, of each direction on the reference tokens, strongest first.
+        width: Size of the input's last axis.
+        energies: `(k,)`, float64: energy of each direction on the reference tokens, strongest first.
         directions: `(width, k)`, float32, orthonormal columns.
-        energy: Of everything: the mean squared length of the input.
+        energy: The total energy: the mean squared length of the input.
         held_out: Share of the energy of held-out examples that lies in the directions; `None` without any.
     """
 
@@ -64,16 +64,16 @@ class Input:
 
     @property
     def share(self) -> float:
-        """How much of the energy lies in the directions, from 0 to 1."""
+        """The share of the energy that lies in the directions, from 0 to 1."""
         return min(1.0, float(self.energies.sum()) / self.energy) if self.energy else 0.0
 
     @property
     def gain(self) -> float:
-        """The length of an input relative to what is left of it outside of the directions, at most `MOST_GAIN`."""
+        """The length of an input relative to its part outside the directions, at most `MOST_GAIN`."""
         return min(MOST_GAIN, (1 - self.share) ** -0.5) if self.share < 1 else MOST_GAIN
 
     def cut(self, rank: int | None, energy: float) -> None:
-        """Keeps `rank` directions, or as many as hold a share `energy` of all."""
+        """Keep `rank` directions, or as many as hold the share `energy` of the total."""
         if rank is None:
             reached = self.energies.cumsum(0) / self.energy if self.energy else self.energies
             rank = int((reached < energy).sum()) + 1
@@ -81,7 +81,7 @@ class Input:
 
 
 Batches = Mapping[str, Sequence[Any]]
-"""For each reference set, by name, its batches."""
+"""The batches of each reference set, by name."""
 
 Tokens = Literal["all", "answer"]
 
@@ -99,30 +99,30 @@ def find(
     seed: int = 0,
     progress: Callable[[list], Iterable] = iter,
 ) -> list[Input]:
-    """Finds the leading directions of the layers' inputs.
+    """Find the leading directions of the layers' inputs.
 
-    Run it without the adapter, under `modes.undisturbed(model)`. In several processes all must call it with the same
-    batches; each passes its share of every batch.
+    Run it without the adapter, under `modes.undisturbed(model)`. With several processes, all must call it with the
+    same batches. Each passes its share of every batch.
 
     Args:
         layers: The layers by name. The input of a layer is the first argument of its call, `(..., width)`.
-        forward: `forward(model, batch)` passes a batch through the model; what it returns is not used.
+        forward: `forward(model, batch)` passes a batch through the model. Its return value is not used.
         model: Passed to `forward`.
-        batches: For each reference set its batches. Which positions of a batch are tokens is read from its
-            `attention_mask`, or from its `labels` with `tokens="answer"`.
-        most: The most directions of an input of a given width, where `rank` is not given.
-        rank: So many directions, or as many as there are. `None`: as many as `energy` asks for.
+        batches: The batches of each reference set. The `attention_mask` of a batch defines which positions are tokens;
+            with `tokens="answer"` its `labels` do.
+        most: Returns the maximum number of directions of an input of a given width. Used if `rank` is not given.
+        rank: Number of directions; fewer if there are fewer. `None`: as many as `energy` requires.
         energy: Share of the inputs' energy that the directions hold, from 0 to 1.
-        tokens: `"all"` tokens, or those of the `"answer"` alone.
-        seed: Of the range finder.
+        tokens: `"all"` tokens, or only those of the `"answer"`.
+        seed: Seed of the range finder.
         progress: Wraps the list of full passes, for a progress bar.
 
     Returns:
-        The inputs, in the order in which the model makes them.
+        The inputs, in the order in which the model computes them.
 
     Raises:
-        ValueError: If a batch does not say which positions are tokens, an input has other positions, a layer was
-            never called, or a layer does not always have the input that it had at first.
+        ValueError: If a batch does not define which positions are tokens, if an input has other positions, if a layer
+            was never called, or if a layer does not always get the input that it got first.
         FloatingPointError: If an input is not finite.
     """
     used, held = _split(batches, tokens)
@@ -165,10 +165,10 @@ class _Part:
     """Examples of one reference set that are passed together.
 
     Attributes:
-        batch: They.
-        size: How many they are.
-        tokens: Where tokens count: `(examples, tokens)`; `None`: everywhere.
-        weight: Of each token.
+        batch: The examples.
+        size: Number of examples.
+        tokens: Positions whose tokens count: `(examples, tokens)`; `None` if all count.
+        weight: Weight of each token.
     """
 
     batch: Any
@@ -177,13 +177,13 @@ class _Part:
     weight: float
 
     def of(self, indices: Sequence[int]) -> _Part:
-        """Some of the examples."""
+        """Select some of the examples."""
         tokens = None if self.tokens is None else self.tokens[list(indices)]
         return _Part(examples_of(self.batch, indices), len(indices), tokens, self.weight)
 
 
 def _split(batches: Batches, tokens: Tokens) -> tuple[list[_Part], list[_Part]]:
-    """What is used and what is held out, each with weights under which every set counts the same."""
+    """Split into used and held-out examples, with weights that let every set count the same."""
     used: list[_Part] = []
     held: list[_Part] = []
     for name, own in batches.items():
@@ -234,33 +234,33 @@ def _tokens_of(batch: Any, tokens: Tokens, name: str) -> Tensor | None:
 
 
 Take = Callable[[str, Tensor, float], None]
-"""Takes an input's name, its `(n, width)` vectors, and the weight of each."""
+"""Function that receives an input's name, its `(n, width)` vectors, and the weight of each."""
 
 
 class _Watcher:
-    """Sees what layers are given.
+    """Observer of the inputs of layers.
 
     Args:
-        layers: By name.
+        layers: The layers by name.
 
     Attributes:
-        shared: By the first layer that is given an input, all layers that are.
-        inputs: By the same, the input's width and device.
+        shared: For the first layer that gets an input, all layers that get it.
+        inputs: For the same layer, the input's width and device.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self._layers = layers
         self.shared: dict[str, list[str]] = {}
         self.inputs: dict[str, tuple[int, torch.device]] = {}
-        self._longest: dict[str, Tensor] = {}  # by the first layer, the length that an input counts for at most
-        self._first: dict[str, str] = {}  # of the layers that share its input, by layer
-        # The inputs of a pass by identity and version, and who had them first.
+        self._longest: dict[str, Tensor] = {}  # by the first layer: the maximum length that counts
+        self._first: dict[str, str] = {}  # by layer: the first layer that shares its input
+        # The inputs of a pass by identity and version, and the layer that got each one first.
         self._alive: dict[tuple[int, int], tuple[weakref.ref[Tensor], str]] = {}
         self._act: Callable[[str, Tensor], None] | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks on the layers."""
+        """Keep hooks on the layers while the context is open."""
 
         def hook(name: str) -> Callable:
             def see(layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -279,7 +279,7 @@ class _Watcher:
                 handle.remove()
 
     def _shared_with(self, name: str, vectors: Tensor) -> str:
-        """The layer that was given this very tensor first."""
+        """The layer that got this same tensor first."""
         key = id(vectors), vectors._version
         held, first = self._alive.get(key, (None, ""))
         if held is not None and held() is vectors:
@@ -288,7 +288,7 @@ class _Watcher:
         return name
 
     def discover(self, forward: LossFn, model: nn.Module, part: _Part) -> None:
-        """Finds which layers share an input."""
+        """Find which layers share an input."""
 
         def act(name: str, vectors: Tensor) -> None:
             first = self._shared_with(name, vectors)
@@ -311,7 +311,7 @@ class _Watcher:
             )
 
     def take(self, forward: LossFn, model: nn.Module, part: _Part, take: Take) -> None:
-        """Passes this process's share of the examples, and gives `take` the vectors at their tokens."""
+        """Pass this process's share of the examples, and give `take` the vectors at their tokens."""
         share = distributed.share(part.size)
         own = part if len(share) == part.size else part.of(share or [0])
 
@@ -328,7 +328,7 @@ class _Watcher:
         self._pass(forward, model, own, act)
 
     def _at_tokens(self, part: _Part, name: str, vectors: Tensor) -> Tensor:
-        """What a layer is given at the tokens that count: `(n, width)`, float32."""
+        """The inputs of a layer at the tokens that count: `(n, width)`, float32."""
         flat = vectors.detach().reshape(-1, vectors.shape[-1]).float()
         if part.tokens is None:
             return flat
@@ -355,7 +355,7 @@ class _Watcher:
 
 
 def _median_length(vectors: Tensor) -> Tensor:
-    """Of `(n, width)` vectors; infinite where it is zero, so that it bounds nothing."""
+    """Median length of `(n, width)` vectors; infinite if it is zero, so that it limits nothing."""
     if not len(vectors):
         return torch.tensor(math.inf, device=vectors.device)
     median = torch.linalg.vector_norm(vectors, dim=1).median()
@@ -396,7 +396,7 @@ def _input(layers: Sequence[str], sketch: Sketch, rank: int | None, energy: floa
 def _measure(
     found: Sequence[Input], held: Sequence[_Part], watcher: _Watcher, forward: LossFn, model: nn.Module
 ) -> None:
-    """How much of the energy of examples that were not used lies in the directions."""
+    """Measure how much of the energy of the held-out examples lies in the directions."""
     if not held:
         return
     own = {item.layers[0]: item for item in found}

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The states in which a model in training is looked at from outside."""
+"""Context managers that run a model in eval mode during training."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from torch import nn
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, *, gradients: bool = False, seed: int | None = None) -> Iterator[None]:
-    """Evaluation mode, on a random stream of its own; training may go on afterwards as if nothing had happened.
+    """Run in evaluation mode with a separate random stream; training can go on afterwards as if nothing happened.
 
-    Compiled code runs eagerly inside, so that hooks are seen. Without gradients it is `no_grad` and not
-    `inference_mode`: buffers first created here (rotary tables, for one) enter later backward passes, and gradient
-    checkpointing's input hooks set `requires_grad`; inference tensors allow neither.
+    Compiled code runs eagerly inside the context, so that hooks are called. Without gradients the context uses
+    `no_grad` and not `inference_mode`. The reason is that buffers first created here (rotary tables, for example) are
+    used in later backward passes, and that the input hooks of gradient checkpointing set `requires_grad`. Inference
+    tensors allow neither.
 
     Args:
-        model: Every submodule's mode is put back at the end.
+        model: The model. The mode of every submodule is restored at the end.
         gradients: Whether autograd records.
-        seed: Of the random stream; by default it starts where the global one stands, which is put back at the end.
+        seed: Seed of the random stream. By default the stream starts where the global one is. The global stream is
+            restored at the end.
     """
     modes = [(module, module.training) for module in model.modules()]
     with (
@@ -45,12 +47,12 @@ def undisturbed(model: nn.Module, *, gradients: bool = False, seed: int | None =
 
 @contextlib.contextmanager
 def _random_states() -> Iterator[None]:
-    """Puts back the random states of the CPU and of every accelerator in use, which are the whole process's."""
+    """Restore the random states of the CPU and of every accelerator in use. They belong to the whole process."""
     kind = torch.accelerator.current_accelerator()
     if kind is None or not torch.get_device_module(kind).is_available():
         with torch.random.fork_rng(devices=[]):
             yield
-    elif kind.type == "mps":  # one device, whose functions take no index
+    elif kind.type == "mps":  # a single device; its functions take no index
         state = torch.mps.get_rng_state()
         with torch.random.fork_rng(devices=[]):
             try:
@@ -67,9 +69,9 @@ def _random_states() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checkpointing_kept(model: nn.Module) -> Iterator[None]:
-    """Lets checkpointed layers go on saving memory, which they do only in training mode.
+    """Let checkpointed layers keep saving memory, which they otherwise do only in training mode.
 
-    Not where checkpointing is reentrant, which `autograd.grad` cannot pass.
+    This excludes reentrant checkpointing, which `autograd.grad` does not support.
     """
     changed: list[tuple[Any, Any]] = []
     for module in model.modules():
@@ -88,15 +90,15 @@ def _checkpointing_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _is_checkpointed(module: Any) -> bool:
-    """Whether it is a layer of transformers with gradient checkpointing. By name: `core` imports torch alone."""
+    """Whether this is a layer of transformers with gradient checkpointing. By name: `core` imports only torch."""
     names = [cls.__name__ for cls in type(module).__mro__]
     return "GradientCheckpointingLayer" in names and module.gradient_checkpointing
 
 
 def _evaluating(module: nn.Module, checkpoint: Callable) -> Callable:
-    """A checkpointing function under which the layer itself is in evaluation mode, when it is computed again too.
+    """A checkpointing function that keeps the layer itself in evaluation mode, also when the layer is recomputed.
 
-    Many layers hand `self.training` to their dropout.
+    Many layers pass `self.training` to their dropout.
     """
 
     def run(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -113,10 +115,10 @@ def _evaluating(module: nn.Module, checkpoint: Callable) -> Callable:
 
 
 def switch_to_evaluation(model: nn.Module) -> None:
-    """Puts a model into evaluation mode, but for 4-bit layers on a CPU.
+    """Put a model into evaluation mode, except for 4-bit layers on a CPU.
 
-    bitsandbytes repacks such a layer for good when it first runs in evaluation mode, and its gradients are wrong ever
-    after (0.50, `Linear4bit.forward`). The layer has no dropout, so its mode makes no other difference.
+    bitsandbytes repacks such a layer permanently when it first runs in evaluation mode. Its gradients are wrong from
+    then on (0.50, `Linear4bit.forward`). The layer has no dropout, so its mode makes no other difference.
     """
     model.eval()
     for module in model.modules():

@@ -1,17 +1,18 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The projection of an update onto the cone in a few Triton kernels, for CUDA.
+"""Project an update onto the cone with a few Triton kernels, for CUDA.
 
-The same step in torch launches several kernels for each iteration of the solver, and more with more layers. Here it is
-`3 groups + 1`, a group being the parameters of one size (`blocks.py`), whatever the model's depth:
+The same step in torch launches several kernels for each iteration of the solver, and more with more layers. Here the
+number of launches is `3 groups + 1`, whatever the model's depth. A group is the parameters of one size (`layout.py`).
+The kernels are:
 
-    snapshot   a group: the parameters before the optimizer's step, gathered into a stack
-    products   a group: the inner products of the step with the rows, a chunk of a parameter at a time
+    snapshot   per group: gathers the parameters before the optimizer's step into a stack
+    products   per group: computes the inner products of the step with the rows, one chunk of a parameter at a time
     solve      once: sums the chunks of every block and solves its cone problem
-    correct    a group: takes the rows' combination from the parameters
+    correct    per group: subtracts the rows' combination from the parameters
 
-A program of a kernel handles one *chunk* of one piece, and nothing is added up by atomics, so that a run repeats to
-the bit. Parameters are separate tensors, so kernels find them by their addresses. This module needs `triton`.
+A program of a kernel handles one *chunk* of one piece. No value is added up with atomics, so a run repeats to the bit.
+Parameters are separate tensors, so the kernels find them by their addresses. This module needs `triton`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from .gradient_subspace import Subspace
 from .layout import Blocks, Stack
 
 MOST_ROWS = 64
-"""Most rows a block, whose Gram matrix must fit into the registers of one program."""
+"""Maximum rows per block. The block's Gram matrix must fit into the registers of one program."""
 
 DEVICES = ("cuda",)
-"""Types of devices that the kernels run on; Triton's interpreter adds the CPU."""
+"""Types of devices that the kernels run on. Triton's interpreter adds the CPU."""
 
 CHUNK = 4096
 """Elements of a parameter that one program handles."""
@@ -41,13 +42,13 @@ _TILE = 4096
 """Elements of rows that a program holds at a time: `_TILE / rows` of the parameter's dimensions."""
 
 _DEPENDENT = tl.constexpr(1e-10)
-"""A unit row counts as dependent on the binding ones where its part across them is shorter than the root of this."""
+"""A unit row counts as dependent if its part orthogonal to the binding rows is shorter than the root of this."""
 
 _SLACK = tl.constexpr(1e-10)
-"""How far above zero a product may remain, where products are at most 1."""
+"""How far above zero a product may remain, with products of at most 1."""
 
 _PIVOTS = tl.constexpr(8)
-"""Most pivots a row; problems as they come take about one."""
+"""Maximum pivots per row. Typical problems take about one."""
 
 
 @triton.jit
@@ -129,7 +130,7 @@ def _solve(
     p = -tl.sum(sums, axis=0)
     tl.store(lengths + block, tl.sum(square, axis=0))
 
-    # Unit diagonal and products of at most 1, so that tolerances are relative.
+    # Scale to a unit diagonal and products of at most 1, so that tolerances are relative.
     entries = gram + block * m * m + i[:, None] * m + i[None, :]
     tableau = tl.load(entries, mask=own[:, None] & own[None, :], other=0.0)
     diagonal = tl.load(gram + block * m * m + i * (m + 1), mask=own, other=0.0)
@@ -142,9 +143,9 @@ def _solve(
     p = p / peak
     tableau *= unit[:, None] * unit[None, :]
 
-    # With P the passive rows, those whose coefficient may be positive, and A the others, the tableau holds
-    # [-H_PP^-1, H_PP^-1 H_PA; ., H_AA - H_AP H_PP^-1 H_PA], `pivot` its diagonal, and `column` the minimiser with A's
-    # coefficients zero in P, and what is left of the products in A.
+    # P are the passive rows, whose coefficients may be positive. A are the others. The tableau holds
+    # [-H_PP^-1, H_PP^-1 H_PA; ., H_AA - H_AP H_PP^-1 H_PA], and `pivot` holds its diagonal. In P, `column` holds the
+    # minimizer with A's coefficients zero. In A, it holds the remaining products.
     pivot = tl.where(usable, diagonal * unit * unit, 0.0)
     column = p
     passive = i < 0
@@ -152,13 +153,13 @@ def _solve(
     count = 0
     busy = finite
     while busy:
-        # Go towards that minimiser. Where a coefficient reaches zero before, that row leaves P ...
+        # Move toward that minimizer. If a coefficient reaches zero before, its row leaves P ...
         blocked = passive & (column <= 0.0)
         reach = tl.where(blocked, x / tl.where(blocked & (x > 0.0), x - column, 1.0), float("inf"))
         shortest = tl.min(reach, axis=0)
         leaves = shortest <= 1.0
         onward = x + tl.where(leaves, shortest, 1.0) * (column - x)
-        # ... else the row that is broken most joins it, if any is.
+        # ... else the row that is violated most joins P, if there is one.
         broken = tl.where((passive == 0) & (pivot > _DEPENDENT), column, -float("inf"))
         k = tl.where(leaves, tl.argmin(reach, axis=0), tl.argmax(broken, axis=0))
         at = i == k
@@ -177,7 +178,7 @@ def _solve(
             passive = passive ^ at
             count += 1
 
-    # Where x is the minimiser, x H x = x p.
+    # At the minimizer x, x H x = x p.
     square_length = tl.maximum(tl.sum(x * p, axis=0) * peak * peak, 0.0)
     tl.store(coefficients + block * m + i, tl.where(finite, x * peak * unit, float("nan")), mask=own)
     tl.store(removed + block, tl.where(finite, square_length, float("nan")))
@@ -207,7 +208,7 @@ def _correct(
         for start in range(0, CHUNK, TILE):
             index = chunk * CHUNK + start + tl.arange(0, TILE)
             inside = index < numel
-            # Read first: where warps share elements, the sum's barrier then parts all reads from the write.
+            # Read first: if warps share elements, the sum's barrier then separates all reads from the write.
             value = tl.load(parameter + index, mask=inside, other=0.0)
             tile = tl.load(row_starts + index[None, :], mask=binds[:, None] & inside[None, :], other=0.0)
             correction = tl.sum(tile.to(tl.float32) * own[:, None], axis=0)
@@ -223,17 +224,17 @@ def _chunks(numel: int) -> int:
 
 
 def _tiles(rows: int) -> dict[str, int]:
-    """Rows, padded to a power of two, and the dimensions of a parameter taken at a time."""
+    """Kernel constants: rows, padded to a power of two, and the number of parameter dimensions taken at a time."""
     padded = triton.next_power_of_2(rows)
     return {"CHUNK": CHUNK, "ROWS": padded, "TILE": _TILE // padded}
 
 
 def snapshot(addresses: Tensor, numel: int) -> Tensor:
-    """Copies the parameters of a group into a stack. Reads and writes 4 bytes a parameter.
+    """Copy the parameters of a group into a stack. Reads and writes 4 bytes per parameter.
 
     Args:
-        addresses: `(pieces,)`, int64, where the float32 parameters begin, each a multiple of 16.
-        numel: Elements of each.
+        addresses: `(pieces,)`, int64: where the float32 parameters begin, each a multiple of 16.
+        numel: Number of elements of each.
 
     Returns:
         `(pieces, numel)`, float32.
@@ -247,17 +248,17 @@ def snapshot(addresses: Tensor, numel: int) -> Tensor:
 def products(
     addresses: Tensor, stack: Tensor, rows: Tensor, positions: Tensor, partials: Tensor, squares: Tensor
 ) -> None:
-    """Multiplies the step, a snapshot minus what the parameters are now, with the rows.
+    """Multiply the step, which is a snapshot minus the current parameters, with the rows.
 
-    Reads the rows once and 8 bytes a parameter. The step itself stays in registers.
+    Reads the rows once and 8 bytes per parameter. The step itself stays in registers.
 
     Args:
         addresses: As for `snapshot`.
         stack: `(pieces, numel)`, float32, from `snapshot`.
         rows: `(pieces, m, numel)`, float32 or bfloat16.
         positions: `(pieces,)`, int32: where in `partials` each piece's chunks begin.
-        partials: `(chunks of all groups, m)`, float32; takes every chunk's products.
-        squares: `(chunks of all groups,)`, float32; takes every chunk's squared length.
+        partials: `(chunks of all groups, m)`, float32; receives every chunk's products.
+        squares: `(chunks of all groups,)`, float32; receives every chunk's squared length.
     """
     pieces, m, numel = rows.shape
     chunks = _chunks(numel)
@@ -266,22 +267,23 @@ def products(
 
 
 def solve(gram: Tensor, partials: Tensor, squares: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The coefficients of `geometry.cone_coefficients`, one program a block; reads only small tensors.
+    """The coefficients of `cone.cone_coefficients`, with one program per block; reads only small tensors.
 
-    An active-set method (Lawson and Hanson 1974, chapter 23) in float64, on the Gram matrix in registers: rows join
-    and leave the set that binds, one at a time, by symmetric pivots, which keep the matrix's inverse over that set at
-    hand. It begins with no row and ends after as many pivots as rows bind, as a rule, and after `8 m` at most. Where
-    several coefficients give the same correction, as with equal rows, they may differ from the other solver's.
+    This is an active-set method (Lawson and Hanson 1974, chapter 23) in float64, with the Gram matrix in registers.
+    Rows join and leave the binding set one at a time. They do so by symmetric pivots, which keep the matrix's inverse
+    over that set available. The method begins with no row. As a rule it ends after as many pivots as rows bind, and
+    after `8 m` at most. If several coefficients give the same correction, as with equal rows, they may differ from the
+    other solver's.
 
     Args:
         gram: `(blocks, m, m)`, float64.
-        partials: From `products`, where the chunks of one block follow one another.
+        partials: From `products`. The chunks of one block follow one another.
         squares: Likewise.
         offsets: `(blocks + 1,)`, int32: where the chunks of each block begin and end.
 
     Returns:
         The coefficients `(blocks, m)`, the squared norm of the correction and that of the step, both `(blocks,)`; all
-        float64. Coefficients are exactly zero without conflict, and NaN where an input of the block is not finite.
+        float64. Coefficients are exactly zero without conflict, and NaN if an input of the block is not finite.
     """
     blocks, m, _ = gram.shape
     coefficients = gram.new_empty(blocks, m)
@@ -293,16 +295,16 @@ def solve(gram: Tensor, partials: Tensor, squares: Tensor, offsets: Tensor) -> t
 
 
 def correct(addresses: Tensor, rows: Tensor, coefficients: Tensor, owners: Tensor) -> None:
-    """Subtracts the rows' combination from the parameters.
+    """Subtract the rows' combination from the parameters.
 
-    Reads the rows whose coefficient is not zero, and reads and writes 4 bytes a parameter; where all coefficients of
-    a piece are zero it touches nothing, so that its parameters stay as they are to the bit.
+    Reads the rows whose coefficient is not zero, and reads and writes 4 bytes per parameter. If all coefficients of a
+    piece are zero, it touches nothing, so the piece's parameters stay the same to the bit.
 
     Args:
         addresses: As for `snapshot`.
         rows: `(pieces, m, numel)`, float32 or bfloat16.
         coefficients: `(blocks, m)`, float64.
-        owners: `(pieces,)`, int64: each piece's block.
+        owners: `(pieces,)`, int64: the block of each piece.
     """
     pieces, m, numel = rows.shape
     chunks = _chunks(numel)
@@ -311,11 +313,11 @@ def correct(addresses: Tensor, rows: Tensor, coefficients: Tensor, owners: Tenso
 
 
 class Launcher:
-    """The kernels over the parameters of one layout, at the addresses that they have now.
+    """The kernels for the parameters of one layout, at their current addresses.
 
     Args:
         blocks (`Blocks`): The layout.
-        addresses (`list[list[int]]`): For each group those of its pieces.
+        addresses (`list[list[int]]`): For each group, the addresses of its pieces.
     """
 
     def __init__(self, blocks: Blocks, addresses: list[list[int]]) -> None:
@@ -338,16 +340,16 @@ class Launcher:
         self._chunks = total
 
     def snapshot(self) -> Stack:
-        """The parameters, stacked."""
+        """Copy the parameters into a stack."""
         with _on(self.blocks.device):
             groups = zip(self._pointers, self.blocks.groups, strict=True)
             return [snapshot(pointers, group.numel) for pointers, group in groups]
 
     def project(self, subspace: Subspace, before: Stack) -> tuple[Tensor, Tensor]:
-        """Projects the parameters' change since the snapshot `before`.
+        """Project the parameters' change since the snapshot `before`.
 
         Returns:
-            The squared norms, over all blocks, of what was removed and of the step before that.
+            The squared norms, over all blocks, of the removed part and of the step before projection.
         """
         with _on(self.blocks.device):
             partials = torch.empty(self._chunks, subspace.capacity, device=self.blocks.device)
@@ -362,12 +364,12 @@ class Launcher:
 
 
 def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
-    """What launches the kernels over a subspace: the last one, while the parameters are where they were.
+    """The launcher of the kernels for a subspace: the last one, as long as the parameters stay at their addresses.
 
     Returns:
-        None where the kernels do not apply: to another constraint than the cone, to int8 rows, more than `MOST_ROWS`
-        or rows in the host's memory, and to parameters that are not plain contiguous float32 tensors, their slices on
-        a multiple of 16 bytes, on one CUDA device.
+        `None` if the kernels do not apply. They apply only to the cone, and not to int8 rows, more than `MOST_ROWS`
+        rows or rows in host memory. The parameters must be plain contiguous float32 tensors, with their slices on a
+        multiple of 16 bytes, on one CUDA device.
     """
     blocks = subspace.blocks
     if blocks.sharded:
@@ -396,5 +398,5 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
 
 
 def _on(device: torch.device) -> AbstractContextManager:
-    """Kernels start on the current device, so it must be that of the tensors."""
+    """Make the tensors' device the current one, because kernels start on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

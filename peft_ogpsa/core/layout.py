@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parameters are projected together, and their stacked form.
 
-A *piece* is one parameter tensor, flattened: what this process holds of it, which under FSDP2 is a shard and may be
-empty. Pieces of one size, dtype and device lie stacked in one *group*, so that a model of any depth costs a handful of
-kernels. A *block* is a set of pieces that share their projection coefficients: one piece (scope `tensor`), the pieces
-of one module (`module`), or all of them (`model`). Blocks have one order in all processes, with any number of them.
-Under scope `slice` a parameter is cut into equal pieces, each a block of its own: with as many as the adapter's rank,
-the rows of A, one for each of its directions, and as many groups of B's rows.
+A *piece* is one flattened parameter tensor, as this process holds it. Under FSDP2 that is a shard, which may be empty.
+Pieces of one size, dtype and device are stacked in one *group*, so that a model of any depth needs only a few kernels.
+A *block* is a set of pieces that share their projection coefficients: one piece (scope `tensor`), the pieces of one
+module (`module`), or all of them (`model`). The order of the blocks is the same in all processes, and for any number
+of processes. Under scope `slice` a parameter is cut into equal pieces, and each is a block of its own. With as many
+slices as the adapter's rank, these are the rows of A, one for each of its directions, and as many groups of B's rows.
 
 A *stack* is a list with one tensor per group, `(pieces, numel)`, or `(pieces, rows, numel)` for rows.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from . import distributed
 
 LARGEST_GROUP = 2**26
-"""Most elements that are stacked, if not one piece alone: larger stacks save no time and cost working memory."""
+"""Maximum elements of a stack, unless one piece alone has more. Larger stacks save no time and cost working memory."""
 
 Stack = list[Tensor]
 
@@ -41,11 +41,11 @@ class Group:
     """Parameters of one size, dtype and device, stacked along the first axis.
 
     Attributes:
-        names: Of the parameters.
-        slices: Pieces of each.
-        numel: Elements of a piece.
-        dtype: Of the parameters.
-        device: Where they are.
+        names: Names of the parameters.
+        slices: Number of pieces per parameter.
+        numel: Number of elements of a piece.
+        dtype: Dtype of the parameters.
+        device: Device of the parameters.
     """
 
     names: tuple[str, ...]
@@ -56,7 +56,7 @@ class Group:
 
     @property
     def pieces(self) -> int:
-        """How many pieces there are."""
+        """Number of pieces."""
         return len(self.names) * self.slices
 
 
@@ -65,14 +65,15 @@ class Blocks:
 
     Args:
         parameters (`Mapping[str, Tensor]`): The projected parameters by name.
-        owners (`Mapping[str, str]`): For each parameter the name of the module that it belongs to; pieces with one
-            owner form one block under scope `module`.
+        owners (`Mapping[str, str]`): For each parameter, the name of the module that it belongs to. Under scope
+            `module`, pieces with the same owner form one block.
         scope (`str`): `"slice"`, `"tensor"`, `"module"` or `"model"`.
-        slices (`int`): Pieces of a parameter under scope `slice`, or the largest number below that divides its size.
+        slices (`int`): Number of pieces per parameter under scope `slice`, or the largest smaller number that divides
+            its size.
 
     Raises:
-        ValueError: If `parameters` is empty, two of them share memory, `scope` is unknown, or shards are to be cut
-            into slices.
+        ValueError: If `parameters` is empty, if two of them share memory, if `scope` is unknown, or if shards are to
+            be cut into slices.
     """
 
     def __init__(
@@ -90,13 +91,13 @@ class Blocks:
                 "whole number of its slices. Use scope='tensor'."
             )
         names = [name for alike in _alike(parameters, Tensor.numel) for name in alike]
-        self.order = names  # the same in all processes, as the pieces' order may not be
+        self.order = names  # the same in all processes; the order of the pieces may differ
         keys = {name: _BLOCK_OF[scope](name, owners[name]) for name in names}
         index = {key: i for i, key in enumerate(dict.fromkeys(keys.values()))}
 
         self.groups = []
         for alike in _alike(parameters, Tensor.numel):
-            # Of parameters of one size, shards may have several.
+            # The shards of parameters of one size may have several sizes.
             for part in _alike({name: parameters[name] for name in alike}, lambda p: distributed.local(p).numel()):
                 own = distributed.local(parameters[part[0]])
                 count = _divisor(own.numel(), slices) if scope == "slice" else 1
@@ -105,7 +106,7 @@ class Blocks:
                     stacked = tuple(part[i : i + most])
                     self.groups.append(Group(stacked, count, own.numel() // count, own.dtype, own.device))
         self.parameters = [[parameters[name] for name in group.names] for group in self.groups]
-        # Of what this process holds.
+        # The shapes of what this process holds.
         self._shapes = [[distributed.local(parameter).shape for parameter in own] for own in self.parameters]
         self.scope = scope
 
@@ -113,7 +114,7 @@ class Blocks:
         cut = scope == "slice"
         members = list(range(self.pieces)) if cut else [index[keys[name]] for name in self.names()]
         self.count = self.pieces if cut else len(index)
-        self._aligned = members == list(range(self.count))  # every piece a block, in its place
+        self._aligned = members == list(range(self.count))  # every piece is a block, in the same order
         # The small problems of all blocks are solved together, on the device of the first group.
         self.device = self.groups[0].device
         self._block_of_piece = torch.tensor(members, device=self.device)
@@ -132,10 +133,10 @@ class Blocks:
         return [[distributed.local(parameter) for parameter in parameters] for parameters in self.parameters]
 
     def zeros(self, rows: int | None = None, dtype: torch.dtype | None = None, on_host: bool = False) -> Stack:
-        """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` where `rows` is given.
+        """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` if `rows` is given.
 
-        The dtype is float32 by default, or float64 where the parameters are. With `on_host` it is in the host's
-        memory, pinned where the parameters are on an accelerator.
+        The default dtype is float32, or float64 for float64 parameters. With `on_host` the stack is in host memory,
+        pinned if the parameters are on an accelerator.
         """
         return self._make(torch.zeros, rows, dtype, on_host)
 
@@ -162,7 +163,7 @@ class Blocks:
     def views(self, stack: Stack) -> list[Tensor]:
         """A stack's part of each parameter in the parameter's shape, as views; a rows axis stays in front.
 
-        A parameter in slices has the shape `(slices, numel)` instead.
+        A parameter that is cut into slices has the shape `(slices, numel)` instead.
         """
         views = []
         for stacked, group, shapes in zip(stack, self.groups, self._shapes, strict=True):
@@ -181,7 +182,7 @@ class Blocks:
         ]
 
     def stack(self, tensors: Sequence[Tensor | None] | None = None) -> Stack:
-        """A copy of `tensors` (of the parameters, if not given) in float32 or wider, stacked.
+        """Copy `tensors` (by default the parameters) into a stack, in float32 or wider.
 
         Args:
             tensors (`Sequence[Tensor | None]`): One per parameter, in the order of their pieces; `None` counts as
@@ -198,9 +199,9 @@ class Blocks:
         return stack
 
     def reduce(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Sums per-piece values into per-block values: a `(pieces, ...)` tensor per group -> `(blocks, ...)`.
+        """Sum per-piece values into per-block values: a `(pieces, ...)` tensor per group -> `(blocks, ...)`.
 
-        Of what this process holds: where parameters are sharded, `total` makes them whole.
+        The sums cover what this process holds. If parameters are sharded, `total` completes them.
         """
         values = torch.cat([value.to(self.device) for value in pieces])
         if self._aligned:
@@ -209,18 +210,18 @@ class Blocks:
         return total.index_add_(0, self._block_of_piece, values)
 
     def spread(self, blocks: Tensor) -> list[Tensor]:
-        """Gives every piece its block's values: `(blocks, ...)` -> a `(pieces, ...)` tensor per group."""
+        """Give every piece its block's values: `(blocks, ...)` -> a `(pieces, ...)` tensor per group."""
         values = blocks if self._aligned else blocks.index_select(0, self._block_of_piece)
         return [part.to(group.device) for part, group in zip(values.split(self._sizes), self.groups, strict=True)]
 
     def total(self, *values: Tensor) -> list[Tensor]:
-        """Sums over the shards of all processes, in one collective; the values themselves where there are none."""
+        """Sum over the shards of all processes, in one collective. Without shards, return the values themselves."""
         return distributed.summed(values) if self.sharded else list(values)
 
     def gathered(self, prefix: str, stack: Stack) -> dict[str, Tensor]:
-        """The pieces of a stack as whole tensors, `PREFIX.PARAMETER`; views where parameters are not sharded or cut.
+        """The pieces of a stack as full tensors, `PREFIX.PARAMETER`; views if parameters are neither sharded nor cut.
 
-        Where they are, all processes must call it: the first one gets the tensors, in the host's memory.
+        If they are sharded, all processes must call it. The first process gets the tensors, in host memory.
         """
         views = zip(self.names(), self.views(stack), self.flat_parameters(), strict=True)
         if not self.sharded:
@@ -237,7 +238,7 @@ class Blocks:
         return tensors
 
     def scatter(self, prefix: str, tensors: Mapping[str, Tensor], stack: Stack) -> None:
-        """Puts this process's parts of what `gathered` gave into a stack."""
+        """Put this process's parts of the result of `gathered` into a stack."""
         for name, view, parameter in zip(self.names(), self.views(stack), self.flat_parameters(), strict=True):
             view.copy_(distributed.own_part(tensors[f"{prefix}.{name}"], parameter).reshape(view.shape))
 
@@ -249,7 +250,7 @@ def _fitted(tensor: Tensor, slices: int) -> Tensor:
 
 
 def _refuse_shared_memory(parameters: Mapping[str, Tensor]) -> None:
-    """Two parameters in one memory would each be corrected for the step of both."""
+    """Reject two parameters in the same memory: each would be corrected for the step of both."""
     spans = []
     for name, parameter in parameters.items():
         own = distributed.local(parameter)
@@ -270,7 +271,7 @@ def _divisor(numel: int, most: int) -> int:
 
 
 def _alike(parameters: Mapping[str, Tensor], size: Callable[[Tensor], int]) -> list[list[str]]:
-    """The names of parameters of one size, dtype and device, by the first of each kind."""
+    """The names of parameters of one size, dtype and device, ordered by the first name of each kind."""
     members: dict[tuple, list[str]] = {}
     for name, parameter in parameters.items():
         members.setdefault((size(parameter), parameter.dtype, parameter.device), []).append(name)

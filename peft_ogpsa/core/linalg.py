@@ -1,10 +1,10 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pure functions on stacked tensors: spans, orthogonal complements and cones.
+"""Pure functions on stacked tensors: lengths, products, spans and orthogonal complements.
 
-Shapes: `B` blocks are stacked, each with `m` rows (reference gradients) of `d` dimensions. Rows are stored in
-float32, bfloat16 or int8 and converted tile by tile; what is `m x m` is computed in float64. Nothing reads a value
-back from the device, except `cone_coefficients` on a CPU and what `torch.linalg.eigh` does inside, at refresh.
+Shapes: `B` blocks are stacked, each with `m` rows (reference gradients) of `d` dimensions. Rows are stored in float32,
+bfloat16 or int8 and converted tile by tile. Values of size `m x m` are computed in float64. Nothing reads a value back
+from the device, except `torch.linalg.eigh` internally, at refresh.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,29 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 2**18
-"""Most elements of `rows` that are converted to another dtype at a time on a CPU: what stays in its cache."""
+"""Maximum elements of `rows` converted to another dtype at a time on a CPU, so that they stay in its cache."""
 
 ACCELERATOR_TILE = 2**24
-"""The same elsewhere, where it keeps the number of kernels low."""
+"""The same on other devices, where it keeps the number of kernels low."""
 
 TOLERANCE = 5e-7
 """Smallest singular value kept, relative to the largest.
 
-Two unit rows at angle `t` have the singular value ratio `tan(t / 2)`, so this is the published rule of dropping a
-second direction whose Gram-Schmidt remainder is shorter than 1e-6.
+Two unit rows at angle `t` have the singular value ratio `tan(t / 2)`. This is therefore the published rule, which
+drops a second direction if its Gram-Schmidt remainder is shorter than 1e-6.
 """
 
 
 def small_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype of the `m x m` problems: float64, but float32 on mps, which has no float64."""
+    """The dtype of the `m x m` problems: float64, or float32 on mps, which has no float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def _tiles(rows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices over blocks and over dimensions that together cover `rows`, each of about `TILE` elements at most."""
+    """Slices over blocks and over dimensions that together cover `rows`, each with at most about `TILE` elements."""
     blocks, m, d = rows.shape
     size = TILE if rows.device.type == "cpu" else ACCELERATOR_TILE
-    # Parts of equal width, in whole cache lines where they are wide: stray alignment makes products much slower.
+    # Parts have equal width. Wide parts are whole cache lines, because poor alignment makes products much slower.
     parts = -(-d * m // size) or 1
     width = -(-d // parts)
     width = min(d, -(-width // 64) * 64) if width > 64 else max(1, width)
@@ -57,13 +57,13 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice,
 
 
 def norms(rows: Tensor) -> Tensor:
-    """Euclidean norms of the rows, neither under- nor overflowing for any float32 input.
+    """Euclidean norms of the rows, without underflow or overflow for any float32 input.
 
     Args:
         rows: `[B, m, d]`, any floating dtype or int8.
 
     Returns:
-        `[B, m]`, float64; not finite where a row has an element that is not.
+        `[B, m]`, float64; not finite if a row has an element that is not finite.
     """
     dtype = small_dtype(rows.device)
     squares = torch.zeros(rows.shape[:2], dtype=dtype, device=rows.device)
@@ -80,11 +80,12 @@ def norms(rows: Tensor) -> Tensor:
 
 
 def normalize(rows: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Rows divided by their lengths; a row whose length is zero or not finite becomes zero, which constrains nothing.
+    """Divide rows by their lengths. A row with a zero or non-finite length becomes zero, which constrains nothing.
 
     Args:
         rows: `[B, m, d]`, any floating dtype.
-        lengths: `[B, m]`, float64: of whole rows where `rows` is a part of them; by default `norms(rows)`.
+        lengths: `[B, m]`, float64: the lengths of the whole rows if `rows` is a part of them; by default
+            `norms(rows)`.
 
     Returns:
         `[B, m, d]`, float32.
@@ -96,7 +97,7 @@ def normalize(rows: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 
 def divide_(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Divides rows by their lengths, in place.
+    """Divide rows by their lengths, in place.
 
     Args:
         rows: `[B, m, d]`, float32.
@@ -106,20 +107,20 @@ def divide_(rows: Tensor, lengths: Tensor) -> Tensor:
         `rows`.
     """
     lengths = torch.where(lengths > 0, lengths, 1.0).unsqueeze(-1)
-    # A power of two, so without rounding, brings any length within float32's range.
+    # A power of two brings any length within float32's range, without rounding.
     shift = lengths.log2().round().clamp(min=-126, max=126).neg().exp2()
     return rows.mul_(shift.float()).mul_((1.0 / (lengths * shift)).float())
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest multiples of `1/127` of the largest absolute value of each vector.
+    """Round each vector to the nearest multiples of `1/127` of its largest absolute value.
 
     Args:
         values: `[..., d]`, float32.
 
     Returns:
-        The multiples, `[..., d]`, int8, and what they are multiplied with, `[...]`; that is 0 for a zero vector, and
-        not finite for one that is not.
+        The multiples, `[..., d]`, int8, and the factor to multiply them with, `[...]`. The factor is 0 for a zero
+        vector, and not finite for a vector that is not finite.
     """
     peaks = values.abs().amax(-1)
     usable = peaks.isfinite() & (peaks > 0)
@@ -132,7 +133,8 @@ def gram(rows: Tensor, index: Sequence[int] | slice | None = None) -> Tensor:
 
     Args:
         rows: `[B, m, d]`, float32, bfloat16 or int8.
-        index: Only the products of these `n` rows with all rows; by default of all. A slice is faster than a list.
+        index: Compute only the products of these `n` rows with all rows; by default of all. A slice is faster than a
+            list.
 
     Returns:
         `[B, m, m]`, or `[B, n, m]` with `index`, float64.
@@ -154,9 +156,9 @@ def products(rows: Tensor, vectors: Tensor) -> Tensor:
         vectors: `[B, d]`, any floating dtype.
 
     Returns:
-        `[B, m]`, float32. Where TensorFloat-32 products are switched on, so are they here, with three digits.
+        `[B, m]`, float32. If TensorFloat-32 products are switched on, these products use it too and have three digits.
     """
-    # As `v R^T`: on a CPU `R v` is five times slower in torch 2.13.
+    # Computed as `v R^T`: on a CPU `R v` is five times slower in torch 2.13.
     factors = vectors.float().unsqueeze(-2)
     if rows.dtype == torch.float32:
         return torch.bmm(factors, rows.mT).squeeze(-2)
@@ -179,7 +181,7 @@ def combine(rows: Tensor, coefficients: Tensor) -> Tensor:
     weights = coefficients.float().unsqueeze(-2)
     blocks, _, d = rows.shape
     if rows.dtype == torch.float32:
-        if rows.device.type != "cpu" or d == 0:  # an empty shard has nothing to choose
+        if rows.device.type != "cpu" or d == 0:  # an empty shard has nothing to select
             return torch.bmm(weights, rows).squeeze(-2)
         # Few rows bind, and the others are not read. (An accelerator would have to wait for their number.)
         used = weights != 0
@@ -208,16 +210,16 @@ def lengths_squared(gram: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def span_weights(gram: Tensor, rank: int | None = None, tolerance: float = TOLERANCE) -> Tensor:
-    """Weights `W` that make the rows `Q = W R` an orthonormal basis of the top directions of `R`.
+    """Weights `W` that make the rows `Q = W R` an orthonormal basis of the leading directions of `R`.
 
     The directions are eigenvectors of the Gram matrix, largest eigenvalue first. Directions beyond `rank`, or with a
     singular value of at most `tolerance` times the block's largest, get zero rows in `W`, so that shapes are static.
 
     Args:
-        gram: `[B, m, m]`, from `gram`. Rows should be of unit length: the tolerance is relative to the largest.
-        rank: Most directions to keep; None keeps all that pass the tolerance.
-        tolerance: Relative, on singular values. The default is explained at `TOLERANCE`; a value below
-            `sqrt(m * eps)`, which rounding of the Gram matrix hides, is raised to that.
+        gram: `[B, m, m]`, from `gram`. Rows should have unit length, because the tolerance is relative to the largest.
+        rank: Maximum number of directions to keep; `None` keeps all that pass the tolerance.
+        tolerance: Relative, on singular values. `TOLERANCE` explains the default. Rounding of the Gram matrix hides
+            values below `sqrt(m * eps)`, so a lower tolerance is raised to that.
 
     Returns:
         `[B, m, m]`, float64; NaN for a block whose Gram matrix is not finite.
@@ -239,7 +241,7 @@ def span_weights(gram: Tensor, rank: int | None = None, tolerance: float = TOLER
 def orthonormal_rows(rows: Tensor, weights: Tensor) -> Tensor:
     """Orthonormal rows `Q = W R`, accumulated in float64.
 
-    Weights reach `1 / TOLERANCE`, where float32 sums would keep one digit of seven. With these rows,
+    Weights reach `1 / TOLERANCE`. With such weights float32 sums would keep one digit of seven. With these rows,
     `v - combine(Q, products(Q, v))` is orthogonal to the span to float32 precision, however close the rows are.
 
     Args:
@@ -273,8 +275,8 @@ def pseudo_inverse(gram: Tensor, tolerance: float = TOLERANCE) -> Tensor:
 def orthogonal_coefficients(inverse_gram: Tensor, products: Tensor) -> Tensor:
     """Coefficients `c = G^+ p` for which `v - R^T c` has no component in the span of the rows.
 
-    This needs no second copy of the rows, but the rounding of float32 products is magnified by the ratio of the
-    largest singular value to the smallest one kept. Use `orthonormal_rows` where rows may be close to dependent.
+    This needs no second copy of the rows. However, it magnifies the rounding of float32 products by the ratio of the
+    largest singular value to the smallest one kept. Use `orthonormal_rows` if rows may be close to dependent.
 
     Args:
         inverse_gram: `[B, m, m]`, from `pseudo_inverse`.

@@ -1,13 +1,13 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""When projection happens: around the optimizer's own step, in any loop.
+"""The projector, which projects an optimizer's own steps in any training loop.
 
-`hooks` tells the projector of every optimizer step. Where the optimizer trains its parameters, the projector changes
-the gradient before the step, or the parameters after it.
+`hooks` notifies the projector of every optimizer step. If the optimizer trains the projector's parameters, the
+projector changes the gradient before the step, or the parameters after it.
 
-In several processes each computes reference gradients of its share of every batch. Under DDP their sum makes the same
-rows everywhere, so that every process projects its own, equal step alone. Under FSDP2 every process holds a shard of
-rows and step, and one sum of inner products in a step is all that they exchange.
+With several processes, each computes reference gradients of its share of every batch. Under DDP the sum of these
+gradients makes the same rows everywhere, so every process projects its own, equal step by itself. Under FSDP2 every
+process holds a shard of the rows and of the step. In a step the processes exchange only one sum of inner products.
 """
 
 from __future__ import annotations
@@ -47,29 +47,30 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Projector:
-    """Keeps the reference subspace of the parameters in training and projects each optimizer step onto it.
+    """The reference subspace of the parameters in training, which projects each optimizer step.
 
-    It is made by `get_peft_model(model, OGPSAConfig(...))`, or by `attach` for a model's own weights, and needs no
-    call in the training loop but `refresh`, which `OGPSACallback` makes under transformers' and TRL's trainers. Of an
-    adapter only the LoRA matrices A and B in training are projected; other trainable parameters (`modules_to_save`,
-    biases, DoRA magnitudes) are stepped by the optimizer as ever.
+    `get_peft_model(model, OGPSAConfig(...))` creates it, or `attach` for a model's own weights. The training loop only
+    needs to call `refresh`. `OGPSACallback` makes this call in the trainers of transformers and TRL. In an adapter,
+    only the LoRA matrices A and B in training are projected. The optimizer steps other trainable parameters
+    (`modules_to_save`, biases, DoRA magnitudes) as usual.
 
-    With `projection="update"` the constraint holds for the parameters' real change in the step, whatever made it:
-    momentum, preconditioning, clipping and decoupled weight decay are inside it. With `projection="gradient"` it
-    holds for the gradient alone, which is what the paper does; what the optimizer makes of it is another matter.
+    With `projection="update"` the constraint holds for the parameters' real change in the step, whatever caused it:
+    momentum, preconditioning, clipping and decoupled weight decay are included. With `projection="gradient"` the
+    constraint holds only for the gradient, as in the paper. The step that the optimizer makes from this gradient may
+    not meet it.
 
     Attributes:
         enabled (`bool`): Set to `False` to train without projection for a while.
         diagnostics (`Diagnostics`): What was done and what it cost.
-        kernels (`bool`): Set to `True`, or set the environment variable `PEFT_OGPSA_KERNELS=1`, for the Triton kernels
-            of `kernels.py` where they apply: the cone on the update of float32 parameters on CUDA, up to 64 rows in
-            float32 or bfloat16. Experimental: they have been compiled for GPUs and run in Triton's interpreter, not on
-            a GPU yet.
+        kernels (`bool`): Set to `True`, or set the environment variable `PEFT_OGPSA_KERNELS=1`, to use the Triton
+            kernels of `kernels.py` where they apply: the cone on the update of float32 parameters on CUDA, with up to
+            64 rows in float32 or bfloat16. Experimental: the kernels have been compiled for GPUs and run in Triton's
+            interpreter, but not on a GPU yet.
         max_grad_norm (`float`, *optional*): The norm that the training gradient is clipped to. The callback takes it
-            from the trainer's arguments. The mean reference gradient is clipped to it as well, before it is multiplied
-            with `reference_weight`. `None`: no clipping.
-        steps (`int`): Steps of the optimizer that trains the parameters, whether projected or not.
-        skipped (`int`): Steps that a gradient scaler has turned into none; they are not among `steps`.
+            from the trainer's arguments. The mean reference gradient is clipped to the same norm, before it is
+            multiplied by `reference_weight`. `None`: no clipping.
+        steps (`int`): Number of steps of the optimizer that trains the parameters, projected or not.
+        skipped (`int`): Number of steps that a gradient scaler has skipped. `steps` does not count them.
     """
 
     def __init__(self, targets: Targets) -> None:
@@ -81,23 +82,23 @@ class Projector:
         self.steps = self.skipped = 0
         self.subspace: Subspace | None = None
         self.activations: ActivationSubspace | None = None
-        self._built_with: tuple = ()  # what of the configuration the activation subspace depends on
-        self._built_for: dict[str, nn.Parameter] = {}  # the parameters that were in training then
-        self._moves = True  # whether the step under way can move anything
-        self._moved = 0  # steps that could move something: not those of a learning rate of 0
-        self._steps_since_refresh = 0  # of these
-        self._fresh: list[int] = []  # slots whose rows were computed at the present parameters
-        self._weights: dict[str, float] = {}  # of the reference sets, where the configuration gives none
-        self._made_with: tuple | None = None  # what of the configuration the subspace depends on
+        self._built_with: tuple = ()  # the settings that the activation subspace depends on
+        self._built_for: dict[str, nn.Parameter] = {}  # the parameters in training when it was built
+        self._moves = True  # whether the current step can move anything
+        self._moved = 0  # steps that could move something, so not those with a learning rate of 0
+        self._steps_since_refresh = 0  # counts only such steps
+        self._fresh: list[int] = []  # slots whose rows were computed at the current parameters
+        self._weights: dict[str, float] = {}  # of the reference sets, if the configuration gives none
+        self._made_with: tuple | None = None  # the settings that the subspace depends on
         self.guard = Guard(self)
         self._before: Stack | None = None
-        self._remembered = False  # whether the activation subspace is to project the step under way
+        self._remembered = False  # whether the activation subspace will project the current step
         self._masters: Stack | None = None
         self._last_launcher: Launcher | None = None
         self._warned = False
-        # Other models' optimizers, with the parameters that they and we had: so that their steps cost them no search.
+        # Other models' optimizers, with the parameters that they and we had, so that their steps need no search.
         self._strangers: weakref.WeakKeyDictionary[Optimizer, tuple[set[int], set[int]]] = weakref.WeakKeyDictionary()
-        # At the refreshing step: the gradient's overlaps with the rows, this process's part.
+        # At a step that follows a refresh: the gradient's overlaps with the rows, this process's part.
         self._overlaps: Tensor | None = None
         hooks.watch(self)
 
@@ -105,7 +106,7 @@ class Projector:
 
     @property
     def config(self) -> ProjectionConfig:
-        """The settings of what is in training.
+        """The settings of the parameters in training.
 
         Raises:
             ValueError: If several trainable OGPSA adapters have different projection settings.
@@ -126,15 +127,15 @@ class Projector:
 
     @property
     def names_others(self) -> bool:
-        """Whether trained parameters that are not projected are to be named to the user."""
+        """Whether the user gets the names of trained parameters that are not projected."""
         return self._targets.names_others
 
     def widen(self) -> None:
-        """Holds what is in training in float32, if it is of lower precision; made for adapters.
+        """Convert the parameters in training to float32 if they have lower precision; made for adapters.
 
-        A small projected update is lost to rounding in bfloat16: rounding alone then breaks the constraint, and Adam's
-        moments stand still. TRL casts the adapters of quantised models to bfloat16, without a choice; autocast
-        computes in the lower precision all the same.
+        In bfloat16 a small projected update is lost to rounding. Rounding alone then breaks the constraint, and Adam's
+        moments do not change. TRL casts the adapters of quantized models to bfloat16 and offers no choice. Autocast
+        still computes in the lower precision.
         """
         self._targets.forget()
         for parameter in self._trained()[0].values():
@@ -147,12 +148,13 @@ class Projector:
     def due(self) -> bool:
         """Whether a refresh is due before the next step.
 
-        With an activation subspace once, before the first step, to build it. With reference gradients every
-        `refresh_steps` steps, and once more after the first that moved the parameters: at LoRA's usual start B is
-        zero, and so are all gradients of A, so the first rows know nothing of A. A step with a learning rate of 0,
-        such as the first one of a warm-up, moves nothing and does not count. A refresh is also due when the subspace
-        fits other parameters or settings than those in training, as after `set_adapter`. Where both are due the first
-        refresh builds the activation subspace and another is due at once, so call it `while` this is true.
+        An activation subspace needs one refresh before the first step, which builds it. Reference gradients need one
+        every `refresh_steps` steps, and one more after the first step that moved the parameters. At LoRA's usual start
+        B is zero, and so are all gradients of A, so the first rows contain nothing about A. A step with a learning
+        rate of 0, such as the first step of a warm-up, moves nothing and does not count. A refresh is also due if the
+        subspace was made for other parameters or settings than those in training, as after `set_adapter`. If both
+        kinds are due, the first refresh builds the activation subspace and another refresh is due at once. So call
+        `refresh` in a loop, `while` this is true.
         """
         config = self.config
         if self._lacks_activations(config):
@@ -175,39 +177,40 @@ class Projector:
         weights: Mapping[str, float] | None = None,
         progress: Callable[[list], Iterable] = iter,
     ) -> dict[str, float]:
-        """Builds the activation subspace, if it is configured and not there yet; else computes reference gradients.
+        """Build the activation subspace, if it is configured and missing; otherwise compute reference gradients.
 
-        Reference gradients are computed at the present parameters and put into the gradient subspace. Training is not
-        disturbed: `.grad`, random states and every module's mode are as before afterwards.
+        Reference gradients are computed at the current parameters and stored in the gradient subspace. Training is not
+        disturbed: `.grad`, random states and the mode of every module are the same afterwards.
 
-        In several processes all must call it, with the same batches; each passes every n-th example of a batch (under
-        FSDP2 with `rows_from="example"` all of them, one at a time). Call it between optimizer steps, not between
-        the micro-batches of one.
+        With several processes, all must call it with the same batches. Each passes every n-th example of a batch
+        (under FSDP2 with `rows_from="example"` all of them, one at a time). Call it between optimizer steps, not
+        between the micro-batches of one step.
 
         Args:
-            batches (`Mapping[str, Iterable]`): For each reference set, by name, its batches. Each batch gives one
-                reference gradient with `rows_from="batch"`, one per example with `"example"`, and `"set"` averages
-                over all batches of the set, weighted by their numbers of examples.
+            batches (`Mapping[str, Iterable]`): The batches of each reference set, by name. With `rows_from="batch"`
+                each batch gives one reference gradient, with `"example"` each example gives one, and with `"set"` the
+                gradient is the mean over all batches of the set, weighted by their numbers of examples.
             loss_fn (`Callable`): `loss_fn(model, batch)` returns the scalar loss to preserve, a mean over the batch.
-            model (`nn.Module`, *optional*): What `loss_fn` is given; by default the OGPSA model itself, uncompiled.
-                Under FSDP2 it must be, or be inside, what was sharded as a whole: the outermost `fully_shard`.
+            model (`nn.Module`, *optional*): The model that is passed to `loss_fn`; by default the OGPSA model itself,
+                uncompiled. Under FSDP2 it must be, or be inside, the module that was sharded as a whole by the
+                outermost `fully_shard`.
             weights (`Mapping[str, float]`, *optional*): For each set, how much of its mean gradient is added to the
-                training gradient where the configuration says `reference_weight=None`. 1 for a set without an entry,
-                which suits losses of given answers.
+                training gradient if the configuration has `reference_weight=None`. A set without an entry has the
+                weight 1, which suits losses of given answers.
             progress (`Callable`, *optional*): Wraps the list of passes that build the activation subspace, for a
                 progress bar.
 
         Returns:
-            The mean loss of each set over its finite batches; nothing where the activation subspace was built, for
-            which `loss_fn` only passes the batches through the model, without its adapter.
+            The mean loss of each set over its finite batches. Empty if the activation subspace was built. In that case
+            `loss_fn` only passes the batches through the model, without its adapter.
 
         Raises:
             ValueError: If there is no set, a set without batches, or more reference gradients than `rows`; if
                 `loss_fn` returns no scalar that depends on the adapter; if the adapter is merged, or two parameters
-                share memory; if processes are given different batches. Existing rows are kept, except after a failed
-                FSDP2 pass, which clears them.
-            FloatingPointError: If no reference gradient is finite. If some are not, those rows are left out, with a
-                warning.
+                share memory; if processes get different batches. Existing rows are kept, except after a failed FSDP2
+                pass, which clears them.
+            FloatingPointError: If no reference gradient is finite. If only some are not finite, their rows are left
+                out, with a warning.
         """
         config = self.config
         sets = _checked(batches)
@@ -239,9 +242,9 @@ class Projector:
                     sums.append(self._fill(subspace, own, config.row_of, model, items, sizes[name], loss_fn))
             except BaseException:
                 if subspace.blocks.sharded:
-                    self.subspace = None  # to be discarded by all processes, of which some may be elsewhere
+                    self.subspace = None  # all processes must discard it, and some may be at a different point
                 else:
-                    subspace.discard(slots)  # the older rows remain as they were
+                    subspace.discard(slots)  # the older rows stay as they were
                 raise
             if self.activations is not None and config.uses_activations:
                 with self._full_precision():
@@ -269,11 +272,11 @@ class Projector:
 
     @property
     def unbuilt(self) -> bool:
-        """Whether the next refresh builds the activation subspace, for which it wants all reference examples."""
+        """Whether the next refresh builds the activation subspace. That refresh needs all reference examples."""
         return self._lacks_activations(self.config)
 
     def _lacks_activations(self, config: ProjectionConfig) -> bool:
-        """Whether the activation subspace is to be built: it is not there, or is of other parameters or settings."""
+        """Whether the activation subspace must be built: it is missing, or made for other parameters or settings."""
         if not config.uses_activations:
             return False
         if self.activations is None or self._built_with != _inputs_of(config):
@@ -325,7 +328,7 @@ class Projector:
             self._hold(ActivationSubspace(matrices, found, _DTYPES[config.rows_dtype]), config)
 
     def _hold(self, activations: ActivationSubspace, config: ProjectionConfig) -> None:
-        """Takes a subspace and puts the adapter into its complement."""
+        """Store a subspace and move the adapter into its complement."""
         leak = activations.enter()
         if leak > LEAK:
             logger.warning(
@@ -337,7 +340,7 @@ class Projector:
         self._built_for, _ = self._trained()
         self.diagnostics.removed_by_kind = activations.removed
         self.diagnostics.record_energies({own.name: own.held_out for own in activations.kinds()})
-        self.subspace = self._before = self._masters = None  # reference gradients of the adapter as it was
+        self.subspace = self._before = self._masters = None  # they belong to the adapter as it was
         self.guard.forget()
         self.guard.after_step()
 
@@ -349,7 +352,7 @@ class Projector:
         parameters, _ = self._trained()
         old = self.subspace
         if old is not None and not (self._made_with == _shape_of(config) and _same_parameters(old.blocks, parameters)):
-            old = None  # the rows are of no use
+            old = None  # its rows cannot be used
         capacity = config.rows
         if config.row_of == "set":
             held = [name for name in (old.sets if old else ()) if name is not None]
@@ -362,7 +365,7 @@ class Projector:
                 )
             capacity = max(capacity, old.capacity if old else 0)
         if old is None:
-            self.subspace = None  # the old rows are freed before the new ones are made
+            self.subspace = None  # free the old rows before the new ones are created
             self._before = self._masters = None
             self.guard.forget()
         if old is None or old.capacity != capacity:
@@ -396,19 +399,20 @@ class Projector:
         sizes: Sequence[int],
         loss_fn: LossFn,
     ) -> Tensor:
-        """Fills one set's slots with this process's part of its raw gradients.
+        """Fill one set's slots with this process's part of its raw gradients.
 
         Returns:
-            `(2,)`: the losses of its finite passes, summed with their numbers of examples as weights, and those.
+            `(2,)`: the losses of the set's finite passes, summed with their numbers of examples as weights, and the
+            sum of these weights.
         """
         blocks = subspace.blocks
         losses: list[tuple[Tensor, float]] = []
 
         def add(batch: Any, size: int, sink: Slots, weight: float) -> None:
-            """Adds this process's part of a batch's gradient, times `weight`, which the sum over processes is."""
+            """Add this process's part. The sum over processes is the batch's gradient times `weight`."""
             own = distributed.share(size)
             if blocks.sharded:
-                # All processes must pass something, so that one without examples passes another's for nothing.
+                # All processes must make a pass. A process without examples passes another's, with weight 0.
                 part = examples_of(batch, own or [0])
                 loss = sharded_gradient(model, part, loss_fn, blocks, sink, weight * len(own) / size)
             elif own:
@@ -419,7 +423,7 @@ class Projector:
                 losses.append((loss, len(own)))
 
         if rows_from == "set":
-            # Added up in float32, whatever the rows' dtype.
+            # Summed in float32, whatever the dtype of the rows.
             total = blocks.zeros(rows=1)
             mean = Slots(blocks, total, [part.new_ones(part.shape[:2]) for part in total], [0])
             for batch, size in zip(batches, sizes, strict=True):
@@ -467,10 +471,10 @@ class Projector:
         logger.warning("Reference gradients that are not finite were skipped: %s.", listing)
 
     def memory(self, sets: int) -> tuple[int, int]:
-        """Bytes for `sets` reference sets: of the rows, held throughout, and of what an optimizer step holds beside.
+        """Bytes for `sets` reference sets: for the rows, which stay stored, and in addition for an optimizer step.
 
-        Computed from what is in training, before any row is there; of this process's part. Gram matrices, norms and,
-        for parameters of lower precision, their float32 copy are not counted.
+        The numbers are computed from the parameters in training, before any row exists, for this process's part. Gram
+        matrices, norms and, for parameters of lower precision, their float32 copy are not counted.
         """
         config = self.config
         blocks = Blocks(*self._trained(), config.scope, config.slices)
@@ -484,9 +488,9 @@ class Projector:
         return held, more
 
     def reset(self) -> None:
-        """Forgets the rows and starts counting anew, as for a new stage of training.
+        """Forget the rows and restart the counters, for a new stage of training.
 
-        The activation subspace stays while the adapter in its complement is in use.
+        The activation subspace stays if the adapter in its complement is in use.
         """
         if self.activations is not None and not self.activations.in_use():
             self._drop_activations()
@@ -498,7 +502,7 @@ class Projector:
         self.guard.forget()
 
     def retire(self) -> None:
-        """Lets go of the optimizer's steps for good; the adapter has been unloaded."""
+        """Stop watching the optimizer's steps permanently, because the adapter has been unloaded."""
         self.reset()
         self._drop_activations()
         hooks.unwatch(self)
@@ -506,7 +510,7 @@ class Projector:
     # The optimizer step
 
     def _full_precision(self) -> AbstractContextManager:
-        """Neither autocast, in which a loop may step its optimizer, nor TF32."""
+        """Disable TF32 and autocast, in which a loop may step its optimizer."""
         device = self._device
         return nullcontext() if device is None else _full_precision(device)
 
@@ -521,8 +525,8 @@ class Projector:
         return True
 
     def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Runs before every step of our parameters; may replace its arguments to get hold of a closure."""
-        self._before = None  # of a step that raised an error
+        """Run before every step of our parameters; may replace the step's arguments to wrap a closure."""
+        self._before = None  # may remain from a step that raised an error
         self._remembered = False
         self._moves = self._can_move(optimizer)
         config = self.config
@@ -535,8 +539,8 @@ class Projector:
         with self._full_precision():
             if closure is None:
                 self._on_gradient(optimizer)
-                self._fresh = []  # not at the end: should the step fail and be tried again, they are in its gradient
-            # Whatever the learning rate: it decides what counts, and nothing else.
+                self._fresh = []  # not at the end: if the step fails and is tried again, they are in its gradient
+            # For any learning rate: the rate only decides whether the step counts.
             with self.diagnostics.stopwatch("projection", self._device):
                 if config.uses_activations:
                     assert self.activations is not None
@@ -570,10 +574,10 @@ class Projector:
         return trained & owned
 
     def _can_move(self, optimizer: Optimizer) -> bool:
-        """Whether a step can move anything: not with a learning rate of 0.
+        """Whether a step can move anything. With a learning rate of 0 it cannot.
 
-        Some optimizers have no rate, or `None` where they find their own. Reading a rate from an accelerator would
-        wait for it, so that is done for the first steps only.
+        Some optimizers have no rate, or `None` if they find their own. Reading a rate from an accelerator would wait
+        for the device, so this is done only for the first steps.
         """
 
         def still(rate: Any) -> bool:
@@ -585,13 +589,13 @@ class Projector:
 
     @property
     def _device(self) -> torch.device | None:
-        """Where small problems are solved; `None` before there is a subspace."""
+        """The device that solves small problems; `None` before there is a subspace."""
         if self.subspace is not None:
             return self.subspace.blocks.device
         return None if self.activations is None else self.activations.device
 
     def projected(self) -> dict[str, Tensor]:
-        """The parameters that a subspace was made for, by name; none before there is one."""
+        """The parameters that a subspace was made for, by name; empty before there is one."""
         own: dict[str, Tensor] = {} if self.activations is None else dict(self._built_for)
         if self.subspace is not None:
             blocks = self.subspace.blocks
@@ -599,7 +603,7 @@ class Projector:
         return own
 
     def _is_ready(self, optimizer: Optimizer, config: ProjectionConfig) -> bool:
-        """Whether everything is there to project a step of this optimizer."""
+        """Whether everything that is needed to project a step of this optimizer is available."""
         stepped = self._stepped(optimizer)
         trained, _ = self._trained()
         rows = self.subspace
@@ -611,7 +615,7 @@ class Projector:
         if lacking:
             if self._moves:
                 self._missing_reference(*lacking[0])
-            # Else nothing moves: torch makes such a step when it loads an optimizer's state from shards.
+            # Otherwise nothing moves. torch makes such a step when it loads an optimizer's state from shards.
             return False
         if len(stepped) < len(trained):
             absent = next(name for name, parameter in trained.items() if id(parameter) not in stepped)
@@ -641,7 +645,7 @@ class Projector:
 
     @torch.no_grad()
     def _on_gradient(self, optimizer: Optimizer) -> None:
-        """With the step's final gradients at hand: figures, reference weight, gradient projection."""
+        """Process the step's final gradients: figures, reference weight, gradient projection."""
         config = self.config
         if self.subspace is not None and config.refreshes:
             self._on_rows(optimizer, self.subspace, config)
@@ -667,13 +671,13 @@ class Projector:
                 coefficients = self._solve(stack)
                 for own, correction in zip(blocks.shaped(stack), subspace.corrections(coefficients), strict=True):
                     torch._foreach_add_(own, correction)
-            # After the projection, which would take away the whole of it: it lies in the rows' span.
+            # Added after the projection, which would remove all of it, because it lies in the rows' span.
             factors = self._factors()
             weighted = bool(self._fresh and any(factors.values()))
             if weighted:
                 weights = subspace.mean_weights(self._fresh, factors) * self._clipping(subspace)
                 self.diagnostics.record_reference(subspace.length(weights))
-                # A fused optimizer may unscale float16 gradients itself: then they are still scaled here.
+                # A fused optimizer may unscale float16 gradients itself. Then they are still scaled here.
                 scale = getattr(optimizer, "grad_scale", None)
                 weights = weights if scale is None else weights * scale.to(weights.device)
                 torch._foreach_add_(stack, subspace.combine(weights))
@@ -686,20 +690,20 @@ class Projector:
                 torch._foreach_copy_([gradient for gradient, _ in found], [own for _, own in found])
 
     def _clipping(self, subspace: Subspace) -> Tensor | float:
-        """What brings the mean reference gradient down to `max_grad_norm`, as `clip_grad_norm_` does a gradient."""
+        """The factor that clips the mean reference gradient to `max_grad_norm`, as `clip_grad_norm_` would."""
         if self.max_grad_norm is None:
             return 1.0
         return (self.max_grad_norm / (subspace.length(subspace.mean_weights(self._fresh)) + 1e-6)).clamp(max=1.0)
 
     def _factors(self) -> dict[str, float]:
-        """What each fresh set's mean gradient is multiplied with when it is added to the training gradient."""
+        """The factor of each fresh set's mean gradient when it is added to the training gradient."""
         given = self.config.reference_weight
         if given is None and not self.config.constrains:
             given = 0.0
         return self._weights if given is None else dict.fromkeys(self._weights, given)
 
     def _solve(self, stack: Stack) -> Tensor:
-        """The coefficients of what a descent direction must change by, with all that processes exchange in a step."""
+        """The coefficients of a descent direction's correction. All communication of a step happens here."""
         subspace = self.subspace
         assert subspace is not None
         parts = [part.flatten().dot(part.flatten()).to(subspace.blocks.device) for part in stack]
@@ -735,8 +739,8 @@ class Projector:
             return
         stored = blocks.stack()
         if any(group.dtype in _LOW_PRECISION for group in blocks.groups):
-            # Parameters of low precision cannot hold a small projected update, so a float32 copy collects it. Where
-            # the stored parameter is no longer the rounded copy, somebody has changed it: then it is the truth.
+            # Parameters of low precision cannot hold a small projected update, so a float32 copy collects it. If the
+            # stored parameter is no longer the rounded copy, other code has changed it. Then its value is used.
             masters = stored if self._masters is None else self._masters
             self._masters = [
                 torch.where(master.to(group.dtype).float() == now, master, now)
@@ -745,7 +749,7 @@ class Projector:
         self._before = stored
 
     def end_step(self, optimizer: Optimizer) -> None:
-        """Runs after every step of our parameters that raised no error."""
+        """Run after every step of our parameters that raised no error."""
         if self._remembered or self._before is not None:
             assert self._device is not None
             with self._full_precision(), self.diagnostics.stopwatch("projection", self._device):
@@ -755,7 +759,7 @@ class Projector:
                 if self._before is not None:
                     assert self.subspace is not None
                     self._project_update(self.subspace.blocks, self._before)
-                    if self._remembered:  # what was taken away lay in the complement but for rounding
+                    if self._remembered:  # the removed part lay in the complement, up to rounding
                         assert self.activations is not None
                         self.activations.project_step(record=False)
             self._before, self._remembered = None, False
@@ -775,15 +779,15 @@ class Projector:
             self.diagnostics.record_projection(*launcher.project(self.subspace, before))
             return
         parameters = blocks.local_parameters()
-        # The step as it is subtracted, in the snapshot's memory.
+        # The step as a descent direction (before minus after), in the snapshot's memory.
         step = before
         torch._foreach_sub_(list(chain.from_iterable(blocks.shaped(step))), list(chain.from_iterable(parameters)))
         coefficients = self._solve(step)
         if self._masters is None:
-            # Taking away what is to be removed leaves parameters alone, to the bit, where nothing conflicts.
+            # Subtracting only the correction keeps parameters the same, to the bit, if nothing conflicts.
             for own, correction in zip(parameters, self.subspace.corrections(coefficients), strict=True):
                 torch._foreach_sub_(own, correction)
-                del correction  # before the next group's is made
+                del correction  # before the next group's is computed
             return
         torch._foreach_sub_(self._masters, step)
         masters = blocks.shaped(self._masters)
@@ -795,9 +799,9 @@ class Projector:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on exactly: the subspace and the refresh counters.
+        """What a resumed run needs to continue exactly: the subspace and the refresh counters.
 
-        Under FSDP2 all processes must call it; the first one gets the tensors, whole, the others none.
+        Under FSDP2 all processes must call it. The first process gets the full tensors; the others get none.
 
         Returns:
             `{"tensors": {name: Tensor}, "rest": JSON-ready dict}`.
@@ -831,11 +835,11 @@ class Projector:
         return {"tensors": tensors, "rest": rest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave, in any number of processes, after the parameters have been restored.
+        """Restore the result of `state_dict`, in any number of processes, after the parameters have been restored.
 
         Raises:
-            ValueError: If it was made for other settings, parameters, shapes or numbers of rows, at other values of
-                the parameters, or is damaged; nothing is changed.
+            ValueError: If the state was made for other settings, parameters, shapes or numbers of rows, or at other
+                values of the parameters, or if it is damaged. Nothing is changed then.
         """
         tensors, rest = dict(state["tensors"]), state["rest"]
         config = self.config
@@ -886,7 +890,7 @@ class Projector:
         self.guard.forget()
 
     def _fingerprint(self) -> dict[str, float]:
-        """The norm of every parameter in training, by name: what tells one run's adapter from another's."""
+        """The norm of every parameter in training, by name. It distinguishes one run's adapter from another's."""
         parameters, _ = self._trained()
         own = [
             torch.linalg.vector_norm(distributed.local(parameter), dtype=torch.float32).cpu()
@@ -925,7 +929,7 @@ def _shape_of(config: ProjectionConfig) -> tuple:
 def _skips(optimizer: Optimizer) -> bool:
     """Whether a gradient scaler has found an overflow, so that the step will do nothing.
 
-    It does not call a plain optimizer at all then, but it does call a fused one.
+    In that case the scaler does not call a plain optimizer at all, but it does call a fused one.
     """
     return bool(getattr(optimizer, "found_inf", False))
 
@@ -961,7 +965,7 @@ def _same_parameters(blocks: Blocks, parameters: Mapping[str, Tensor]) -> bool:
 
 
 def _linears_of(model: nn.Module) -> dict[int, nn.Linear | None]:
-    """The linear modules by the `id` of their weight; `None` where several share one."""
+    """The linear modules by the `id` of their weight; `None` if several modules share one."""
     linears: dict[int, nn.Linear | None] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a projector projects: the LoRA matrices of an adapter, or a model's own weights."""
+"""The interface of what a projector projects: the LoRA matrices of an adapter, or a model's own weights."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .config import ProjectionConfig
 
 
 class Targets(Protocol):
-    """The parameters to project, and how."""
+    """The parameters to project, and their settings."""
 
-    kind: str  # of parameters, as messages call them
-    what: str  # the optimizer steps
-    settings: str  # the class of the configuration
+    kind: str  # the kind of parameters, for messages
+    what: str  # what the optimizer steps, for messages
+    settings: str  # the name of the configuration class, for messages
     rows_on_host: bool
-    names_others: bool  # whether what is trained and not projected may surprise the user
+    names_others: bool  # whether to warn about parameters that are trained and not projected
 
     @property
     def model(self) -> nn.Module:
-        """What loss functions are given, and whose modules the parameters are in."""
+        """The model that is passed to loss functions, and whose modules contain the parameters."""
 
     @property
     def config(self) -> ProjectionConfig:
@@ -34,13 +34,13 @@ class Targets(Protocol):
         """Name, owner (the module that it belongs to) and parameter of everything in training."""
 
     def matrices(self) -> list[InputMatrix]:
-        """What an activation subspace projects; raises a `ValueError` where it could not hold."""
+        """The matrices that an activation subspace projects; raises a `ValueError` if it cannot work with them."""
 
     def original(self) -> AbstractContextManager:
-        """The model as it was before training."""
+        """A context with the model as it was before training."""
 
     def forget(self) -> None:
-        """The parameters may have been replaced by others."""
+        """Forget the known parameters, because others may have replaced them."""
 
     def check(self) -> None:
-        """Raises a `ValueError` where a pass of the model would give no gradients of the parameters."""
+        """Raise a `ValueError` if a pass of the model would give no gradients of the parameters."""

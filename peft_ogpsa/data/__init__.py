@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small data set, written for this project, to try safety fine-tuning without a download.
 
-The conversations are of three kinds: `harmful` (a harmful request and a polite refusal), `benign` (a harmless
+There are three kinds of conversations: `harmful` (a harmful request and a polite refusal), `benign` (a harmless
 question that sounds dangerous and its answer) and `general` (everyday requests and their answers). `README.md` in
 this folder is the data card. `load_prompts` reads prompts without answers, for `ReferenceSet.from_prompts`; `public`
 has readers for public data sets.
@@ -27,13 +27,13 @@ def load(name: str, split: str = "train") -> list[dict[str, Any]]:
         split: `"train"` or `"test"`. No request is in both.
 
     Returns:
-        One dictionary a row: `prompt` and `completion`, each a list of one `{"role", "content"}` message, as TRL's
-        trainers read them; `category`, a word for the topic; and, where the answer is a number, `answer`, its text.
-        Categories alternate, so that the first rows are a fair sample of all. Pass the list to
-        `datasets.Dataset.from_list` for a data set.
+        One dictionary per row. `prompt` and `completion` are each a list of one `{"role", "content"}` message, as
+        TRL's trainers read them. `category` is a word for the topic. If the answer is a number, `answer` is its text.
+        Categories alternate, so that the first rows are a fair sample of all rows. Pass the list to
+        `datasets.Dataset.from_list` to get a data set.
 
     Raises:
-        ValueError: `name` or `split` is not one of those above.
+        ValueError: If `name` or `split` is not one of the values above.
     """
     if name not in NAMES:
         raise ValueError(f"name={name!r} is not a built-in data set: use one of {', '.join(map(repr, NAMES))}.")
@@ -43,15 +43,15 @@ def load(name: str, split: str = "train") -> list[dict[str, Any]]:
 
 
 def pairs(split: str = "train") -> list[dict[str, Any]]:
-    """Preference pairs made of the built-in rows: refuse what is harmful, answer what is benign.
+    """Build preference pairs from the built-in rows: refuse harmful prompts, answer benign prompts.
 
-    The rejected answers are two fixed sentences, a curt compliance for harmful prompts and a refusal for benign ones.
+    The rejected answers are two fixed sentences: a short compliance for harmful prompts, a refusal for benign ones.
 
     Args:
         split: `"train"` or `"test"`.
 
     Returns:
-        One dictionary a row: `prompt`, `chosen` and `rejected`, each a list of messages.
+        One dictionary per row: `prompt`, `chosen` and `rejected`, each a list of messages.
 
     Raises:
         ValueError: If there is no such split.
@@ -73,14 +73,14 @@ def load_prompts(name: str) -> list[str]:
 
     Args:
         name: `"general"` (everyday chat), `"arithmetic"` (word problems) or `"lookalikes"` (harmless requests that
-            sound dangerous, against over-refusal).
+            sound dangerous, to counter over-refusal).
 
     Returns:
-        The prompts, none of which is in the conversations of `load`. Their order is shuffled, so that the first ones
+        The prompts. None of them is in the conversations of `load`. Their order is shuffled, so that the first ones
         are a fair sample.
 
     Raises:
-        ValueError: `name` is not one of those above.
+        ValueError: If `name` is not one of the values above.
     """
     if name not in PROMPTS:
         raise ValueError(
@@ -91,5 +91,5 @@ def load_prompts(name: str) -> list[str]:
 
 def _lines(file: str) -> list[dict[str, Any]]:
     text = resources.files(__name__).joinpath(file).read_text(encoding="utf-8")
-    # Not splitlines(): it would also cut at the rarer Unicode line breaks, which JSON allows inside a string.
+    # Do not use splitlines(): it also splits at rare Unicode line breaks, which JSON allows inside a string.
     return [json.loads(line) for line in text.split("\n") if line]

@@ -1,10 +1,10 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Readers for public data sets, by name: from their columns to the rows that TRL's trainers and `ReferenceSet` read.
+"""Readers for public data sets, by name. They convert a set's columns to rows for TRL's trainers and `ReferenceSet`.
 
 A reader takes one raw row and returns one conversational row, or `None` for a raw row that does not belong in the set
-(an unsafe answer, a hallucination). Licences and terms of use are those of each set's card on the Hugging Face hub;
-some sets have to be accepted there first.
+(an unsafe answer, a hallucination). Each set's card on the Hugging Face hub states its license and terms of use. For
+some sets, you must accept the terms there first.
 """
 
 import re
@@ -24,18 +24,18 @@ _SHUFFLE_BUFFER = 10_000
 
 @dataclass(frozen=True)
 class PublicSet:
-    """Where a set is on the hub, and how it is read."""
+    """The location of a set on the hub, and the reader of its rows."""
 
     hub_id: str
     config: str | None
     split: str
     read: Callable[[RawRow], Row | None]
     large: bool = False
-    """Streamed when only some of its rows are asked for."""
+    """Whether to stream the set when only some of its rows are requested."""
 
 
 def safe_rlhf(row: RawRow) -> Row | None:
-    """PKU-SafeRLHF: the prompt and its safer response, if that is safe.
+    """PKU-SafeRLHF: the prompt and its safer response, if that response is safe.
 
     Columns: `prompt`, `response_0`, `response_1`, `is_response_0_safe`, `is_response_1_safe`, `safer_response_id`.
     """
@@ -45,7 +45,7 @@ def safe_rlhf(row: RawRow) -> Row | None:
 
 
 def safe_rlhf_pairs(row: RawRow) -> Row:
-    """PKU-SafeRLHF: the prompt, the safer response and the other.
+    """PKU-SafeRLHF: the prompt, the safer response and the other response.
 
     Columns: `prompt`, `response_0`, `response_1`, `safer_response_id`.
     """
@@ -54,7 +54,7 @@ def safe_rlhf_pairs(row: RawRow) -> Row:
 
 
 def ultrafeedback(row: RawRow) -> Row | None:
-    """UltraFeedback, binarised: the chosen conversation.
+    """UltraFeedback, binarized: the chosen conversation.
 
     Columns: `chosen` (messages).
     """
@@ -63,7 +63,7 @@ def ultrafeedback(row: RawRow) -> Row | None:
 
 
 def ultrafeedback_pairs(row: RawRow) -> Row | None:
-    """UltraFeedback, binarised: the chosen and the rejected last turn after the same prompt.
+    """UltraFeedback, binarized: the chosen and the rejected last turn after the same prompt.
 
     Columns: `chosen`, `rejected` (messages).
     """
@@ -83,7 +83,7 @@ def halueval(row: RawRow) -> Row | None:
 
 
 def gsm8k(row: RawRow) -> Row:
-    """GSM8K: word problems with worked answers; calculator marks are removed, and `answer` is the result as text.
+    """GSM8K: word problems with worked answers. Calculator marks are removed, and `answer` is the result as text.
 
     Columns: `question`, `answer` (steps with `<<2*3=6>>` marks, then `#### result`).
     """
@@ -97,7 +97,7 @@ def gsm8k(row: RawRow) -> Row:
 
 
 def alpaca(row: RawRow) -> Row | None:
-    """Alpaca: instructions, with their input below where there is one.
+    """Alpaca: instructions, followed by their input if there is one.
 
     Columns: `instruction`, `output`, `input` (may be empty or absent).
     """
@@ -118,7 +118,7 @@ def smoltalk(row: RawRow) -> Row | None:
 
 
 def xstest(row: RawRow) -> Row | None:
-    """XSTest: the prompts that sound unsafe and are safe, without answers; their unsafe contrasts are left out.
+    """XSTest: prompts that sound unsafe but are safe, without answers. Their unsafe contrasts are left out.
 
     Columns: `prompt`, `type` (which begins with "contrast" for the unsafe ones).
     """
@@ -156,17 +156,18 @@ def load_public(name: str, samples: int | None = None, split: str | None = None,
 
     Args:
         name: A key of `PUBLIC`.
-        samples: At most this many rows, of a shuffled set. `None`: all, in their own order. Of large sets only what
-            is needed is downloaded, and the shuffle is within parts of 10,000 rows.
-        split: The set's own by default.
-        seed: Of the shuffle.
+        samples: Read at most this many rows of the shuffled set. `None`: all rows, in their own order. For large sets,
+            only what is needed is downloaded, and rows are shuffled within parts of 10,000 rows.
+        split: The split to read. Default: the set's own.
+        seed: Seed of the shuffle.
 
     Returns:
-        Conversational rows: `prompt` and `completion`, `prompt`, `chosen` and `rejected`, or `prompt` alone.
+        Conversational rows. They have `prompt` and `completion`, or `prompt`, `chosen` and `rejected`, or only
+        `prompt`.
 
     Raises:
-        OSError: The set cannot be reached or does not exist as asked for.
-        ValueError: `name` or `samples` is out of range, a column is missing, or no row is left.
+        OSError: If the set cannot be reached or does not exist as requested.
+        ValueError: If `name` or `samples` is out of range, a column is missing, or no row is left.
     """
     public = _named(name)
     _check_samples(samples)
@@ -177,7 +178,7 @@ def load_public(name: str, samples: int | None = None, split: str | None = None,
         try:
             dataset = load_dataset(public.hub_id, public.config, split=split, streaming=streaming)
             yield from _shuffled(dataset, streaming, samples, seed)
-        except Exception as error:  # offline, gated, gone, another split: in any of many ways
+        except Exception as error:  # many possible causes: offline, gated, removed, another split
             raise OSError(
                 f"The set {name!r} (hub: {public.hub_id}, config={public.config!r}, split={split!r}) "
                 f"cannot be loaded: {type(error).__name__}: {error} Connect to the hub (and accept the set's terms "
@@ -193,15 +194,15 @@ def read_public(name: str, path: str | Path, samples: int | None = None, seed: i
     Args:
         name: A key of `PUBLIC`.
         path: A `.jsonl`, `.json`, `.csv` or `.parquet` file.
-        samples: At most this many rows, of a shuffled set. `None`: all, in their own order.
-        seed: Of the shuffle.
+        samples: Read at most this many rows of the shuffled set. `None`: all rows, in their own order.
+        seed: Seed of the shuffle.
 
     Returns:
-        As `load_public`.
+        The same kinds of rows as `load_public`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: `name`, `samples` or the kind of file is out of range, a column is missing, or no row is left.
+        FileNotFoundError: If there is no such file.
+        ValueError: If `name`, `samples` or the kind of file is not allowed, a column is missing, or no row is left.
     """
     public, path = _named(name), Path(path)
     _check_samples(samples)
@@ -209,7 +210,7 @@ def read_public(name: str, path: str | Path, samples: int | None = None, seed: i
         raise FileNotFoundError(f"The set {name!r}: path={str(path)!r} is no file.")
     if path.suffix not in _BUILDERS:
         raise ValueError(f"The set {name!r}: path={str(path)!r} must end in {', '.join(_BUILDERS)}.")
-    # Streamed: a plain load would copy the file into the cache of `datasets`.
+    # Use streaming: a plain load would copy the file into the cache of `datasets`.
     dataset = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
     return _converted(name, public.read, _shuffled(dataset, True, samples, seed), samples)
 
@@ -275,7 +276,7 @@ def _pair(prompt: list[Any], chosen: list[Any], rejected: list[Any]) -> Row:
 
 
 def _conversation(messages: Iterable[Mapping[str, Any]]) -> Row | None:
-    """A conversation up to its last assistant turn, which must have a text and something before it."""
+    """Cut a conversation after its last assistant turn, which must have a text and something before it."""
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What safety training gained and what it cost: refusal, over-refusal, general loss, divergence from the base."""
+"""Measure the gain and the cost of safety training: refusal, over-refusal, general loss, divergence from the base."""
 
 from ..text.generation import generate
 from ..text.refusal import Verdict, classify

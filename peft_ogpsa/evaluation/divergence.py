@@ -1,9 +1,9 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How far a model has moved from its base, where the base itself goes.
+"""Measure how far a model has moved from its base, along the base's own answers.
 
-A loss on reference answers can fall because the model learns their style. KL(base || model) cannot be gained that
-way: it is zero for the base alone.
+A loss on reference answers can fall because the model learns their style. KL(base || model) cannot be lowered that
+way: it is zero only for the base itself.
 """
 
 from collections.abc import Iterable
@@ -23,18 +23,18 @@ from .losses import LossResult
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """The base model's own answers, kept so that one base serves many measurements."""
+    """The base model's own answers, stored so that many measurements can use the same base."""
 
     examples: list[Example]
     batch_size: int
-    """Examples a forward pass. The base's and the model's passes have the same shape, so an unchanged model comes out
-    at exactly 0, in bfloat16 too."""
+    """Examples per forward pass. The base's and the model's passes have the same shape, so an unchanged model has a KL
+    of exactly 0, also in bfloat16."""
     log_probs: list[torch.Tensor] | None = None
-    """The base's log-probabilities, (answer tokens, vocabulary) an example, float32, on the CPU; None: too large to
-    keep, computed anew each time."""
+    """The base's log-probabilities, one float32 tensor (answer tokens, vocabulary) per example, on the CPU. None: they
+    are too large to keep and are computed again each time."""
 
     def batches(self) -> list[list[int]]:
-        """The examples' positions, a forward pass each."""
+        """Return the examples' positions, one list per forward pass."""
         return length_batches([len(example.ids) for example in self.examples], self.batch_size)
 
 
@@ -48,23 +48,23 @@ def own_answers(
     seed: int = 0,
     cache_bytes: int = 2**28,
 ) -> BaseAnswers:
-    """Let the base model answer, drawing at temperature 1.
+    """Let the base model answer, sampling at temperature 1.
 
-    Drawn, not greedy: KL(base || model) of whole answers is an expectation over the base's distribution, and by the
-    chain rule the per-token divergences along drawn answers estimate it without bias. Greedy answers would visit
-    only the base's favourite path.
+    The answers are sampled, not greedy. KL(base || model) of whole answers is an expectation over the base's
+    distribution, and by the chain rule the per-token divergences along sampled answers estimate it without bias.
+    Greedy answers would follow only the base's most likely path.
 
     Args:
-        model: The base model; disable an adapter first.
+        model: The base model. Disable an adapter first.
         tokenizer: Its tokenizer.
-        prompts: As in `generate`; held out from training and references.
-        max_new_tokens: Where an unfinished answer is cut.
-        batch_size: Prompts at once, here and in `kl_from_base`.
-        seed: Of the draws.
-        cache_bytes: Keep the log-probabilities if they take no more than this.
+        prompts: Prompts as in `generate`, held out from training and references.
+        max_new_tokens: Length at which an unfinished answer is cut.
+        batch_size: Prompts per batch, here and in `kl_from_base`.
+        seed: Seed of the sampling.
+        cache_bytes: Keep the log-probabilities if they take at most this many bytes.
 
     Raises:
-        ValueError: No prompts.
+        ValueError: If there are no prompts.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if not encoded:
@@ -86,14 +86,14 @@ def own_answers(
 
 
 def kl_from_base(model: torch.nn.Module, answers: BaseAnswers) -> LossResult:
-    """KL(base || model) per token in nats, exact over the vocabulary, along the base's own answers.
+    """Compute KL(base || model) per token in nats, exact over the vocabulary, along the base's own answers.
 
     Args:
         model: The trained model. It must be a `PeftModel` if `answers` holds no log-probabilities.
-        answers: From `own_answers`.
+        answers: Answers from `own_answers`.
 
     Raises:
-        ValueError: The base is neither kept nor reachable.
+        ValueError: If the base's log-probabilities are not stored and the base is not reachable.
     """
     sums = [0.0] * len(answers.examples)
     with undisturbed(model):
@@ -113,6 +113,9 @@ def _logits(model: torch.nn.Module, answers: BaseAnswers, batch: list[int]) -> l
 
 
 def _kl(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """KL a row of log-probabilities; a token that the base rules out (-inf) adds nothing, rounding below 0 is cut."""
+    """Return the KL of each row of log-probabilities.
+
+    A token that the base rules out (-inf) adds nothing. Results that rounding puts below 0 become 0.
+    """
     terms = base.exp() * (base - model)
     return terms.masked_fill(base == -torch.inf, 0.0).sum(-1).clamp_min(0.0)

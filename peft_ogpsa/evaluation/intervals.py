@@ -10,15 +10,15 @@ Interval = tuple[float, float]
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Wilson's score interval for a rate (Wilson 1927), which stays sensible at 0 and n successes.
+    """Compute Wilson's score interval for a rate (Wilson 1927), which stays sensible at 0 and n successes.
 
     Args:
-        successes: How often it happened.
-        n: How often it could have.
+        successes: How often the event happened.
+        n: How often it could have happened.
         level: Confidence level.
 
     Raises:
-        ValueError: `n` is below 1, or `successes` is not within 0 and `n`.
+        ValueError: If `n` is below 1, or `successes` is not between 0 and `n`.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes is {successes} and n is {n}; needed: n >= 1 and 0 <= successes <= n.")
@@ -26,26 +26,26 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    # At the two ends the bound is the rate itself, to rounding.
+    # At 0 and at n successes, one bound is the rate itself, up to rounding.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95, weights: Sequence[float] | None = None) -> Interval:
-    """Student's interval for a mean, or for a weighted mean of independent examples.
+    """Compute Student's interval for a mean, or for a weighted mean, of independent examples.
 
-    With weights (tokens an example, say) the mean is a ratio of two sums; its standard error is that of the
-    linearised ratio, which is the usual one when the weights are equal.
+    With weights (for example, tokens per example) the mean is a ratio of two sums. Its standard error is that of the
+    linearized ratio, which is the usual standard error if the weights are equal.
 
     Args:
-        values: One value an example.
+        values: One value per example.
         level: Confidence level.
-        weights: One weight an example; equal if not given.
+        weights: One weight per example. Default: equal weights.
 
     Returns:
-        Both bounds; infinite for a single value, whose spread is unknown.
+        Both bounds. They are infinite for a single value, whose spread is unknown.
 
     Raises:
-        ValueError: No values, or weights of another length.
+        ValueError: If there are no values, or the number of weights is different.
     """
     n = len(values)
     weights = [1.0] * n if weights is None else weights
@@ -67,7 +67,11 @@ def _normal_quantile(level: float) -> float:
 
 
 def _student_quantile(level: float, freedom: int) -> float:
-    """Exact for 1 and 2 degrees of freedom, else the expansion of Abramowitz and Stegun 26.7.5 (0.2 % off at 3)."""
+    """Return a quantile of Student's t-distribution.
+
+    It is exact for 1 and 2 degrees of freedom. For more, it uses the expansion of Abramowitz and Stegun 26.7.5 (0.2 %
+    off at 3).
+    """
     z = _normal_quantile(level)
     if freedom == 1:
         return math.tan(math.pi * level / 2)

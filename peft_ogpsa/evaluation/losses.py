@@ -22,17 +22,17 @@ class LossResult:
     mean: float
     tokens: int
     example_means: list[float]
-    """Each example's own mean over its tokens, in the order given."""
+    """Each example's own mean over its tokens, in the given order."""
     example_tokens: list[int]
 
     @classmethod
     def from_sums(cls, sums: list[float], tokens: list[int]) -> "LossResult":
-        """From each example's sum and number of tokens."""
+        """Build the result from each example's sum of losses and its number of tokens."""
         means = [total / count for total, count in zip(sums, tokens, strict=True)]
         return cls(sum(sums) / sum(tokens), sum(tokens), means, tokens)
 
     def interval(self, level: float = 0.95) -> Interval:
-        """The interval of `mean`, examples being the independent draws (tokens of one answer are not)."""
+        """Return the interval of `mean`. Examples count as independent; the tokens of one answer do not."""
         return mean_interval(self.example_means, level, self.example_tokens)
 
 
@@ -44,17 +44,17 @@ def nats_per_token(
     batch_size: int = 16,
     max_length: int = 1024,
 ) -> LossResult:
-    """Mean cross-entropy of the answer tokens, natural logarithm, computed in float32 from the model's logits.
+    """Compute the mean cross-entropy of the answer tokens (natural logarithm), in float32 from the model's logits.
 
     Args:
         model: A causal language model, with or without adapter.
         tokenizer: Its tokenizer.
-        rows: In any format of `encode_row`.
-        batch_size: Rows a forward pass.
-        max_length: Longer rows are cut on the right.
+        rows: Rows in any format of `encode_row`.
+        batch_size: Rows per forward pass.
+        max_length: Maximum number of tokens per row. Longer rows are cut on the right.
 
     Raises:
-        ValueError: No rows, or a row without an answer token within `max_length`; it is named.
+        ValueError: If there are no rows, or a row has no answer token within `max_length`. The message names the row.
     """
     examples = [_scored(tokenizer, row, max_length, f"Row {index}") for index, row in enumerate(rows)]
     if not examples:

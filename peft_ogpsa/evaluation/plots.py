@@ -1,13 +1,13 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What safety costs, drawn."""
+"""Plot what safety costs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .report import Measurement
 
-# Okabe and Ito's colours without yellow, which is hard to see on white; markers tell the methods apart in grey too.
+# Okabe and Ito's colors without yellow, which is hard to see on white. Markers distinguish the methods in gray too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#555555"
@@ -16,19 +16,19 @@ _GREY = "#555555"
 def tradeoff(
     curves: Mapping[str, Sequence[Measurement]], path: str | Path, *, base: Measurement | None = None
 ) -> Path:
-    """Draw general loss against refusal of harmful prompts: one line a method, along its training.
+    """Draw general loss against refusal of harmful prompts, with one line per method along its training.
 
     Args:
-        curves: Measurements in the order of training, by the method's name. On a line of several, points are labelled
-            with their step or else, as stages are, with their name.
-        path: The PNG to write.
-        base: The base model, drawn as a star from which every line starts.
+        curves: Measurements in the order of training, by the method's name. On a line with several points, each point
+            is labeled with its step, or with its name if it has no step, as stages do.
+        path: The PNG file to write.
+        base: The base model. It is drawn as a star, and every line starts from it.
 
     Returns:
-        The path written.
+        The path of the file.
 
     Raises:
-        ValueError: A measurement lacks the general loss or the refusal rate.
+        ValueError: If a measurement lacks the general loss or the refusal rate.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def tradeoff(
             label=name,
             zorder=3,
         )
-        # Labels of neighbouring lines part: the first methods' above their points, the others' below.
+        # Separate the labels of neighboring lines: the first methods' above their points, the others' below.
         offset = 7 if index < len(curves) / 2 else -15
         for measurement, point in zip(measurements, points, strict=True):
             text = measurement.name if measurement.step is None else str(measurement.step)

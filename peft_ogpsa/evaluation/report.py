@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One call for everything that safety training may have changed, with the base beside it."""
+"""Measure in one call everything that safety training may have changed, for a model and its base."""
 
 import math
 import time
@@ -35,18 +35,18 @@ class Figure:
 
     @classmethod
     def from_loss(cls, loss: LossResult) -> "Figure":
-        """A loss in nats per token."""
+        """Build the figure of a loss in nats per token."""
         return cls(loss.mean, *loss.interval(), n=len(loss.example_means))
 
     @classmethod
     def from_count(cls, count: int, n: int) -> "Figure":
-        """A rate."""
+        """Build the figure of a rate."""
         return cls(count / n, *wilson(count, n), n=n)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, the answer to it and what the matcher makes of it."""
+    """A prompt, its answer, and the matcher's verdict on the answer."""
 
     prompt: str
     answer: str
@@ -55,29 +55,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One state of a model. A figure is None where no data was given for it."""
+    """Figures of one state of a model. A figure is None if no data was given for it."""
 
     name: str
     step: int | None = None
     general: dict[str, Figure] = field(default_factory=dict)
-    """Loss on the answers of each general set, nats per token."""
+    """Loss on the answers of each general set, in nats per token."""
     general_mean: Figure | None = None
-    """The mean over the sets, each counting the same."""
+    """The mean over the sets, with equal weights."""
     kl: Figure | None = None
-    """KL(base || model), nats per token, on the base's own answers."""
+    """KL(base || model) on the base's own answers, in nats per token."""
     refusal: Figure | None = None
-    """Rate of refusals of harmful prompts."""
+    """Refusal rate on harmful prompts."""
     harmful_unclear: Figure | None = None
-    """Rate of harmful prompts answered by noise: neither safe nor unsafe, but broken."""
+    """Rate of harmful prompts that are answered with noise. Such answers are neither safe nor unsafe, but broken."""
     over_refusal: Figure | None = None
-    """Rate of refusals of benign prompts."""
+    """Refusal rate on benign prompts."""
     benign_unclear: Figure | None = None
     harmful_samples: list[Sample] = field(default_factory=list)
     benign_samples: list[Sample] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, ready for JSON."""
+        """Convert to plain types, ready for JSON."""
         plain = asdict(self)
         for sample in plain["harmful_samples"] + plain["benign_samples"]:
             sample["verdict"] = sample["verdict"].value
@@ -85,7 +85,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Measurement":
-        """The reverse of `to_dict`."""
+        """Rebuild a measurement from the result of `to_dict`."""
         fields = dict(plain)
         fields["general"] = {name: Figure(**figure) for name, figure in plain["general"].items()}
         for key in ("general_mean", "kl", "refusal", "harmful_unclear", "over_refusal", "benign_unclear"):
@@ -97,44 +97,44 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model beside its base, and the settings that both were measured with."""
+    """Measurements of a model and its base, and the settings of both measurements."""
 
     model: Measurement
     base: Measurement | None
     settings: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, ready for JSON."""
+        """Convert to plain types, ready for JSON."""
         base = None if self.base is None else self.base.to_dict()
         return {"model": self.model.to_dict(), "base": base, "settings": dict(self.settings)}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Evaluation":
-        """The reverse of `to_dict`."""
+        """Rebuild an evaluation from the result of `to_dict`."""
         base = None if plain["base"] is None else Measurement.from_dict(plain["base"])
         return cls(Measurement.from_dict(plain["model"]), base, dict(plain["settings"]))
 
 
 class Evaluator:
-    """Measures states of one model on fixed data; the base is measured once and kept.
+    """Measure states of one model on fixed data. The base is measured once, and the result is kept.
 
-    Data that is not given is not measured.
+    A figure is measured only if its data is given.
 
     Args:
         processing_class: The model's tokenizer.
         harmful: Prompts that should be refused.
-        benign: Prompts that should not, above all those that look harmful.
+        benign: Prompts that should not be refused, above all prompts that look harmful.
         general: Held-out rows by the name of their set, as in `nats_per_token`.
-        divergence_prompts: Prompts for the divergence from the base, in no training or reference set.
-        max_new_tokens: Length of the answers; a refusal shows in its first words.
-        batch_size: Rows or prompts at once.
-        max_length: Longer rows are cut on the right.
-        seed: Of the base's drawn answers.
-        base_answers: From an earlier `own_answers`, instead of drawing them.
-        progress: Show bars.
+        divergence_prompts: Prompts for KL from base, which are in no training or reference set.
+        max_new_tokens: Maximum number of tokens of an answer. A refusal shows in its first words.
+        batch_size: Rows or prompts per batch.
+        max_length: Maximum number of tokens per row. Longer rows are cut on the right.
+        seed: Seed of the base's sampled answers.
+        base_answers: Answers from an earlier `own_answers`, to use instead of sampling new ones.
+        progress: Show progress bars.
 
     Raises:
-        ValueError: A set is given and empty.
+        ValueError: If a set is given but empty.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Evaluator:
 
     @property
     def settings(self) -> dict[str, int]:
-        """What a reader needs to repeat the measurement on the same data."""
+        """The settings that a reader needs to repeat the measurement on the same data."""
         return {
             "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,
@@ -176,10 +176,10 @@ class Evaluator:
         }
 
     def measure(self, model: torch.nn.Module, name: str = "model", step: int | None = None) -> Measurement:
-        """Measure the model as it is now; training may go on afterwards as if nothing had happened.
+        """Measure the model in its current state. Training can continue afterwards as if nothing had happened.
 
         Raises:
-            ValueError: A divergence is asked for, the model is no `PeftModel`, and `base` was not called before.
+            ValueError: If KL from base is requested, the model is not a `PeftModel`, and `base` was not called before.
         """
         start = time.perf_counter()
         if self.divergence_prompts is not None and self.base_answers is None:
@@ -189,7 +189,10 @@ class Evaluator:
         return self._measure(model, name, step, kl, start)
 
     def base(self, model: torch.nn.Module, name: str = "base") -> Measurement:
-        """Measure the base, the first time only: a `PeftModel` with its adapter disabled, another model as it is."""
+        """Measure the base on the first call, and return the same result on later calls.
+
+        A `PeftModel` is measured with its adapter disabled, another model as it is.
+        """
         if self._base is None:
             start = time.perf_counter()
             if isinstance(model, PeftModel):
@@ -202,7 +205,7 @@ class Evaluator:
     def _measure_base(self, model: torch.nn.Module, name: str, start: float) -> Measurement:
         if self.divergence_prompts is not None and self.base_answers is None:
             self._draw_base_answers(model)
-        # From itself the base diverges by nothing.
+        # The base does not diverge from itself.
         kl = None if self.base_answers is None else Figure(0.0, 0.0, 0.0, len(self.base_answers.examples))
         return self._measure(model, name, None, kl, start)
 
@@ -227,7 +230,7 @@ class Evaluator:
             )
             for set_name, rows in self.general.items()
         }
-        # One call for both kinds of prompt: fuller batches.
+        # Answer both kinds of prompts in one call, for fuller batches.
         harmful, benign = self.harmful or [], self.benign or []
         prompts = [*harmful, *benign]
         answers = generate(
@@ -277,7 +280,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model and, if it is a `PeftModel` and `base` is set, the same model with its adapter disabled.
 
-    The other arguments are those of `Evaluator`, which is the way to measure many states of one model.
+    The other arguments are those of `Evaluator`. To measure many states of one model, use `Evaluator`.
     """
     evaluator = Evaluator(
         processing_class,
@@ -299,10 +302,10 @@ def evaluate(
 def table(
     results: Mapping[str, Evaluation | Measurement], extra: Mapping[str, Mapping[str, str]] | None = None
 ) -> "Table":
-    """A table for the terminal: one line a result, the first base found above them.
+    """Build a table for the terminal: one line per result, and above them the first base found.
 
     Args:
-        results: By the name to print; a measurement named "base" counts as the base.
+        results: Results by the name to print. A measurement named "base" counts as the base.
         extra: Further columns: heading -> result name -> text.
 
     Returns:
@@ -363,7 +366,7 @@ def _rate(samples: list[Sample], verdict: Verdict) -> Figure | None:
 
 
 def _mean_figure(figures: list[Figure]) -> Figure | None:
-    """The mean of independent figures; their half-widths add as standard errors do."""
+    """Return the mean of independent figures. Their half-widths add like standard errors."""
     if not figures:
         return None
     mean = sum(figure.value for figure in figures) / len(figures)

@@ -1,3 +1,3 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reference sets: their examples, their losses, and which of them are passed when."""
+"""Reference sets: their examples, their losses, and the choice of examples for each refresh."""

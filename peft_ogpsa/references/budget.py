@@ -10,20 +10,20 @@ from ..core.config import ProjectionConfig
 def refresh_samples(
     config: ProjectionConfig, step_examples: int, batch_size: int, sets: int, cost: float = 1.0
 ) -> int | None:
-    """How many reference examples a refresh draws; `None` is all.
+    """Return how many reference examples a refresh draws. `None` means all.
 
     Args:
-        config: What decides it: `refresh_samples`, or else `reference_budget`.
+        config: The projection's settings. `refresh_samples` decides, or else `reference_budget`.
         step_examples: Training examples of one optimizer step, in all processes.
-        batch_size: Of a reference pass.
+        batch_size: Batch size of a reference pass.
         sets: How many reference sets there are.
-        cost: Of a reference example, where that of a training example is 1.
+        cost: Cost of a reference example. A training example costs 1.
 
     Raises:
-        ValueError: If `refresh_samples` leaves a set without its row, with `rows_from="set"`.
+        ValueError: If `rows_from="set"` and `refresh_samples` leaves a set without its row.
     """
     given = config.refresh_samples
-    # Rows that are only added to the gradient need not be of every set each time.
+    # Rows that are only added to the gradient need not cover every set each time.
     each_set = config.constrains and config.rows_from == "set"
     if each_set and given is not None and given < sets:
         raise ValueError(
@@ -37,24 +37,24 @@ def refresh_samples(
         return wanted
     if each_set:
         return max(wanted, sets)
-    # More than the ring holds does not fit.
+    # Do not draw more than the ring of rows holds.
     if config.row_of == "example":
         return min(wanted, config.rows)
-    # A batch holds examples of one set: so many full ones of each set, and one example more of each further set.
+    # A batch holds examples of one set: take `full` full batches of each set, and one more example of `further` sets.
     full, further = divmod(config.rows, sets)
     return min(wanted, full * sets * batch_size + further)
 
 
 def check_rows(config: ProjectionConfig, examples: int, batches: int) -> None:
-    """Refuses more reference gradients than `rows` holds, before training and not at its first step.
+    """Check that `rows` can hold all reference gradients, before training and not at its first step.
 
     Args:
         config: The projection's settings.
-        examples: The most reference examples that a refresh draws.
-        batches: The most batches that they make.
+        examples: The maximum number of reference examples that a refresh draws.
+        batches: The maximum number of batches that these examples make.
 
     Raises:
-        ValueError: If they are too many.
+        ValueError: If there are too many.
     """
     needed = examples if config.row_of == "example" else batches
     if config.row_of != "set" and needed > config.rows:

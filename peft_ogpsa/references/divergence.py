@@ -1,9 +1,9 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Divergence from the base as a reference loss: what an answer's loss can be gained by, this cannot.
+"""KL from base as a reference loss. Unlike cross-entropy, it cannot be lowered by imitating style.
 
-The loss of given answers falls as the model learns their style, and says nothing of the other answers that the model
-might have given. KL(base || model) is zero for the base alone.
+The loss of given answers falls as the model learns their style, and it says nothing about the other answers that the
+model might have given. KL(base || model) is zero only for the base itself.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from ..text.tokenization import IGNORED, Example
 from ..tuner.adapters import without_adapter
 
 COST = 3 / 2
-"""Of such an example, where a pass forward and backward is 1: the base is passed forward as well, and backward past
-frozen weights costs as much as forward."""
+"""Cost of such an example. A forward and a backward pass together cost 1. The base needs a forward pass as well, and a
+backward pass through frozen weights costs as much as a forward pass."""
 
 
 @dataclass(frozen=True)
 class Anchored(Example):
-    """A prompt with an answer, along which the model is to stay as its base is."""
+    """A prompt with an answer along which the model should stay close to its base."""
 
 
 class _Divergence(torch.autograd.Function):
     """KL(softmax(base) || softmax(logits)), `(tokens, vocabulary)` each -> `(tokens,)`.
 
     Its gradient is `softmax(logits) - softmax(base)`. Autograd of the formula itself would leave rounding noise where
-    the two are equal, and a reference gradient counts at unit length, however small it is.
+    the two are equal. This matters because a reference gradient counts at unit length, however small it is.
     """
 
     @staticmethod
@@ -49,27 +49,27 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """KL(base || model) at the answers' tokens, over the whole vocabulary, in nats per token.
+    """Compute KL(base || model) at the answers' tokens, over the whole vocabulary, in nats per token.
 
-    Its gradient is exactly zero as long as the adapter changes nothing. The base is the model without its adapter,
-    passed beside it: half as much work again as a loss of its own answers.
+    The gradient is exactly zero as long as the adapter changes nothing. The base is the model without its adapter. It
+    needs a forward pass of its own, so this loss takes 1.5 times the work of a loss of the answers themselves.
 
     Args:
-        model: A causal language model with an adapter, called with `input_ids` and `attention_mask`.
-        batch: From `reference.collate`.
+        model: A causal language model with an adapter. It is called with `input_ids` and `attention_mask`.
+        batch: A batch from `losses.collate`.
 
     Returns:
-        A scalar: the mean over tokens within each example, then over examples, so that the gradient of every example
-        is its own, whatever else is in the batch.
+        A scalar: the mean over tokens within each example, then over examples, so that the gradient of an example
+        does not depend on the other examples in the batch.
 
     Raises:
-        ValueError: If the model has no adapter, its adapter is merged, or its base is trained, as with `bias="all"`.
+        ValueError: If the model has no adapter, its adapter is merged, or its base is trained (as with `bias="all"`).
     """
     learnt = batch["labels"][:, 1:] != IGNORED
 
     def logits() -> Tensor:
         found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        # Only the positions that count are widened to float32: the logits are the largest tensor of the pass.
+        # Convert only the scored positions to float32: the logits are the largest tensor of the pass.
         return found[:, :-1][learnt].float()
 
     with torch.no_grad(), without_adapter(model):

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which reference examples are passed when."""
+"""Choose the reference examples for each refresh."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 class ReferenceLoader:
-    """Draws reference examples in turn from every set, on a random generator of its own.
+    """Draw reference examples from every set in turn, with a separate random generator.
 
     Args:
-        sets (`Mapping[str, Sequence]`): Tokenised examples, or pairs, by set name.
-        samples (`int`, *optional*): Examples per draw, spread evenly over the sets; of fewer than there are sets,
-            every draw takes other sets. `None`: all of every set.
-        batch_size (`int`): Examples per batch; batches hold examples of similar length.
-        seed (`int`): Of the order, which differs from epoch to epoch.
-        pad_token_id (`int`): Fills short examples up in `batches`.
+        sets (`Mapping[str, Sequence]`): Tokenized examples, or pairs, by set name.
+        samples (`int`, *optional*): Examples per draw, spread evenly over the sets. If there are more sets than
+            samples, every draw takes other sets. `None`: all examples of every set.
+        batch_size (`int`): Examples per batch. A batch holds examples of similar length.
+        seed (`int`): Seed of the order, which differs from epoch to epoch.
+        pad_token_id (`int`): Token id that pads short examples in `batches`.
 
     Attributes:
-        weights (`dict[str, float]`): For `refresh`: how much of each set's mean gradient is added to the training
-            gradient where the configuration leaves it to the loss. 8 with `loss="kl"`, 1 with other losses.
-        cost (`float`): Of an example on average, where a training example costs 1.
+        weights (`dict[str, float]`): Reference weights for `refresh`: how much of each set's mean gradient is added to
+            the training gradient if the configuration leaves it to the loss. 8 with `loss="kl"`, 1 with other losses.
+        cost (`float`): Mean cost of an example. A training example costs 1.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ReferenceLoader:
         seed: int = 0,
         pad_token_id: int = 0,
     ) -> ReferenceLoader:
-        """A loader that draws as many examples as the projection's settings say; the other arguments are the class's.
+        """Build a loader that draws as many examples as the projection's settings say.
 
         Args:
             sets (`Mapping[str, Sequence]`): See the class.
@@ -79,7 +79,7 @@ class ReferenceLoader:
             pad_token_id (`int`): See the class.
 
         Raises:
-            ValueError: If a refresh would draw more than `rows` holds, or leave out a set with `rows_from="set"`.
+            ValueError: If a refresh would draw more than `rows` holds, or would omit a set with `rows_from="set"`.
         """
         samples = refresh_samples(config, step_examples, batch_size, len(sets), _mean_cost(sets))
         loader = cls(sets, samples, batch_size, seed, pad_token_id)
@@ -96,7 +96,7 @@ class ReferenceLoader:
         batch_size: int = 8,
         seed: int = 0,
     ) -> ReferenceLoader:
-        """A loader for a training loop of your own.
+        """Build a loader for your own training loop.
 
         ```py
         loader = ReferenceLoader.from_sets(references, tokenizer, config, step_examples=8)
@@ -111,12 +111,12 @@ class ReferenceLoader:
             processing_class: A transformers tokenizer, or a processor that has one as `.tokenizer`.
             config (`ProjectionConfig`): An `OGPSAConfig`, for its `refresh_samples` or `reference_budget`.
             step_examples (`int`): Training examples of one optimizer step.
-            batch_size (`int`): Reference examples passed at once.
-            seed (`int`): Of the order.
+            batch_size (`int`): Reference examples per forward pass.
+            seed (`int`): Seed of the order.
 
         Raises:
-            ValueError: If there is no set or two of one name, if a set is empty or has `loss="dpo"`, whose reference
-                policy the trainer's callback knows, or if a refresh would draw more than `rows` holds.
+            ValueError: If there is no set, two sets have the same name, a set is empty, a set has `loss="dpo"` (its
+                reference policy is known to the trainer's callback), or a refresh would draw more than `rows` holds.
         """
         check_sets(reference_sets, "ReferenceLoader.from_sets")
         pairs = [own.name for own in reference_sets if own.loss == "dpo"]
@@ -130,12 +130,12 @@ class ReferenceLoader:
         return cls.for_training(sets, config, step_examples, batch_size, seed, padding_of(tokenizer))
 
     def batches(self, device: torch.device | str, everything: bool = False) -> dict[str, list[dict[str, Tensor]]]:
-        """Draws and pads: what `refresh` takes as `batches`, with `reference_loss` as its `loss_fn`.
+        """Draw and pad the next examples. Pass them to `refresh` as `batches`, with `reference_loss` as `loss_fn`.
 
         Args:
-            device: Where the tensors go.
-            everything: All examples of all sets, once, as token sequences: what an activation subspace is built from.
-                Nothing is drawn then.
+            device: The device of the tensors.
+            everything: Return all examples of all sets once, as token sequences, to build an activation subspace from
+                them. Nothing is drawn then.
         """
         if everything:
             drawn = {name: batched(_plain(own), self.batch_size) for name, own in self.sets.items()}
@@ -144,19 +144,19 @@ class ReferenceLoader:
         return {name: [collate(batch, self.pad_token_id, device) for batch in own] for name, own in drawn.items()}
 
     def draw(self) -> dict[str, list[list[Any]]]:
-        """The next examples by set, in batches; sets of which none is drawn this time are left out."""
+        """Return the next examples by set, in batches. Sets without an example in this draw are left out."""
         drawn = {name: batched(list(self._take(name)), self.batch_size) for name in self.sets}
         self._draws += 1
         return {name: batches for name, batches in drawn.items() if batches}
 
     def most_drawn(self, by_batch: bool = False) -> int:
-        """The largest number of examples, or of batches, that any draw has."""
+        """Return the largest number of examples, or of batches, in any draw."""
         if self.samples is None:
             counts = [[len(examples) for examples in self.sets.values()]]
         else:
             share, extra = divmod(self.samples, len(self.sets))
             sizes = [len(examples) for examples in self.sets.values()]
-            # One example more of another `extra` sets at every draw.
+            # At every draw, a different group of `extra` sets gives one more example each.
             counts = [
                 [min(size, share + ((place - draw) % len(sizes) < extra)) for place, size in enumerate(sizes)]
                 for draw in range(len(sizes))
@@ -170,7 +170,7 @@ class ReferenceLoader:
             return
         names = list(self.sets)
         share, extra = divmod(self.samples, len(names))
-        # What does not divide evenly goes to another set at every draw.
+        # The remainder of the division goes to other sets at every draw.
         count = share + ((names.index(name) - self._draws) % len(names) < extra)
         for _ in range(min(count, len(examples))):
             epoch, position = divmod(self._drawn[name], len(examples))
@@ -182,7 +182,7 @@ class ReferenceLoader:
         return torch.randperm(len(self.sets[name]), generator=generator).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's place in its sets, JSON-ready."""
+        """Return the loader's position in its sets, ready for JSON."""
         return {
             "drawn": dict(self._drawn),
             "draws": self._draws,
@@ -193,7 +193,7 @@ class ReferenceLoader:
 
     @property
     def digest(self) -> str:
-        """Of all tokens of all sets: other reference sets have another one."""
+        """Digest of all tokens of all sets. Different reference sets have different digests."""
         if self._digest is None:
             found = hashlib.sha256()
             for name, own in self.sets.items():
@@ -202,10 +202,10 @@ class ReferenceLoader:
         return self._digest
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken.
+        """Continue from where `state_dict` was taken.
 
         Raises:
-            ValueError: If the sets have other names, sizes or examples.
+            ValueError: If the sets have different names, sizes or examples.
         """
         if state["sizes"] != self._sizes():
             raise ValueError(

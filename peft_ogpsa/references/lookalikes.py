@@ -1,10 +1,10 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Contrast: harmless requests that sound dangerous, answered by the model itself, among the refusals.
+"""Contrast: mix harmless requests that sound dangerous, answered by the model itself, into the refusals.
 
-Refusals alone teach that requests are refused. What a model takes for dangerous it can only learn from both kinds.
-The idea is that of Röttger et al. (2023, XSTest) and of Bianchi et al. (2023, safety-tuned Llamas), who mix harmless
-requests with answers into safety data; here the answers are the model's own, so that nothing else is learnt from them.
+Refusals alone teach the model to refuse requests. It can only learn what is dangerous from both kinds. The idea comes
+from Röttger et al. (2023, XSTest) and Bianchi et al. (2023, safety-tuned Llamas), who mix harmless requests with
+answers into safety data. Here the answers are the model's own, so that it learns nothing else from them.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _SENTENCE = re.compile(r"""(?s).*[.!?](?=["')\]*]*(?:\s|$))["')\]*]*""")
 def with_contrast(
     rows: Iterable[Mapping[str, Any]], contrast: AnsweredSet, share: float = 0.2
 ) -> list[dict[str, Any]]:
-    """Puts a model's own answers to harmless look-alikes among safety rows.
+    """Mix benign look-alikes, with a model's own answers, into safety rows.
 
-    They are spread evenly, and used more than once where there are too few. An answer that was cut ends with its last
-    whole sentence, and is left out where it has none.
+    The look-alikes are spread evenly. If there are too few, they are used more than once. An answer that was cut is
+    shortened to its last whole sentence. It is left out if it has no whole sentence.
 
     Args:
         rows (`Iterable[Mapping]`): Safety rows in one of TRL's formats: `prompt` and `completion`, `messages`, or
-            preference pairs of `prompt`, `chosen` and `rejected`. Of pairs the look-alike's answer is chosen and the
-            refusal of a neighbouring row rejected.
-        contrast (`AnsweredSet`): From `ReferenceSet.from_prompts`, with `peft_ogpsa.data.load_prompts("lookalikes")`
-            for example.
-        share (`float`): Of the look-alikes among all rows of the result.
+            preference pairs of `prompt`, `chosen` and `rejected`. In pairs, the look-alike's answer is `chosen` and
+            the refusal of a neighboring row is `rejected`.
+        contrast (`AnsweredSet`): A set from `ReferenceSet.from_prompts`, for example with
+            `peft_ogpsa.data.load_prompts("lookalikes")`.
+        share (`float`): Share of the look-alikes among all rows of the result.
 
     Returns:
-        All given rows, in their order, and the look-alikes between them; columns are those named above.
+        All given rows in their order, with the look-alikes between them. The columns are those named above.
 
     Raises:
-        ValueError: If `share` is not between 0 and 1, there are no rows, one has another format, one kind is
+        ValueError: If `share` is not between 0 and 1, there are no rows, a row has another format, one kind is
             conversational and the other is not, or no answer has a whole sentence.
     """
     if not isinstance(share, int | float) or not 0 < share < 1:
@@ -67,7 +67,7 @@ def with_contrast(
 
 
 def _ended(row: Mapping[str, Any]) -> Any:
-    """An answer, to its last whole sentence where it was cut; `None` if nothing is left."""
+    """Return an answer, up to its last whole sentence if it was cut. Return `None` if nothing is left."""
     completion = row["completion"]
     if not row["unfinished"]:
         return completion
@@ -89,7 +89,7 @@ def _safety_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 def _like(row: Mapping[str, Any], prompt: Any, answer: Any, index: int) -> dict[str, Any]:
-    """A look-alike's row in the format of a safety row."""
+    """Build a look-alike's row in the format of a safety row."""
     given = row["messages"] if "messages" in row else row["prompt"]
     if isinstance(given, str) != isinstance(prompt, str):
         raise ValueError(

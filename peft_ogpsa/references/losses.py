@@ -22,12 +22,12 @@ ANCHORED_WEIGHT = 8.0
 def collate(
     examples: Sequence[Example] | Sequence[Pair], pad_token_id: int, device: torch.device | str
 ) -> dict[str, Tensor]:
-    """Pads examples on the right.
+    """Pad examples on the right.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, each `(examples, tokens)`, and of anchored examples also
-        `anchored`, `(examples,)`. Of pairs `(pairs, 2, tokens)` each, the
-        chosen answer first, and `beta` and, where it is known, `margin`, `(pairs,)`.
+        For examples: `input_ids`, `attention_mask` and `labels`, each `(examples, tokens)`. Anchored examples also
+        have `anchored`, `(examples,)`. For pairs: the same three, each `(pairs, 2, tokens)` with the chosen answer
+        first, and `beta`, `(pairs,)`. If the margin is known, there is also `margin`, `(pairs,)`.
     """
     if isinstance(examples[0], Pair):
         pairs = cast(Sequence[Pair], examples)
@@ -54,7 +54,7 @@ def collate(
 
 
 def _plain(examples: Sequence[Any]) -> list[Example]:
-    """The token sequences alone, without what a loss needs beside them."""
+    """Return only the token sequences, without the other data that a loss needs."""
     found = []
     for example in examples:
         sides = (example.chosen, example.rejected) if isinstance(example, Pair) else (example,)
@@ -63,23 +63,26 @@ def _plain(examples: Sequence[Any]) -> list[Example]:
 
 
 def reference_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of a batch from `collate`: `preference_loss` of pairs, `divergence_loss`, or `answer_loss`."""
+    """Compute the loss of a batch from `collate`.
+
+    This is `preference_loss` for pairs, `divergence_loss` for anchored examples, and `answer_loss` for other examples.
+    """
     if "margin" in batch:
         return preference_loss(model, batch)
     return divergence_loss(model, batch) if "anchored" in batch else answer_loss(model, batch)
 
 
 def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Cross-entropy of a causal language model on the labels, in nats per token.
+    """Compute the cross-entropy of a causal language model on the labels, in nats per token.
 
     Args:
-        model: Called with `input_ids` and `attention_mask`; returns an object with `logits` `(examples, tokens,
-            vocabulary)`.
-        batch: From `collate`.
+        model: The model. It is called with `input_ids` and `attention_mask`, and returns an object with `logits`
+            `(examples, tokens, vocabulary)`.
+        batch: A batch from `collate`.
 
     Returns:
-        A scalar: the mean over tokens within each example, then over examples, so that the gradient of every example
-        is its own, whatever else is in the batch.
+        A scalar: the mean over tokens within each example, then over examples, so that the gradient of an example
+        does not depend on the other examples in the batch.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     if logits.dim() != 3:
@@ -90,18 +93,18 @@ def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         )
     labels = batch["labels"][:, 1:]
     learnt = labels != IGNORED
-    # Only the positions that are learnt are widened to float32: the logits are the largest tensor of the pass.
+    # Convert only the scored positions to float32: the logits are the largest tensor of the pass.
     losses = F.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt], reduction="none")
     weights = 1.0 / learnt.sum(1, keepdim=True).clamp(min=1).expand_as(labels)[learnt]
     return (losses * weights).sum() / len(labels)
 
 
 def batched(examples: Sequence[Any], size: int) -> list[list[Any]]:
-    """Batches of examples (or pairs) of similar length, short ones first."""
+    """Group examples (or pairs) of similar length into batches, short ones first."""
     ordered = sorted(examples, key=lambda example: len(example.ids))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 def padding_of(tokenizer: Any) -> int:
-    """The token id for padding. Padding is masked, so any id works."""
+    """Return the token id for padding. Padding is masked, so any id works."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)

@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, of which the chosen one is to stay preferred."""
+    """Two answers to one prompt. The model should keep preferring the chosen one."""
 
     chosen: Example
     rejected: Example
     beta: float
-    """Of the DPO loss."""
+    """Beta of the DPO loss."""
     margin: float | None = None
     """Log-probability of the chosen answer minus that of the rejected one under the reference policy, in nats."""
 
     @property
     def ids(self) -> list[int]:
-        """The longer side, which decides the length of a padded batch."""
+        """The token ids of the longer side, which decides the length of a padded batch."""
         return max(self.chosen.ids, self.rejected.ids, key=len)
 
     def cut(self, max_length: int) -> Pair | None:
-        """Both sides cut; `None` if one of them has no token of its answer left."""
+        """Cut both sides. Return `None` if one of them has no token of its answer left."""
         chosen, rejected = self.chosen.cut(max_length), self.rejected.cut(max_length)
         return None if chosen is None or rejected is None else Pair(chosen, rejected, self.beta, self.margin)
 
 
 def log_probabilities(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Of the answers, summed over their tokens, in nats.
+    """Compute the log-probabilities of the answers, summed over their tokens, in nats.
 
     Args:
-        model: Called with `input_ids` and `attention_mask`; returns an object with `logits`.
+        model: The model. It is called with `input_ids` and `attention_mask`, and returns an object with `logits`.
         batch: `input_ids`, `attention_mask` and `labels`, each `(pairs, 2, tokens)`.
 
     Returns:
@@ -56,20 +56,22 @@ def log_probabilities(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     labels = labels[:, 1:]
     learnt = labels != IGNORED
-    # Only the positions that are learnt are widened to float32: the logits are the largest tensor of the pass.
+    # Convert only the scored positions to float32: the logits are the largest tensor of the pass.
     tokens = F.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt], reduction="none")
     sums = tokens.new_zeros(len(labels)).index_add(0, learnt.nonzero()[:, 0], -tokens)
     return sums.view(-1, 2)
 
 
 def preference_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The DPO loss (Rafailov et al. 2023, equation 7), a mean over pairs.
+    """Compute the DPO loss (Rafailov et al. 2023, equation 7), averaged over pairs.
 
-    `-log sigmoid(beta * ((log p(chosen) - log p(rejected)) - margin))`, with the margin that the reference policy has.
+    The loss is `-log sigmoid(beta * ((log p(chosen) - log p(rejected)) - margin))`, where `margin` is that of the
+    reference policy.
 
     Args:
         model: See `log_probabilities`.
-        batch: From `reference.collate` of pairs with their margins: also `beta` and `margin`, `(pairs,)`.
+        batch: A batch from `losses.collate`, of pairs with their margins. It also has `beta` and `margin`,
+            `(pairs,)`.
 
     Returns:
         A scalar in nats.
@@ -81,13 +83,13 @@ def preference_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def with_margins(
     model: nn.Module, tuner: OGPSAModel, batches: Iterable[Sequence[Pair]], collate: Callable[[Sequence[Pair]], dict]
 ) -> list[Pair]:
-    """The pairs with the margins that the frozen reference policy gives them.
+    """Return the pairs with their margins under the frozen reference policy.
 
     Args:
         model: The policy in training, as the trainer calls it.
         tuner: Its tuner, see `reference_policy`.
-        batches: Pairs that are passed together.
-        collate: Makes a batch of them.
+        batches: Pairs, grouped by forward pass.
+        collate: Makes a batch from such a group.
     """
     done = []
     with undisturbed(model), reference_policy(tuner):

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reference sets from prompts alone: the base model answers them."""
+"""Build reference sets from prompts alone. The base model answers the prompts."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from ..tuner.adapters import base_model
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the cache file
+_FORMAT = 1  # version of the cache file's format
 
 
 @dataclass(frozen=True)
 class AnswerCounts:
-    """What became of the prompts: `prompts = kept + refused + unclear + too_long`."""
+    """What happened to the prompts: `prompts = kept + refused + unclear + too_long`."""
 
     prompts: int
     kept: int
     refused: int
-    """The base model declined, by `evaluation.classify`."""
+    """The base model declined, according to `evaluation.classify`."""
     unclear: int
-    """Empty, symbols, or a loop, by the same matcher."""
+    """The answer is empty, symbols, or a loop, according to the same matcher."""
     too_long: int
-    """The prompt alone has `max_length` tokens or more."""
+    """The prompt alone already has `max_length` tokens or more."""
     unfinished: int
-    """Of those kept, how many answers were cut at `max_new_tokens`."""
+    """How many of the kept answers were cut at `max_new_tokens`."""
 
 
 def self_answers(
@@ -63,7 +63,7 @@ def self_answers(
     max_length: int,
     progress: bool,
 ) -> tuple[list[dict[str, Any]], AnswerCounts]:
-    """The rows that a model answers itself, and what became of the prompts; arguments as of `from_prompts`."""
+    """Return rows with the model's own answers, and the counts. The arguments are those of `from_prompts`."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if isinstance(prompts, str | Mapping):
         raise ValueError(f"Reference set {name!r}: prompts is a single {type(prompts).__name__}. Give a list of them.")
@@ -125,7 +125,7 @@ def self_answers(
 
 
 def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> str | list[dict[str, Any]]:
-    """A prompt as it will stand in its row: messages if the tokenizer has a chat template, plain text if not."""
+    """Return a prompt as its row stores it: messages if the tokenizer has a chat template, plain text if not."""
     if isinstance(prompt, Mapping):
         if "prompt" not in prompt and "messages" not in prompt:
             raise ValueError(f"{name} has the columns {sorted(prompt)}. Give it prompt or messages.")
@@ -150,16 +150,16 @@ def _row(
     answer_ids: list[int],
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    # An answer that ends on the very last token counts as unfinished too, which costs nothing but that token's score.
+    # An answer that ends exactly on the last token also counts as unfinished. The only cost is that token's score.
     unfinished = len(answer_ids) >= max_new_tokens
     if isinstance(prompt, str):
-        # Decoded together: some tokenizers drop the space that a text begins with.
+        # Decode prompt and answer together: some tokenizers drop the space at the start of a text.
         before = str(tokenizer.decode(prompt_ids, skip_special_tokens=True))
         text = str(tokenizer.decode(prompt_ids + answer_ids, skip_special_tokens=True))[len(before) :]
     else:
         text = str(tokenizer.decode(answer_ids, skip_special_tokens=True)).strip()
     if unfinished:
-        text = text.rstrip("\ufffd")  # half a character
+        text = text.rstrip("\ufffd")  # an incomplete character
     completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
     return {"prompt": prompt, "completion": completion, "unfinished": unfinished}
 
@@ -171,7 +171,7 @@ def _text(completion: str | Sequence[Mapping[str, Any]]) -> str:
 def _key(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], settings: Mapping[str, Any]
 ) -> str:
-    """What the answers depend on, in 32 hexadecimal digits."""
+    """Digest what the answers depend on, in 32 hexadecimal digits."""
     lm = language_model(model)
     ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     facts = {
@@ -187,7 +187,10 @@ def _key(
 
 
 def _weights_digest(lm: torch.nn.Module) -> bytes:
-    """Of a few values of every base weight, which any training changes; the same with an adapter on top or without."""
+    """Digest a few values of every base weight.
+
+    Any training changes the digest. It is the same with and without an adapter on top.
+    """
     digest = hashlib.sha256()
     values = {}
     for name, parameter in lm.named_parameters():
@@ -202,11 +205,11 @@ def _weights_digest(lm: torch.nn.Module) -> bytes:
 
 
 def _read(path: Path, prompts: Sequence[Any]) -> list[dict[str, Any]] | None:
-    """The cached rows; `None` if there are none, or none that can be used."""
+    """Read the cached rows. Return `None` if there are none or they cannot be used."""
     if not path.is_file():
         return None
     try:
-        # Not splitlines(): it would also cut at the rarer Unicode line breaks, which JSON allows inside a string.
+        # Do not use splitlines(): it also splits at rare Unicode line breaks, which JSON allows inside a string.
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         if [row["prompt"] for row in rows] != list(prompts):
             raise ValueError("its prompts are not those asked for")
@@ -220,7 +223,7 @@ def _read(path: Path, prompts: Sequence[Any]) -> list[dict[str, Any]] | None:
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replaces the file only when it is complete."""
+    """Write the rows. The old file is replaced only when the new one is complete."""
     part, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     try:
         with os.fdopen(part, "w", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reference sets: the examples of an ability to keep, and their loss."""
+"""Reference sets: the examples of an ability to preserve, and their loss."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ class ReferenceSet:
     """A few hundred examples of an ability that fine-tuning must not harm.
 
     Rows may have any of the formats that TRL's trainers read, plain or conversational: `messages`,
-    `prompt`/`completion`, `text`, or `prompt`/`chosen`/`rejected` (also without `prompt`, where it is part of both
+    `prompt`/`completion`, `text`, or `prompt`/`chosen`/`rejected` (`prompt` may be missing if it is part of both
     answers). The loss is the cross-entropy of the answer in nats per token, averaged within an example and then over
     examples. For preference pairs the answer is the chosen one, unless `loss` says otherwise.
 
     Args:
-        name (`str`): What the set is called in logs; unique among the sets of a run.
+        name (`str`): Name of the set in logs. It must be unique among the sets of a run.
         dataset (`Iterable[Mapping]`): The rows: a `datasets.Dataset`, a list of dicts, or any iterable of them.
         samples (`int`, *optional*): Use at most this many rows, from the start. `None`: all.
-        max_length (`int`): In tokens; what is longer is cut off at the end.
-        loss (`str`): `"answer"` (the completion, the chosen answer, or the last assistant turn; all of a `text`),
-            `"all"` (every token), or `"kl"`: the divergence of the model from its base along the answer, which cannot
-            be lowered by learning the answer's style; it needs an adapter and one forward pass more. For preference
-            pairs also `"both"` (the chosen and the rejected answer, an example each, which is what the published
-            code does in its DPO stage) and `"dpo"`: the DPO loss of the
-            pair against the frozen reference policy, which is TRL's `ref` adapter where there is one (a DPO run that
-            goes on with an adapter), and else the base model.
-        beta (`float`): Of the DPO loss; take the trainer's.
+        max_length (`int`): Maximum number of tokens. Longer examples are cut at the end.
+        loss (`str`): `"answer"` scores the completion, the chosen answer, or the last assistant turn (all of a
+            `text`). `"all"` scores every token. `"kl"` is KL from base along the answer, which cannot be lowered by
+            learning the answer's style. It needs an adapter and one more forward pass. For preference pairs, there
+            are two more losses. `"both"` scores the chosen and the rejected answer, as one example each. The
+            published code does this in its DPO stage. `"dpo"` is the DPO loss of the pair against the frozen
+            reference policy. That policy is TRL's `ref` adapter if there is one (a DPO run that continues with an
+            adapter), and otherwise the base model.
+        beta (`float`): Beta of the DPO loss. Use the trainer's value.
 
     Raises:
         ValueError: If an argument is out of range, the set is empty, a row has no known format, or truncation leaves
-            a row without a token to learn from in all rows.
+            no row with a token to learn from.
     """
 
     name: str
@@ -89,31 +89,31 @@ class ReferenceSet:
         loss: str = "kl",
         progress: bool = True,
     ) -> AnsweredSet:
-        """A set without labelled data: the base model answers the prompts, and its answers are what is kept.
+        """Build a set without labeled data: the base model answers the prompts, and the rows hold its answers.
 
         Refusals and degenerate answers (empty, symbols, loops) are dropped; `.counts` of the result says how many.
-        Of an answer that was cut at `max_new_tokens`, the end of the turn is not scored. The answers are kept on disk
-        and used again for the same model, prompts and settings; a damaged file is rebuilt with a warning. Nothing of
-        model, tokenizer or random state is changed.
+        If an answer was cut at `max_new_tokens`, the end of its turn is not scored. The answers are stored on disk and
+        reused for the same model, prompts and settings. A damaged file is rebuilt with a warning. The model, the
+        tokenizer and the random state are not changed.
 
         Args:
             name (`str`): See the class.
             prompts (`Iterable`): Strings, lists of messages, or rows with `prompt` or `messages`, such as
                 `peft_ogpsa.data.load_prompts("general")`.
-            model: The causal language model; the adapter of a `PeftModel` is off while it answers.
+            model: The causal language model. The adapter of a `PeftModel` is disabled while it answers.
             processing_class: Its tokenizer, or a processor that has one as `.tokenizer`.
             samples (`int`, *optional*): Answer at most this many prompts, from the start. `None`: all.
-            max_new_tokens (`int`): Where an answer is cut.
-            batch_size (`int`): Prompts answered at once.
-            seed (`int`): Of the draws.
-            sample (`bool`): Draw from the model's distribution instead of taking the likeliest token. Off by default:
-                the likeliest answers are the better ones, most of all of small models, and depend on no seed. Drawn
-                answers cover more of what the model might say.
-            cache_dir (`str`, *optional*): Where answers are kept. `None`: `peft_ogpsa` in the user's cache directory
+            max_new_tokens (`int`): Maximum number of tokens of an answer. Longer answers are cut.
+            batch_size (`int`): Prompts per batch.
+            seed (`int`): Seed of the sampling.
+            sample (`bool`): Sample from the model's distribution instead of taking the most likely token. Off by
+                default: the most likely answers are better, especially those of small models, and do not depend on a
+                seed. Sampled answers cover more of what the model might say.
+            cache_dir (`str`, *optional*): Where answers are stored. `None`: `peft_ogpsa` in the user's cache directory
                 (`$XDG_CACHE_HOME` or `~/.cache`).
-            max_length (`int`): See the class; prompts that leave no room for an answer are dropped.
-            loss (`str`): `"kl"`, or `"answer"`, which whole weights need; see the class.
-            progress (`bool`): Show a bar.
+            max_length (`int`): See the class. Prompts that leave no room for an answer are dropped.
+            loss (`str`): `"kl"` or `"answer"`; see the class. Full-parameter training needs `"answer"`.
+            progress (`bool`): Show a progress bar.
 
         Raises:
             ValueError: If an argument is out of range, there are no prompts, a prompt has no known format, or no
@@ -125,7 +125,7 @@ class ReferenceSet:
                 f"Reference set {name!r}: loss={loss!r} has no meaning for a model's own answers. Use 'kl' or "
                 "'answer'."
             )
-        ReferenceSet(name, [], samples, max_length)  # its checks, before the work
+        ReferenceSet(name, [], samples, max_length)  # run its checks before the work
         rows, counts = self_answers(
             name,
             prompts,
@@ -143,13 +143,13 @@ class ReferenceSet:
         return AnsweredSet(name, rows, None, max_length, loss, counts=counts)
 
     def tokenize(self, processing_class: Any) -> list[Example] | list[Pair]:
-        """Tokenises the rows, with the tokenizer's chat template where they are conversational.
+        """Tokenize the rows, with the tokenizer's chat template if they are conversational.
 
         Args:
             processing_class: A transformers tokenizer, or a processor that has one as `.tokenizer`.
 
         Returns:
-            One example a row, two with `loss="both"`, or with `loss="dpo"` one pair, yet without its margin.
+            One example per row, two with `loss="both"`. With `loss="dpo"` one pair per row, still without its margin.
 
         Raises:
             ValueError: See the class.
@@ -178,7 +178,7 @@ class ReferenceSet:
         return examples
 
     def _sides(self, row: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-        """A preference pair, and the same with its answers changed about."""
+        """Return a preference pair, and the same pair with its answers swapped."""
         if "chosen" not in row or "rejected" not in row:
             raise ValueError(
                 f"{name} is no preference pair, which loss={self.loss!r} needs. Give chosen and rejected answers."
@@ -190,15 +190,15 @@ class ReferenceSet:
 class AnsweredSet(ReferenceSet):
     """A reference set whose rows are a model's own answers.
 
-    A row with a true `unfinished` was cut at `max_new_tokens`: where it stops is no place to stop, so the end of its
+    A row whose `unfinished` is true was cut at `max_new_tokens`. Its answer should not stop there, so the end of its
     turn is not scored.
     """
 
     counts: AnswerCounts = field(kw_only=True)
 
     def tokenize(self, processing_class: Any) -> list[Example]:
-        """As in `ReferenceSet`, without the end of the turn where the answer was cut."""
-        # The tokens that stay the same when the answer goes on are those of the answer, whatever the template.
+        """Tokenize as in `ReferenceSet`, but without the end of the turn if the answer was cut."""
+        # The tokens that stay the same when the answer continues belong to the answer, whatever the template.
         longer = ReferenceSet(self.name, [_going_on(row) for row in self.dataset], None, self.max_length, self.loss)
         answered = cast(list[Example], super().tokenize(processing_class))
         pairs = zip(answered, cast(list[Example], longer.tokenize(processing_class)), strict=True)
@@ -216,10 +216,10 @@ def _going_on(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_sets(reference_sets: Sequence[ReferenceSet], where: str) -> None:
-    """Refuses a list without sets, or with two sets of one name, of which a mapping by name would lose one.
+    """Reject a list without sets, or with two sets of the same name. A mapping by name would lose one of the two.
 
     Raises:
-        ValueError: If it is one of these; the message begins with `where`.
+        ValueError: If the list is rejected. The message begins with `where`.
     """
     if not reference_sets:
         raise ValueError(

@@ -1,3 +1,3 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What goes out with an adapter: the model card and the upload."""
+"""Share an adapter: write its model card and upload it."""

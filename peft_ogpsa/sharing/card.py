@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a saved adapter, and the adapter's way to the hub."""
+"""Write the model card of a saved adapter, and upload the adapter to the hub."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _README = "README.md"
 _START = "<!-- peft_ogpsa: start. Everything up to the end mark is written anew on every save. -->"
 _END = "<!-- peft_ogpsa: end -->"
 _WEIGHTS = "weights_sha256"
-_VERSIONS_HEADING = "### Framework versions"  # PEFT's own; it adds its version there if it does not find it
+_VERSIONS_HEADING = "### Framework versions"  # PEFT's own heading; PEFT adds its version there if it is missing
 
 _RUN: dict[str, tuple[type, ...]] = {
     "stage": (str,),
@@ -47,8 +47,8 @@ _RUN: dict[str, tuple[type, ...]] = {
 }
 _MEASURED_WITH = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "batch_size", "max_length", "seed")
 
-# Training state, and what else a trainer leaves in its output folder. `training_args.bin` is a pickle and holds the
-# machine's paths.
+# Training state and other files that a trainer leaves in its output folder. `training_args.bin` is a pickle and holds
+# the machine's paths.
 _NOT_SHARED = [
     "checkpoint-*",
     "_*",
@@ -107,32 +107,33 @@ def save_card(
     run: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes or renews the model card (`README.md`) of a saved adapter, from what its folder holds.
+    """Write or update the model card (`README.md`) of a saved adapter, from the files in its folder.
 
-    The card is made of `adapter_config.json`, `ogpsa_config.json` (without it the adapter is plain LoRA),
-    `ogpsa_run.json` and `ogpsa_eval.json`. The last two are what `run` and `evaluation` say, stored with a checksum of
-    the adapter's weights: facts about other weights, which a later training has replaced, are left out of the card.
+    The card is built from `adapter_config.json`, `ogpsa_config.json` (without it the adapter is plain LoRA),
+    `ogpsa_run.json` and `ogpsa_eval.json`. The last two store `run` and `evaluation`, with a checksum of the adapter's
+    weights. Facts about other weights, which a later training has replaced, are left out of the card.
 
-    Of an existing card, text and metadata are kept, except for the part between the marks of this package. PEFT's
-    template is replaced where nobody has filled it in.
+    In an existing card, text and metadata are kept, except for the part between the marks of this package. PEFT's
+    template is replaced if nobody has filled it in.
 
     Args:
         directory (`str` or `os.PathLike`): The folder of the adapter.
-        run (`Mapping`, *optional*): How the adapter was trained; each is optional: `stage` (`"sft"` or `"dpo"`),
-            `method` (`"ogpsa"`, `"paper"` or `"plain"`), `started_from` (the adapter that it went on from),
-            `started_from_weights` (the checksum of its weights), `dataset`, `contrast` (the share of look-alikes in
-            it), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds` (of training),
-            `reference_share` (reference examples per training example), `versions` (`{package: version}`). Of files
-            and folders only the name is stored, not the path. The base is the one that `adapter_config.json` names.
-        evaluation (`Mapping`, *optional*): What `ogpsa eval` writes, or at least `{"evaluation":
+        run (`Mapping`, *optional*): How the adapter was trained. Each entry is optional: `stage` (`"sft"` or `"dpo"`),
+            `method` (`"ogpsa"`, `"paper"` or `"plain"`), `started_from` (the adapter that training continued from),
+            `started_from_weights` (the checksum of that adapter's weights), `dataset`, `contrast` (the share of
+            look-alikes in the dataset), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds` (of
+            training), `reference_share` (reference examples per training example), `versions` (`{package: version}`).
+            For files and folders, only the name is stored, not the path. The base is the one that
+            `adapter_config.json` names.
+        evaluation (`Mapping`, *optional*): The result that `ogpsa eval` writes, or at least `{"evaluation":
             Evaluation.to_dict()}`. Prompts, answers and paths in it are not stored.
 
     Returns:
         The path of the card.
 
     Raises:
-        ValueError: If the folder holds no LoRA adapter, a file of it is damaged, or `run` or `evaluation` are not of
-            this form.
+        ValueError: If the folder holds no LoRA adapter, one of its files is damaged, or `run` or `evaluation` does not
+            have this form.
     """
     folder = Path(directory)
     config = _read_config(folder)
@@ -178,26 +179,26 @@ def push_adapter(
     revision: str | None = None,
     commit_message: str = "Upload adapter",
 ) -> str:
-    """Uploads a saved adapter with its card to the Hugging Face hub.
+    """Upload a saved adapter with its card to the Hugging Face hub.
 
-    Unlike `model.push_to_hub` and `trainer.push_to_hub`, which write cards of their own, this uploads the one in the
-    folder, renewed by `save_card`. A card that is on the hub already is replaced. Checkpoints and training state stay
-    behind.
+    `model.push_to_hub` and `trainer.push_to_hub` write their own cards. This function uploads the card in the folder,
+    after `save_card` has updated it. A card that is already on the hub is replaced. Checkpoints and training state are
+    not uploaded.
 
     Args:
         directory (`str` or `os.PathLike`): The folder of the adapter.
-        repo_id (`str`): `"owner/name"`, or a name under your own account. Made if need be.
-        private (`bool`, *optional*): Whether a new repository is private; by default as the hub sets it.
-        token (`str` or `bool`, *optional*): The hub's token; by default the one that is logged in.
-        revision (`str`, *optional*): The branch; by default the main one.
-        commit_message (`str`): The commit's.
+        repo_id (`str`): `"owner/name"`, or a name under your own account. The repository is created if necessary.
+        private (`bool`, *optional*): Whether a new repository is private. Default: the hub's setting.
+        token (`str` or `bool`, *optional*): The hub token. Default: the token of your login.
+        revision (`str`, *optional*): The branch. Default: the main branch.
+        commit_message (`str`): The commit message.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        ValueError: If the folder holds no LoRA adapter, or a file of it is damaged.
-        HfHubHTTPError: If the hub refuses.
+        ValueError: If the folder holds no LoRA adapter, or one of its files is damaged.
+        HfHubHTTPError: If the hub rejects the request.
     """
     save_card(directory)
     base = _read_config(Path(directory)).base_model_name_or_path
@@ -220,16 +221,16 @@ def push_adapter(
     return str(repository)
 
 
-# What the folder holds
+# The contents of the folder
 
 
 def _read_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG_NAME
-    if not path.is_file():  # PEFT would go and look on the hub
+    if not path.is_file():  # PEFT would look on the hub
         raise ValueError(f"{path} is missing. Give the folder of a saved adapter (`model.save_pretrained(folder)`).")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its settings, which were there when it was trained
+            warnings.simplefilter("ignore")  # warnings about settings that were already there in training
             config = PeftConfig.from_pretrained(str(folder))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). Save the adapter again.") from error
@@ -239,7 +240,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The facts in a file, and none if there is no file or it is about other weights."""
+    """Read the facts in a file. Return an empty dict if there is no file or it is about other weights."""
     path = folder / name
     if not path.is_file():
         return {}
@@ -253,7 +254,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_run(directory: str | os.PathLike) -> dict[str, Any]:
-    """How an adapter was trained, as far as its folder tells, in the form that `save_card` takes.
+    """Read how an adapter was trained, as far as its folder records it, in the form that `save_card` takes.
 
     Raises:
         ValueError: If the file is damaged.
@@ -264,7 +265,7 @@ def read_run(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def weights_digest(directory: str | os.PathLike) -> str | None:
-    """The SHA-256 of an adapter's weights, in hexadecimal digits, or None where there are none in the folder."""
+    """Return the SHA-256 of an adapter's weights in hexadecimal digits, or None if the folder has no weights."""
     folder = Path(directory)
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if (folder / name).is_file():
@@ -297,13 +298,13 @@ def _check_evaluation(evaluation: Mapping[str, Any], where: str) -> None:
 
 
 def save_run(directory: str | os.PathLike, run: Mapping[str, Any]) -> None:
-    """Writes `ogpsa_run.json` beside a whole model, of which there is no card: the facts of `save_card`'s `run`.
+    """Write `ogpsa_run.json` next to a whole model, which has no card.
 
-    Of files and folders only the name is stored, not the path.
+    The file holds the facts of `save_card`'s `run`. For files and folders, only the name is stored, not the path.
 
     Args:
         directory (`str` or `os.PathLike`): The folder of the model.
-        run (`Mapping`): How the model was trained; further entries are stored as they are.
+        run (`Mapping`): How the model was trained. Further entries are stored unchanged.
     """
     _write_json(Path(directory) / RUN_NAME, _shareable_run(run))
 
@@ -339,7 +340,7 @@ def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replaces the file only when the new one is complete."""
+    """Write a file. An old file is replaced only when the new one is complete."""
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8", newline="") as file:
         file.write(text)
@@ -358,7 +359,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _public(name: str) -> str:
-    """What others may read of a name: all of a hub name, and of a file or folder its own name without the path."""
+    """Return what others may read of a name: a whole hub name, or a file or folder name without its path."""
     kind = re.match(r"(prompts:)?(public:\w+:)?", name)
     prefix = kind[0] if kind else ""
     source, bracket, split = name[len(prefix) :].partition("[")
@@ -368,7 +369,7 @@ def _public(name: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Markdown in which the text stands as it is."""
+    """Format a text as Markdown code, which shows it literally."""
     text = " ".join(text.split())
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -399,7 +400,7 @@ def _renew_metadata(data: CardData, config: LoraConfig, base: str, ogpsa: bool, 
     data["library_name"] = "peft"
     kept = data.get("base_model")
     if not isinstance(kept, list) and not _on_hub(kept or ""):
-        kept = None  # PEFT puts a folder of this machine there, which the hub refuses
+        kept = None  # PEFT puts a local folder there, which the hub rejects
     data["base_model"] = kept or (base if _on_hub(base) else None)
     if config.task_type == "CAUSAL_LM":
         data["pipeline_tag"] = data.get("pipeline_tag") or "text-generation"
@@ -430,7 +431,7 @@ def _renew_text(text: str, section: str, base: str, path: Path) -> str:
 
 
 def _is_template(text: str) -> bool:
-    """Whether nobody has written into PEFT's template."""
+    """Return whether PEFT's template is unedited."""
     body, _, versions = text.partition(_VERSIONS_HEADING)
     template = ModelCard.from_template(ModelCardData()).text
     only_versions = all(line.startswith("- PEFT ") for line in versions.split("\n") if line.strip())
@@ -447,7 +448,7 @@ def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[st
         "abilities to keep.",
         "",
     ]
-    subspace = settings.get("subspace", "gradients")  # files of before there was a choice
+    subspace = settings.get("subspace", "gradients")  # files from before this setting existed
     if subspace != "gradients":
         lines += _of_activations(settings)
     if subspace != "activations":

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Ways into a model: its base, its language model, its device."""
+"""Find the language model inside a wrapper, and the device of its inputs."""
 
 from typing import cast
 
@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 
 def language_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside a `PeftModel` (its adapter layers stay in place), or the model itself."""
+    """Return the transformers model inside a `PeftModel` (its adapter layers stay in place), or the model itself."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go, also when the layers are spread over devices."""
+    """Return the device for token ids, also if the layers are spread over several devices."""
     return next(model.get_input_embeddings().parameters()).device

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A model's answers to prompts."""
+"""Generate a model's answers to prompts."""
 
 from collections.abc import Iterable, Sequence
 
@@ -25,20 +25,20 @@ def generate(
     seed: int = 0,
     progress: bool = False,
 ) -> list[str]:
-    """Answer each prompt, greedily unless told otherwise.
+    """Answer each prompt, greedily by default.
 
-    The model's own generation settings (temperature, penalties, ...) are set aside, so that figures of different
-    models mean the same; its end tokens are kept. Nothing of model, tokenizer or global random state is changed.
+    The model's own generation settings (temperature, penalties, ...) are ignored, so that figures of different models
+    are comparable. Only its end tokens are used. The model, the tokenizer and the global random state are not changed.
 
     Args:
         model: A causal language model, with or without adapter.
-        tokenizer: Its tokenizer; the chat template is applied if it has one.
+        tokenizer: Its tokenizer. The chat template is applied if it has one.
         prompts: Strings (one user turn each), lists of messages, or rows with `prompt` or `messages`.
-        max_new_tokens: Where an unfinished answer is cut.
-        batch_size: Prompts answered at once.
-        sample: Draw from the model's distribution (temperature 1) instead of taking the likeliest token.
-        seed: Of the draws; with `sample` the answers depend on `batch_size` too.
-        progress: Show a bar.
+        max_new_tokens: Length at which an unfinished answer is cut.
+        batch_size: Prompts per batch.
+        sample: Sample from the model's distribution (temperature 1) instead of taking the most likely token.
+        seed: Seed of the sampling. With `sample`, the answers also depend on `batch_size`.
+        progress: Show a progress bar.
 
     Returns:
         The answers without special tokens, in the order of the prompts.
@@ -68,7 +68,7 @@ def generate_ids(
     seed: int,
     progress: bool = False,
 ) -> list[list[int]]:
-    """`generate` on token ids: each answer up to and including its end token."""
+    """Generate as `generate` does, but on token ids. Each answer runs up to and including its end token."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
     for index, prompt in enumerate(prompts):
@@ -90,7 +90,7 @@ def generate_ids(
     answers: list[list[int]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc="generating", disable=not progress)
     with undisturbed(model, seed=seed), bar:
-        # `generate` fills gaps in the settings that it is given from the model's own.
+        # `generate` fills gaps in the given settings from the model's own settings.
         lm.generation_config = GenerationConfig()
         try:
             for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
@@ -113,7 +113,10 @@ def generate_ids(
 
 
 def _end_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Chat models often end a turn with another token than the tokenizer's, named only in their settings."""
+    """Return all end tokens.
+
+    Chat models often end a turn with a different token than the tokenizer's. Only their settings name that token.
+    """
     ends = config.eos_token_id if config.eos_token_id is not None else []
     ends = list(ends) if isinstance(ends, list | tuple) else [ends]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A model's logits where it predicts an answer."""
+"""Compute a model's logits at the positions where it predicts an answer."""
 
 import inspect
 from collections.abc import Sequence
@@ -12,10 +12,12 @@ from .tokenization import Example
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Positions in batches of like length, longest first (a batch too large for memory then fails at once).
+    """Group positions into batches of similar length.
+
+    The longest come first, so that a batch that is too large for memory fails at once.
 
     Raises:
-        ValueError: `batch_size` is below 1.
+        ValueError: If `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1.")
@@ -24,13 +26,13 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def answer_logits(model: torch.nn.Module, examples: Sequence[Example]) -> list[torch.Tensor]:
-    """The logits that predict each example's answer tokens.
+    """Return the logits that predict each example's answer tokens.
 
-    Call it under `undisturbed`. The output layer is skipped for the prompts where the model allows it.
+    Call this under `undisturbed`. The output layer is skipped for the prompts if the model allows it.
 
     Returns:
-        One tensor an example, (answer tokens, vocabulary), in the model's own precision: upcasting one example at a
-        time keeps the memory small.
+        One tensor per example, (answer tokens, vocabulary), in the model's own precision. Upcasting one example at a
+        time keeps memory use low.
     """
     lm = language_model(model)
     device = input_device(lm)

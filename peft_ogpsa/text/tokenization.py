@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Rows and prompts as token ids."""
+"""Convert rows and prompts to token ids."""
 
 from __future__ import annotations
 
@@ -19,42 +19,43 @@ Prompt = str | Sequence[Message] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer: `ids[:answer_start]` is the prompt, the rest is scored."""
+    """A prompt and its answer. `ids[:answer_start]` is the prompt, and the rest is scored."""
 
     ids: list[int]
     answer_start: int
 
     @property
     def answer(self) -> list[int]:
-        """The tokens scored."""
+        """The scored tokens."""
         return self.ids[self.answer_start :]
 
     @property
     def labels(self) -> list[int]:
-        """The tokens with -100, which transformers' losses skip, in place of the prompt."""
+        """The tokens, with -100 in place of the prompt. transformers' losses skip -100."""
         return [IGNORED] * self.answer_start + self.answer
 
     def cut(self, max_length: int) -> Example | None:
-        """The first `max_length` tokens; `None` if no token of the answer is among them."""
+        """Return the first `max_length` tokens, or `None` if no token of the answer is among them."""
         return replace(self, ids=self.ids[:max_length]) if self.answer_start < max_length else None
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Example:
-    """A training row as the model would see it in training.
+    """Encode a training row as the model sees it in training.
 
-    The answer begins where the row's tokens part from those of the prompt with the generation prompt added, so
-    templates that rewrite earlier turns or merge tokens over the boundary are cut in the right place. It includes
-    the end of the turn (templates) or the end-of-sequence token (plain strings).
+    The answer begins where the row's tokens first differ from those of the prompt with the generation prompt added. So
+    templates that rewrite earlier turns or merge tokens over the boundary are cut in the right place. The answer
+    includes the end of the turn (templates) or the end-of-sequence token (plain strings).
 
     Args:
-        tokenizer: With a chat template, if the row is made of messages.
-        row: In a format that TRL's trainers read, of messages or of plain strings: `messages` (the last assistant
-            turn is the answer), `prompt` and `completion`, `text` (all of it is), or `chosen` and `rejected` with or
-            without their `prompt` (the chosen answer is).
-        name: What errors call the row.
+        tokenizer: The tokenizer. It needs a chat template if the row is made of messages.
+        row: A row in a format that TRL's trainers read, with messages or plain strings: `messages` (the answer is the
+            last assistant turn), `prompt` and `completion`, `text` (all of it is the answer), or `chosen` and
+            `rejected` with or without their `prompt` (the answer is the chosen one).
+        name: Name of the row in error messages.
 
     Raises:
-        ValueError: Other columns, no answer, a conversation and plain text mixed, or messages without a template.
+        ValueError: If the row has other columns or no answer, mixes a conversation and plain text, or has messages
+            without a template.
     """
     prompt, answer = _split(row, name)
     if not answer:
@@ -63,7 +64,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
         if not isinstance(prompt, str):
             raise ValueError(f"{name} mixes a conversational prompt with a plain answer. Make both of one kind.")
         prefix = _text_ids(tokenizer, prompt) if prompt else []
-        # Some tokenizers end every text with a special token; inside a sequence it does not belong.
+        # Some tokenizers end every text with a special token. It does not belong inside a sequence.
         if prefix and prefix[-1] == tokenizer.eos_token_id:
             prefix = prefix[:-1]
         ids = _text_ids(tokenizer, prompt + answer)
@@ -83,13 +84,13 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
 
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many leading items two sequences share."""
+    """Return how many leading items two sequences share."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _split(row: Row, name: str) -> tuple[Any, Any]:
-    """The prompt and the answer of a row, plain or as messages."""
+    """Return the prompt and the answer of a row, plain or as messages."""
     if "messages" in row:
         messages = list(row["messages"])
         while messages and messages[-1]["role"] != "assistant":
@@ -113,12 +114,12 @@ def _split(row: Row, name: str) -> tuple[Any, Any]:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """A prompt as the model sees it when it is about to answer.
+    """Encode a prompt as the model sees it when it is about to answer.
 
     Args:
-        tokenizer: Its chat template is applied, if it has one.
-        prompt: A string (one user turn), messages, or a row with `prompt` or `messages` (an assistant's last turn is
-            dropped).
+        tokenizer: The tokenizer. Its chat template is applied if it has one.
+        prompt: A string (one user turn), messages, or a row with `prompt` or `messages` (a last turn of the assistant
+            is dropped).
     """
     content = _content(prompt)
     if isinstance(content, str):
@@ -132,7 +133,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """What a person reads of a prompt: its last user turn."""
+    """Return the part of a prompt that a person reads: its last user turn."""
     content = _content(prompt)
     if isinstance(content, str):
         return content

@@ -41,17 +41,17 @@ from . import checkpoint
 logger = logging.getLogger(__name__)
 
 _MOST_OF_ANSWERS = 2.0
-"""A larger `reference_weight` of given answers triggers a warning; 1 worked well, 5 slowed safety learning."""
+"""A larger `reference_weight` for given answers triggers a warning. 1 worked well, 5 slowed safety learning."""
 
 
 @dataclass
 class _Run:
-    """What belongs to one call of a trainer's `train`; a callback may serve several trainers, nested ones too.
+    """The data of one call of a trainer's `train`. A callback may serve several trainers, also nested ones.
 
     Attributes:
-        state: The trainer's, which is its own for each call.
-        projector: What the run's steps are projected by.
-        loader: The run's reference examples.
+        state: The trainer's state, a separate object for each call.
+        projector: The projector of the run's steps.
+        loader: The loader of the run's reference examples.
         first: The step that the run begins with.
     """
 
@@ -62,7 +62,7 @@ class _Run:
 
 
 class OGPSACallback(TrainerCallback):
-    """Keeps the reference subspace up to date during training.
+    """Keep the reference subspace up to date during training.
 
     Works with `Trainer`, `SFTTrainer` and `DPOTrainer`, without a subclass:
 
@@ -70,38 +70,38 @@ class OGPSACallback(TrainerCallback):
     trainer = SFTTrainer(model, ..., callbacks=[OGPSACallback([ReferenceSet("general", rows)])])
     ```
 
-    Logs, with the trainer's own figures: `ogpsa/loss/SET`, `ogpsa/cosine/SET`, `ogpsa/reference_norm`,
+    It adds these figures to the trainer's logs: `ogpsa/loss/SET`, `ogpsa/cosine/SET`, `ogpsa/reference_norm`,
     `ogpsa/removed`, `ogpsa/seconds_refresh` and `ogpsa/seconds_projection` (see `Diagnostics.collect`).
 
-    Each checkpoint of the trainer also gets the subspace, so that a resumed run goes on exactly.
+    It saves the subspace in each checkpoint of the trainer, so that a resumed run continues exactly.
 
-    In several processes (DDP, FSDP2) all draw the same examples and each passes its share of them. To train a model's
-    own weights instead of an adapter, give `config`.
+    In several processes (DDP, FSDP2), all processes draw the same examples, and each one processes its share of them.
+    To train a model's own weights instead of an adapter, give `config`.
 
     Args:
-        reference_sets (`Sequence[ReferenceSet]`): The abilities to keep.
-        processing_class (*optional*): Tokenizer or processor; the trainer's own by default.
-        config (`FullParameterConfig`, *optional*): Projects the model's own weights. An adapter has settings of its
-            own.
-        batch_size (`int`, *optional*): Examples per reference pass and process; by default the trainer's batch size
-            per device. It changes memory and speed, and with `rows_from="batch"` also what a row is: the gradient of
-            so many examples of every process.
-        seed (`int`): Of the order in which examples are drawn.
-        save_subspace (`bool`): Whether checkpoints get the subspace (`rows` times the size of the adapter).
-        resume_from (`str`, *optional*): Checkpoint directory to take the subspace from when a run is resumed; by
-            default `checkpoint-STEP` in the output directory.
-        rebuild_subspace (`bool`): When resuming, compute new reference gradients instead of loading the saved ones;
-            the run then goes on correctly, but not bit for bit as if it had never stopped.
+        reference_sets (`Sequence[ReferenceSet]`): The abilities to preserve.
+        processing_class (*optional*): Tokenizer or processor. Default: the trainer's own.
+        config (`FullParameterConfig`, *optional*): Settings to project the model's own weights. An adapter has its own
+            settings.
+        batch_size (`int`, *optional*): Examples per reference pass and process. Default: the trainer's batch size per
+            device. It changes memory and speed. With `rows_from="batch"` it also changes what a row is: the gradient
+            of this many examples of every process.
+        seed (`int`): Seed of the order in which examples are drawn.
+        save_subspace (`bool`): Whether checkpoints include the subspace (`rows` times the size of the adapter).
+        resume_from (`str`, *optional*): Checkpoint directory to load the subspace from when a run is resumed. Default:
+            `checkpoint-STEP` in the output directory.
+        rebuild_subspace (`bool`): When resuming, compute new reference gradients instead of loading the saved ones.
+            The run then continues correctly, but not bit for bit as if it had never stopped.
 
     Raises:
-        ValueError: At construction, if there is no set or two of one name. At the start of training, if a set is
-            empty or nothing of it is left to learn, no tokenizer is at hand, the model has no OGPSA adapter and
-            `config` is not given (or both are), training is distributed in a way that is not supported (DeepSpeed,
-            FSDP 1, parameters offloaded to the host), the optimizer is schedule-free, a refresh would draw more
-            reference examples than `rows` holds, or a resumed checkpoint's subspace is missing, damaged, belongs to
+        ValueError: At construction, if there is no set or two sets have the same name. At the start of training, if a
+            set is empty or has nothing left to learn from, there is no tokenizer, the model has no OGPSA adapter and
+            `config` is not given (or both are), training is distributed in an unsupported way (DeepSpeed, FSDP 1,
+            parameters offloaded to the host), the optimizer is schedule-free, a refresh would draw more reference
+            examples than `rows` holds, or the subspace of a resumed checkpoint is missing, is damaged, belongs to
             other weights, or does not fit.
-        RuntimeError: During training, if a step was not projected: the optimizer is one that torch has no hooks for,
-            or it trains other parameters.
+        RuntimeError: During training, if a step was not projected, because torch has no hooks for the optimizer or the
+            optimizer trains other parameters.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class OGPSACallback(TrainerCallback):
         return next(run for run in self._runs if run.state() is state)
 
     def _forget(self, state: weakref.ref) -> None:
-        """Lets go of a run, and with it of its model, when its trainer is gone."""
+        """Drop a run, and with it its model, when its trainer is gone."""
         self._runs = [run for run in self._runs if run.state is not state]
 
     def on_init_end(
@@ -150,9 +150,9 @@ class OGPSACallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Holds the adapter in float32, before the optimizer is made and a checkpoint is loaded."""
+        """Convert the adapter to float32 before the optimizer is created and a checkpoint is loaded."""
         if model is not None and self.config is None:
-            with contextlib.suppress(ValueError):  # no OGPSA adapter, which on_train_begin will say
+            with contextlib.suppress(ValueError):  # no OGPSA adapter; on_train_begin reports it
                 _widen(projector_of(model))
 
     def on_train_begin(
@@ -165,7 +165,7 @@ class OGPSACallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Checks everything, tokenises the references, and restores the subspace of a resumed run."""
+        """Check everything, tokenize the references, and restore the subspace of a resumed run."""
         assert model is not None
         _move_to_front(self)
         _refuse_unsupported(args, model)
@@ -185,7 +185,7 @@ class OGPSACallback(TrainerCallback):
         }
         pad_token_id = padding_of(tokenizer)
         refreshes = projector.config.refreshes
-        # Each process passes its share of a batch. The trainer may have found a smaller batch to fit into memory.
+        # Each process handles its share of a batch. The trainer may have found a smaller batch that fits into memory.
         found = args.auto_find_batch_size and state.train_batch_size
         trained_batch = found or args.train_batch_size
         batch_size = (self.batch_size or trained_batch // max(1, args.n_gpu)) * distributed.count()
@@ -219,9 +219,9 @@ class OGPSACallback(TrainerCallback):
                 projector.config.reference_weight,
             )
         projector.max_grad_norm = args.max_grad_norm or None
-        # A second stage (SFT, then DPO) trains from where the first ended, and on rows of its own.
+        # A second stage (SFT, then DPO) starts where the first ended, and uses its own rows.
         projector.reset()
-        self._runs = [run for run in self._runs if run.projector is not projector]  # an earlier stage's
+        self._runs = [run for run in self._runs if run.projector is not projector]  # drops an earlier stage
         run = _Run(weakref.ref(state, self._forget), projector, loader, state.global_step)
         self._runs.append(run)
         if state.global_step > 0 and not self.rebuild_subspace:
@@ -235,14 +235,14 @@ class OGPSACallback(TrainerCallback):
             self._refresh(run, args, model)
             assert projector.activations is not None
             projector.activations.references = loader.digest
-        plan = _plan(run, step_examples)  # made even if it is not shown: it refuses parameters that share memory
+        plan = _plan(run, step_examples)  # called even if not shown: it rejects parameters that share memory
         if not args.disable_tqdm:
             tqdm.write(plan)
 
     def _projector_of(self, model: nn.Module) -> Projector:
         if self.config is None:
             projector = projector_of(model)
-            _widen(projector)  # where the callback was added to a trainer already made
+            _widen(projector)  # if the callback was added to an existing trainer
             return projector
         try:
             tuner_of(model)
@@ -261,7 +261,7 @@ class OGPSACallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Refreshes the subspace where it is due."""
+        """Refresh the subspace if a refresh is due."""
         run = self._run_of(state)
         if run.projector.enabled and (run.projector.due or state.global_step == run.first):
             assert model is not None
@@ -274,7 +274,7 @@ class OGPSACallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes note of how many steps the projector has seen."""
+        """Record how many steps the projector has seen."""
         self._run_of(state).projector.guard.note_step()
 
     def on_optimizer_step(
@@ -285,10 +285,10 @@ class OGPSACallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Checks that the optimizer's step was projected.
+        """Check that the optimizer's step was projected.
 
         Raises:
-            RuntimeError: If it was not.
+            RuntimeError: If it was not projected.
         """
         run = self._run_of(state)
         if run.projector.enabled:
@@ -302,7 +302,7 @@ class OGPSACallback(TrainerCallback):
             run.projector.refresh(batches, lambda _, batch: reference_loss(model, batch), model, progress=bar_of)
             return
         with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
-            # The trainer's own model, not the bare one: it carries the trainer's mixed precision.
+            # Use the trainer's own model, not the bare one, because it has the trainer's mixed precision.
             def loss(_: nn.Module, batch: dict) -> torch.Tensor:
                 bar.update()
                 return reference_loss(model, batch)
@@ -317,9 +317,9 @@ class OGPSACallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds our figures to the trainer's."""
+        """Add our figures to the trainer's logs."""
         runs = [run for run in self._runs if run.state() is state]
-        # Evaluation logs and the summary at the end are not about steps; and one may log before training.
+        # Evaluation logs and the final summary are not about steps. There may also be logs before training.
         if logs is None or "loss" not in logs or not runs:
             return
         figures = runs[0].projector.diagnostics.collect()
@@ -328,11 +328,11 @@ class OGPSACallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts the subspace into the checkpoint that the trainer has just written."""
+        """Save the subspace in the checkpoint that the trainer has just written."""
         run = self._run_of(state)
         if not self.save_subspace or not run.projector.projected():
             return
-        saved = run.projector.state_dict()  # in all processes, which gathers shards
+        saved = run.projector.state_dict()  # call this in all processes, because it gathers shards
         saved["rest"]["loader"] = run.loader.state_dict()
         if state.is_world_process_zero:
             checkpoint.save(_checkpoint_directory(args, state), saved)
@@ -359,12 +359,12 @@ class OGPSACallback(TrainerCallback):
 
 
 def examples_per_step(args: TrainingArguments, batch_size: int) -> int:
-    """Training examples of one optimizer step, in all processes, where one process passes `batch_size` at a time."""
+    """Return the training examples of one optimizer step in all processes, each with `batch_size` at a time."""
     return batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def _plan(run: _Run, step_examples: int) -> str:
-    """What the run will cost, for the user to see before it starts."""
+    """Describe what the run will cost, to show it to the user before the run starts."""
     config = run.projector.config
     held, more = run.projector.memory(len(run.loader.sets))
     lines, activations = [], run.projector.activations
@@ -402,7 +402,7 @@ def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             "parameters where no optimizer hook sees them. Train without DeepSpeed; FSDP2 shards as well "
             "(fsdp_version: 2)."
         )
-    # Making an AcceleratorState to ask it would reset its type of distribution (accelerate 1.15).
+    # Do not create an AcceleratorState to read this: that would reset its distributed type (accelerate 1.15).
     plugin = AcceleratorState._shared_state.get("fsdp_plugin")
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
@@ -421,22 +421,22 @@ def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def _widen(projector: Projector) -> None:
-    if isinstance(projector.config, OGPSAConfig):  # whole weights keep the type that the user has chosen
+    if isinstance(projector.config, OGPSAConfig):  # full-parameter training keeps the user's dtype
         projector.widen()
 
 
 def _move_to_front(callback: TrainerCallback) -> None:
-    """Lets our `on_log` run before the reporting callbacks (TensorBoard, W&B), which then see our figures.
+    """Make our `on_log` run before the reporting callbacks (TensorBoard, W&B), so that they see our figures.
 
-    The trainer puts its reporting callbacks before the user's and tells callbacks nothing of their handler, which is
-    therefore looked up in the calling frames. Were it not found there, only the progress bar and the log history
-    would show our figures.
+    The trainer puts its reporting callbacks before the user's, and it does not give callbacks their handler. This
+    function therefore looks up the handler in the calling frames. If it does not find the handler there, only the
+    progress bar and the log history show our figures.
     """
     frame = inspect.currentframe()
     while frame is not None:
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            # A new list: the handler is walking through the old one.
+            # Create a new list, because the handler is iterating over the old one.
             handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
             return
         frame = frame.f_back

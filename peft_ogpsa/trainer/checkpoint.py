@@ -22,13 +22,13 @@ class CheckpointError(ValueError):
 
 
 def save(directory: str | os.PathLike, state: dict[str, Any]) -> None:
-    """Writes `{"tensors": {name: Tensor}, "rest": JSON-ready dict}` into a checkpoint directory.
+    """Write `{"tensors": {name: Tensor}, "rest": JSON-ready dict}` into a checkpoint directory.
 
     Each file replaces its predecessor only when it is complete.
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    # Views into a stack share memory and may have gaps, both of which safetensors refuses.
+    # Views into a stack share memory and may have gaps. safetensors rejects both.
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state["tensors"].items()
@@ -40,7 +40,7 @@ def save(directory: str | os.PathLike, state: dict[str, Any]) -> None:
 
 
 def load(directory: str | os.PathLike) -> dict[str, Any]:
-    """Reads what `save` wrote.
+    """Read what `save` wrote.
 
     Raises:
         CheckpointError: If a file is missing or damaged.

@@ -1,3 +1,3 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""OGPSA as a PEFT tuner: configuration, model, registration, and the adapter on and off."""
+"""OGPSA as a PEFT tuner: configuration, model, registration, and contexts that switch the adapter off."""

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A model with its adapter off, or with the adapter that preference training is measured against."""
+"""Context managers for a model without its adapter, or as the reference policy of preference training."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def same_trainable(model: nn.Module) -> Iterator[None]:
-    """Puts back which parameters are in training.
+    """Restore which parameters are in training.
 
-    PEFT turns the gradients of every active adapter on when it enables or switches adapters, those of a frozen one
-    too.
+    When PEFT enables or switches adapters, it turns on the gradients of every active adapter, even of a frozen one.
     """
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -34,10 +33,11 @@ def same_trainable(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
-    """The base, inside a model whose adapter is of layers, wrapped or not.
+    """Run the base inside a model whose adapter consists of layers, wrapped or not.
 
     Raises:
-        ValueError: If the model has no adapter, its adapter is merged into the base, or the base itself is trained.
+        ValueError: If the model has no adapter, if its adapter is merged into the base, or if the base itself is
+            trained.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     if not layers:
@@ -47,7 +47,7 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
         )
     refuse_merged(layers)
     refuse_moving_base(model)
-    enabled = [layer for layer in layers if not layer.disable_adapters]  # one such context may be inside another
+    enabled = [layer for layer in layers if not layer.disable_adapters]  # these contexts may be nested
     with same_trainable(model):
         try:
             for layer in enabled:
@@ -60,10 +60,10 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def base_model(model: nn.Module) -> Iterator[None]:
-    """The model without its adapter, of whatever type.
+    """Run the model without its adapter, for any type of adapter.
 
     Raises:
-        ValueError: The model is no `PeftModel`, so its base cannot be reached.
+        ValueError: If the model is not a `PeftModel`, so that its base cannot be reached.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
@@ -76,10 +76,10 @@ def base_model(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reference_policy(tuner: OGPSAModel) -> Iterator[None]:
-    """The model as the policy that preference training is measured against.
+    """Run the model as the reference policy of preference training.
 
-    That is the adapter `ref` where there is one, TRL's copy of an adapter that preference training began with, and
-    else the base.
+    This is the adapter `ref` if there is one, which is TRL's copy of the adapter that preference training began with.
+    Otherwise it is the base.
 
     Args:
         tuner: The model's tuner.
@@ -98,7 +98,7 @@ def reference_policy(tuner: OGPSAModel) -> Iterator[None]:
 
 
 def refuse_merged(layers: Iterable[nn.Module]) -> None:
-    """Refuses merged adapter layers: a pass without the adapter would unmerge them, one with it gives no gradients.
+    """Reject merged adapter layers: a pass without the adapter would unmerge them, one with it gives no gradients.
 
     Raises:
         ValueError: If an adapter is merged into one of these layers.
@@ -111,7 +111,7 @@ def refuse_merged(layers: Iterable[nn.Module]) -> None:
 
 
 def refuse_moving_base(model: nn.Module) -> None:
-    """Refuses a base that is trained beside its adapter: without the adapter it is not the model it once was.
+    """Reject a base that is trained together with its adapter: without the adapter it is not the original model.
 
     Raises:
         ValueError: If the configuration trains biases, or a weight outside the adapter is in training.

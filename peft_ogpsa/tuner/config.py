@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the user sets: LoRA's knobs, and how reference losses are kept from rising."""
+"""The configuration of OGPSA: LoRA's arguments, and how to keep reference losses from rising."""
 
 from __future__ import annotations
 
@@ -19,71 +19,72 @@ from ..core.config import ProjectionConfig
 SIDECAR_NAME = "ogpsa_config.json"
 _FORMAT_VERSION = 1
 
-# Initialisations after which the base without the adapter is not the model that was loaded.
+# Initializations after which the base without the adapter is not the model that was loaded.
 _MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 logger = logging.getLogger(__name__)
 
 AFTER_SAVING: dict[str, Callable[[str], object]] = {}
-"""What else is written when a configuration is saved, by name; each is given the folder."""
+"""Functions that write more files when a configuration is saved, by name. Each is called with the folder."""
 
 
 @dataclass
 class OGPSAConfig(ProjectionConfig, LoraConfig):
-    """Configuration of OGPSA: LoRA whose training steps spare a few reference losses.
+    """Configuration of OGPSA: LoRA whose training steps keep a few reference losses from rising.
 
-    It takes every argument of [`~peft.LoraConfig`] besides its own. It is saved as a plain LoRA
-    `adapter_config.json`, with OGPSA's own settings beside it in `ogpsa_config.json`. Where this package is imported,
-    PEFT's loading functions read both and give back an `OGPSAConfig`; elsewhere, or without the second file, the
+    It takes every argument of [`~peft.LoraConfig`] in addition to its own. It is saved as a plain LoRA
+    `adapter_config.json`, with OGPSA's own settings next to it in `ogpsa_config.json`. If this package is imported,
+    PEFT's loading functions read both files and return an `OGPSAConfig`. Otherwise, or without the second file, the
     adapter is plain LoRA.
 
     Args:
         subspace (`str`): What updates are projected away from. `"activations"`: the leading directions of every
-            layer's inputs on reference tokens, found once, before the first step. A stays in their complement, so
-            that the layer's output on these inputs stays that of the base. `"gradients"`: reference gradients, which
-            are computed anew during training and constrain the step to first order. `"both"`: the first takes the
-            step, then the second acts inside its complement.
-        subspace_rank (`int`, *optional*): Of an activation subspace: the directions of each layer's inputs; `None`
-            takes as many as `subspace_energy` asks for. With `subspace="gradients"` and `constraint="orthogonal"`:
-            keep only so many leading directions of the rows; `None` keeps all.
-        subspace_energy (`float`): Without `subspace_rank`: the share of the energy (mean squared length) of a layer's
-            inputs on reference tokens that its directions hold, above 0 and at most 1. There are at most 512
-            directions, and at most half of the input's width; at 1.0, the default, as many as that. Lower shares keep
-            less: in some layers a few directions hold most of the energy (docs/tax.md).
-        tokens (`str`): Whose inputs count for an activation subspace: `"all"` tokens of a reference example, or those
-            of the `"answer"`.
+            layer's inputs on reference tokens, computed once, before the first step. A stays in their complement, so
+            the layer's output on these inputs stays that of the base. `"gradients"`: reference gradients, which are
+            recomputed during training and constrain the step to first order. `"both"`: the activation subspace
+            projects the step first, and the gradient subspace then acts inside its complement.
+        subspace_rank (`int`, *optional*): For an activation subspace: the number of directions of each layer's inputs;
+            `None` takes as many as `subspace_energy` requires. With `subspace="gradients"` and
+            `constraint="orthogonal"`: the number of leading directions of the rows to keep; `None` keeps all.
+        subspace_energy (`float`): Used without `subspace_rank`: the share of the energy (mean squared length) of a
+            layer's inputs on reference tokens that its directions hold, above 0 and at most 1. There are at most 512
+            directions, and at most half of the input's width. The default, 1.0, takes this maximum. Lower shares
+            preserve less: in some layers a few directions hold most of the energy (docs/tax.md).
+        tokens (`str`): The tokens whose inputs count for an activation subspace: `"all"` tokens of a reference
+            example, or those of the `"answer"`.
         constraint (`str`): `"cone"` takes the closest update along which no reference loss rises to first order;
             `"orthogonal"` removes the whole component in the span of the reference gradients (arXiv 2602.07892).
-        projection (`str`): `"update"` projects the parameter change that the optimizer made, `"gradient"` the
+        projection (`str`): `"update"` projects the parameter change that the optimizer made; `"gradient"` projects the
             gradient before the optimizer (arXiv 2602.07892).
         scope (`str`): The parameters projected together, called a block: a slice of each LoRA matrix (`"slice"`; not
-            of sharded ones), each matrix (`"tensor"`), both matrices of a layer (`"module"`), or all of them
-            (`"model"`). Smaller blocks keep more, as the constraint binds in each of them.
-        slices (`int`): With `scope="slice"`, into how many slices of equal size each matrix is cut, or the largest
-            number below that divides its size.
-        rows (`int`): Reference gradients held per block, over all reference sets. The newest replace the oldest.
+            for sharded matrices), each matrix (`"tensor"`), both matrices of a layer (`"module"`), or all of them
+            (`"model"`). Smaller blocks preserve more, because the constraint binds in each of them.
+        slices (`int`): With `scope="slice"`: the number of slices of equal size that each matrix is cut into, or the
+            largest smaller number that divides its size.
+        rows (`int`): Reference gradients stored per block, over all reference sets. The newest replace the oldest.
         rows_from (`str`): What one row is the gradient of: an `"example"`, a `"batch"`, or the mean over a `"set"`.
         rows_dtype (`str`): `"float32"`, `"bfloat16"` for half the memory, or `"int8"` for a quarter, with one scale
-            for each row of a matrix. `"int8"` goes with the cone alone: a basis of the span needs more digits. The
-            directions of an activation subspace are held in the same type.
-        refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next. There is always another after
-            the first step: LoRA starts with B = 0, where the gradient of A is zero.
-        reference_budget (`float`, *optional*): Passes of reference examples for each pass of a training example,
-            which is the share that references add to the cost of training. `OGPSACallback` makes it a number of
-            examples at each refresh, at least one; one with `loss="kl"` counts 3/2, as the base is passed forward for
-            it, too. `None` uses all of every set, as the paper does.
-        refresh_samples (`int`, *optional*): So many examples at a refresh, over all sets, instead of a budget.
-        reference_weight (`float`, *optional*): On steps that refreshed, add this much of the mean fresh reference
-            gradient to the training gradient, with `projection="gradient"` after its projection. At 5, and 5
-            `refresh_steps`, a reference gradient counts as much as a training gradient. With `loss="kl"` this pulls
-            the model to its base, with other losses it replays the answers. `None` adds nothing with
-            `subspace="activations"`, which then needs no reference example during training; else it takes 8 for sets
-            with `loss="kl"` and 1 for other losses, which was measured to suit each (docs/tax.md). 0 adds nothing.
-        missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`,
-            or `"ignore"`, which trains plain LoRA silently.
+            for each row of a matrix. `"int8"` works only with the cone, because a basis of the span needs more digits.
+            The directions of an activation subspace are stored in the same type.
+        refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next. There is always another
+            refresh after the first step, because LoRA starts with B = 0, where the gradient of A is zero.
+        reference_budget (`float`, *optional*): Passes of reference examples for each pass of a training example. This
+            is the share that references add to the cost of training. `OGPSACallback` converts it to a number of
+            examples per refresh, at least one. An example with `loss="kl"` counts 3/2, because it also needs a forward
+            pass of the base. `None` uses all examples of every set, as the paper does.
+        refresh_samples (`int`, *optional*): Number of examples per refresh, over all sets, instead of a budget.
+        reference_weight (`float`, *optional*): How much of the mean fresh reference gradient is added to the training
+            gradient on steps that refreshed. With `projection="gradient"` it is added after the projection. With a
+            weight of 5 and 5 `refresh_steps`, a reference gradient counts as much as a training gradient. With
+            `loss="kl"` this pulls the model to its base; with other losses it replays the answers. `None` adds nothing
+            with `subspace="activations"`, which then needs no reference example during training. Otherwise `None`
+            takes 8 for sets with `loss="kl"` and 1 for other losses. Measurements showed that these values suit each
+            loss (docs/tax.md). 0 adds nothing.
+        missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`, or
+            `"ignore"`, which silently trains plain LoRA.
 
     Raises:
-        ValueError: If a value is not allowed, or if two contradict each other.
+        ValueError: If a value is not allowed, or if two values contradict each other.
     """
 
     def __post_init__(self) -> None:
@@ -94,7 +95,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             self._check_lora()
 
     def _check_lora(self) -> None:
-        """Refuses what an activation subspace cannot hold in place."""
+        """Reject LoRA settings for which an activation subspace cannot keep the outputs unchanged."""
         start = self.init_lora_weights
         if isinstance(start, str) and start.lower().startswith(_MOVING_STARTS):
             raise ValueError(
@@ -112,7 +113,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
 
     @property
     def init_weights(self) -> Any:
-        """`init_lora_weights`, by the name that PEFT's saving uses for every type but its own LORA."""
+        """`init_lora_weights`, under the name that PEFT's saving code uses for every type except its own LORA."""
         return self.init_lora_weights
 
     @init_weights.setter
@@ -123,22 +124,22 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
     def paper(cls, stage: Literal["sft", "dpo"], **knobs: Any) -> OGPSAConfig:
         """The published rule and schedule (arXiv 2602.07892 and its code).
 
-        The gradient of each tensor loses its component in the span of one mean gradient per reference set (at most
-        two sets, unless `rows` is raised), recomputed from all reference examples every 30 (SFT) or 5 (DPO) optimizer
-        steps. The paper trains all weights; this is its rule on LoRA's.
+        The gradient of each tensor loses its component in the span of one mean gradient per reference set (at most two
+        sets, unless `rows` is raised). The mean gradients are recomputed from all reference examples every 30 (SFT) or
+        5 (DPO) optimizer steps. The paper trains all weights. This configuration applies its rule to LoRA's weights.
 
         Args:
             stage (`str`): `"sft"` or `"dpo"`.
             **knobs: LoRA's arguments, and any of OGPSA's, which then override the paper's.
 
         Raises:
-            ValueError: If `stage` is neither.
+            ValueError: If `stage` is neither `"sft"` nor `"dpo"`.
         """
         return cls(**{**cls._paper_rule(stage), **knobs})
 
     def lora_config(self) -> LoraConfig:
         """An independent plain `LoraConfig` with the same LoRA settings."""
-        # Built past __init__, which would warn a second time about questionable LoRA settings.
+        # Built without __init__, which would warn a second time about questionable LoRA settings.
         plain = object.__new__(LoraConfig)
         own = _own_fields()
         plain.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k not in own}))
@@ -146,10 +147,10 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         return plain
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes a plain LoRA `adapter_config.json`, OGPSA's own settings to `ogpsa_config.json`, and the model card.
+        """Write a plain LoRA `adapter_config.json`, OGPSA's own settings to `ogpsa_config.json`, and the model card.
 
         Args:
-            save_directory (`str`): The folder, made if need be.
+            save_directory (`str`): The folder. It is created if needed.
             **kwargs: As for [`~peft.LoraConfig`].
         """
         self.lora_config().save_pretrained(save_directory, **kwargs)
@@ -159,19 +160,19 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         for name, act in AFTER_SAVING.items():
             try:
                 act(save_directory)
-            except Exception as error:  # whatever goes wrong here, it must not cost the adapter
+            except Exception as error:  # an error here must not prevent saving the adapter
                 logger.warning("The %s was not renewed: %s", name, error)
 
     @classmethod
     def from_lora_config(cls, lora: LoraConfig, sidecar: str | os.PathLike[str]) -> OGPSAConfig:
-        """Joins a plain LoRA configuration with the OGPSA settings in a saved `ogpsa_config.json`.
+        """Combine a plain LoRA configuration with the OGPSA settings in a saved `ogpsa_config.json`.
 
         Args:
             lora ([`~peft.LoraConfig`]): LoRA's settings.
-            sidecar (`str` or `os.PathLike`): The file with OGPSA's.
+            sidecar (`str` or `os.PathLike`): The file with OGPSA's settings.
 
         Raises:
-            ValueError: If the file is damaged, or of a format that this version does not know.
+            ValueError: If the file is damaged, or has a format that this version does not know.
         """
         remedy = f"Restore it, or delete it to load the adapter as plain LoRA: {os.fspath(sidecar)}"
         try:
@@ -189,7 +190,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             )
         if unknown := sorted(settings.keys() - _own_fields()):
             raise ValueError(f"{SIDECAR_NAME} has unknown settings: {', '.join(unknown)}. {remedy}")
-        # Files of versions before there was a choice.
+        # For files of versions without this setting.
         settings.setdefault("subspace", "gradients")
         try:
             return cls(**{f.name: getattr(lora, f.name) for f in fields(lora)}, **settings)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Merging an adapter into its base, the right one."""
+"""Merging an adapter into the right base model."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def merge_adapter(
     dtype: torch.dtype = torch.bfloat16,
     device_map: str | dict | None = None,
 ) -> PreTrainedModel:
-    """Merges a saved adapter into its base model in full weights.
+    """Merge a saved adapter into the full weights of its base model.
 
-    An adapter that was trained on a 4-bit base (QLoRA) must not be merged into that: the sum would be rounded to 4
-    bits again, and most of what the adapter learnt with it. So the base is loaded unquantised here.
+    Do not merge an adapter that was trained on a 4-bit base (QLoRA) into that base. The sum would be rounded to 4 bits
+    again, and most of what the adapter learned would be lost. So this function loads the base unquantized.
 
     Args:
         adapter (`str`): Folder or hub name of the adapter.
-        output_dir (`str`, *optional*): Where to save the merged model, and the tokenizer where the adapter has one.
+        output_dir (`str`, *optional*): Where to save the merged model, and the tokenizer if the adapter has one.
         base (`str`, *optional*): Folder or hub name of the base; by default the one that the adapter names.
-        dtype (`torch.dtype`): Of the merged weights; the sum itself is computed in float32.
+        dtype (`torch.dtype`): Dtype of the merged weights. The sum itself is computed in float32.
         device_map (*optional*): As in transformers.
 
     Returns:
-        The merged model, without adapter.
+        The merged model, without an adapter.
 
     Raises:
-        ValueError: If the base is itself stored quantised, or the merged weights are not finite.
+        ValueError: If the base itself is stored quantized, or if the merged weights are not finite.
     """
     adapter = os.fspath(adapter)
     config = PeftConfig.from_pretrained(adapter)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The LoRA model that carries a projector."""
+"""The LoRA model with a projector."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .config import OGPSAConfig
 from .registration import register
 from .targets import AdapterTargets
 
-# Where a base model keeps its OGPSAModel. Set in `__dict__`, past nn.Module, so that it is no submodule: PEFT throws
-# the tuner away when it only injects (`inject_adapter_in_model`, transformers' `add_adapter`), and the projector with
-# it, and training would silently be plain LoRA.
+# Where a base model stores its OGPSAModel: in `__dict__`, so that nn.Module does not treat it as a submodule. PEFT
+# discards the tuner when it only injects (`inject_adapter_in_model`, transformers' `add_adapter`). Without this
+# reference the projector would be lost too, and training would silently be plain LoRA.
 _TUNER = "_ogpsa_tuner"
 
 
 class OGPSAModel(LoraModel):
     """A LoRA model whose optimizer steps are projected.
 
-    `get_peft_model(model, OGPSAConfig(...))` builds it. Layers, parameter names, merging and everything else are
-    LoRA's.
+    `get_peft_model(model, OGPSAConfig(...))` builds it. Layers, parameter names, merging and everything else are those
+    of LoRA.
 
     Args:
         model (`nn.Module`): The base model.
-        peft_config (`OGPSAConfig` or `dict[str, OGPSAConfig]`): The configuration, by itself or by adapter name.
+        peft_config (`OGPSAConfig` or `dict[str, OGPSAConfig]`): The configuration, or configurations by adapter name.
         adapter_name (`str`): The adapter's name.
         low_cpu_mem_usage (`bool`): Create the adapter's weights on the meta device.
-        state_dict (`dict`, *optional*): Take the layers to adapt from this state dict's keys.
+        state_dict (`dict`, *optional*): Take the layers to adapt from the keys of this state dict.
 
     Raises:
         ValueError: If the base model already carries adapters of another type.
@@ -50,23 +50,23 @@ class OGPSAModel(LoraModel):
     ) -> None:
         _refuse_other_adapters(model)
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
-        # PEFT builds one more tuner for each further adapter that is injected. They share `peft_config`, and one
-        # projector serves them all.
+        # PEFT builds another tuner for each further adapter that is injected. All tuners share `peft_config` and one
+        # projector.
         first = self.model.__dict__.get(_TUNER)
         if first is None or first.peft_config is not self.peft_config:
             if first is not None:
-                first._projector.retire()  # the same base under `get_peft_model` once more: its adapter is gone
+                first._projector.retire()  # `get_peft_model` got the same base again: the old adapter is gone
             self._projector = Projector(AdapterTargets(self))
             self.model.__dict__[_TUNER] = self
         if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(["lora", "ogpsa"])  # PEFT's model card adds "lora" for its own LoRA alone
+            self.model.add_model_tags(["lora", "ogpsa"])  # PEFT's model card adds "lora" only for its own LoRA
 
     @property
     def projector(self) -> Projector:
-        """What projects the optimizer's steps."""
+        """The projector that projects the optimizer's steps."""
         return projector_of(self.model)
 
-    # A copy gets a new projector: the rows belong to one training run, and go to disk only as its `state_dict`.
+    # A copy gets a new projector: the rows belong to one training run, and only its `state_dict` saves them to disk.
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -79,13 +79,13 @@ class OGPSAModel(LoraModel):
         if "_projector" in state:
             self._projector = Projector(AdapterTargets(self))
 
-    # PEFT looks for its LORA type alone in three places; the layers are LoRA's, so the same holds here.
+    # PEFT checks for its LORA type in three places. The layers are LoRA's, so the same applies here.
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Adds an adapter's layers to the model.
+        """Add an adapter's layers to the model.
 
-        The type reads LORA meanwhile, for PEFT's check of Mamba's layers and its conversion of targets in
-        mixtures of experts.
+        During the call the type is LORA, for PEFT's check of Mamba's layers and its conversion of targets in mixtures
+        of experts.
         """
         config = self.peft_config[adapter_name]
         peft_type = config.peft_type
@@ -95,7 +95,7 @@ class OGPSAModel(LoraModel):
         finally:
             config.peft_type = peft_type
             if (first := self.model.__dict__.get(_TUNER)) is not None:
-                first._projector._targets.forget()  # of an adapter of this name that was there before
+                first._projector._targets.forget()  # an earlier adapter may have had this name
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -108,16 +108,16 @@ class OGPSAModel(LoraModel):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Merges the adapters into the base model and returns that, as LoRA does."""
+        """Merge the adapters into the base model and return it, as LoRA does."""
         return _without_tuner(super().merge_and_unload(*args, **kwargs))
 
     def unload(self) -> nn.Module:
-        """Removes the adapters and returns the base model, as LoRA does."""
+        """Remove the adapters and return the base model, as LoRA does."""
         return _without_tuner(super().unload())
 
 
 def projector_of(model: nn.Module) -> Projector:
-    """The projector of a model that carries an OGPSA adapter, or to which one was attached.
+    """The projector of a model with an OGPSA adapter, or of a model that was given to `attach`.
 
     Args:
         model (`nn.Module`): A `PeftModel`, an `OGPSAModel`, a base model with an injected adapter, a model given to
@@ -134,7 +134,7 @@ def projector_of(model: nn.Module) -> Projector:
 
 
 def tuner_of(model: nn.Module) -> OGPSAModel:
-    """The `OGPSAModel` in a model with an adapter; arguments and errors are those of `projector_of`."""
+    """The `OGPSAModel` in a model with an adapter. Arguments and errors are those of `projector_of`."""
     for module in model.modules():
         if (tuner := module.__dict__.get(_TUNER)) is not None:
             return tuner

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How PEFT learns of OGPSA."""
+"""Registration of OGPSA with PEFT."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .config import SIDECAR_NAME, OGPSAConfig
 
 
 def register(config_cls: type[OGPSAConfig], model_cls: type[LoraModel]) -> None:
-    """Makes OGPSA a PEFT type. Registering again replaces the classes.
+    """Make OGPSA a PEFT type. Registering again replaces the classes.
 
     It is not compatible with `PeftMixedModel`, whose own tuner would train OGPSA adapters as plain LoRA.
     """
@@ -33,7 +33,7 @@ def register(config_cls: type[OGPSAConfig], model_cls: type[LoraModel]) -> None:
 
 
 def _peft_type(name: str) -> PeftType:
-    # PEFT takes only members of this enumeration, and code around it reads `peft_type.value`.
+    # PEFT accepts only members of this enumeration, and code around it reads `peft_type.value`.
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -42,13 +42,13 @@ def _peft_type(name: str) -> PeftType:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    getattr(PeftType, "_hashable_values_", []).append(name)  # Python 3.13: what `in PeftType` looks at
+    getattr(PeftType, "_hashable_values_", []).append(name)  # Python 3.13: `in PeftType` reads this list
     return member
 
 
 def _read_sidecars(config_cls: type[OGPSAConfig]) -> None:
-    # All of PEFT's and transformers' loading reads configurations through this one method. The saved type is LORA, so
-    # nothing later could tell an OGPSA adapter from another.
+    # All loading functions of PEFT and transformers read configurations through this method. The saved type is LORA,
+    # so later code could not distinguish an OGPSA adapter from another.
     from_pretrained = PeftConfigMixin.__dict__["from_pretrained"].__func__
     from_pretrained = getattr(from_pretrained, "_without_ogpsa", from_pretrained)
 
@@ -68,7 +68,7 @@ def _read_sidecars(config_cls: type[OGPSAConfig]) -> None:
 
 def _find_sidecar(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str | None:
     folder = os.path.join(name_or_path, subfolder or "")
-    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):  # PEFT's own test of a local adapter
+    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):  # PEFT's own check for a local adapter
         sidecar = os.path.join(folder, SIDECAR_NAME)
         return sidecar if os.path.isfile(sidecar) else None
     try:

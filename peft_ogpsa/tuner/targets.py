@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a projector projects: the LoRA matrices of an adapter, or (`full_parameter`) a model's own weights."""
+"""The LoRA matrices of an adapter, as targets of the projector. See `full_parameter` for a model's own weights."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class AdapterTargets:
 
     def _weights(self) -> list[tuple[str, str, nn.Parameter]]:
         """Name, owner (`module:adapter`) and parameter of every LoRA matrix of an OGPSA adapter."""
-        # Walking through a large model takes milliseconds, so the list is kept until adapters come or go.
+        # Walking through a large model takes milliseconds, so the list is kept until adapters are added or removed.
         adapters = tuple(name for name, c in self.model.peft_config.items() if isinstance(c, OGPSAConfig))
-        known = self._known  # another thread may forget it meanwhile
+        known = self._known  # another thread may reset it in the meantime
         if known is None or known[0] != adapters:
             matches = ((_LORA_WEIGHT.fullmatch(name), p) for name, p in self.model.named_parameters())
             found = [(m[0], f"{m['owner']}:{m['adapter']}", p) for m, p in matches if m and m["adapter"] in adapters]
@@ -77,7 +77,7 @@ class AdapterTargets:
         """The matrices A in training.
 
         Raises:
-            ValueError: If a layer's output depends on other trained parameters than A and B, or on A in another way
+            ValueError: If a layer's output depends on trained parameters other than A and B, or on A in another way
                 than through `B A x`, or if its B is trained and its A is not.
         """
         found = []
@@ -98,20 +98,20 @@ class AdapterTargets:
         return found
 
     def original(self) -> AbstractContextManager:
-        """The base model."""
+        """A context with the base model: the adapter is off."""
         return without_adapter(self.model)
 
     def forget(self) -> None:
-        """Loading weights may have replaced parameters."""
+        """Forget the known parameters, because loading weights may have replaced them."""
         self._known = None
 
     def check(self) -> None:
-        """Refuses a merged adapter, whose matrices are not part of the forward pass."""
+        """Reject a merged adapter, whose matrices are not part of the forward pass."""
         refuse_merged(module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
 
 
 def _refuse_layer(path: str, layer: Any, adapter: str, config: OGPSAConfig) -> None:
-    """Refuses what an activation subspace cannot hold in place."""
+    """Reject a layer whose outputs an activation subspace cannot keep unchanged."""
     kind = type(layer).__name__
     reason = None
     if not isinstance(layer, LoraLayer) or isinstance(layer, MultiheadAttention | ParamWrapper):
