@@ -207,8 +207,8 @@ class ActivationSubspace:
             that of `B A`, the maximum over the layers.
 
         Raises:
-            ValueError: If this share is too large, because the adapter did not start in the complement. Nothing is
-                changed.
+            ValueError: If this share is too large, because the adapter did not start in the complement, or if nothing
+                of a matrix A is left outside of the subspace. Nothing is changed.
         """
         leaks, entered, hollow = [torch.zeros((), dtype=torch.float64, device=self.device)], [], []
         for stack, place, matrix in self._each():

@@ -1,6 +1,9 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The cone: find the closest update along which no reference loss rises, for many blocks at once."""
+"""The cone: find the closest update along which no reference loss rises, for many blocks at once.
+
+Nothing reads a value back from the device, except `cone_coefficients` on a CPU.
+"""
 
 from typing import NamedTuple
 

@@ -132,7 +132,6 @@ def own_part(full: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return full
     axis = _axis(parameter) + full.dim() - parameter.dim()
-    # Cut on a CPU, so that only the shard is sent to the device.
     chunks = full.chunk(_size(parameter), axis)
     own = parameter.device_mesh.get_local_rank()
     return chunks[own] if own < len(chunks) else full.narrow(axis, 0, 0)
