@@ -471,7 +471,7 @@ class Projector:
         logger.warning("Reference gradients that are not finite were skipped: %s.", listing)
 
     def memory(self, sets: int) -> tuple[int, int]:
-        """Bytes for `sets` reference sets: for the subspaces, which stay stored, and in addition for an optimizer step.
+        """Bytes for `sets` reference sets: of the subspaces, which stay stored, and more for an optimizer step.
 
         The numbers are computed from the parameters in training, before any row exists, for this process's part. Gram
         matrices, norms and, for parameters of lower precision, their float32 copy are not counted.

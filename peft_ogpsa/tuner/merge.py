@@ -26,7 +26,8 @@ def merge_adapter(
 
     Args:
         adapter (`str`): Folder or hub name of the adapter.
-        output_dir (`str`, *optional*): Where to save the merged model, and the tokenizer: the adapter's own, or else the base's.
+        output_dir (`str`, *optional*): Where to save the merged model and the tokenizer, which is the adapter's
+            own, or else the base's.
         base (`str`, *optional*): Folder or hub name of the base; by default the one that the adapter names.
         dtype (`torch.dtype`): Dtype of the merged weights. The sum itself is computed in float32.
         device_map (*optional*): As in transformers.
