@@ -86,13 +86,13 @@ def plot(results: dict, path: Path) -> None:
     """The change of the reference losses (mean over sets) and the training loss, along the steps."""
     figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, (method, curve) in zip(("#0072B2", "#D55E00", "#009E73"), results.items(), strict=True):
+    for color, (method, curve) in zip(("#0072B2", "#D55E00", "#009E73"), results.items(), strict=True):
         change = [
             (g + b) / 2 - (curve["general"][0] + curve["benign"][0]) / 2
             for g, b in zip(curve["general"], curve["benign"], strict=True)
         ]
-        left.plot(change, color=colour, label=method, linewidth=2)
-        right.plot(curve["training"], color=colour, label=method, linewidth=2)
+        left.plot(change, color=color, label=method, linewidth=2)
+        right.plot(curve["training"], color=color, label=method, linewidth=2)
     left.axhline(0, color="#555555", linewidth=0.8, linestyle="--")
     left.set_title("reference loss, change from the base", loc="left", fontsize=11)
     right.set_title("training loss", loc="left", fontsize=11)

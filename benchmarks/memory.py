@@ -122,7 +122,7 @@ def build(config: PretrainedConfig, device: str) -> nn.Module:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-            model.set_submodule(name, _quantised(module, device))
+            model.set_submodule(name, _quantized(module, device))
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
@@ -138,7 +138,7 @@ def build(config: PretrainedConfig, device: str) -> nn.Module:
     return model.train()
 
 
-def _quantised(linear: nn.Linear, device: str) -> nn.Module:
+def _quantized(linear: nn.Linear, device: str) -> nn.Module:
     inputs, outputs, bias = linear.in_features, linear.out_features, linear.bias is not None
     layer = bnb.nn.Linear4bit(
         inputs, outputs, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4", device=torch.device("meta")
@@ -147,7 +147,7 @@ def _quantised(linear: nn.Linear, device: str) -> nn.Module:
         layer.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.bfloat16, device=device), requires_grad=False)
     values = torch.empty(outputs, inputs, dtype=torch.bfloat16, device=device).normal_(std=0.02)
     weight: Any = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4", module=layer)
-    layer.weight = weight.to(device)  # quantises
+    layer.weight = weight.to(device)  # quantizes
     return layer
 
 

@@ -323,14 +323,14 @@ def test_reference_outputs_stay_where_the_subspace_holds_them():
         return tuple(max(values) for values in zip(*told, strict=True))
 
     # The gain makes the adapter do more elsewhere, so what it does to the references is compared with that.
-    learnt = {"set": [batch(0)]}
-    shares = [moved(model, some)[0] / moved(model, learnt)[0] for model in (plain, part)]
+    learned = {"set": [batch(0)]}
+    shares = [moved(model, some)[0] / moved(model, learned)[0] for model in (plain, part)]
     assert shares[1] < 0.1 * shares[0]
     kl, difference = moved(whole, few())
     assert kl <= 1e-5
     assert difference <= 1e-5
     assert moved(plain, few())[1] > 1e-3
-    assert moved(whole, learnt)[1] > 1e-2
+    assert moved(whole, learned)[1] > 1e-2
 
 
 def test_several_sets_of_which_one_is_small_are_all_held():
@@ -460,7 +460,7 @@ def test_some_matrices_without_a_gradient():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A tiny model in a folder: only what is loaded from one can be quantised."""
+    """A tiny model in a folder: only what is loaded from one can be quantized."""
     folder = tmp_path_factory.mktemp("model")
     tiny_llama(hidden_size=64).save_pretrained(folder)
     return folder
@@ -477,7 +477,7 @@ def four_bit(folder):
 @pytest.mark.filterwarnings("ignore")
 def test_four_bit_base(saved):
     model, projector = lora(four_bit(saved))
-    for parameter in parameters_of(model):  # as TRL casts the adapter of a quantised model
+    for parameter in parameters_of(model):  # as TRL casts the adapter of a quantized model
         parameter.data = parameter.data.to(torch.bfloat16)
     projector.widen()
     model.train()
@@ -954,7 +954,7 @@ def test_both_constraints_hold(knobs):
 
 @pytest.mark.parametrize("rows", [8, 16, 12])
 def test_rows_of_a_lie_in_the_complement(rows):
-    # Of 12 rows the second refresh takes the last four and the first four, which are no neighbours.
+    # Of 12 rows the second refresh takes the last four and the first four, which are no neighbors.
     model, projector = lora(subspace="both", rows=rows, reference_weight=0.0)
     projector.refresh(many(), loss_of)
     randomize_b(model)

@@ -76,7 +76,7 @@ def test_reference_tokens_keep_the_bases_distribution(smollm2, adapter):
     (plain, _), (ours, elsewhere) = moved.values()
     assert plain > 0.1
     assert ours < 1e-5 * plain  # directions with less than a millionth of the strongest one's energy are not held
-    assert elsewhere > 0.1  # what is not a reference is learnt
+    assert elsewhere > 0.1  # what is not a reference is learned
 
 
 @pytest.mark.slow

@@ -218,7 +218,7 @@ def test_sft_in_4_bit(folder):
     assert {type(m).__name__ for n, m in base.named_modules() if n.endswith("q_proj")} == {"Linear4bit"}
 
 
-def test_smollm2_without_the_hub_is_quantised_too(folder, monkeypatch):
+def test_smollm2_without_the_hub_is_quantized_too(folder, monkeypatch):
     pytest.importorskip("bitsandbytes")
     asked = []
 

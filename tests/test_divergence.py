@@ -107,7 +107,7 @@ def test_without_adapter_is_the_base_and_changes_nothing(config):
         pass
 
 
-def test_tokenised_rows_stay_anchored_when_they_are_cut():
+def test_tokenized_rows_stay_anchored_when_they_are_cut():
     tokenizer = tiny_tokenizer()
     plain = ReferenceSet("set", ROWS).tokenize(tokenizer)
     kept = ReferenceSet("set", ROWS, loss="kl").tokenize(tokenizer)

@@ -20,7 +20,7 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows `[blocks, m, d]` of one kind of degeneracy, and vectors with and without conflicts.
 
-    Deficient and cancelling rows are whole numbers, so that they are exactly so unless they are normalised.
+    Deficient and cancelling rows are whole numbers, so that they are exactly so unless they are normalized.
     """
     generator = torch.Generator().manual_seed(1000 * seed + 31 * m + d + KINDS.index(kind))
 
@@ -293,7 +293,7 @@ def test_order_of_rows_does_not_matter():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_do_not_see_their_neighbours(kind):
+def test_blocks_do_not_see_their_neighbors(kind):
     rows, vectors = sample(kind, 6, 30)
     gram, products = linalg.gram(rows), linalg.products(rows, vectors)
     together = cone_rule.cone_coefficients(gram, products)

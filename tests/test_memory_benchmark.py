@@ -72,9 +72,9 @@ def test_meter_names_who_holds_the_memory():
 
 def test_the_model_is_built_in_four_bits():
     model = build(TINY, "cpu")
-    quantised = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    assert len(quantised) == 7 * TINY.num_hidden_layers
-    assert all(m.weight.dtype == torch.uint8 for m in quantised)
+    quantized = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(quantized) == 7 * TINY.num_hidden_layers
+    assert all(m.weight.dtype == torch.uint8 for m in quantized)
     assert {p.dtype for p in model.parameters()} == {torch.uint8, torch.bfloat16}
     assert model(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
 

@@ -24,7 +24,7 @@ def folders(tmp_path):
     return base, adapter
 
 
-def test_merged_model_is_the_unquantised_base_with_the_adapter(folders, tmp_path):
+def test_merged_model_is_the_unquantized_base_with_the_adapter(folders, tmp_path):
     base, adapter = folders
     merged = merge_adapter(adapter, tmp_path / "merged", dtype=torch.float32)
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
@@ -40,9 +40,9 @@ def test_merged_model_is_the_unquantised_base_with_the_adapter(folders, tmp_path
     assert merge_adapter(adapter).dtype == torch.bfloat16
 
 
-def test_quantised_base_is_refused(folders, tmp_path):
+def test_quantized_base_is_refused(folders, tmp_path):
     base, adapter = folders
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=FOUR_BIT, dtype=torch.float32)
     model.save_pretrained(tmp_path / "four_bit")
-    with pytest.raises(ValueError, match=r"is stored quantised.*base=NAME"):
+    with pytest.raises(ValueError, match=r"is stored quantized.*base=NAME"):
         merge_adapter(adapter, base=tmp_path / "four_bit")

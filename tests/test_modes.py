@@ -55,7 +55,7 @@ def test_random_states_are_put_back(monkeypatch, kind):
 
 def test_an_accelerator_that_is_not_in_use_is_not_woken(monkeypatch):
     module = Device(2, initialized=False)
-    module.get_rng_state = None  # which would initialise it
+    module.get_rng_state = None  # which would initialize it
     use(monkeypatch, "cuda", module)
     with undisturbed(torch.nn.Linear(2, 2)):
         pass

@@ -84,7 +84,7 @@ def test_one_backward_pass_gives_the_gradient_of_every_pair(scope):
     assert_rows_equal([rows[2]], [[g.float() for g in by_formula]])
 
 
-def test_tokenised_pairs():
+def test_tokenized_pairs():
     tokenizer = tiny_tokenizer()
     pairs = ReferenceSet("pairs", PAIRS, loss="dpo", beta=BETA).tokenize(tokenizer)
     assert len(pairs) == 5

@@ -25,7 +25,7 @@ STAGES = {"SFT": (SFTTrainer, SFTConfig, ROWS), "DPO": (DPOTrainer, DPOConfig, P
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A tiny model in a folder: only what is loaded from one can be quantised."""
+    """A tiny model in a folder: only what is loaded from one can be quantized."""
     folder = tmp_path_factory.mktemp("model")
     tiny_llama(vocab_size=259, max_position_embeddings=256, hidden_size=64).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

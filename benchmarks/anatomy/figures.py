@@ -24,15 +24,15 @@ def shares(report: Mapping[str, Any]) -> Figure:
     """What is removed: by depth, by kind of module, along the steps."""
     figure, (depth, kind, along) = _panels(3)
     found = report["shares"]
-    for constraint, colour in CONSTRAINTS.items():
+    for constraint, color in CONSTRAINTS.items():
         by_layer = found["layer"][constraint]
         for matrix, style in STYLES.items():
             own = [share for name, share in by_layer.items() if name.startswith(matrix)]
-            depth.plot([int(name[1:]) for name in by_layer if name.startswith(matrix)], own, style, color=colour)
-            along.plot(found["step"][matrix][constraint], style, color=colour, label=f"{constraint}, {matrix}")
-    for offset, (constraint, colour) in zip((-0.2, 0.2), CONSTRAINTS.items(), strict=True):
+            depth.plot([int(name[1:]) for name in by_layer if name.startswith(matrix)], own, style, color=color)
+            along.plot(found["step"][matrix][constraint], style, color=color, label=f"{constraint}, {matrix}")
+    for offset, (constraint, color) in zip((-0.2, 0.2), CONSTRAINTS.items(), strict=True):
         bars = found["kind"][constraint]
-        kind.bar([i + offset for i in range(len(bars))], list(bars.values()), 0.4, color=colour)
+        kind.bar([i + offset for i in range(len(bars))], list(bars.values()), 0.4, color=color)
     kind.set_xticks(range(len(bars)), list(bars))
     _legend(figure, along)
     _finish(depth, "removed share, by layer", "layer", "length removed / proposed")
@@ -48,8 +48,8 @@ def cosines(report: Mapping[str, Any]) -> Figure:
     found = report["cosines"]
     figure, panels = _panels(len(found["sets"]), sharey=True)
     for i, (name, axes) in enumerate(zip(found["sets"], panels, strict=True)):
-        for (step, label), colour in zip(STEPS.items(), (COLOURS[5], COLOURS[0], COLOURS[2]), strict=True):
-            axes.plot([own[i] for own in found[step]], color=colour, label=label)
+        for (step, label), color in zip(STEPS.items(), (COLOURS[5], COLOURS[0], COLOURS[2]), strict=True):
+            axes.plot([own[i] for own in found[step]], color=color, label=label)
         _finish(axes, name, "step", "" if i else "cosine with reference gradient", zero=True)
     _legend(figure, panels[0])
     return figure
@@ -59,14 +59,14 @@ def rules(report: Mapping[str, Any]) -> Figure:
     """What steps under each rule do to the reference losses: mean over sets, and from the least to the most."""
     found = {name: own for name, own in report["rules"].items() if name != "sets"}
     figure, panels = _panels(len(found), sharey=True)
-    colours = (COLOURS[5], COLOURS[1], COLOURS[4], COLOURS[3], COLOURS[2])
+    colors = (COLOURS[5], COLOURS[1], COLOURS[4], COLOURS[3], COLOURS[2])
     for i, ((optimizer, by_rule), axes) in enumerate(zip(found.items(), panels, strict=True)):
-        for (rule, own), colour in zip(by_rule.items(), colours, strict=True):
+        for (rule, own), color in zip(by_rule.items(), colors, strict=True):
             steps = range(len(own["whole"]))
             style = "--" if rule.endswith("gradient") else "-"
-            axes.plot(steps, _each(statistics.mean, own["whole"]), style, color=colour, label=rule)
+            axes.plot(steps, _each(statistics.mean, own["whole"]), style, color=color, label=rule)
             axes.fill_between(
-                steps, _each(min, own["whole"]), _each(max, own["whole"]), color=colour, alpha=0.12, linewidth=0
+                steps, _each(min, own["whole"]), _each(max, own["whole"]), color=color, alpha=0.12, linewidth=0
             )
         _finish(axes, optimizer, "step", "" if i else "cosine with reference gradients", zero=True)
     _legend(figure, panels[0])
@@ -78,12 +78,12 @@ def ages(report: Mapping[str, Any]) -> Figure:
     found = report["ages"]
     figure, panels = _panels(3)
     for matrix, axes in zip(MATRICES, panels, strict=False):
-        for (anchor, later), colour in zip(found["cosines"][matrix].items(), COLOURS, strict=False):
+        for (anchor, later), color in zip(found["cosines"][matrix].items(), COLOURS, strict=False):
             known = [(k, own) for k, own in enumerate(later, 1) if None not in own]
             if known:
                 steps, values = zip(*known, strict=True)
-                axes.plot(steps, _each(statistics.mean, values), color=colour, label=f"of step {anchor}")
-                axes.fill_between(steps, _each(min, values), _each(max, values), color=colour, alpha=0.12, linewidth=0)
+                axes.plot(steps, _each(statistics.mean, values), color=color, label=f"of step {anchor}")
+                axes.fill_between(steps, _each(min, values), _each(max, values), color=color, alpha=0.12, linewidth=0)
         others = [value for value in found["others"][matrix] if value is not None]
         axes.axhline(statistics.mean(others), color="#555555", linestyle=":", label="another example's")
         _finish(axes, f"the same example's gradient of {matrix}", "steps later", "cosine")

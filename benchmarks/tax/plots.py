@@ -43,13 +43,13 @@ def tradeoffs(base: Point, runs: Mapping[str, Mapping[int, Any]], names: Sequenc
         OSError: If the file cannot be written.
     """
     figure = Figure(figsize=(12, 9), layout="constrained")
-    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for axes, (across, up, across_label, up_label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        for name, colour in zip(names, colours, strict=False):
+        for name, color in zip(names, colors, strict=False):
             points = mean_curve(base, runs[name])
             style = "--" if "cone" not in name else "-"
             axes.plot([p[across] for p in points], [p[up] for p in points], style, marker="o", markersize=4)
-            axes.lines[-1].set(color=colour, label=name)
+            axes.lines[-1].set(color=color, label=name)
         if across == "refusal":
             axes.axvline(SAFE, color="grey", linewidth=0.8)
         else:

@@ -53,7 +53,7 @@ def load_base(
     options |= init_kwargs or {}
     if random is not None and "quantization_config" in options:
         raise ValueError(
-            "random_layers makes weights that cannot be quantised. Leave load_in_4bit and load_in_8bit out."
+            "random_layers makes weights that cannot be quantized. Leave load_in_4bit and load_in_8bit out."
         )
     try:
         dtype = options["dtype"]

@@ -86,7 +86,7 @@ class QuickstartArguments:
     )
     measurements: int = field(default=2, metadata={"help": "How often each method is measured along its training."})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; by default cuda where there is one."})
-    seed: int = field(default=0, metadata={"help": "Of initialisation, data order and sampling."})
+    seed: int = field(default=0, metadata={"help": "Of initialization, data order and sampling."})
     output_dir: str = field(default="quickstart", metadata={"help": "Where table, plot, report and adapter go."})
 
     def __post_init__(self) -> None:

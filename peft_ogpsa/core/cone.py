@@ -60,7 +60,7 @@ def cone_coefficients(
     rows approach opposition: at 1e-3 rad from it, `l` may be 1e3 times `|D|`, and `R D' / (|R||D|)` as computed in
     float32 is up to 1e-4 instead of 1e-7. This ratio is up to 1e-5 for linearly dependent rows that together oppose
     one another. Projecting `D'` once more lowers both values. (The ridge treats rows that cancel to within float32
-    rounding as if they cancelled exactly, and apart from that rounding they do.)
+    rounding as if they canceled exactly, and apart from that rounding they do.)
 
     Args:
         gram: `[B, m, m]`, `G = R R^T`, from `gram`, or its `correlations`.

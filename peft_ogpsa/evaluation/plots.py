@@ -8,7 +8,7 @@ from pathlib import Path
 from .report import Measurement
 
 # Okabe and Ito's colors without yellow, which is hard to see on white. Markers distinguish the methods in gray too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#555555"
 
@@ -40,14 +40,14 @@ def tradeoff(
     axes = figure.add_subplot()
     start = [] if base is None else [_point(base)]
     for index, (name, measurements) in enumerate(curves.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
+        color = _COLORS[index % len(_COLORS)]
         points = [_point(measurement) for measurement in measurements]
         line = start + points
-        axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.8, alpha=0.55, zorder=2)
+        axes.plot(*zip(*line, strict=True), color=color, linewidth=1.8, alpha=0.55, zorder=2)
         marker = _MARKERS[index % len(_MARKERS)]
         axes.plot(
             *zip(*points, strict=True),
-            color=colour,
+            color=color,
             linestyle="none",
             marker=marker,
             markersize=7,
@@ -67,7 +67,7 @@ def tradeoff(
                     textcoords="offset points",
                     ha="center",
                     fontsize=9,
-                    color=colour,
+                    color=color,
                     path_effects=[withStroke(linewidth=3, foreground="white")],
                     zorder=2.5,
                 )

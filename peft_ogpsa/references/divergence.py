@@ -65,15 +65,15 @@ def divergence_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ValueError: If the model has no adapter, its adapter is merged, or its base is trained (as with `bias="all"`).
     """
-    learnt = batch["labels"][:, 1:] != IGNORED
+    learned = batch["labels"][:, 1:] != IGNORED
 
     def logits() -> Tensor:
         found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         # Convert only the scored positions to float32: the logits are the largest tensor of the pass.
-        return found[:, :-1][learnt].float()
+        return found[:, :-1][learned].float()
 
     with torch.no_grad(), without_adapter(model):
         base = logits()
     tokens = _Divergence.apply(logits(), base)
-    weights = 1.0 / learnt.sum(1, keepdim=True).clamp(min=1).expand_as(learnt)[learnt]
-    return (tokens * weights).sum() / len(learnt)
+    weights = 1.0 / learned.sum(1, keepdim=True).clamp(min=1).expand_as(learned)[learned]
+    return (tokens * weights).sum() / len(learned)

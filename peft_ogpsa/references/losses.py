@@ -92,10 +92,10 @@ def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
             "model.projector.refresh(batches, loss_fn) in a loop of your own."
         )
     labels = batch["labels"][:, 1:]
-    learnt = labels != IGNORED
+    learned = labels != IGNORED
     # Convert only the scored positions to float32: the logits are the largest tensor of the pass.
-    losses = F.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt], reduction="none")
-    weights = 1.0 / learnt.sum(1, keepdim=True).clamp(min=1).expand_as(labels)[learnt]
+    losses = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="none")
+    weights = 1.0 / learned.sum(1, keepdim=True).clamp(min=1).expand_as(labels)[learned]
     return (losses * weights).sum() / len(labels)
 
 

@@ -55,10 +55,10 @@ def log_probabilities(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     ids, mask, labels = (batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels"))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     labels = labels[:, 1:]
-    learnt = labels != IGNORED
+    learned = labels != IGNORED
     # Convert only the scored positions to float32: the logits are the largest tensor of the pass.
-    tokens = F.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt], reduction="none")
-    sums = tokens.new_zeros(len(labels)).index_add(0, learnt.nonzero()[:, 0], -tokens)
+    tokens = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="none")
+    sums = tokens.new_zeros(len(labels)).index_add(0, learned.nonzero()[:, 0], -tokens)
     return sums.view(-1, 2)
 
 

@@ -605,7 +605,7 @@ def _tax(saved: Mapping[str, Any]) -> str:
         heading
         + "\n".join(lines)
         + "\n\nGeneral loss is in nats per token on held-out rows, and its change is the tax: above zero, something "
-        "was lost; below zero is no proof that all was kept, since the rows' style can be learnt. KL from base is in "
+        "was lost; below zero is no proof that all was kept, since the rows' style can be learned. KL from base is in "
         "nats per token on the base's own answers: how far the adapter has moved it. Refusals are found by matching "
         "phrases; of harmful prompts more is safer, of benign prompts that look harmful more is worse. Unclear "
         "(harmful / benign) are answers that are noise. With 95 % intervals over examples.\n\n"
@@ -626,8 +626,8 @@ def _use(config: LoraConfig, base: str) -> str:
         f'model = PeftModel.from_pretrained({auto}.from_pretrained(base, dtype="auto"), "ADAPTER")\n'
         "tokenizer = AutoTokenizer.from_pretrained(base)\n"
         "```\n\n"
-        "To merge it, load the base unquantised, also where the adapter was trained on a 4-bit base (QLoRA): what it "
-        'learnt would be lost in rounding. `peft_ogpsa.merge_adapter("ADAPTER", "merged")` does that.'
+        "To merge it, load the base unquantized, also where the adapter was trained on a 4-bit base (QLoRA): what it "
+        'learned would be lost in rounding. `peft_ogpsa.merge_adapter("ADAPTER", "merged")` does that.'
     )
 
 

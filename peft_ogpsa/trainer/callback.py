@@ -181,7 +181,7 @@ class OGPSACallback(TrainerCallback):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         examples = {
             reference_set.name: reference_set.tokenize(tokenizer)
-            for reference_set in tqdm(self.reference_sets, "Tokenising references", delay=2, disable=args.disable_tqdm)
+            for reference_set in tqdm(self.reference_sets, "Tokenizing references", delay=2, disable=args.disable_tqdm)
         }
         pad_token_id = padding_of(tokenizer)
         refreshes = projector.config.refreshes
@@ -209,13 +209,13 @@ class OGPSACallback(TrainerCallback):
         loader = ReferenceLoader.for_training(
             examples, projector.config, step_examples, batch_size, self.seed, pad_token_id
         )
-        learnt = [name for name, own in examples.items() if not isinstance(own[0], Anchored)]
-        if learnt and (projector.config.reference_weight or 0.0) > _MOST_OF_ANSWERS:
+        learned = [name for name, own in examples.items() if not isinstance(own[0], Anchored)]
+        if learned and (projector.config.reference_weight or 0.0) > _MOST_OF_ANSWERS:
             logger.warning(
-                "Reference set %r has a loss of given answers, which are learnt as fast as refusals with "
+                "Reference set %r has a loss of given answers, which are learned as fast as refusals with "
                 "reference_weight=%s: safety comes slowly then. Set reference_weight=None or 1.0, or take references "
                 'with loss="kl".',
-                learnt[0],
+                learned[0],
                 projector.config.reference_weight,
             )
         projector.max_grad_norm = args.max_grad_norm or None
