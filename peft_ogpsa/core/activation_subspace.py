@@ -192,7 +192,7 @@ class ActivationSubspace:
                 stacks.append(_Stack(kind, part, matrices, basis, _inverse(basis), gain))
         return stacks
 
-    # The start of training of training
+    # The start of training
 
     @torch.no_grad()
     def enter(self) -> float:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference gradient pass: from a batch and a loss to gradients of the projected parameters.
 
-Run it under `modes.undisturbed(model, gradients=True)`: with dropout on, a gradient is mostly noise. `.grad` stays as
+Run it under `isolation.undisturbed(model, gradients=True)`: with dropout on, a gradient is mostly noise. `.grad` stays as
 it was.
 """
 

@@ -101,7 +101,7 @@ def find(
 ) -> list[Input]:
     """Find the leading directions of the layers' inputs.
 
-    Run it without the adapter, under `modes.undisturbed(model)`. With several processes, all must call it with the
+    Run it without the adapter, under `isolation.undisturbed(model)`. With several processes, all must call it with the
     same batches. Each passes its share of every batch.
 
     Args:
