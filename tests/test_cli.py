@@ -72,6 +72,10 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
     assert adapter_config["peft_type"] == "LORA"
     card = (output / "adapter" / "README.md").read_text()
     assert "not recorded" not in card
+    assert "othing has been measured" not in card
+    assert "refuses harmful" in card
+    assert "{'loss'" not in printed
+    assert printed.count("Training ") == len(methods)
     assert "Training data: `harmful_train.jsonl`" in card
     assert "3 optimizer steps" in card
     assert AutoPeftModelForCausalLM.from_pretrained(str(output / "adapter")).num_parameters() > 0

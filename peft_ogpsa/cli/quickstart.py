@@ -20,11 +20,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import (
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -32,9 +34,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from .. import data
-from ..evaluation import Evaluator, Measurement, table, tradeoff
+from ..evaluation import Evaluation, Evaluator, Measurement, table, tradeoff
 from ..references.sets import ReferenceSet
 from ..sharing.card import save_card
 from ..text.tokenization import encode_row
@@ -143,6 +146,44 @@ class _Measure(TrainerCallback):
             self.curve.append(evaluator.measure(model, self.name, state.global_step))
 
 
+class _Progress(TrainerCallback):
+    """One line for each method: its steps, the training loss and the time."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        columns = (TextColumn("Training [bold]{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(
+            *columns, TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn(), console=console
+        )
+        self._task = self._progress.add_task(name, total=None, loss="")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress.update(self._task, total=args.max_steps)
+        self._progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress.advance(self._task)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self._progress.update(self._task, loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress.stop()
+
+
 def train(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -151,6 +192,7 @@ def train(
     rows: Rows,
     evaluator: Evaluator,
     arguments: QuickstartArguments,
+    console: Console,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[MethodResult, PeftModel]:
     """Train one method on the harmful requests and their refusals. The callbacks decide what is preserved."""
@@ -158,7 +200,7 @@ def train(
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     measure = _Measure(evaluator, name, arguments.measurements)
-    own: list[TrainerCallback] = [measure, *callbacks]
+    own: list[TrainerCallback] = [measure, *callbacks, _Progress(name, console)]
     examples = [encode_row(tokenizer, row, f"harmful row {i}") for i, row in enumerate(rows["harmful"])]
     # Use transformers' own trainer: TRL's also reports every token's entropy, a third of the time on a CPU.
     trainer = Trainer(
@@ -181,6 +223,7 @@ def train(
         processing_class=tokenizer,
         callbacks=own,
     )
+    trainer.remove_callback(ProgressCallback)  # it also prints every log entry as a dictionary
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start - sum(m.seconds for m in measure.curve)
@@ -290,6 +333,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
         The contents of the report.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()  # of loading weights
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # A file or a pipe has no terminal width to respect, and the table is wide.
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -313,16 +357,19 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     results: dict[str, MethodResult] = {}
     report: dict[str, Any] = {}
     for name in arguments.methods:
-        console.print(f"Training [bold]{name}[/bold] ...")
         config = METHODS[name]()
         callbacks = []
         if isinstance(config, OGPSAConfig):
             sets = references(base, tokenizer, train_rows, arguments.reference_samples, given=name == "paper")
             callbacks = [OGPSACallback(sets, seed=arguments.seed)]
-        results[name], model = train(base, tokenizer, config, name, train_rows, evaluator, arguments, callbacks)
+        results[name], model = train(
+            base, tokenizer, config, name, train_rows, evaluator, arguments, console, callbacks
+        )
         if name == "ogpsa":
             model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
-            save_card(output / "adapter", run=_record(arguments, results[name]))
+            measured = Evaluation(results[name].curve[-1], measured_base, evaluator.settings)
+            evaluation = {"evaluation": measured.to_dict(), "versions": _versions()}
+            save_card(output / "adapter", run=_record(arguments, results[name]), evaluation=evaluation)
         base = model.unload()
         report = {
             "arguments": asdict(arguments),
