@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from ..core.files import replacing
 from ..text.access import language_model
 from ..text.cache import cache_dir as default_cache
 from ..text.generation import generate_ids
@@ -224,11 +224,5 @@ def _read(path: Path, prompts: Sequence[Any]) -> list[dict[str, Any]] | None:
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write the rows. The old file is replaced only when the new one is complete."""
-    part, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    try:
-        with os.fdopen(part, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

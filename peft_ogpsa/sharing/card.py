@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..core.files import replacing
 from ..trainer.checkpoint import STATE_NAME, TENSORS_NAME
 from ..tuner.config import OGPSAConfig
 
@@ -341,10 +342,8 @@ def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Write a file. An old file is replaced only when the new one is complete."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", newline="") as file:
+    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
         file.write(text)
-    os.replace(part, path)
 
 
 # Names

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..core.files import replacing
+
 TENSORS_NAME = "ogpsa_subspace.safetensors"
 STATE_NAME = "ogpsa_state.json"
 
@@ -33,10 +35,9 @@ def save(directory: str | os.PathLike, state: dict[str, Any]) -> None:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state["tensors"].items()
     }
-    save_file(tensors, path / (TENSORS_NAME + ".part"))
-    (path / (STATE_NAME + ".part")).write_text(json.dumps(state["rest"], indent=2) + "\n", encoding="utf-8")
-    for name in (TENSORS_NAME, STATE_NAME):
-        os.replace(path / (name + ".part"), path / name)
+    with replacing(path / STATE_NAME) as rest, replacing(path / TENSORS_NAME) as stacked:
+        save_file(tensors, stacked)
+        rest.write_text(json.dumps(state["rest"], indent=2) + "\n", encoding="utf-8")
 
 
 def load(directory: str | os.PathLike) -> dict[str, Any]:
