@@ -26,6 +26,7 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -211,7 +212,8 @@ def train(
             per_device_train_batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,
             lr_scheduler_type="constant",
-            logging_steps=4,
+            logging_steps=1,
+            disable_tqdm=False,
             save_strategy="no",
             report_to="none",
             seed=arguments.seed,
@@ -223,7 +225,8 @@ def train(
         processing_class=tokenizer,
         callbacks=own,
     )
-    trainer.remove_callback(ProgressCallback)  # it also prints every log entry as a dictionary
+    for printing in (ProgressCallback, PrinterCallback):  # either prints every log entry as a dictionary
+        trainer.remove_callback(printing)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start - sum(m.seconds for m in measure.curve)
