@@ -47,7 +47,7 @@ def tradeoffs(base: Point, runs: Mapping[str, Mapping[int, Any]], names: Sequenc
     for axes, (across, up, across_label, up_label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for name, color in zip(names, colors, strict=False):
             points = mean_curve(base, runs[name])
-            style = "--" if "cone" not in name else "-"
+            style = "-" if "cone" in name or "null space" in name else "--"
             axes.plot([p[across] for p in points], [p[up] for p in points], style, marker="o", markersize=4)
             axes.lines[-1].set(color=color, label=name)
         if across == "refusal":
