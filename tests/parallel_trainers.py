@@ -37,7 +37,7 @@ def trained(
         return tiny_llama(vocab_size=259, max_position_embeddings=256, **SHAPE)
 
     # Three examples of either set: no share is even.
-    knobs = {"rows": 8, "refresh_steps": 2, "refresh_samples": 6}
+    knobs = {"subspace": "gradients", "rows": 8, "refresh_steps": 2, "refresh_samples": 6}
     config = FullParameterConfig(**knobs) if kind == "full" else None
     settings = {
         "output_dir": str(folder / f"{stage} {kind} {how}"),
