@@ -41,8 +41,11 @@ MOST_DIRECTIONS = 512
 PREFIX = "directions."
 """Prefix of the tensors' names in a state dict."""
 
-LEAK = 1e-3
-"""An adapter whose share in the subspace is smaller than this counts as in the complement from the start."""
+LEAK = 5e-3
+"""An adapter whose share in the subspace is smaller than this counts as in the complement from the start.
+
+A subspace that is rebuilt from the same references differs by rounding: 1e-3 for SmolLM2 with other batches.
+"""
 
 _HOLLOW = 1e-3
 """If the share of a matrix outside the subspace is smaller than this, it consists only of rounding errors."""
