@@ -21,7 +21,7 @@ from peft import get_peft_model
 from scipy.optimize import nnls
 
 from peft_ogpsa import OGPSAConfig
-from peft_ogpsa.core import linalg
+from peft_ogpsa.core import cone, linalg
 
 triton = pytest.importorskip("triton")
 
@@ -89,7 +89,7 @@ def test_products(pieces, numel, m, dtype):
 
 
 def solved(gram: torch.Tensor, products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's answer to `linalg.cone_coefficients`' question, and the correction's squared length."""
+    """The kernel's answer to `cone.cone_coefficients`' question, and the correction's squared length."""
     blocks = len(gram)
     offsets = torch.arange(blocks + 1, dtype=torch.int32, device=DEVICE)
     squares = torch.arange(1.0, blocks + 1, device=DEVICE)
@@ -149,7 +149,7 @@ def test_solution_is_the_torch_one(m):
     products = linalg.products(rows, 1e-4 * torch.randn(3, 5 * m))
     gram = linalg.gram(rows)
     torch.testing.assert_close(
-        solved(gram, products)[0], linalg.cone_coefficients(gram, products), rtol=1e-9, atol=1e-15
+        solved(gram, products)[0], cone.cone_coefficients(gram, products), rtol=1e-9, atol=1e-15
     )
 
 
