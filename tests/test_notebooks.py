@@ -88,7 +88,7 @@ def test_runs(name, tmp_path, monkeypatch):
     assert all(json.loads(path.read_text())["peft_type"] == "LORA" for path in adapters.values())
     if name == NAMES[0]:
         assert set(adapters) == {"adapter"}
-        for column in ("ogpsa/loss/general", "ogpsa/loss/lookalikes", "ogpsa/removed"):
+        for column in ("ogpsa/removed/q_proj+k_proj+v_proj", "ogpsa/removed/down_proj"):
             assert column in text
         assert "Without the package it is a LoraConfig" in text
         assert "LoraModel gives the same answers: True" in text
@@ -103,7 +103,7 @@ def test_runs(name, tmp_path, monkeypatch):
             "general loss",
             "KL from base",
             "refuses benign",
-            "references",
+            "Building the subspace took",
             "plain LoRA",
             "[compliance]",
             "kept=",
