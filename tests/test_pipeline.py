@@ -16,10 +16,6 @@ SHORT = [
     "3",
     "--warmup_steps",
     "0",
-    "--rows",
-    "8",
-    "--refresh_samples",
-    "4",
     "--save_strategy",
     "no",
     "--logging_steps",
@@ -37,12 +33,21 @@ def train(stage: str, output: Path, *options: str) -> None:
     main([stage, "--config", config, "--output_dir", str(output), *QLORA, *SHORT, *SMALL, *options])
 
 
+GRADIENTS = ["--subspace", "gradients", "--rows", "8", "--refresh_samples", "4"]
+PAIRS = ["--references", "general=builtin:general", "pairs:dpo=builtin:pairs"]
+
+
 @pytest.mark.slow
-def test_sft_then_dpo_in_4_bits(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("subspace", "second"),
+    # The second stage keeps the activation subspace of the first one, and so has its references.
+    [([], []), (GRADIENTS, PAIRS)],
+    ids=["activations", "gradients"],
+)
+def test_sft_then_dpo_in_4_bits(subspace, second, tmp_path, capsys):
     train("sft", tmp_path / "plain", "--method", "plain")
-    train("sft", tmp_path / "sft")
-    references = ["general=builtin:general", "pairs:dpo=builtin:pairs"]
-    train("dpo", tmp_path / "dpo", "--adapter", str(tmp_path / "sft"), "--references", *references)
+    train("sft", tmp_path / "sft", *subspace)
+    train("dpo", tmp_path / "dpo", "--adapter", str(tmp_path / "sft"), *subspace, *second)
     results = []
     for name in ("plain", "sft", "dpo"):
         results.append(str(tmp_path / f"{name}.json"))
