@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import logging
 import re
 import weakref
 
@@ -673,6 +674,14 @@ def test_a_trained_adapter_is_accepted_with_its_references(trained, caplog):
     for parameter, was in zip(parameters_of(model), before, strict=True):
         torch.testing.assert_close(parameter.detach(), was, rtol=0, atol=1e-5)
     train(model, adamw(model))
+    assert leak(model, held(projector)) <= TOLERANCE
+
+
+def test_what_rounding_leaves_is_removed_and_logged(trained, caplog):
+    model, projector = loaded(trained)
+    with caplog.at_level(logging.INFO, logger="peft_ogpsa"):
+        projector.refresh(many(), loss_of)
+    assert "of what the adapter did in a layer lay in the subspace. It was removed." in caplog.text
     assert leak(model, held(projector)) <= TOLERANCE
 
 

@@ -179,9 +179,8 @@ class _Progress(TrainerCallback):
         if logs and "loss" in logs:
             self._progress.update(self._task, loss=f"{float(logs['loss']):.3f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def stop(self) -> None:
+        """Give the terminal back, also after an error."""
         self._progress.stop()
 
 
@@ -201,7 +200,8 @@ def train(
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     measure = _Measure(evaluator, name, arguments.measurements)
-    own: list[TrainerCallback] = [measure, *callbacks, _Progress(name, console)]
+    progress = _Progress(name, console)
+    own: list[TrainerCallback] = [measure, *callbacks, progress]
     examples = [encode_row(tokenizer, row, f"harmful row {i}") for i, row in enumerate(rows["harmful"])]
     # Use transformers' own trainer: TRL's also reports every token's entropy, a third of the time on a CPU.
     trainer = Trainer(
@@ -228,7 +228,10 @@ def train(
     for printing in (ProgressCallback, PrinterCallback):  # either prints every log entry as a dictionary
         trainer.remove_callback(printing)
     start = time.perf_counter()
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        progress.stop()
     seconds = time.perf_counter() - start - sum(m.seconds for m in measure.curve)
     share, times = 0.0, {}
     if isinstance(config, OGPSAConfig):

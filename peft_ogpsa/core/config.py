@@ -40,8 +40,8 @@ class ProjectionConfig:
         default="activations",
         metadata={
             "help": "What updates are projected away from. 'activations': the leading directions of every layer's "
-            "inputs on reference tokens, found once. 'gradients': reference gradients, computed anew again and again. "
-            "'both'."
+            "inputs on reference tokens, found once. 'gradients': reference gradients, computed again every few "
+            "steps. 'both'."
         },
     )
     subspace_rank: int | None = field(

@@ -336,6 +336,10 @@ class Projector:
                 "other reference sets. That part has been removed from it.",
                 100 * leak,
             )
+        else:
+            logger.info(
+                "At most %.2g %% of what the adapter did in a layer lay in the subspace. It was removed.", 100 * leak
+            )
         self.activations, self._built_with = activations, _inputs_of(config)
         self._built_for, _ = self._trained()
         self.diagnostics.removed_by_kind = activations.removed

@@ -70,8 +70,10 @@ class OGPSACallback(TrainerCallback):
     trainer = SFTTrainer(model, ..., callbacks=[OGPSACallback([ReferenceSet("general", rows)])])
     ```
 
-    It adds these figures to the trainer's logs: `ogpsa/loss/SET`, `ogpsa/cosine/SET`, `ogpsa/reference_norm`,
-    `ogpsa/removed`, `ogpsa/seconds_refresh` and `ogpsa/seconds_projection` (see `Diagnostics.collect`).
+    It adds these figures to the trainer's logs: with an activation subspace `ogpsa/removed/KIND`, `ogpsa/energy/KIND`,
+    `ogpsa/seconds_build` and `ogpsa/seconds_projection`; with reference gradients `ogpsa/loss/SET`,
+    `ogpsa/cosine/SET`, `ogpsa/reference_norm`, `ogpsa/removed` and `ogpsa/seconds_refresh` (see
+    `Diagnostics.collect`).
 
     It saves the subspace in each checkpoint of the trainer, so that a resumed run continues exactly.
 
@@ -87,7 +89,8 @@ class OGPSACallback(TrainerCallback):
             device. It changes memory and speed. With `rows_from="batch"` it also changes what a row is: the gradient
             of this many examples of every process.
         seed (`int`): Seed of the order in which examples are drawn.
-        save_subspace (`bool`): Whether checkpoints include the subspace (`rows` times the size of the adapter).
+        save_subspace (`bool`): Whether checkpoints include the subspace. A gradient subspace has `rows` times the
+            size of the adapter. For an activation subspace, a line before training gives the size.
         resume_from (`str`, *optional*): Checkpoint directory to load the subspace from when a run is resumed. Default:
             `checkpoint-STEP` in the output directory.
         rebuild_subspace (`bool`): When resuming, compute new reference gradients instead of loading the saved ones.
