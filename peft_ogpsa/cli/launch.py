@@ -7,20 +7,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from .. import compat
 
 
 def shard_on_cpu(trainer: Any) -> None:
-    """Let FSDP2 run without a GPU, to try things out. accelerate itself supports FSDP2 only on accelerators.
+    """Let FSDP2 run without a GPU, to try things out.
 
     This does nothing if FSDP was not requested or if there are GPUs.
     """
-    state = trainer.accelerator.state
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    if asked and state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        trainer.is_fsdp_enabled = True
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        compat.shard_on_cpu(trainer)
 
 
 def check_saves_whole_model(trainer: Any) -> None:

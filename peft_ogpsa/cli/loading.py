@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
-from trl.trainer.utils import create_model_from_path
 
+from .. import compat
 from .models import local_source
 from .random_weights import RandomWeights
 
@@ -62,9 +62,7 @@ def load_base(
         shared = {name: options[name] for name in ("revision", "trust_remote_code")}
         # For random weights, read only the configuration.
         loaded: Any = (
-            create_model_from_path(source, **options)
-            if random is None
-            else AutoConfig.from_pretrained(source, **shared)
+            compat.create_model(source, **options) if random is None else AutoConfig.from_pretrained(source, **shared)
         )
         processing_class = AutoProcessor.from_pretrained(source, **shared)
     except (OSError, ValueError) as error:

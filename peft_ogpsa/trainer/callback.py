@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
 import weakref
@@ -16,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .. import compat
 from ..core import distributed
 from ..core.full_parameter import FullParameterConfig, attach
 from ..core.guard import refuse_averaging
@@ -170,7 +168,8 @@ class OGPSACallback(TrainerCallback):
     ) -> None:
         """Check everything, tokenize the references, and restore the subspace of a resumed run."""
         assert model is not None
-        _move_to_front(self)
+        if not compat.move_to_front(self):
+            logger.info("The trainer's callback handler was not found: its reporters do not get OGPSA's figures.")
         _refuse_unsupported(args, model)
         projector = self._projector_of(model)
         if optimizer is not None:
@@ -405,8 +404,7 @@ def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             "parameters where no optimizer hook sees them. Train without DeepSpeed; FSDP2 shards as well "
             "(fsdp_version: 2)."
         )
-    # Do not create an AcceleratorState to read this: that would reset its distributed type (accelerate 1.15).
-    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    plugin = compat.fsdp_plugin()
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
             f"OGPSA does not work under FSDP {plugin.fsdp_version}, which flattens parameters of different tensors "
@@ -426,20 +424,3 @@ def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
 def _widen(projector: Projector) -> None:
     if isinstance(projector.config, OGPSAConfig):  # full-parameter training keeps the user's dtype
         projector.widen()
-
-
-def _move_to_front(callback: TrainerCallback) -> None:
-    """Make our `on_log` run before the reporting callbacks (TensorBoard, W&B), so that they see our figures.
-
-    The trainer puts its reporting callbacks before the user's, and it does not give callbacks their handler. This
-    function therefore looks up the handler in the calling frames. If it does not find the handler there, only the
-    progress bar and the log history show our figures.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            # Create a new list, because the handler is iterating over the old one.
-            handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
-            return
-        frame = frame.f_back

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from .. import compat
 
 if TYPE_CHECKING:
     from .model import OGPSAModel
@@ -39,7 +39,7 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
         ValueError: If the model has no adapter, if its adapter is merged into the base, or if the base itself is
             trained.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    layers: list[Any] = [module for module in model.modules() if compat.is_adapter_layer(module)]
     if not layers:
         raise ValueError(
             f"This {type(model).__name__} has no adapter, and without one there is no base beside it. Add an adapter, "
@@ -129,7 +129,7 @@ def refuse_moving_base(model: nn.Module) -> None:
     inside = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        if compat.is_adapter_layer(module)
         for name, parameter in module.named_parameters()
         if not name.startswith(("base_layer.", "original_module."))
     }

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from peft import LoraConfig, PeftType
 
+from .. import compat
 from ..core.config import ProjectionConfig
 
 SIDECAR_NAME = "ogpsa_config.json"
@@ -89,7 +90,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
 
     def __post_init__(self) -> None:
         LoraConfig.__post_init__(self)
-        self.peft_type = PeftType("OGPSA")
+        self.peft_type = compat.peft_type("OGPSA")
         self._check_projection()
         if self.uses_activations:
             self._check_lora()

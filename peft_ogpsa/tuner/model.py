@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraModel, PeftConfig, PeftType
+from peft import LoraModel, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
+from .. import compat
 from ..core.full_parameter import PROJECTOR
 from ..core.projector import Projector
 from .config import OGPSAConfig
@@ -87,13 +87,10 @@ class OGPSAModel(LoraModel):
         During the call the type is LORA, for PEFT's check of Mamba's layers and its conversion of targets in mixtures
         of experts.
         """
-        config = self.peft_config[adapter_name]
-        peft_type = config.peft_type
-        config.peft_type = PeftType.LORA
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with compat.treated_as_lora(self.peft_config[adapter_name]):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            config.peft_type = peft_type
             if (first := self.model.__dict__.get(_TUNER)) is not None:
                 first._projector._targets.forget()  # an earlier adapter may have had this name
 
@@ -102,9 +99,7 @@ class OGPSAModel(LoraModel):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if isinstance(config, OGPSAConfig):
-            state_dict = convert_peft_adapter_state_dict_for_transformers(
-                model, config.lora_config(), state_dict, adapter_name
-            )
+            state_dict = compat.converted_for_transformers(model, config.lora_config(), adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -1,0 +1,206 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Every use of the internals of PEFT, transformers, accelerate, TRL and bitsandbytes, one function each.
+
+Internals may change in any release. Each function says what it relies on, and `tests/test_compat.py` has a test for
+each that fails when a library changes it. Libraries are imported inside the functions, because `core` uses this module
+and works with torch alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, LoraModel, PeftConfig, PeftType
+    from transformers import PreTrainedModel, TrainerCallback
+
+# PEFT
+
+
+def peft_type(name: str) -> PeftType:
+    """The member of `PeftType` with this name, which is added if it is missing.
+
+    Relies on: `PeftType` is an `enum.Enum` of strings. PEFT accepts only its members as types, also in
+    `register_peft_method`, and code around PEFT reads `peft_type.value`.
+    """
+    from peft import PeftType
+
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    setattr(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    getattr(PeftType, "_hashable_values_", []).append(name)  # Python 3.13: `in PeftType` reads this list
+    return member
+
+
+def register_lora_like(name: str, config_cls: type[LoraConfig], model_cls: type[LoraModel]) -> None:
+    """Make a LoRA-like tuner a PEFT type, with the prefix and the hotswap checks of LoRA. Again: replace its classes.
+
+    Relies on: `register_peft_method` refuses a type that is already in the three mappings of `peft.mapping`;
+    `CONFIG_KEYS_TO_CHECK` in `peft.utils.hotswap` holds the settings that two adapters must share, by type.
+    """
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import register_peft_method
+    from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+
+    own = peft_type(name.upper())
+    mappings: tuple[dict, ...] = (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
+    for mapping in mappings:
+        mapping.pop(own, None)
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix="lora_")
+    CONFIG_KEYS_TO_CHECK[own] = CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+
+
+def after_reading_configs(act: Callable[[PeftConfig, str, str | None, dict[str, Any]], PeftConfig]) -> None:
+    """Pass every adapter configuration that is read through `act`. Calling this again replaces `act`.
+
+    Relies on: all loading functions of PEFT and transformers read configurations with
+    `PeftConfigMixin.from_pretrained(name_or_path, subfolder=None, **kwargs)`, and `_split_kwargs` returns first those
+    of `kwargs` that `hf_hub_download` takes.
+
+    Args:
+        act: Gets the configuration, the name or path, the subfolder and the arguments of the download. It returns the
+            configuration to use.
+    """
+    from peft.config import PeftConfigMixin
+
+    original = PeftConfigMixin.__dict__["from_pretrained"].__func__
+    original = getattr(original, "_without_ogpsa", original)
+
+    @functools.wraps(original)
+    def from_pretrained(
+        cls: type[PeftConfigMixin], pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfigMixin:
+        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return act(config, pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
+
+    from_pretrained._without_ogpsa = original  # type: ignore[attr-defined]
+    PeftConfigMixin.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+
+
+@contextlib.contextmanager
+def treated_as_lora(config: PeftConfig) -> Iterator[None]:
+    """Give a configuration the type LORA for a while.
+
+    Relies on: PEFT compares `config.peft_type` with `PeftType.LORA` where it adds layers (the check of Mamba's layers,
+    the conversion of targets in mixtures of experts), and reads it anew each time.
+    """
+    from peft import PeftType
+
+    own = config.peft_type
+    config.peft_type = PeftType.LORA
+    try:
+        yield
+    finally:
+        config.peft_type = own
+
+
+def converted_for_transformers(
+    model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """An adapter's state dict, with the keys and shapes that the model's layers have in this version of transformers.
+
+    Relies on: PEFT's tuners get a state dict to convert in `_remap_adapter_state_dict_for_load` before it is loaded,
+    and `peft.utils.transformers_weight_conversion` converts it for configurations of the type LORA alone.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    return convert_peft_adapter_state_dict_for_transformers(model, config, state_dict, adapter_name)
+
+
+def is_adapter_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of an adapter, or a copy of a module that is trained whole (`modules_to_save`).
+
+    Relies on: both kinds have `enable_adapters(bool)` and `disable_adapters`, and hold the base's own parameters as
+    `base_layer` or `original_module`. `AuxiliaryTrainingWrapper` is not exported by PEFT.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
+# transformers
+
+
+def move_to_front(callback: TrainerCallback) -> bool:
+    """Make a callback the first of its trainer, from within one of its events.
+
+    The trainer puts its reporting callbacks (TensorBoard, W&B) before the user's, so they see only what the trainer
+    itself logs. It does not give callbacks their handler. This function therefore looks for it in the calling frames.
+
+    Relies on: `CallbackHandler.callbacks` is a list that is read anew at each event, and its methods have the handler
+    as `self`.
+
+    Returns:
+        Whether the handler was found.
+    """
+    from transformers.trainer_callback import CallbackHandler
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            # Create a new list, because the handler is iterating over the old one.
+            handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
+            return True
+        frame = frame.f_back
+    return False
+
+
+# accelerate
+
+
+def fsdp_plugin() -> Any:
+    """The FSDP settings of the current accelerate state, or `None`.
+
+    Relies on: `AcceleratorState._shared_state` holds the attributes of all instances. Creating an instance to read
+    them would reset the distributed type (accelerate 1.15).
+    """
+    from accelerate.state import AcceleratorState
+
+    return AcceleratorState._shared_state.get("fsdp_plugin")
+
+
+def shard_on_cpu(trainer: Any) -> None:
+    """Make a trainer on CPUs use FSDP2. accelerate itself supports FSDP2 only on accelerators.
+
+    Relies on: accelerate's state has `distributed_type` and `fsdp_plugin`, which `Accelerator.prepare` reads anew, and
+    the trainer has `is_fsdp_enabled`.
+    """
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state = trainer.accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        trainer.is_fsdp_enabled = True
+
+
+# TRL
+
+
+def create_model(source: str, **options: Any) -> PreTrainedModel:
+    """Load a model with the class that its configuration names, as TRL's scripts do.
+
+    Relies on: `trl.trainer.utils.create_model_from_path`, which TRL does not export.
+    """
+    from trl.trainer.utils import create_model_from_path
+
+    return create_model_from_path(source, **options)

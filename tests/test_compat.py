@@ -1,0 +1,216 @@
+"""Contracts with the internals of other libraries: each test fails when a library changes what `compat` relies on."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from models import tiny_llama, tokens
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import peft_ogpsa
+from peft_ogpsa import OGPSAConfig, OGPSAModel, compat
+from peft_ogpsa.tuner.registration import register
+
+
+@pytest.fixture
+def registration():
+    yield
+    register(OGPSAConfig, OGPSAModel)
+
+
+def test_the_type_is_a_member_like_any_other():
+    member = PeftType("OGPSA")
+    assert member is PeftType.OGPSA is PeftType["OGPSA"] is compat.peft_type("OGPSA")
+    assert member in PeftType
+    assert member in list(PeftType)
+    assert (member.value, member.name, member == "OGPSA") == ("OGPSA", "OGPSA", True)
+    assert member != PeftType.LORA
+
+
+def test_the_type_has_what_lora_has_everywhere(registration):
+    register(OGPSAConfig, OGPSAModel)  # a second registration is no error
+    member = PeftType("OGPSA")
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is OGPSAConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[member] is OGPSAModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA] == "lora_"
+    assert CONFIG_KEYS_TO_CHECK[member] == CONFIG_KEYS_TO_CHECK[PeftType.LORA] != []
+
+
+def test_every_loading_function_reads_configurations_through_us(tmp_path, registration):
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    seen = []
+
+    def act(config, name_or_path, subfolder, hub_kwargs):
+        seen.append((type(config), name_or_path, subfolder, hub_kwargs))
+        return config
+
+    compat.after_reading_configs(act)
+    ways = {
+        "PeftConfig": lambda: PeftConfig.from_pretrained(str(tmp_path), revision="main", inference_mode=True),
+        "LoraConfig": lambda: LoraConfig.from_pretrained(str(tmp_path)),
+        "PeftModel": lambda: PeftModel.from_pretrained(tiny_llama(), str(tmp_path)),
+        "load_adapter of PEFT": lambda: get_peft_model(tiny_llama(), LoraConfig()).load_adapter(str(tmp_path), "b"),
+        "load_adapter of transformers": lambda: tiny_llama().load_adapter(str(tmp_path)),
+    }
+    for way, read in ways.items():
+        before = len(seen)
+        read()
+        assert seen[before:], way
+        assert all(own[:2] == (LoraConfig, str(tmp_path)) for own in seen[before:]), way
+    assert seen[0][3] == {"revision": "main"}  # what the download takes, and nothing else
+
+
+def test_adding_layers_reads_the_type_anew(monkeypatch):
+    read = []
+    inject = OGPSAModel.inject_adapter
+
+    class Watched(OGPSAConfig):
+        def __getattribute__(self, name):
+            if name == "peft_type":
+                read.append(object.__getattribute__(self, "peft_type"))
+            return object.__getattribute__(self, name)
+
+    def marked(self, *arguments, **options):
+        read.clear()
+        inject(self, *arguments, **options)
+
+    monkeypatch.setattr(OGPSAModel, "inject_adapter", marked)
+    get_peft_model(tiny_llama(), Watched(target_modules=["q_proj"]))
+    assert PeftType.LORA in read
+
+
+def test_the_type_is_lora_only_for_a_while():
+    config = OGPSAConfig()
+    during = []
+    with contextlib.suppress(KeyError), compat.treated_as_lora(config):
+        during.append(config.peft_type)
+        raise KeyError
+    assert during == [PeftType.LORA]
+    assert config.peft_type == "OGPSA"
+
+
+def test_state_dicts_pass_through_the_tuner_before_they_are_loaded(monkeypatch):
+    model = get_peft_model(tiny_llama(), OGPSAConfig(target_modules=["q_proj"]))
+    seen = []
+
+    def converted(own, config, adapter_name, state_dict):
+        seen.append((config.peft_type, adapter_name, sorted(state_dict)))
+        return state_dict
+
+    monkeypatch.setattr(compat, "converted_for_transformers", converted)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    old = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default").weight
+    set_peft_model_state_dict(model, {key: torch.ones_like(old)})
+    assert seen == [(PeftType.LORA, "default", [key])]
+    assert (old == 1).all()
+
+
+def test_conversion_keeps_what_needs_none():
+    model = tiny_llama()
+    state = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}
+    converted = compat.converted_for_transformers(model, LoraConfig(target_modules=["q_proj"]), "default", dict(state))
+    assert converted.keys() == state.keys()
+
+
+def test_layers_of_an_adapter():
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices=[1])
+    model = get_peft_model(tiny_llama(), config)
+    found = {name: module for name, module in model.named_modules() if compat.is_adapter_layer(module)}
+    kinds = {type(module).__name__ for module in found.values()}
+    assert {"Linear", "ModulesToSaveWrapper", "TrainableTokensWrapper"} <= kinds
+    assert len([name for name in found if name.endswith("q_proj")]) == model.config.num_hidden_layers
+    assert not any(name.endswith(("k_proj", "lora_A", "norm", "base_layer")) for name in found)
+    assert not any(module.disable_adapters for module in found.values())
+    for module in found.values():  # a wrapper passes it on to the wrappers inside
+        module.enable_adapters(False)
+        assert module.disable_adapters is True
+        assert hasattr(module, "base_layer") or hasattr(module, "original_module")
+
+
+class _Recorder(TrainerCallback):
+    order: ClassVar[list[str]] = []
+    found: ClassVar[list[bool]] = []
+
+    def __init__(self, name, moves=False):
+        self.name, self.moves = name, moves
+
+    def on_train_begin(self, *arguments, **options):
+        if self.moves:
+            self.found.append(compat.move_to_front(self))
+
+    def on_log(self, *arguments, **options):
+        self.order.append(self.name)
+
+
+def test_a_callback_can_become_the_first_of_its_trainer(tmp_path):
+    class Causal(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_llama()
+
+        def forward(self, input_ids):
+            return {"loss": self.model(input_ids=input_ids, labels=input_ids).loss}
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    rows = [{"input_ids": row} for row in tokens(8)]
+    callbacks = [_Recorder("first"), _Recorder("second"), _Recorder("moved", moves=True)]
+    Trainer(Causal(), arguments, train_dataset=rows, callbacks=callbacks).train()
+    assert _Recorder.found == [True]
+    assert _Recorder.order[:3] == ["moved", "first", "second"]
+
+
+def test_a_callback_without_a_trainer_is_not_moved():
+    assert compat.move_to_front(_Recorder("alone")) is False
+
+
+def test_the_fsdp_settings_are_those_of_every_state(monkeypatch):
+    state = AcceleratorState(cpu=True)
+    assert compat.fsdp_plugin() is None
+    monkeypatch.setattr(state, "fsdp_plugin", settings := object(), raising=False)
+    assert AcceleratorState().fsdp_plugin is settings
+    assert compat.fsdp_plugin() is settings
+
+
+@pytest.mark.parametrize("kind", DistributedType)
+def test_only_several_processes_on_cpus_are_switched_to_fsdp2(tmp_path, kind):
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(tiny_llama(), arguments)
+    assert trainer.is_fsdp_enabled is False
+    assert {"distributed_type"} <= set(vars(trainer.accelerator.state))
+    state = SimpleNamespace(distributed_type=kind, fsdp_plugin=None)
+    switched = SimpleNamespace(accelerator=SimpleNamespace(state=state), is_fsdp_enabled=False)
+    compat.shard_on_cpu(switched)
+    if kind == DistributedType.MULTI_CPU:
+        assert switched.is_fsdp_enabled
+        assert state.distributed_type == DistributedType.FSDP
+        assert state.fsdp_plugin.fsdp_version == 2
+    else:
+        assert (state.distributed_type, state.fsdp_plugin, switched.is_fsdp_enabled) == (kind, None, False)
+
+
+def test_a_model_is_loaded_with_the_class_of_its_configuration(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model = compat.create_model(str(tmp_path), dtype=torch.bfloat16, attn_implementation="eager")
+    assert type(model) is LlamaForCausalLM
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+
+
+def test_torch_has_the_operations_on_lists_that_we_use():
+    package = Path(peft_ogpsa.__file__).parent
+    used = {name for file in package.rglob("*.py") for name in re.findall(r"torch\.(_foreach_\w+)", file.read_text())}
+    assert "_foreach_add_" in used
+    assert [name for name in sorted(used) if not hasattr(torch, name)] == []
