@@ -35,8 +35,8 @@ from transformers import AutoModelForCausalLM
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.core.gradients import LossFn
-from peft_ogpsa.references.divergence import COST, divergence_loss
 from peft_ogpsa.references.losses import answer_loss
+from peft_ogpsa.references.losses.kl import KLLoss
 
 PAPER_EXAMPLES = 400  # of its two reference sets, at every refresh
 BUILD_EXAMPLES = 192  # that an activation subspace is built from, once
@@ -160,7 +160,7 @@ def methods(settings: Settings) -> dict[str, Callable[[], Method]]:
         "OGPSA, null space (default)": functools.partial(Method, settings, OGPSAConfig(**lora)),
         "OGPSA, cone": functools.partial(Method, settings, cone, samples),
         "OGPSA, cone, divergence from the base": functools.partial(
-            Method, settings, cone, round(samples / COST), loss=divergence_loss
+            Method, settings, cone, round(samples / KLLoss.cost), loss=KLLoss().loss
         ),
         "replay of as many examples": functools.partial(Method, settings, LoraConfig(**lora), samples, replay=True),
         "the paper's rule and schedule": functools.partial(

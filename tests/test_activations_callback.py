@@ -213,7 +213,7 @@ def test_a_plain_adapter_is_refused_with_the_remedy(tmp_path):
 
 def test_dpo_with_pairs_as_references_needs_no_reference_policy(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "peft_ogpsa.trainer.callback.with_margins", lambda *_: pytest.fail("nothing needs the margins")
+        "peft_ogpsa.references.losses.dpo.with_margins", lambda *_: pytest.fail("nothing needs the margins")
     )
     model = model_of()
     dpo(tmp_path, model, OGPSACallback([ReferenceSet("pairs", pairs(), loss="dpo"), *sets()])).train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import weakref
 
@@ -29,8 +30,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
 from peft_ogpsa.references.budget import refresh_samples
-from peft_ogpsa.references.divergence import COST
-from peft_ogpsa.references.losses import reference_loss
+from peft_ogpsa.references.losses import LOSSES, reference_loss
 from peft_ogpsa.trainer.callback import examples_per_step
 from peft_ogpsa.trainer.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
 
@@ -734,7 +734,7 @@ def test_budget(knobs, batch_size, accumulation, expected):
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(8, 2), (32, 8), (1, 1)])
 def test_budget_counts_the_pass_of_the_base(batch_size, expected):
-    assert refresh_samples(OGPSAConfig(), batch_size, batch_size=64, sets=3, cost=COST) == expected
+    assert refresh_samples(OGPSAConfig(), batch_size, batch_size=64, sets=3, cost=LOSSES["kl"].cost) == expected
 
 
 @pytest.mark.parametrize(("losses", "expected"), [(("answer", "answer"), 8), (("kl", "kl"), 5), (("kl", "answer"), 6)])
@@ -759,6 +759,26 @@ def test_large_weight_of_given_answers_is_warned_of(loss, weight, warned, tmp_pa
     found = [record.getMessage() for record in caplog.records if "reference_weight=8.0" in record.getMessage()]
     assert len(found) == warned
     assert all("'given'" in text and "Set reference_weight=None or 1.0" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "added"),
+    [({}, {}), ({"subspace": "gradients"}, {"general": 1.0}), ({"subspace": "both"}, {"general": 1.0})],
+)
+def test_the_example_of_the_callback_triggers_no_warning(knobs, added, tmp_path, caplog):
+    (written,) = re.findall(r"callbacks=(\[OGPSACallback\(.*\)\])\)", OGPSACallback.__doc__)
+    names = {"OGPSACallback": OGPSACallback, "ReferenceSet": ReferenceSet, "rows": GENERAL}
+    model = get_peft_model(bare_model(), OGPSAConfig(**LORA, **knobs))
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.update(model.projector._factors())
+
+    with caplog.at_level("WARNING", logger="peft_ogpsa"):
+        sft(tmp_path, model, [*eval(written, names), Look()], max_steps=2).train()
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("peft_ogpsa")] == []
+    assert seen == added
 
 
 def test_too_few_samples_for_rows_of_sets():

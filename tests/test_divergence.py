@@ -14,22 +14,23 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli.datasets import PromptSet, reference_sets
-from peft_ogpsa.references.divergence import Anchored, _Divergence, divergence_loss
-from peft_ogpsa.references.losses import collate, reference_loss
-from peft_ogpsa.text.tokenization import encode_row
+from peft_ogpsa.references.losses import LOSSES, collate, reference_loss
+from peft_ogpsa.references.losses.kl import _Divergence
+from peft_ogpsa.text.tokenization import Example, encode_row
 from peft_ogpsa.tuner.adapters import without_adapter
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+divergence_loss = LOSSES["kl"].loss
 ROWS = [chat(f"What is {i} and {i}?", "It is " + "so " * (i % 4) + "much.") for i in range(6)]
 
 
-def anchored(count: int = 4) -> list[Anchored]:
+def anchored(count: int = 4) -> list[Example]:
     generator = torch.Generator().manual_seed(7)
     lengths = [5 + 2 * i for i in range(count)]
-    return [Anchored(torch.randint(3, 100, (n,), generator=generator).tolist(), 1 + n % 3) for n in lengths]
+    return [Example(torch.randint(3, 100, (n,), generator=generator).tolist(), 1 + n % 3, "kl") for n in lengths]
 
 
-def by_hand(model, example: Anchored) -> torch.Tensor:
+def by_hand(model, example: Example) -> torch.Tensor:
     """The divergence along one answer, written out in float64 token by token."""
     ids = torch.tensor([example.ids])
     own = model(input_ids=ids).logits[0].double()
@@ -107,15 +108,15 @@ def test_without_adapter_is_the_base_and_changes_nothing(config):
         pass
 
 
-def test_tokenized_rows_stay_anchored_when_they_are_cut():
+def test_tokenized_rows_keep_their_loss_when_they_are_cut():
     tokenizer = tiny_tokenizer()
     plain = ReferenceSet("set", ROWS).tokenize(tokenizer)
     kept = ReferenceSet("set", ROWS, loss="kl").tokenize(tokenizer)
     assert [(e.ids, e.answer_start) for e in kept] == [(e.ids, e.answer_start) for e in plain]
-    assert all(type(example) is Anchored for example in kept)
-    assert type(kept[0].cut(len(kept[0].ids) - 1)) is Anchored
-    assert "anchored" in collate(kept, 0, "cpu")
-    assert "anchored" not in collate(plain, 0, "cpu")
+    assert {example.loss for example in kept} == {"kl"}
+    assert kept[0].cut(len(kept[0].ids) - 1).loss == "kl"
+    assert collate(kept, 0, "cpu")["loss"] == "kl"
+    assert "loss" not in collate(plain, 0, "cpu")
 
 
 def test_prompts_that_the_base_answers(tmp_path, monkeypatch):
@@ -126,10 +127,10 @@ def test_prompts_that_the_base_answers(tmp_path, monkeypatch):
     given = {"max_new_tokens": 4, "cache_dir": tmp_path, "progress": False}
     own = ReferenceSet.from_prompts("own", ["Why?", "How?"], model, tiny_tokenizer(), **given)
     scored = ReferenceSet.from_prompts("own", ["Why?", "How?"], model, tiny_tokenizer(), loss="answer", **given)
-    assert not any(isinstance(example, Anchored) for example in scored.tokenize(tiny_tokenizer()))
+    assert {example.loss for example in scored.tokenize(tiny_tokenizer())} == {"answer"}
     examples = own.tokenize(tiny_tokenizer())
     assert len(examples) == 2
-    assert all(type(example) is Anchored for example in examples)
+    assert {example.loss for example in examples} == {"kl"}
     with pytest.raises(ValueError, match="loss='dpo' has no meaning"):
         ReferenceSet.from_prompts("own", ["Why?"], model, tiny_tokenizer(), loss="dpo", **given)
 
@@ -250,7 +251,7 @@ def test_a_merged_adapter_is_refused_and_not_unmerged():
 @pytest.mark.parametrize("inside", ["base_layer", "original_module"])
 def test_a_weight_of_the_base_inside_an_adapters_layer_is_refused_in_training(inside):
     model = ogpsa_model(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    examples = collate([Anchored([5, 6, 7, 8], 2)], 0, "cpu")
+    examples = collate([Example([5, 6, 7, 8], 2, "kl")], 0, "cpu")
     divergence_loss(model, examples)
     weight = next(p for name, p in model.named_parameters() if f".{inside}." in name)
     weight.requires_grad_(True)

@@ -15,13 +15,14 @@ from trl import DPOConfig, DPOTrainer
 
 from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.references.loader import ReferenceLoader
-from peft_ogpsa.references.losses import collate, reference_loss
-from peft_ogpsa.references.preferences import Pair, preference_loss, with_margins
+from peft_ogpsa.references.losses import LOSSES, collate, reference_loss
+from peft_ogpsa.references.losses.dpo import Pair, with_margins
 from peft_ogpsa.text.tokenization import Example
 from peft_ogpsa.tuner.adapters import reference_policy
 from peft_ogpsa.tuner.model import tuner_of
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+preference_loss = LOSSES["dpo"].loss
 BETA = 0.3
 PAIRS = [
     {

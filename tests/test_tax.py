@@ -19,8 +19,7 @@ from benchmarks.tax.methods import DEFAULT, GRADIENTS, METHODS, WHOLE
 from benchmarks.tax.training import LORA, Settings, Workbench, run
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
 from peft_ogpsa.references.budget import refresh_samples
-from peft_ogpsa.references.divergence import COST
-from peft_ogpsa.references.losses import ANCHORED_WEIGHT
+from peft_ogpsa.references.losses.kl import KLLoss
 from peft_ogpsa.text.refusal import Verdict
 
 BASE = {
@@ -77,8 +76,8 @@ def test_the_default_of_the_tables_is_that_of_the_library():
     method, config = METHODS[GRADIENTS], OGPSAConfig(**METHODS[GRADIENTS].knobs)
     assert method.loss == "kl"
     default = OGPSAConfig(subspace="gradients")
-    assert config.refresh_samples == refresh_samples(default, Settings.batch, Settings.batch, sets=4, cost=COST)
-    assert config.reference_weight == ANCHORED_WEIGHT
+    assert config.refresh_samples == refresh_samples(default, Settings.batch, Settings.batch, sets=4, cost=KLLoss.cost)
+    assert config.reference_weight == KLLoss.default_weight
     assert replace(config, refresh_samples=None, reference_weight=None) == default
 
 

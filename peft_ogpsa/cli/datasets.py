@@ -15,7 +15,8 @@ from datasets.exceptions import DatasetsError
 
 from .. import data
 from ..data import public
-from ..references.sets import LOSSES, AnsweredSet, ReferenceSet
+from ..references.losses import LOSSES
+from ..references.sets import OF_OWN_ANSWERS, AnsweredSet, ReferenceSet
 from ..text.tokenization import Prompt
 
 _BUILTIN = "builtin:"
@@ -185,10 +186,10 @@ def reference_sets(
             rows = load_rows(spec, field, samples)
             sets.append(ReferenceSet(name, rows, samples, max_length, loss or "answer", beta))
             continue
-        if loss not in ("", "answer", "kl"):
+        if loss and loss not in OF_OWN_ANSWERS:
             raise ValueError(
                 f"references has the entry {entry!r}, but of prompts alone there are only the model's own answers. "
-                f"Write :kl or :answer, or leave :{loss} out for kl."
+                f"Write {' or '.join(f':{own}' for own in OF_OWN_ANSWERS)}, or leave :{loss} out for kl."
             )
         sets.append(prompt_set(field, spec.removeprefix(_PROMPTS), max_length, name, samples, loss or "kl"))
     return sets

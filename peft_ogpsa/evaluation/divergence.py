@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.isolation import undisturbed
 from ..text.access import language_model
+from ..text.batching import by_length
 from ..text.generation import generate_ids
-from ..text.logits import answer_logits, length_batches
+from ..text.logits import answer_logits
 from ..text.tokenization import Example, Prompt, encode_prompt
 from ..tuner.adapters import base_model
 from .losses import LossResult
@@ -35,7 +36,8 @@ class BaseAnswers:
 
     def batches(self) -> list[list[int]]:
         """Return the examples' positions, one list per forward pass."""
-        return length_batches([len(example.ids) for example in self.examples], self.batch_size)
+        positions = range(len(self.examples))
+        return by_length(positions, self.batch_size, lambda i: len(self.examples[i].ids), longest_first=True)
 
 
 def own_answers(

@@ -10,7 +10,8 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from ..core.isolation import undisturbed
-from ..text.logits import answer_logits, length_batches
+from ..text.batching import by_length
+from ..text.logits import answer_logits
 from ..text.tokenization import Example, Row, encode_row
 from .intervals import Interval, mean_interval
 
@@ -61,7 +62,7 @@ def nats_per_token(
         raise ValueError("rows is empty; give at least one row to measure a loss on.")
     sums = [0.0] * len(examples)
     with undisturbed(model):
-        for batch in length_batches([len(example.ids) for example in examples], batch_size):
+        for batch in by_length(range(len(examples)), batch_size, lambda i: len(examples[i].ids), longest_first=True):
             for position, logits in zip(
                 batch, answer_logits(model, [examples[position] for position in batch]), strict=True
             ):

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
+from ..text.batching import by_length, padded_examples, padding_of
+from ..text.tokenization import Example
 from .budget import check_rows, refresh_samples
-from .divergence import COST, Anchored
-from .losses import ANCHORED_WEIGHT, _plain, batched, collate, padding_of
+from .losses import LOSSES, loss_of
 from .sets import ReferenceSet, check_sets
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class ReferenceLoader:
         pad_token_id (`int`): Token id that pads short examples in `batches`.
 
     Attributes:
+        losses (`dict[str, ReferenceLoss]`): The loss of each set, which its examples name.
         weights (`dict[str, float]`): Reference weights for `refresh`: how much of each set's mean gradient is added to
             the training gradient if the configuration leaves it to the loss. 8 with `loss="kl"`, 1 with other losses.
         cost (`float`): Mean cost of an example. A training example costs 1.
@@ -51,8 +54,8 @@ class ReferenceLoader:
         self.batch_size = batch_size
         self.seed = seed
         self.pad_token_id = pad_token_id
-        anchored = {name: isinstance(examples[0], Anchored) for name, examples in self.sets.items()}
-        self.weights = {name: ANCHORED_WEIGHT if its else 1.0 for name, its in anchored.items()}
+        self.losses = {name: loss_of(examples) for name, examples in self.sets.items()}
+        self.weights = {name: loss.default_weight for name, loss in self.losses.items()}
         self.cost = _mean_cost(self.sets)
         self._drawn = dict.fromkeys(self.sets, 0)
         self._draws = 0
@@ -119,17 +122,34 @@ class ReferenceLoader:
                 reference policy is known to the trainer's callback), or a refresh would draw more than `rows` holds.
         """
         check_sets(reference_sets, "ReferenceLoader.from_sets")
-        pairs = [own.name for own in reference_sets if own.loss == "dpo"]
-        if pairs:
-            raise ValueError(
-                f"Reference set {pairs[0]!r} has loss='dpo', which needs the log-probabilities of a reference policy. "
-                "Use OGPSACallback with a trainer, or another loss."
-            )
+        for own in reference_sets:
+            if LOSSES[own.loss].needs_policy:
+                raise ValueError(
+                    f"Reference set {own.name!r} has loss={own.loss!r}, which needs the log-probabilities of a "
+                    "reference policy. Use OGPSACallback with a trainer, or another loss."
+                )
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         sets = {own.name: own.tokenize(tokenizer) for own in reference_sets}
         return cls.for_training(sets, config, step_examples, batch_size, seed, padding_of(tokenizer))
 
-    def batches(self, device: torch.device | str, everything: bool = False) -> dict[str, list[dict[str, Tensor]]]:
+    def prepare(
+        self,
+        model: nn.Module,
+        device: torch.device | str,
+        progress: Callable[[str, list], Iterable] = lambda name, passes: passes,
+    ) -> None:
+        """Let each loss compute once, before training, what its examples need.
+
+        Args:
+            model: The model in training, as the trainer calls it.
+            device: The device of the tensors.
+            progress: Gets the name of a set and the list of its passes, and wraps the list, for a progress bar.
+        """
+        for name, loss in self.losses.items():
+            collate = partial(loss.collate, pad_token_id=self.pad_token_id, device=device)
+            self.sets[name] = loss.prepare(self.sets[name], model, self.batch_size, collate, partial(progress, name))
+
+    def batches(self, device: torch.device | str, everything: bool = False) -> dict[str, list[dict[str, Any]]]:
         """Draw and pad the next examples. Pass them to `refresh` as `batches`, with `reference_loss` as `loss_fn`.
 
         Args:
@@ -138,14 +158,18 @@ class ReferenceLoader:
                 them. Nothing is drawn then.
         """
         if everything:
-            drawn = {name: batched(_plain(own), self.batch_size) for name, own in self.sets.items()}
-        else:
-            drawn = self.draw()
-        return {name: [collate(batch, self.pad_token_id, device) for batch in own] for name, own in drawn.items()}
+            return {
+                name: [padded_examples(batch, self.pad_token_id, device) for batch in self._batched(whole)]
+                for name, whole in ((name, self._sequences(name)) for name in self.sets)
+            }
+        return {
+            name: [self.losses[name].collate(batch, self.pad_token_id, device) for batch in own]
+            for name, own in self.draw().items()
+        }
 
     def draw(self) -> dict[str, list[list[Any]]]:
         """Return the next examples by set, in batches. Sets without an example in this draw are left out."""
-        drawn = {name: batched(list(self._take(name)), self.batch_size) for name in self.sets}
+        drawn = {name: self._batched(self._take(name)) for name in self.sets}
         self._draws += 1
         return {name: batches for name, batches in drawn.items() if batches}
 
@@ -177,6 +201,12 @@ class ReferenceLoader:
             yield examples[self._order(name, epoch)[position]]
             self._drawn[name] += 1
 
+    def _batched(self, examples: Iterable[Any]) -> list[list[Any]]:
+        return by_length(examples, self.batch_size, lambda example: len(example.ids))
+
+    def _sequences(self, name: str) -> list[Example]:
+        return [sequence for example in self.sets[name] for sequence in self.losses[name].sequences(example)]
+
     def _order(self, name: str, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return torch.randperm(len(self.sets[name]), generator=generator).tolist()
@@ -196,8 +226,9 @@ class ReferenceLoader:
         """Digest of all tokens of all sets. Different reference sets have different digests."""
         if self._digest is None:
             found = hashlib.sha256()
-            for name, own in self.sets.items():
-                found.update(json.dumps([name, [[e.ids, e.answer_start] for e in _plain(own)]]).encode())
+            for name in self.sets:
+                own = [[sequence.ids, sequence.answer_start] for sequence in self._sequences(name)]
+                found.update(json.dumps([name, own]).encode())
             self._digest = found.hexdigest()[:16]
         return self._digest
 
@@ -224,5 +255,5 @@ class ReferenceLoader:
 
 
 def _mean_cost(sets: Mapping[str, Sequence[Any]]) -> float:
-    costs = [COST if isinstance(own[0], Anchored) else 1.0 for own in sets.values()]
+    costs = [loss_of(own).cost for own in sets.values()]
     return sum(costs) / len(costs)

@@ -13,12 +13,15 @@ from typing import Any, cast
 
 import torch
 
-from ..text.tokenization import Example, Prompt, encode_row, shared_length
-from .divergence import Anchored
-from .preferences import Pair
+from ..text.tokenization import Example, Prompt, shared_length
+from .losses import LOSSES
+from .losses.dpo import Pair
 from .self_answers import AnswerCounts, self_answers
 
-LOSSES = ("answer", "all", "kl", "both", "dpo")
+OF_OWN_ANSWERS = sorted(
+    (name for name, loss in LOSSES.items() if loss.for_own_answers), key=lambda name: LOSSES[name].learns_answers
+)
+"""The losses that `ReferenceSet.from_prompts` takes. Those that learn nothing from the answers come first."""
 
 
 @dataclass
@@ -120,10 +123,10 @@ class ReferenceSet:
                 answer can be kept.
             OSError: If `cache_dir` cannot be written.
         """
-        if loss not in ("answer", "kl"):
+        if loss not in OF_OWN_ANSWERS:
             raise ValueError(
-                f"Reference set {name!r}: loss={loss!r} has no meaning for a model's own answers. Use 'kl' or "
-                "'answer'."
+                f"Reference set {name!r}: loss={loss!r} has no meaning for a model's own answers. Use "
+                f"{' or '.join(map(repr, OF_OWN_ANSWERS))}."
             )
         ReferenceSet(name, [], samples, max_length)  # run its checks before the work
         rows, counts = self_answers(
@@ -158,17 +161,12 @@ class ReferenceSet:
         rows = list(islice(self.dataset, self.samples))
         if not rows:
             raise ValueError(f"Reference set {self.name!r} is empty. Give it at least one example.")
-        named = [(row, f"Reference set {self.name!r}: row {i}") for i, row in enumerate(rows)]
-        if self.loss in ("both", "dpo"):
-            named = [(side, name) for row, name in named for side in self._sides(row, name)]
-        encoded = [encode_row(tokenizer, row, name) for row, name in named]
-        whole: list[Any] = encoded
-        if self.loss == "all":
-            whole = [Example(example.ids, 1) for example in encoded]
-        elif self.loss == "kl":
-            whole = [Anchored(example.ids, example.answer_start) for example in encoded]
-        elif self.loss == "dpo":
-            whole = [Pair(*sides, self.beta) for sides in zip(encoded[::2], encoded[1::2], strict=True)]
+        loss = LOSSES[self.loss]
+        whole = [
+            example
+            for i, row in enumerate(rows)
+            for example in loss.tokenize(tokenizer, row, f"Reference set {self.name!r}: row {i}", self.beta)
+        ]
         examples = [example for example in (example.cut(self.max_length) for example in whole) if example is not None]
         if not examples:
             raise ValueError(
@@ -176,14 +174,6 @@ class ReferenceSet:
                 f"{len(rows)} rows, so there is nothing to learn from. Raise max_length or shorten the prompts."
             )
         return examples
-
-    def _sides(self, row: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-        """Return a preference pair, and the same pair with its answers swapped."""
-        if "chosen" not in row or "rejected" not in row:
-            raise ValueError(
-                f"{name} is no preference pair, which loss={self.loss!r} needs. Give chosen and rejected answers."
-            )
-        return [row, {**row, "chosen": row["rejected"], "rejected": row["chosen"]}]
 
 
 @dataclass

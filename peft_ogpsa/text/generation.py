@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..core.isolation import undisturbed
 from .access import input_device, language_model
-from .logits import length_batches
+from .batching import by_length, padded_ids
 from .tokenization import Prompt, encode_prompt
 
 
@@ -93,16 +93,11 @@ def generate_ids(
         # `generate` fills gaps in the given settings from the model's own settings.
         lm.generation_config = GenerationConfig()
         try:
-            for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
-                width = max(len(prompts[position]) for position in batch)
-                ids = torch.full((len(batch), width), padding)
-                mask = torch.zeros_like(ids)
-                for row, position in enumerate(batch):
-                    ids[row, width - len(prompts[position]) :] = torch.tensor(prompts[position])
-                    mask[row, width - len(prompts[position]) :] = 1
-                output = lm.generate(  # type: ignore[operator]
-                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
-                )
+            order = by_length(range(len(prompts)), batch_size, lambda i: len(prompts[i]), longest_first=True)
+            for batch in order:
+                inputs = padded_ids([prompts[position] for position in batch], padding, device, left=True)
+                output = lm.generate(**inputs, generation_config=config)  # type: ignore[operator]
+                width = inputs["input_ids"].shape[1]
                 for position, answer in zip(batch, output[:, width:].tolist(), strict=True):
                     end = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
                     answers[position] = answer[:end]

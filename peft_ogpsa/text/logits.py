@@ -3,26 +3,15 @@
 """Compute a model's logits at the positions where it predicts an answer."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .access import input_device, language_model
-from .tokenization import Example
-
-
-def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Group positions into batches of similar length.
-
-    The longest come first, so that a batch that is too large for memory fails at once.
-
-    Raises:
-        ValueError: If `batch_size` is below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; give at least 1.")
-    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+from .batching import padded_ids
+from .tokenization import IGNORED, Example
 
 
 def answer_logits(model: torch.nn.Module, examples: Sequence[Example]) -> list[torch.Tensor]:
@@ -35,18 +24,43 @@ def answer_logits(model: torch.nn.Module, examples: Sequence[Example]) -> list[t
         time keeps memory use low.
     """
     lm = language_model(model)
-    device = input_device(lm)
-    width = max(len(example.ids) for example in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        mask[row, : len(example.ids)] = 1
+    inputs = padded_ids([example.ids for example in examples], 0, input_device(lm))
+    width = inputs["input_ids"].shape[1]
     first = min(example.answer_start for example in examples) - 1
     options = {"logits_to_keep": width - first} if "logits_to_keep" in inspect.signature(lm.forward).parameters else {}
-    output = lm(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options)
+    output = lm(**inputs, use_cache=False, **options)
     logits = output.logits[:, first - width :]
     return [
         logits[row, example.answer_start - 1 - first : len(example.ids) - 1 - first]
         for row, example in enumerate(examples)
     ]
+
+
+def scored_positions(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return which positions predict a scored token: `(examples, tokens - 1)`, as the last position predicts none."""
+    return batch["labels"][:, 1:] != IGNORED
+
+
+def scored_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits at the scored positions of a batch, with gradients, in float32.
+
+    Args:
+        model: The model, as it is called in training. It is called with `input_ids` and `attention_mask`, and returns
+            an object with `logits` `(examples, tokens, vocabulary)`.
+        batch: `input_ids`, `attention_mask` and `labels`, `(examples, tokens)` each.
+
+    Returns:
+        `(scored tokens, vocabulary)`, one example after the other.
+
+    Raises:
+        ValueError: If the model is not a causal language model.
+    """
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    if logits.dim() != 3:
+        raise ValueError(
+            f"Reference losses need a causal language model, and this {type(model).__name__} returns logits of shape "
+            f"{tuple(logits.shape)} instead of (examples, tokens, vocabulary). For other models give your own loss to "
+            "model.projector.refresh(batches, loss_fn) in a loop of your own."
+        )
+    # Convert only the scored positions to float32: the logits are the largest tensor of the pass.
+    return logits[:, :-1][scored_positions(batch)].float()

@@ -23,6 +23,8 @@ class Example:
 
     ids: list[int]
     answer_start: int
+    loss: str = "answer"
+    """Name of the loss that scores the answer when it is a reference: a key of `references.losses.LOSSES`."""
 
     @property
     def answer(self) -> list[int]:

@@ -23,15 +23,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import compat
 from ..core import distributed
+from ..core.config import ProjectionConfig
 from ..core.full_parameter import FullParameterConfig, attach
 from ..core.guard import refuse_averaging
 from ..core.projector import Projector
-from ..references.divergence import Anchored
 from ..references.loader import ReferenceLoader
-from ..references.losses import batched, collate, padding_of, reference_loss
-from ..references.preferences import Pair, with_margins
+from ..references.losses import reference_loss
 from ..references.sets import ReferenceSet, check_sets
-from ..tuner.adapters import refuse_moving_base
+from ..text.batching import padding_of
 from ..tuner.config import OGPSAConfig
 from ..tuner.model import projector_of, tuner_of
 from . import checkpoint
@@ -174,51 +173,13 @@ class OGPSACallback(TrainerCallback):
         projector = self._projector_of(model)
         if optimizer is not None:
             refuse_averaging(optimizer, projector.config)
-        tokenizer = self.processing_class or processing_class
-        if tokenizer is None:
-            raise ValueError(
-                "OGPSACallback needs a tokenizer for its reference sets. Give OGPSACallback(processing_class=...), or "
-                "processing_class to the trainer."
-            )
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        examples = {
-            reference_set.name: reference_set.tokenize(tokenizer)
-            for reference_set in tqdm(self.reference_sets, "Tokenizing references", delay=2, disable=args.disable_tqdm)
-        }
-        pad_token_id = padding_of(tokenizer)
-        refreshes = projector.config.refreshes
-        # Each process handles its share of a batch. The trainer may have found a smaller batch that fits into memory.
-        found = args.auto_find_batch_size and state.train_batch_size
-        trained_batch = found or args.train_batch_size
-        batch_size = (self.batch_size or trained_batch // max(1, args.n_gpu)) * distributed.count()
-        for name, own in examples.items():
-            if refreshes and isinstance(own[0], Pair | Anchored) and self.config is not None:
-                loss, others = (
-                    ("dpo", 'loss="both" or "answer"') if isinstance(own[0], Pair) else ("kl", 'loss="answer"')
-                )
-                raise ValueError(
-                    f'Reference set {name!r}: loss="{loss}" is measured against the model without its adapter, and '
-                    f"there is none where whole weights are trained. Use {others}."
-                )
-            if refreshes and isinstance(own[0], Pair):
-                bar = tqdm(batched(own, batch_size), f"Reference policy on {name}", disable=args.disable_tqdm)
-                examples[name] = with_margins(
-                    model, tuner_of(model), bar, lambda p: collate(p, pad_token_id, _device_of(model))
-                )
-            elif isinstance(own[0], Anchored):
-                refuse_moving_base(model)
-        step_examples = examples_per_step(args, trained_batch)
-        loader = ReferenceLoader.for_training(
-            examples, projector.config, step_examples, batch_size, self.seed, pad_token_id
-        )
-        learned = [name for name, own in examples.items() if not isinstance(own[0], Anchored)]
-        if learned and (projector.config.reference_weight or 0.0) > _MOST_OF_ANSWERS:
-            logger.warning(
-                "Reference set %r has a loss of given answers, which are learned as fast as refusals with "
-                "reference_weight=%s: safety comes slowly then. Set reference_weight=None or 1.0, or take references "
-                'with loss="kl".',
-                learned[0],
-                projector.config.reference_weight,
+        loader, step_examples = self._loader(args, state, projector.config, processing_class)
+        self._refuse_or_warn(loader, projector.config, model)
+        if projector.config.refreshes:
+            loader.prepare(
+                model,
+                _device_of(model),
+                lambda name, passes: tqdm(passes, f"Reference policy on {name}", disable=args.disable_tqdm),
             )
         projector.max_grad_norm = args.max_grad_norm or None
         # A second stage (SFT, then DPO) starts where the first ended, and uses its own rows.
@@ -240,6 +201,51 @@ class OGPSACallback(TrainerCallback):
         plan = _plan(run, step_examples)  # called even if not shown: it rejects parameters that share memory
         if not args.disable_tqdm:
             tqdm.write(plan)
+
+    def _loader(
+        self, args: TrainingArguments, state: TrainerState, config: ProjectionConfig, processing_class: Any
+    ) -> tuple[ReferenceLoader, int]:
+        """Tokenize the references. Return their loader, and the training examples of one optimizer step."""
+        tokenizer = self.processing_class or processing_class
+        if tokenizer is None:
+            raise ValueError(
+                "OGPSACallback needs a tokenizer for its reference sets. Give OGPSACallback(processing_class=...), or "
+                "processing_class to the trainer."
+            )
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        examples = {
+            reference_set.name: reference_set.tokenize(tokenizer)
+            for reference_set in tqdm(self.reference_sets, "Tokenizing references", delay=2, disable=args.disable_tqdm)
+        }
+        # The trainer may have found a smaller batch that fits into memory.
+        trained_batch = (args.auto_find_batch_size and state.train_batch_size) or args.train_batch_size
+        # Each process handles its share of a batch.
+        batch_size = (self.batch_size or trained_batch // max(1, args.n_gpu)) * distributed.count()
+        step_examples = examples_per_step(args, trained_batch)
+        loader = ReferenceLoader.for_training(
+            examples, config, step_examples, batch_size, self.seed, padding_of(tokenizer)
+        )
+        return loader, step_examples
+
+    def _refuse_or_warn(self, loader: ReferenceLoader, config: ProjectionConfig, model: nn.Module) -> None:
+        """Reject losses that have no meaning for the model. Warn of a weight that is too large for them."""
+        for name, loss in loader.losses.items():
+            if config.refreshes and loss.needs_base and self.config is not None:
+                others = " or ".join(f'"{other}"' for other in loss.without_base)
+                raise ValueError(
+                    f'Reference set {name!r}: loss="{loss.name}" is measured against the model without its adapter, '
+                    f"and there is none where whole weights are trained. Use loss={others}."
+                )
+            loss.check(model)
+        learned = [name for name, loss in loader.losses.items() if loss.learns_answers]
+        if learned and (config.reference_weight or 0.0) > _MOST_OF_ANSWERS:
+            logger.warning(
+                "Reference set %r has a loss of given answers, which are learned as fast as refusals with "
+                "reference_weight=%s: safety comes slowly then. Set reference_weight=None or 1.0, or take references "
+                'with loss="kl".',
+                learned[0],
+                config.reference_weight,
+            )
 
     def _projector_of(self, model: nn.Module) -> Projector:
         if self.config is None:
