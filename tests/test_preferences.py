@@ -131,7 +131,7 @@ def test_reference_policy_is_the_ref_adapter_or_else_the_base():
     model = two_adapters()
     model.train()
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    (pair,) = with_margins(model, tuner_of(model), [pairs[:1]], batch)
+    (pair,) = with_margins(model, [pairs[:1]], batch)
     as_ref = copy.deepcopy(model)
     as_ref.set_adapter("ref")
     assert pair.margin == pytest.approx(margin_of(as_ref, pair), rel=1e-4)
@@ -145,11 +145,11 @@ def test_reference_policy_is_the_ref_adapter_or_else_the_base():
         if "lora_A" in name:
             parameter.requires_grad_(False)
     flags = {name: p.requires_grad for name, p in alone.named_parameters()}
-    both = with_margins(alone, tuner_of(alone), [pairs[:1], pairs[1:2]], batch)
+    both = with_margins(alone, [pairs[:1], pairs[1:2]], batch)
     for pair in both:
         assert pair.margin == pytest.approx(margin_of(tiny_llama(), pair), rel=1e-4)
     assert {name: p.requires_grad for name, p in alone.named_parameters()} == flags
-    with pytest.raises(RuntimeError, match="inside"), reference_policy(tuner_of(alone)):
+    with pytest.raises(RuntimeError, match="inside"), reference_policy(alone):
         raise RuntimeError("inside")
     assert {name: p.requires_grad for name, p in alone.named_parameters()} == flags
 

@@ -9,14 +9,12 @@ import time
 from itertools import chain
 from typing import Any
 
-from peft import PeftModel
-
 from peft_ogpsa.evaluation.divergence import BaseAnswers, kl_from_base, own_answers
 from peft_ogpsa.evaluation.losses import nats_per_token
 from peft_ogpsa.text.generation import generate
 from peft_ogpsa.text.refusal import Verdict, classify
 from peft_ogpsa.text.tokenization import encode_row
-from peft_ogpsa.tuner.adapters import base_model
+from peft_ogpsa.tuner.adapters import base_of
 
 from .data import TaxData
 from .facts import FACTS, known
@@ -41,11 +39,8 @@ class Meter:
         self.kinds = [kind for kind, prompts in data.prompts.items() for _ in prompts]
         prompts = list(chain.from_iterable(data.prompts.values()))
         draw = {"max_new_tokens": NEW_TOKENS["divergence"], "batch_size": batch_size}
-        if isinstance(model, PeftModel):
-            with base_model(model):
-                self.answers: BaseAnswers = own_answers(model, tokenizer, prompts, **draw)
-        else:
-            self.answers = own_answers(model, tokenizer, prompts, **draw)
+        with base_of(model):
+            self.answers: BaseAnswers = own_answers(model, tokenizer, prompts, **draw)
 
     def __call__(self, model: Any, step: int, diverges: bool = True) -> dict[str, Any]:
         """All figures: losses and KL in nats per token, rates from 0 to 1. KL of a base is not computed."""

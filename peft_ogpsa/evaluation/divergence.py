@@ -18,7 +18,7 @@ from ..text.batching import by_length
 from ..text.generation import generate_ids
 from ..text.logits import answer_logits
 from ..text.tokenization import Example, Prompt, encode_prompt
-from ..tuner.adapters import base_model
+from ..tuner.adapters import without_adapter
 from .losses import LossResult
 
 
@@ -91,7 +91,7 @@ def kl_from_base(model: torch.nn.Module, answers: BaseAnswers) -> LossResult:
     """Compute KL(base || model) per token in nats, exact over the vocabulary, along the base's own answers.
 
     Args:
-        model: The trained model. It must be a `PeftModel` if `answers` holds no log-probabilities.
+        model: The trained model. It must have an adapter if `answers` holds no log-probabilities.
         answers: Answers from `own_answers`.
 
     Raises:
@@ -101,7 +101,7 @@ def kl_from_base(model: torch.nn.Module, answers: BaseAnswers) -> LossResult:
     with undisturbed(model):
         for batch in answers.batches():
             if answers.log_probs is None:
-                with base_model(model):
+                with without_adapter(model):
                     base = [logits.float().log_softmax(-1) for logits in _logits(model, answers, batch)]
             else:
                 base = [answers.log_probs[position] for position in batch]

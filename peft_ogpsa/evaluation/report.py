@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..text.generation import generate
 from ..text.refusal import Verdict, classify
 from ..text.tokenization import Prompt, Row, prompt_text
-from ..tuner.adapters import base_model
+from ..tuner.adapters import base_of, without_adapter
 from .divergence import BaseAnswers, kl_from_base, own_answers
 from .intervals import wilson
 from .losses import LossResult, nats_per_token
@@ -179,11 +179,11 @@ class Evaluator:
         """Measure the model in its current state. Training can continue afterwards as if nothing had happened.
 
         Raises:
-            ValueError: If KL from base is requested, the model is not a `PeftModel`, and `base` was not called before.
+            ValueError: If KL from base is requested, the model has no adapter, and `base` was not called before.
         """
         start = time.perf_counter()
         if self.divergence_prompts is not None and self.base_answers is None:
-            with base_model(model):
+            with without_adapter(model):
                 self._draw_base_answers(model)
         kl = None if self.base_answers is None else Figure.from_loss(kl_from_base(model, self.base_answers))
         return self._measure(model, name, step, kl, start)
@@ -191,14 +191,11 @@ class Evaluator:
     def base(self, model: torch.nn.Module, name: str = "base") -> Measurement:
         """Measure the base on the first call, and return the same result on later calls.
 
-        A `PeftModel` is measured with its adapter disabled, another model as it is.
+        A model with an adapter is measured without it, another model as it is.
         """
         if self._base is None:
             start = time.perf_counter()
-            if isinstance(model, PeftModel):
-                with base_model(model):
-                    self._base = self._measure_base(model, name, start)
-            else:
+            with base_of(model):
                 self._base = self._measure_base(model, name, start)
         return self._base
 

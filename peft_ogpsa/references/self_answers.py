@@ -9,14 +9,12 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..core.files import replacing
@@ -25,7 +23,7 @@ from ..text.cache import cache_dir as default_cache
 from ..text.generation import generate_ids
 from ..text.refusal import Verdict, classify
 from ..text.tokenization import Message, Prompt, encode_prompt
-from ..tuner.adapters import base_model
+from ..tuner.adapters import base_of
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +90,7 @@ def self_answers(
     path = folder / f"{_key(model, tokenizer, asked, settings)}.jsonl"
     rows = _read(path, asked)
     if rows is None:
-        with base_model(model) if isinstance(model, PeftModel) else nullcontext():
+        with base_of(model):
             answers = generate_ids(
                 model, tokenizer, [encoded[position] for position in fitting], progress=progress, **settings
             )

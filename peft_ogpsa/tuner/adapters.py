@@ -6,15 +6,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from torch import nn
 
 from .. import compat
-
-if TYPE_CHECKING:
-    from .model import OGPSAModel
 
 
 @contextlib.contextmanager
@@ -33,22 +31,62 @@ def same_trainable(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
-    """Run the base inside a model whose adapter consists of layers, wrapped or not.
+    """Run the base inside a model with an adapter of any type, wrapped or not.
 
     Raises:
         ValueError: If the model has no adapter, if its adapter is merged into the base, or if the base itself is
             trained.
     """
-    layers: list[Any] = [module for module in model.modules() if compat.is_adapter_layer(module)]
-    if not layers:
+    if not has_adapter(model):
         raise ValueError(
-            f"This {type(model).__name__} has no adapter, and without one there is no base beside it. Add an adapter, "
-            'or give references loss="answer".'
+            f"This {type(model).__name__} has no adapter to disable, so its base cannot be reached. Add an adapter. "
+            'Without one, give references loss="answer", and measure the base before training: Evaluator.base(base_model).'
         )
-    refuse_merged(layers)
     refuse_moving_base(model)
-    enabled = [layer for layer in layers if not layer.disable_adapters]  # these contexts may be nested
+    with _adapter_off(model):
+        yield
+
+
+@contextlib.contextmanager
+def base_of(model: nn.Module) -> Iterator[None]:
+    """Run the base: the model without its adapter, or the model itself if it has none."""
+    with without_adapter(model) if has_adapter(model) else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def reference_policy(model: nn.Module) -> Iterator[None]:
+    """Run the model as the reference policy of preference training.
+
+    This is the adapter `ref` if there is one, which is TRL's copy of the adapter that preference training began with.
+    Otherwise it is the model without its adapter.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not any("ref" in layer._all_available_adapter_names() for layer in layers):
+        with _adapter_off(model):
+            yield
+        return
+    active = layers[0].active_adapters
     with same_trainable(model):
+        try:
+            set_adapter(model, "ref")
+            yield
+        finally:
+            set_adapter(model, active)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model has an adapter, of layers (wrapped or not) or of virtual tokens."""
+    return isinstance(model, PeftModel) or any(compat.is_adapter_layer(module) for module in model.modules())
+
+
+@contextlib.contextmanager
+def _adapter_off(model: nn.Module) -> Iterator[None]:
+    layers: list[Any] = [module for module in model.modules() if compat.is_adapter_layer(module)]
+    refuse_merged(layers)
+    enabled = [layer for layer in layers if not layer.disable_adapters]  # these contexts may be nested
+    virtual = model.disable_adapter() if isinstance(model, PeftModel) and not layers else contextlib.nullcontext()
+    with same_trainable(model), virtual:
         try:
             for layer in enabled:
                 layer.enable_adapters(False)
@@ -56,45 +94,6 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
         finally:
             for layer in enabled:
                 layer.enable_adapters(True)
-
-
-@contextlib.contextmanager
-def base_model(model: nn.Module) -> Iterator[None]:
-    """Run the model without its adapter, for any type of adapter.
-
-    Raises:
-        ValueError: If the model is not a `PeftModel`, so that its base cannot be reached.
-    """
-    if not isinstance(model, PeftModel):
-        raise ValueError(
-            f"model is a {type(model).__name__}, not a PeftModel: there is no adapter to disable, so its base"
-            " cannot be reached. Measure the base before training: Evaluator.base(base_model)."
-        )
-    with same_trainable(model), model.disable_adapter():
-        yield
-
-
-@contextlib.contextmanager
-def reference_policy(tuner: OGPSAModel) -> Iterator[None]:
-    """Run the model as the reference policy of preference training.
-
-    This is the adapter `ref` if there is one, which is TRL's copy of the adapter that preference training began with.
-    Otherwise it is the base.
-
-    Args:
-        tuner: The model's tuner.
-    """
-    active = tuner.active_adapters
-    with same_trainable(tuner.model):
-        try:
-            if "ref" in tuner.peft_config:
-                tuner.set_adapter("ref")
-            else:
-                tuner.disable_adapter_layers()
-            yield
-        finally:
-            tuner.enable_adapter_layers()
-            tuner.set_adapter(active)
 
 
 def refuse_merged(layers: Iterable[nn.Module]) -> None:

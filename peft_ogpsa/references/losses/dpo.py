@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,7 @@ from ...text.batching import by_length, padded_examples
 from ...text.logits import scored_logits, scored_positions
 from ...text.tokenization import Example, Row, encode_row
 from ...tuner.adapters import reference_policy
-from ...tuner.model import tuner_of
 from .base import TAG, ReferenceLoss, both_sides
-
-if TYPE_CHECKING:
-    from ...tuner.model import OGPSAModel
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class DPOLoss(ReferenceLoss):
     ) -> list[Pair]:
         """Return the pairs with their margins, short pairs first."""
         batches = by_length(examples, batch_size, lambda pair: len(pair.ids))
-        return with_margins(model, tuner_of(model), progress(batches), collate)
+        return with_margins(model, progress(batches), collate)
 
     def sequences(self, example: Pair) -> list[Example]:
         """Return both sides."""
@@ -121,18 +117,17 @@ def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def with_margins(
-    model: nn.Module, tuner: OGPSAModel, batches: Iterable[Sequence[Pair]], collate: Callable[[Sequence[Pair]], dict]
+    model: nn.Module, batches: Iterable[Sequence[Pair]], collate: Callable[[Sequence[Pair]], dict]
 ) -> list[Pair]:
     """Return the pairs with their margins under the frozen reference policy.
 
     Args:
         model: The policy in training, as the trainer calls it.
-        tuner: Its tuner, see `reference_policy`.
         batches: Pairs, grouped by forward pass.
         collate: Makes a batch from such a group.
     """
     done = []
-    with undisturbed(model), reference_policy(tuner):
+    with undisturbed(model), reference_policy(model):
         for pairs in batches:
             answers = log_probabilities(model, collate(pairs))
             margins = (answers[:, 0] - answers[:, 1]).tolist()
