@@ -158,9 +158,10 @@ class ReferenceLoader:
                 them. Nothing is drawn then.
         """
         if everything:
+            whole = {name: self._batched(self._sequences(name)) for name in self.sets}
             return {
-                name: [padded_examples(batch, self.pad_token_id, device) for batch in self._batched(whole)]
-                for name, whole in ((name, self._sequences(name)) for name in self.sets)
+                name: [padded_examples(batch, self.pad_token_id, device) for batch in own]
+                for name, own in whole.items()
             }
         return {
             name: [self.losses[name].collate(batch, self.pad_token_id, device) for batch in own]

@@ -1,15 +1,16 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The reference losses, one class each."""
+"""The reference losses, one class each. To add one, see `ReferenceLoss` in `base.py`."""
 
 import warnings
 from typing import Any
 
 from ...text import batching
+from .base import ReferenceLoss
 from .kl import KLLoss
 from .registry import LOSSES, answer_loss, collate, loss_of, reference_loss
 
-__all__ = ["LOSSES", "answer_loss", "collate", "loss_of", "reference_loss"]
+__all__ = ["LOSSES", "ReferenceLoss", "answer_loss", "collate", "loss_of", "reference_loss"]
 
 
 def __getattr__(name: str) -> Any:
