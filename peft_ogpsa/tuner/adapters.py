@@ -40,7 +40,8 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
     if not has_adapter(model):
         raise ValueError(
             f"This {type(model).__name__} has no adapter to disable, so its base cannot be reached. Add an adapter. "
-            'Without one, give references loss="answer", and measure the base before training: Evaluator.base(base_model).'
+            'Without one, give references loss="answer", and measure the base before training: '
+            "Evaluator.base(base_model)."
         )
     refuse_moving_base(model)
     with _adapter_off(model):
