@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from rich.console import Console
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -30,8 +31,8 @@ from peft_ogpsa.cli import quickstart
 from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.core.isolation import undisturbed
 from peft_ogpsa.evaluation import Evaluator
-from peft_ogpsa.references.loader import ReferenceLoader
-from peft_ogpsa.references.losses import answer_loss, collate
+from peft_ogpsa.references.losses import answer_loss
+from peft_ogpsa.trainer.penalty import ReferencePenalty
 from peft_ogpsa.tuner.model import projector_of
 
 POOL = {"general": 129, "benign": 63}
@@ -121,26 +122,6 @@ class Adaptive(OGPSACallback):
             return answer_loss(model, self._collate(examples, model)).item()
 
 
-class Replay(TrainerCallback):
-    """Adds the mean gradient of some reference examples to every fifth step's."""
-
-    def __init__(self, sets: list[ReferenceSet], tokenizer: Any, samples: int, seed: int) -> None:
-        examples = {reference.name: reference.tokenize(tokenizer) for reference in sets}
-        self._loader = ReferenceLoader(examples, samples, batch_size=8, seed=seed)
-        self._pad = tokenizer.pad_token_id
-        self.examples = 0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Adds the gradient."""
-        if state.global_step % 5:
-            return
-        drawn = [batch for batches in self._loader.draw().values() for batch in batches]
-        for batch in drawn:
-            inputs = collate(batch, self._pad, next(model.parameters()).device)
-            (answer_loss(model, inputs) / len(drawn)).backward()
-            self.examples += len(batch)
-
-
 def run(
     policy: Policy, base: Any, tokenizer: Any, evaluator: Evaluator, arguments: quickstart.QuickstartArguments
 ) -> Any:
@@ -155,20 +136,21 @@ def run(
     config = policy.config()
     callbacks: list[TrainerCallback] = []
     if policy.replay:
-        callbacks.append(Replay(sets, tokenizer, policy.replay, arguments.seed))
+        callbacks.append(ReferencePenalty(sets, 1.0, policy.replay, processing_class=tokenizer))
     elif policy.threshold is not None:
         callbacks.append(Adaptive(sets, policy.threshold, arguments.seed))
     elif isinstance(config, OGPSAConfig):
         callbacks.append(OGPSACallback(sets, seed=arguments.seed))
-    result, model = quickstart.train(base, tokenizer, config, "policy", rows, evaluator, arguments, callbacks)
+    result, model = quickstart.train(
+        base, tokenizer, config, "policy", rows, evaluator, arguments, Console(), callbacks
+    )
     measured: Any = result.curve[-1]
-    extra = sum(getattr(callback, "examples", 0) for callback in callbacks)
     figures = {
         "general": measured.general_mean.value,
         "kl": measured.kl.value,
         "refusal": measured.refusal.value,
         "over_refusal": measured.over_refusal.value,
-        "references": result.reference_share + extra / (arguments.steps * arguments.batch_size),
+        "references": result.reference_share,
         "megabytes": _megabytes(model),
         "seconds": result.seconds,
     }

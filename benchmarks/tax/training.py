@@ -30,12 +30,12 @@ from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, Referenc
 from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.core import inputs
 from peft_ogpsa.core.config import ProjectionConfig
-from peft_ogpsa.core.isolation import undisturbed
 from peft_ogpsa.references.loader import ReferenceLoader
 from peft_ogpsa.references.lookalikes import with_contrast
-from peft_ogpsa.references.losses import collate, reference_loss
+from peft_ogpsa.references.losses import reference_loss
 from peft_ogpsa.references.sets import AnsweredSet
 from peft_ogpsa.text.tokenization import encode_row
+from peft_ogpsa.trainer.penalty import ReferencePenalty
 from peft_ogpsa.tuner.model import projector_of
 
 from .data import TaxData
@@ -143,33 +143,6 @@ class Measure(TrainerCallback):
         """Measures at its points."""
         if state.global_step in {round(args.max_steps * (i + 1) / self.count) for i in range(self.count)}:
             self.curve.append(self.meter(model, self.first + state.global_step))
-
-
-class Replay(TrainerCallback):
-    """Adds the mean gradient of reference examples, drawn when and as OGPSA would draw them."""
-
-    def __init__(self, sets: list[ReferenceSet], tokenizer: Any, samples: int, weight: float) -> None:
-        self._examples = {own.name: own.tokenize(tokenizer) for own in sets}
-        self._samples, self._weight = samples, weight
-        self._pad = tokenizer.pad_token_id
-        self.examples = 0
-        self._loader: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draws in the order of the seed."""
-        size = args.per_device_train_batch_size
-        self._loader = ReferenceLoader(self._examples, self._samples, size, args.seed)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Adds the gradient."""
-        if state.global_step and state.global_step % 5 != 1:
-            return
-        drawn = [batch for batches in self._loader.draw().values() for batch in batches]
-        with undisturbed(model, gradients=True):
-            for batch in drawn:
-                inputs = collate(batch, self._pad, next(model.parameters()).device)
-                (reference_loss(model, inputs) * (self._weight / len(drawn))).backward()
-                self.examples += len(batch)
 
 
 def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any]:
@@ -327,7 +300,7 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
         return config, model, [OGPSACallback(sets, seed=seed)]
     if method.replay:
         samples = round(method.budget * 5 * settings.batch)
-        return config, model, [Replay(sets, bench.tokenizer, samples, method.replay)]
+        return config, model, [ReferencePenalty(sets, method.replay, samples, processing_class=bench.tokenizer)]
     return config, model, []
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from datasets import Dataset
@@ -43,6 +43,7 @@ from ..references.sets import ReferenceSet
 from ..sharing.card import save_card
 from ..text.tokenization import encode_row
 from ..trainer.callback import OGPSACallback
+from ..trainer.penalty import ReferencePenalty
 from ..tuner.config import OGPSAConfig
 from ..tuner.model import projector_of
 from .errors import input_errors
@@ -56,13 +57,29 @@ Rows = dict[str, list[dict[str, Any]]]
 REFERENCES = ("general", "benign")
 """The names of the reference sets, which are also the names of their rows."""
 
-METHODS: dict[str, Callable[[], LoraConfig]] = {
-    "plain": lambda: LoraConfig(**_LORA),
-    "paper": lambda: OGPSAConfig.paper("sft", **_LORA),
-    "ogpsa": lambda: OGPSAConfig(**_LORA),
-    "cone": lambda: OGPSAConfig(subspace="gradients", **_LORA),
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training.
+
+    Attributes:
+        label: Its name in the table and the plot.
+        config: Makes the adapter's configuration.
+        answers: The answers of its reference examples, `"given"` or the `"base"`'s. `None`: it has no references.
+    """
+
+    label: str
+    config: Callable[[], LoraConfig]
+    answers: Literal["given", "base"] | None = "base"
+
+
+METHODS: dict[str, Method] = {
+    "plain": Method("plain LoRA", lambda: LoraConfig(**_LORA), None),
+    "kl": Method("KL penalty", lambda: LoraConfig(**_LORA)),
+    "paper": Method("OGPSA, published rule", lambda: OGPSAConfig.paper("sft", **_LORA), "given"),
+    "ogpsa": Method("OGPSA, null space", lambda: OGPSAConfig(**_LORA)),
+    "cone": Method("OGPSA, cone + KL penalty", lambda: OGPSAConfig(subspace="gradients", **_LORA)),
 }
-"""The references of `paper` are the given answers. Those of the other methods are the base model's answers."""
 
 
 @dataclass
@@ -78,7 +95,7 @@ class QuickstartArguments:
         },
     )
     methods: list[str] = field(
-        default_factory=lambda: ["plain", "paper", "ogpsa"],
+        default_factory=lambda: ["plain", "kl", "paper", "ogpsa"],
         metadata={"help": f"Which to train, of: {', '.join(METHODS)}."},
     )
     steps: int = field(default=24, metadata={"help": "Optimizer steps of each method."})
@@ -202,7 +219,7 @@ def train(
     measure = _Measure(evaluator, name, arguments.measurements)
     progress = _Progress(name, console)
     own: list[TrainerCallback] = [measure, *callbacks, progress]
-    examples = [encode_row(tokenizer, row, f"harmful row {i}") for i, row in enumerate(rows["harmful"])]
+    encoded = [encode_row(tokenizer, row, f"harmful row {i}") for i, row in enumerate(rows["harmful"])]
     # Use transformers' own trainer: TRL's also reports every token's entropy, a third of the time on a CPU.
     trainer = Trainer(
         model,
@@ -220,7 +237,7 @@ def train(
             use_cpu=arguments.device == "cpu",
             dataloader_pin_memory=False,
         ),
-        train_dataset=Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in examples]),
+        train_dataset=Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in encoded]),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
         callbacks=own,
@@ -233,15 +250,15 @@ def train(
     finally:
         progress.stop()
     seconds = time.perf_counter() - start - sum(m.seconds for m in measure.curve)
-    share, times = 0.0, {}
+    examples, times = sum(own.examples for own in callbacks if isinstance(own, ReferencePenalty)), {}
     if isinstance(config, OGPSAConfig):
         diagnostics = projector_of(model).diagnostics
-        share = diagnostics.reference_examples / (arguments.steps * arguments.batch_size)
+        examples = diagnostics.reference_examples
         times = diagnostics.stopwatch.totals()
     result = MethodResult(
         measure.curve,
         seconds,
-        share,
+        examples / (arguments.steps * arguments.batch_size),
         times.get("build", 0.0),
         times.get("refresh", 0.0),
         times.get("projection", 0.0),
@@ -363,13 +380,16 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     results: dict[str, MethodResult] = {}
     report: dict[str, Any] = {}
     for name in arguments.methods:
-        config = METHODS[name]()
-        callbacks = []
-        if isinstance(config, OGPSAConfig):
-            sets = references(base, tokenizer, train_rows, arguments.reference_samples, given=name == "paper")
-            callbacks = [OGPSACallback(sets, seed=arguments.seed)]
+        method = METHODS[name]
+        config = method.config()
+        callbacks: list[TrainerCallback] = []
+        if method.answers is not None:
+            given = method.answers == "given"
+            sets = references(base, tokenizer, train_rows, arguments.reference_samples, given=given)
+            projected = isinstance(config, OGPSAConfig)
+            callbacks = [OGPSACallback(sets, seed=arguments.seed) if projected else ReferencePenalty(sets)]
         results[name], model = train(
-            base, tokenizer, config, name, train_rows, evaluator, arguments, console, callbacks
+            base, tokenizer, config, method.label, train_rows, evaluator, arguments, console, callbacks
         )
         if name == "ogpsa":
             model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
@@ -391,15 +411,17 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
         }
         # Write the report after every method, so that an interrupted run keeps its results.
         (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    shares = {name: result.reference_share for name, result in results.items()}
+    rows = {METHODS[name].label: result for name, result in results.items()}
     grid = table(
-        {"base": measured_base, **{name: result.curve[-1] for name, result in results.items()}},
+        {"base": measured_base, **{label: result.curve[-1] for label, result in rows.items()}},
         extra={
-            "seconds": {name: f"{result.seconds:.0f}" for name, result in results.items()},
-            "references": {name: f"+{share:.0%}" for name, share in shares.items() if share},
+            "seconds": {label: f"{result.seconds:.0f}" for label, result in rows.items()},
+            "references": {
+                label: f"+{result.reference_share:.0%}" for label, result in rows.items() if result.reference_share
+            },
         },
     )
     console.print(grid)
-    tradeoff({name: result.curve for name, result in results.items()}, output / "tradeoff.png", base=measured_base)
+    tradeoff({label: result.curve for label, result in rows.items()}, output / "tradeoff.png", base=measured_base)
     console.print(f"{time.perf_counter() - start:.0f} seconds. Plot, report and adapter: {output.resolve()}")
     return report
