@@ -30,7 +30,7 @@ from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, Referenc
 from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.core import inputs
 from peft_ogpsa.core.config import ProjectionConfig
-from peft_ogpsa.core.isolation import undisturbed
+from peft_ogpsa.core.isolation import isolated_eval
 from peft_ogpsa.references.loader import ReferenceLoader
 from peft_ogpsa.references.lookalikes import with_contrast
 from peft_ogpsa.references.losses import collate, reference_loss
@@ -165,7 +165,7 @@ class Replay(TrainerCallback):
         if state.global_step and state.global_step % 5 != 1:
             return
         drawn = [batch for batches in self._loader.draw().values() for batch in batches]
-        with undisturbed(model, gradients=True):
+        with isolated_eval(model, gradients=True):
             for batch in drawn:
                 inputs = collate(batch, self._pad, next(model.parameters()).device)
                 (reference_loss(model, inputs) * (self._weight / len(drawn))).backward()

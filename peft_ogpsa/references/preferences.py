@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.isolation import undisturbed
+from ..core.isolation import isolated_eval
 from ..text.tokenization import IGNORED, Example
 from ..tuner.adapters import reference_policy
 
@@ -92,7 +92,7 @@ def with_margins(
         collate: Makes a batch from such a group.
     """
     done = []
-    with undisturbed(model), reference_policy(tuner):
+    with isolated_eval(model), reference_policy(tuner):
         for pairs in batches:
             answers = log_probabilities(model, collate(pairs))
             margins = (answers[:, 0] - answers[:, 1]).tolist()
