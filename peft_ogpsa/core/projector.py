@@ -59,8 +59,8 @@ class Projector:
         max_grad_norm (`float`, *optional*): The norm that the training gradient is clipped to. The callback takes it
             from the trainer's arguments. The mean reference gradient is clipped to the same norm, before it is
             multiplied by `reference_weight`. `None`: no clipping.
-        steps (`int`): Number of steps of the optimizer that trains the parameters, projected or not.
-        skipped (`int`): Number of steps that a gradient scaler has skipped. `steps` does not count them.
+        guard (`Guard`): The checks that training is what the user expects.
+        targets (`Targets`): What is projected.
     """
 
     def __init__(self, targets: Targets) -> None:

@@ -42,6 +42,7 @@ class AdapterTargets:
         self._known: tuple[tuple[str, ...], list[tuple[str, str, nn.Parameter]]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has parameters of its own.
         return {"model": self.model, "_known": None}
 
     @property
