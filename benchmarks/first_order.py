@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_ogpsa import OGPSAConfig, ReferenceSet, data
 from peft_ogpsa.cli.models import load_model
-from peft_ogpsa.core.isolation import undisturbed
+from peft_ogpsa.core.isolation import isolated_eval
 from peft_ogpsa.references.losses import answer_loss, collate
 from peft_ogpsa.text.generation import generate_ids
 from peft_ogpsa.text.tokenization import Example, encode_prompt
@@ -65,7 +65,7 @@ def curves(base, tokenizer, steps: int = 20, learning_rate: float = 7e-5, exampl
         curve: dict[str, list[float]] = {"general": [], "benign": [], "training": []}
         for step in range(steps + 1):
             if method == "plain LoRA" or step == steps:
-                with undisturbed(model):
+                with isolated_eval(model):
                     losses = {name: answer_loss(model, batch).item() for name, batch in references.items()}
             else:
                 losses = model.projector.refresh({name: [b] for name, b in references.items()}, answer_loss)

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli import quickstart
 from peft_ogpsa.cli.models import load_model
-from peft_ogpsa.core.isolation import undisturbed
+from peft_ogpsa.core.isolation import isolated_eval
 from peft_ogpsa.evaluation import Evaluator
 from peft_ogpsa.references.losses import answer_loss
 from peft_ogpsa.trainer.penalty import ReferencePenalty
@@ -118,7 +118,7 @@ class Adaptive(OGPSACallback):
     def _probe(self, model: Any) -> float:
         examples = [own[0] for own in self._loader.sets.values()]
         self.examples += len(examples) / 3
-        with undisturbed(model):
+        with isolated_eval(model):
             return answer_loss(model, self._collate(examples, model)).item()
 
 
@@ -161,7 +161,7 @@ def _megabytes(model: Any) -> float:
     """What the rows take."""
     if not isinstance(model.peft_config["default"], OGPSAConfig):
         return 0.0
-    return sum(part.numel() * part.element_size() for part in projector_of(model).subspace.rows) / 1e6
+    return sum(part.numel() * part.element_size() for part in projector_of(model).subspace.rows.stack) / 1e6
 
 
 def markdown(results: dict[str, dict[str, float]], base: float) -> str:

@@ -126,7 +126,7 @@ def measured(model: PeftModel, path: str, device: str) -> dict[str, Any]:
     """Times and kernels of the projection by plain torch (`path="torch"`) or the Triton kernels (`"triton"`)."""
     model.projector.kernels = path == "triton"
     seconds = step_seconds(model, device)
-    if model.projector.kernels and model.projector._last_launcher is None:
+    if model.projector.kernels and model.projector._step.last_launcher is None:
         raise RuntimeError("The Triton kernels do not apply here: install triton, and ask for at most 64 rows.")
     figures = {"seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
     return {"path": path, **figures, "kernels": kernels(model)}

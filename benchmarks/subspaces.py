@@ -22,7 +22,7 @@ from peft_ogpsa import ReferenceSet, data
 from peft_ogpsa.cli.models import SMOLLM2, load_model
 from peft_ogpsa.core import inputs
 from peft_ogpsa.core.activation_subspace import kind_of, most_directions
-from peft_ogpsa.core.isolation import undisturbed
+from peft_ogpsa.core.isolation import isolated_eval
 from peft_ogpsa.core.sketch import OVERSAMPLING
 from peft_ogpsa.references.loader import ReferenceLoader
 from peft_ogpsa.references.losses import reference_loss
@@ -61,7 +61,7 @@ def measured(model_name: str, prompts: int) -> dict[str, Any]:
     shares: dict[str, list[torch.Tensor]] = {}
     held: dict[str, list[float]] = {}
     start = time.perf_counter()
-    with undisturbed(base):
+    with isolated_eval(base):
         found = inputs.find(
             layers, reference_loss, base, batches, most=most_directions, energy=1.0, progress=lambda own: tqdm(own)
         )

@@ -64,7 +64,7 @@ def step_violations(
             torch.einsum("bmd,bd->bm", rows.double(), d) for rows, d in zip(subspace.directions, change, strict=True)
         ]
         if subspace.constraint == "cone":
-            products = [p * scales.double() for p, scales in zip(products, subspace.scales, strict=True)]
+            products = [p * scales.double() for p, scales in zip(products, subspace.rows.scales, strict=True)]
         products = blocks.reduce(products)
         length = blocks.reduce([d.square().sum(-1) for d in change]).sqrt()
         assert length.max() > 0, "the optimizer did not move the parameters"

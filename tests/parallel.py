@@ -129,7 +129,7 @@ def train(
     told["figures"] = projector.diagnostics.collect()
     if projector.subspace is not None:
         subspace = projector.subspace
-        told["small"] = {"norms": subspace.norms, "gram": subspace.gram, "coefficients": subspace.start}
+        told["small"] = {"norms": subspace.rows.norms, "gram": subspace.rows.gram, "coefficients": subspace.start}
     if save is not None:
         saved = projector.state_dict()
         if distributed.rank() == 0:

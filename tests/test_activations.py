@@ -480,7 +480,7 @@ def test_four_bit_base(saved):
     model, projector = lora(four_bit(saved))
     for parameter in parameters_of(model):  # as TRL casts the adapter of a quantized model
         parameter.data = parameter.data.to(torch.bfloat16)
-    projector.widen()
+    projector.upcast()
     model.train()
     packed = [p.detach().clone() for n, p in model.named_parameters() if "base_layer" in n]
     optimizer = adamw(model, lr=1e-4)
@@ -546,11 +546,11 @@ def test_an_adapter_of_low_precision_is_refused_until_it_is_widened(dtype):
     for parameter in parameters_of(model):
         parameter.data = parameter.data.to(dtype)
     before = copies(model)
-    with pytest.raises(ValueError, match=r"held in .*float16.*model\.projector\.widen\(\) before the optimizer"):
+    with pytest.raises(ValueError, match=r"held in .*float16.*model\.projector\.upcast\(\) before the optimizer"):
         projector.refresh(many(), loss_of)
     assert projector.activations is None
     assert unchanged(model, before)
-    projector.widen()
+    projector.upcast()
     train(model, adamw(model), sets=many())
     assert leak(model, held(projector)) <= TOLERANCE
 
@@ -970,7 +970,7 @@ def test_rows_of_a_lie_in_the_complement(rows):
     for seed in range(2):
         projector.refresh({"set": [examples(seed, rows=8)]}, loss_of)
     subspace = projector.subspace
-    found = dict(zip(subspace.blocks.names(), subspace.blocks.views(subspace.rows), strict=True))
+    found = dict(zip(subspace.blocks.names(), subspace.blocks.views(subspace.rows.stack), strict=True))
     u = held(projector)
     assert len(found) == 28
     for name, own in found.items():
@@ -1299,7 +1299,7 @@ def test_reset_keeps_the_subspace_of_whole_weights():
     assert projector.activations is own
 
 
-@pytest.mark.parametrize("end", ["reset", "retire"])
+@pytest.mark.parametrize("end", ["reset", "close"])
 def test_a_dropped_subspace_is_freed(end):
     _, projector = lora()
     projector.refresh(many(), loss_of)

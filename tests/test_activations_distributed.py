@@ -117,7 +117,7 @@ def _loaded(how: str) -> dict[str, Any]:
     train(model, how, range(2))
     before = whole(model)
     projector = projector_of(model)
-    projector.activations = None
+    projector._builder.subspace = None
     assert projector.due
     projector.refresh(references(0), loss_of, model)
     return {"before": before, "after": whole(model)}

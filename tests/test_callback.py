@@ -91,7 +91,7 @@ def test_sft_trainer_refreshes_projects_and_logs(tmp_path):
     assert projector.steps == 6
     assert projector.diagnostics.refreshes == 4  # before steps 1, 2, 4 and 6
     assert projector.diagnostics.reference_examples == 16
-    assert set(projector.subspace.sets) == {"general", "benign"}
+    assert set(projector.subspace.rows.sets) == {"general", "benign"}
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 6
     for entry in entries:
@@ -226,7 +226,7 @@ def test_dpo_trainer(tmp_path, given, precompute):
     assert projector.steps == 3
     assert all(".default." in name for name in projector.subspace.blocks.names())
     assert len(projector.subspace.blocks.names()) == 28
-    assert set(projector.subspace.sets) == {"general", "benign", "pairs"}
+    assert set(projector.subspace.rows.sets) == {"general", "benign", "pairs"}
     assert all(torch.equal(p, reference[n]) for n, p in trainer.model.named_parameters() if n in reference)
     assert "default" in policy
     assert "ogpsa/removed" in trainer.state.log_history[0]
@@ -264,7 +264,7 @@ def test_four_bit_base_keeps_its_adapters_in_float32(tmp_path):
     assert projector.steps == 3
     # TRL makes them bfloat16, in which a small projected update is lost to rounding.
     assert {group.dtype for group in projector.subspace.blocks.groups} == {torch.float32}
-    assert projector._masters is None
+    assert projector._step.masters is None
     assert all(torch.isfinite(value).all() for value in weights(trainer.model).values())
 
 
@@ -414,7 +414,7 @@ class Rows(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         projector = projector_of(model)
-        names, norms = projector.subspace.blocks.names(), projector.subspace.norms
+        names, norms = projector.subspace.blocks.names(), projector.subspace.rows.norms
         without = sum(float(n.max()) == 0 for name, n in zip(names, norms, strict=True) if "lora_A" in name)
         self.seen.append((projector.diagnostics.refreshes, without))
 
@@ -539,7 +539,7 @@ def test_a_budget_never_draws_more_batches_than_rows(tmp_path, accumulation, who
         gradient_accumulation_steps=accumulation,
     )
     trainer.train()
-    assert 1 <= projector_of(trainer.model).subspace.filled <= 4
+    assert 1 <= projector_of(trainer.model).subspace.rows.filled <= 4
 
 
 @pytest.mark.parametrize(
@@ -586,7 +586,7 @@ def test_the_weight_of_each_set_is_what_its_loss_calls_for(tmp_path, losses, wei
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            seen.update(model.projector._factors())
+            seen.update(model.projector._refresher.factors(model.projector.config))
 
     sft(tmp_path, model, [OGPSACallback(references), Look()], max_steps=1).train()
     assert seen == expected
@@ -796,7 +796,7 @@ def test_budget_in_training(tmp_path):
     assert diagnostics.reference_examples == 7
     last = trainer.state.log_history[-2]
     assert {"ogpsa/loss/general", "ogpsa/loss/benign"} <= last.keys()  # each drawn of in turn
-    assert set(model.projector.subspace.sets) == {"general", "benign", None}
+    assert set(model.projector.subspace.rows.sets) == {"general", "benign", None}
 
 
 @pytest.mark.parametrize(
@@ -811,7 +811,8 @@ def test_plan_is_told_before_training(knobs, bytes_per_parameter, tmp_path, caps
     assert "OGPSA: 2 reference examples every 2 steps, 50% of the training's own passes" in out
     subspace = model.projector.subspace
     held, more = model.projector.memory(sets=2)
-    stacks = [subspace.rows] if subspace.directions is subspace.rows else [subspace.rows, subspace.directions]
+    rows = subspace.rows.stack
+    stacks = [rows] if subspace.directions is rows else [rows, subspace.directions]
     assert held == sum(part.numel() * part.element_size() for stack in stacks for part in stack)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert held == bytes_per_parameter * count

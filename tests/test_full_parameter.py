@@ -15,8 +15,8 @@ from models import VOCABULARY, tiny_llama
 from transformers import LlamaConfig
 
 from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, projector_of
+from peft_ogpsa.core.attachment import detach
 from peft_ogpsa.core.config import ProjectionConfig
-from peft_ogpsa.core.full_parameter import detach
 from peft_ogpsa.core.layout import Blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -85,8 +85,8 @@ def test_bfloat16_weights_are_collected_in_float32():
     model = tiny_llama().bfloat16()
     projector = attach(model, FullParameterConfig(refresh_steps=1))
     steps(model, projector)
-    assert {part.dtype for part in projector._masters} == {torch.float32}
-    masters = projector.subspace.blocks.views(projector._masters)
+    assert {part.dtype for part in projector._step.masters} == {torch.float32}
+    masters = projector.subspace.blocks.views(projector._step.masters)
     for parameter, master in zip(projector.subspace.blocks.flat_parameters(), masters, strict=True):
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, master.bfloat16())
@@ -160,7 +160,7 @@ def test_names_do_not_know_wrappers():
     model = torch.nn.Sequential(torch.nn.Module())
     model[0]._checkpoint_wrapped_module = torch.nn.Linear(3, 2)
     projector = attach(model, FullParameterConfig())
-    assert [name for name, _, _ in projector._targets.trained()] == ["0.weight", "0.bias"]
+    assert [name for name, _, _ in projector.targets.trained()] == ["0.weight", "0.bias"]
 
 
 @pytest.mark.parametrize(
@@ -228,13 +228,13 @@ def test_memory_estimate_against_what_is_held(constraint):
 
     assert told["parameters"] == told["gradients"] == sum(p.nbytes for p in model.parameters())
     assert told["AdamW"] == 2 * told["parameters"]
-    assert told["rows"] == held(subspace.rows, *([subspace.directions] if constraint == "orthogonal" else []))
+    assert told["rows"] == held(subspace.rows.stack, *([subspace.directions] if constraint == "orthogonal" else []))
     assert told["step: snapshot"] == held(subspace.blocks.stack())
     assert told["step: correction"] == max(part.nbytes for part in subspace.blocks.zeros())
     products = subspace.directed(subspace.blocks.stack())
     assert told["exchanged in a step"] == products.nbytes + 4
     assert told["exchanged by FSDP2"] == 0
-    small = [subspace.norms, subspace.gram, subspace.start]
+    small = [subspace.rows.norms, subspace.rows.gram, subspace.start]
     assert told["Gram matrices, norms, coefficients"] == pytest.approx(held(small), rel=0.2)
     assert "| parameters, GiB |" in markdown({"one": told})
 
@@ -274,5 +274,5 @@ def test_rows_are_held_where_the_user_wants_them(device):
     # Of weights on another device than the host's: "meta" is one that every machine has.
     config = FullParameterConfig(rows_device=device)
     projector = attach(tiny_llama().to("meta"), config)
-    subspace = projector._new_subspace(config, 4)
-    assert {part.device.type for part in subspace.rows} == {"cpu" if device == "cpu" else "meta"}
+    subspace = projector._refresher.make(config, 4)
+    assert {part.device.type for part in subspace.rows.stack} == {"cpu" if device == "cpu" else "meta"}

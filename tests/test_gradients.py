@@ -49,11 +49,11 @@ def raw_rows(model) -> list[list[torch.Tensor]]:
     subspace = model.projector.subspace
     scaled = [
         rows * norms.unsqueeze(-1).to(rows.dtype)
-        for rows, norms in zip(subspace.rows, subspace.blocks.spread(subspace.norms), strict=True)
+        for rows, norms in zip(subspace.rows.stack, subspace.blocks.spread(subspace.rows.norms), strict=True)
     ]
     shapes = [parameter.shape for parameter in subspace.blocks.flat_parameters()]
     views = [view.reshape(-1, *shape) for view, shape in zip(subspace.blocks.views(scaled), shapes, strict=True)]
-    return [[view[i] for view in views] for i in range(subspace.filled)]
+    return [[view[i] for view in views] for i in range(subspace.rows.filled)]
 
 
 def one_at_a_time(model, examples, loss=answer_loss) -> list[list[torch.Tensor]]:
@@ -120,7 +120,12 @@ def test_gradients_stay_float32_where_the_loop_is_under_autocast():
     sink, projector = Dtypes(), model.projector
     with torch.autocast("cpu", torch.bfloat16):
         example_gradients(
-            model, collate(ragged(), 0, "cpu"), answer_loss, projector.subspace.blocks, sink, projector._linears
+            model,
+            collate(ragged(), 0, "cpu"),
+            answer_loss,
+            projector.subspace.blocks,
+            sink,
+            projector._refresher._linears,
         )
     assert sink.seen == {torch.float32}
 
@@ -171,7 +176,9 @@ def test_token_mean_loss_gives_the_same_directions():
     examples = ragged()
     model.projector.refresh({"set": [collate(examples, 0, "cpu")]}, loss_of)
     reference.projector.refresh({"set": [collate(examples, 0, "cpu")]}, answer_loss)
-    for rows, expected in zip(model.projector.subspace.rows, reference.projector.subspace.rows, strict=True):
+    for rows, expected in zip(
+        model.projector.subspace.rows.stack, reference.projector.subspace.rows.stack, strict=True
+    ):
         torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -216,7 +223,7 @@ def test_rows_from_batches_and_sets():
     assert_rows_equal(raw_rows(by_batch), [mean(singles[:4]), mean(singles[4:])])
     by_set = model_with_random_adapter(rows_from="set", rows=3)
     by_set.projector.refresh({"set": batches, "other": batches[:1]}, answer_loss)
-    assert by_set.projector.subspace.capacity == 2
+    assert by_set.projector.subspace.rows.capacity == 2
     assert_rows_equal(raw_rows(by_set), [mean(singles), mean(singles[:4])])
 
 
@@ -227,10 +234,10 @@ def test_oldest_rows_are_replaced():
             {f"set{seed}": [{"input_ids": tokens(2, seed=seed), "labels": tokens(2, seed=seed)}]}, loss_of
         )
     subspace = model.projector.subspace
-    assert subspace.sets == ["set4", "set5", "set2", "set3"]
+    assert subspace.rows.sets == ["set4", "set5", "set2", "set3"]
     alone = model_with_random_adapter(rows=1, rows_from="batch")
     alone.projector.refresh({"a": [{"input_ids": tokens(2, seed=5), "labels": tokens(2, seed=5)}]}, loss_of)
-    for rows, expected in zip(subspace.rows, alone.projector.subspace.rows, strict=True):
+    for rows, expected in zip(subspace.rows.stack, alone.projector.subspace.rows.stack, strict=True):
         torch.testing.assert_close(rows[:, 1:2], expected)
 
 
@@ -371,7 +378,7 @@ def test_products_of_rows_are_taken_without_autocast():
     sink = Watcher()
     with torch.autocast("cpu", torch.bfloat16):
         example_gradients(
-            model, examples, answer_loss, model.projector.subspace.blocks, sink, model.projector._linears
+            model, examples, answer_loss, model.projector.subspace.blocks, sink, model.projector._refresher._linears
         )
     assert sink.seen == {False}
 

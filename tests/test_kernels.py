@@ -236,7 +236,7 @@ def trained(model, kernels_on: bool, moved: bool = False) -> tuple[list[float], 
         if moved:
             for parameter in parameters_of(model):
                 parameter.data = parameter.data.clone()
-    assert (model.projector._last_launcher is not None) == kernels_on
+    assert (model.projector._step.last_launcher is not None) == kernels_on
     parameters = torch.cat([parameter.detach().flatten() for parameter in parameters_of(model)])
     return violations, parameters, model.projector.diagnostics.collect()["ogpsa/removed"]
 
@@ -281,14 +281,15 @@ def test_step_without_conflict_leaves_parameters_alone_to_the_bit(device):
     model.projector.kernels = True
     model.projector.refresh(loops.references(0), loops.loss_of)
     parameters = parameters_of(model)
-    for rows in model.projector.subspace.rows:
+    for rows in model.projector.subspace.rows.stack:
         rows.abs_()
-    model.projector.subspace._update_gram(range(8))
+    model.projector.subspace.rows._update_gram(range(8))
+    model.projector.subspace._solve()
     expected = [parameter.detach() - 0.5 for parameter in parameters]  # lower every reference loss
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     torch.optim.SGD(parameters, lr=0.5).step()
-    assert model.projector._last_launcher is not None
+    assert model.projector._step.last_launcher is not None
     assert all(torch.equal(*pair) for pair in zip(parameters, expected, strict=True))
 
 
@@ -332,7 +333,7 @@ def test_plain_torch_does_what_the_kernels_do_not(device, knobs, change):
         first.data = torch.cat([first.data.new_zeros(1), first.data.flatten()])[1:].view_as(first)
     elif change == "strided":
         first.data = first.data.mT.contiguous().mT
-    assert model.projector._launcher() is None
+    assert model.projector._step._launcher(model.projector.subspace, model.projector.kernels) is None
 
 
 def test_they_are_off_unless_asked_for(monkeypatch):
@@ -342,7 +343,7 @@ def test_they_are_off_unless_asked_for(monkeypatch):
     model = ogpsa_model()
     assert model.projector.kernels is True
     model.projector.refresh(loops.references(0), loops.loss_of)
-    assert model.projector._launcher() is None  # on a CPU
+    assert model.projector._step._launcher(model.projector.subspace, model.projector.kernels) is None  # on a CPU
 
 
 # Compilation, which needs no GPU

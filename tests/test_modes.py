@@ -8,7 +8,7 @@ import pytest
 import torch
 from loops import batch, loss_of, ogpsa_model, references
 
-from peft_ogpsa.core.isolation import undisturbed
+from peft_ogpsa.core.isolation import isolated_eval
 
 
 class Device:
@@ -46,7 +46,7 @@ def test_random_states_are_put_back(monkeypatch, kind):
     use(monkeypatch, kind, module)
     model = torch.nn.Linear(2, 2)
     before = torch.random.get_rng_state()
-    with undisturbed(model, gradients=True):
+    with isolated_eval(model, gradients=True):
         torch.rand(3)
         module.states = [state + 7 for state in module.states]
     assert module.states == [0] * len(module.states)
@@ -57,7 +57,7 @@ def test_an_accelerator_that_is_not_in_use_is_not_woken(monkeypatch):
     module = Device(2, initialized=False)
     module.get_rng_state = None  # which would initialize it
     use(monkeypatch, "cuda", module)
-    with undisturbed(torch.nn.Linear(2, 2)):
+    with isolated_eval(torch.nn.Linear(2, 2)):
         pass
 
 
@@ -85,6 +85,6 @@ def test_4_bit_layers_on_a_cpu_are_never_in_evaluation_mode():
         pass
 
     model = torch.nn.Sequential(Linear4bit(2, 2), torch.nn.Dropout()).train()
-    with undisturbed(model, gradients=True):
+    with isolated_eval(model, gradients=True):
         assert [module.training for module in model] == [True, False]
     assert [module.training for module in model] == [True, True]

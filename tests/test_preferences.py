@@ -189,7 +189,7 @@ def test_dpo_trainer_with_the_dpo_loss_as_reference(tmp_path, given):
     losses = [entry["ogpsa/loss/pairs"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), rel=1e-3)
     assert losses[1] != pytest.approx(math.log(2), rel=1e-4)
-    assert trainer.model.projector.subspace.filled == 8
+    assert trainer.model.projector.subspace.rows.filled == 8
     for pair in callback._runs[-1].loader.sets["pairs"]:
         assert pair.margin == pytest.approx(margin_of(start, pair), rel=1e-3, abs=1e-3)
     assert trainer.model.active_adapter == "default"

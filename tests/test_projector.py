@@ -130,13 +130,13 @@ def test_bfloat16_adapters_are_exact_on_the_float32_copy(constraint):
     optimizer = OPTIMIZERS["adamw"](parameters_of(model))
 
     def copy_of(projector):
-        if projector._masters is None:
+        if projector._step.masters is None:
             return projector.subspace.blocks.stack()
-        return projector._masters
+        return projector._step.masters
 
     assert max(step_violations(model, optimizer, stored=copy_of)) <= TOLERANCE
     blocks = model.projector.subspace.blocks
-    for stored, master in zip(blocks.flat_parameters(), blocks.views(model.projector._masters), strict=True):
+    for stored, master in zip(blocks.flat_parameters(), blocks.views(model.projector._step.masters), strict=True):
         assert stored.dtype == torch.bfloat16
         assert torch.equal(stored.detach(), master.to(torch.bfloat16))
 
@@ -275,7 +275,7 @@ def test_rows_of_a_know_nothing_until_the_first_step():
     norms = []
     for number in range(2):
         projector.refresh(references(number), loss_of)
-        names, blocks = projector.subspace.blocks.names(), projector.subspace.norms
+        names, blocks = projector.subspace.blocks.names(), projector.subspace.rows.norms
         norms.append(
             {kind: [n for name, n in zip(names, blocks.amax(1), strict=True) if kind in name] for kind in "AB"}
         )
@@ -583,9 +583,9 @@ def test_embeddings_and_convolutions():
     loss(model, tokens(4, seed=3)).backward()
     optimizer.step()
     change = [now - then for now, then in zip(subspace.blocks.stack(), before, strict=True)]
-    products = subspace.products(change)
+    products = subspace.rows.products(change)
     assert len(subspace.blocks.names()) == 6
-    assert subspace.filled == 5
+    assert subspace.rows.filled == 5
     length = subspace.blocks.reduce([part.square().sum(-1) for part in change]).sqrt()
     assert float((products.amax(1) / length).max()) <= TOLERANCE
 
@@ -653,21 +653,21 @@ def test_refresh_that_fails_leaves_the_older_rows_usable():
     model = ogpsa_model()
     model.projector.refresh({"good": [batch(0)]}, loss_of)
     subspace = model.projector.subspace
-    gram = subspace.gram.clone()
+    gram = subspace.rows.gram.clone()
 
     def failing(net, inputs):
         raise MemoryError
 
     with pytest.raises(MemoryError):
         model.projector.refresh({"bad": [batch(1)]}, failing)
-    assert subspace.sets == ["good"] * 4 + [None] * 4
-    assert torch.equal(subspace.gram, gram)
+    assert subspace.rows.sets == ["good"] * 4 + [None] * 4
+    assert torch.equal(subspace.rows.gram, gram)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = subspace.blocks.stack()
     loss_of(model, batch(2)).backward()
     optimizer.step()
     change = [now - then for now, then in zip(subspace.blocks.stack(), before, strict=True)]
-    assert float(subspace.products(change).amax()) <= TOLERANCE
+    assert float(subspace.rows.products(change).amax()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("rows_from", ["example", "batch", "set"])
@@ -681,8 +681,8 @@ def test_losses_that_are_not_finite(rows_from, caplog):
     losses = model.projector.refresh({"bad": [bad], "good": [good]}, poisoned)
     assert "in 'bad'" in caplog.text
     assert losses["good"] > 0
-    assert set(model.projector.subspace.sets) >= {None, "good"}
-    assert "bad" not in model.projector.subspace.sets
+    assert set(model.projector.subspace.rows.sets) >= {None, "good"}
+    assert "bad" not in model.projector.subspace.rows.sets
     loss_of(model, batch(5)).backward()
     torch.optim.AdamW(model.parameters(), lr=1e-2).step()
     assert all(torch.isfinite(p).all() for p in parameters_of(model))
@@ -745,7 +745,7 @@ def test_a_gradient_is_projected_though_the_step_moves_nothing():
     stack = subspace.blocks.stack([p.grad for p in subspace.blocks.flat_parameters()])
     length = subspace.blocks.reduce([part.square().sum(-1) for part in stack]).sqrt()
     assert float(length.max()) > 0
-    assert float((subspace.products(stack).abs().amax(1) / length.clamp(min=1e-30)).max()) <= TOLERANCE
+    assert float((subspace.rows.products(stack).abs().amax(1) / length.clamp(min=1e-30)).max()) <= TOLERANCE
 
 
 def test_the_documented_loop_may_switch_adapters():
@@ -820,12 +820,12 @@ def test_settings_changed_in_mid_run_take_effect_at_once(change):
         setattr(model.peft_config["default"], name, value)
     assert train(model, optimizer, range(3, 5)) == [True, False]
     subspace, config = model.projector.subspace, model.projector.config
-    assert (subspace.constraint, subspace.blocks.scope, subspace.capacity) == (
+    assert (subspace.constraint, subspace.blocks.scope, subspace.rows.capacity) == (
         config.constraint,
         config.scope,
         config.rows,
     )
-    assert str(subspace.rows[0].dtype) == f"torch.{config.rows_dtype}"
+    assert str(subspace.rows.stack[0].dtype) == f"torch.{config.rows_dtype}"
 
 
 def test_sets_refreshed_in_turn_each_keep_their_row():
@@ -835,17 +835,17 @@ def test_sets_refreshed_in_turn_each_keep_their_row():
         torch.nn.init.normal_(parameter.data, std=0.1)
     for name, number in (("first", 1), ("second", 2), ("first", 3), ("third", 4)):
         projector.refresh({name: [batch(number)]}, loss_of)
-    assert projector.subspace.sets == ["first", "second", "third"]
+    assert projector.subspace.rows.sets == ["first", "second", "third"]
     together = ogpsa_model(rows_from="set", rows=3)
     together.load_state_dict(model.state_dict())
     together.projector.refresh({"first": [batch(3)], "second": [batch(2)], "third": [batch(4)]}, loss_of)
-    for rows, expected in zip(projector.subspace.rows, together.projector.subspace.rows, strict=True):
+    for rows, expected in zip(projector.subspace.rows.stack, together.projector.subspace.rows.stack, strict=True):
         torch.testing.assert_close(rows, expected)
-    torch.testing.assert_close(projector.subspace.gram, together.projector.subspace.gram)
-    torch.testing.assert_close(projector.subspace.norms, together.projector.subspace.norms)
+    torch.testing.assert_close(projector.subspace.rows.gram, together.projector.subspace.rows.gram)
+    torch.testing.assert_close(projector.subspace.rows.norms, together.projector.subspace.rows.norms)
     with pytest.raises(ValueError, match=r"4 reference sets \('first', 'second', 'third', 'fourth'\). Set rows=4"):
         projector.refresh({"fourth": [batch(5)]}, loss_of)
-    assert projector.subspace.sets == ["first", "second", "third"]
+    assert projector.subspace.rows.sets == ["first", "second", "third"]
     assert max(step_violations(together, OPTIMIZERS["adamw"](together.parameters()))) <= TOLERANCE
 
 
@@ -984,14 +984,14 @@ def test_rows_that_are_rounding_beside_a_blocks_longest_constrain_nothing():
     tiny["input_ids"][0, 0], large["input_ids"][0, 0] = 3, 4
     projector = model.projector
     projector.refresh({"tiny": [tiny], "large": [large]}, scaled)
-    assert projector.subspace.filled == 2
+    assert projector.subspace.rows.filled == 2
     blocks = projector.subspace.blocks
     own = blocks.stack([-g for g in torch.autograd.grad(scaled(model, tiny), blocks.flat_parameters())])
-    coefficients, _ = projector.subspace.coefficients(own)
+    coefficients, _ = projector.subspace.coefficients(projector.subspace.directed(own))
     assert float(coefficients[:, 0].abs().max()) == 0
     projector.reset()
     projector.refresh({"tiny": [tiny]}, scaled)  # the longest itself
-    coefficients, _ = projector.subspace.coefficients(own)
+    coefficients, _ = projector.subspace.coefficients(projector.subspace.directed(own))
     assert float(coefficients[:, 0].max()) > 0
 
 
@@ -1018,7 +1018,7 @@ def test_threads_that_train_models_of_their_own():
 def test_known_targets_may_be_forgotten_by_another_thread():
     # `forget` may come between the look at the list and its use: the property that is read first stands for that.
     model = ogpsa_model()
-    targets = model.projector._targets
+    targets = model.projector.targets
 
     class Forgetful(dict):
         def items(self):
@@ -1066,11 +1066,11 @@ def test_the_float32_copy_of_bfloat16_adapters_is_saved_and_restored():
     resumed = bfloat16_model(refresh_steps=9)
     resumed.load_state_dict(model.state_dict())
     resumed.projector.load_state_dict(model.projector.state_dict())
-    pairs = zip(model.projector._masters, resumed.projector._masters, strict=True)
+    pairs = zip(model.projector._step.masters, resumed.projector._step.masters, strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     assert not all(
         torch.equal(stored, copy)
-        for stored, copy in zip(model.projector.subspace.blocks.stack(), model.projector._masters, strict=True)
+        for stored, copy in zip(model.projector.subspace.blocks.stack(), model.projector._step.masters, strict=True)
     )
 
 
@@ -1081,10 +1081,10 @@ def test_a_state_without_a_float32_copy_ends_the_one_there_is():
     state = model.projector.state_dict()
     state = {**state, "tensors": {name: value.clone() for name, value in state["tensors"].items()}}
     list(step_violations(model, torch.optim.SGD(parameters_of(model), lr=1e-3), steps=2))
-    assert model.projector._masters is not None
+    assert model.projector._step.masters is not None
     model.load_state_dict(start)
     model.projector.load_state_dict(state)
-    assert model.projector._masters is None
+    assert model.projector._step.masters is None
 
 
 @pytest.mark.parametrize("change", [{"scope": "slice"}, {"scope": "model"}], ids=str)
@@ -1097,7 +1097,7 @@ def test_settings_changed_in_mid_run_with_bfloat16_adapters(change):
     list(step_violations(model, optimizer, steps=2))
     blocks = model.projector.subspace.blocks
     assert blocks.scope == change["scope"]
-    for stored, copy in zip(blocks.stack(), model.projector._masters, strict=True):
+    for stored, copy in zip(blocks.stack(), model.projector._step.masters, strict=True):
         assert torch.equal(stored, copy.to(torch.bfloat16).float())
 
 
@@ -1125,7 +1125,7 @@ def test_a_fused_optimizer_that_a_scaler_stops_makes_no_step():
     scaler.step(optimizer)
     scaler.update()
     assert model.projector.steps == 0
-    assert len(model.projector._fresh) == 8  # their gradient is added at the next step
+    assert len(model.projector._refresher.fresh) == 8  # their gradient is added at the next step
     assert all(torch.equal(p, q) for p, q in zip(parameters_of(model), before, strict=True))
 
 
@@ -1141,11 +1141,11 @@ def test_a_refresh_that_fails_half_way_leaves_empty_rows_where_it_wrote():
     with pytest.raises(MemoryError):
         model.projector.refresh({"a": [batch(1, rows=2)], "b": [batch(2, rows=3)]}, failing)
     subspace = model.projector.subspace
-    assert subspace.sets == [None] * 5 + ["old"]
-    assert not any(part[:, :5].any() for part in subspace.rows)
-    assert not subspace.norms[:, :5].any()
-    assert not subspace.gram[:, :5].any()
-    assert subspace.gram[:, 5, 5].any()
+    assert subspace.rows.sets == [None] * 5 + ["old"]
+    assert not any(part[:, :5].any() for part in subspace.rows.stack)
+    assert not subspace.rows.norms[:, :5].any()
+    assert not subspace.rows.gram[:, :5].any()
+    assert subspace.rows.gram[:, 5, 5].any()
 
 
 def test_closure_given_by_name():
@@ -1179,5 +1179,7 @@ def test_sets_refreshed_in_turn_keep_their_rows_in_every_type(rows_dtype):
         models[0].projector.refresh({name: own}, loss_of)
     models[1].projector.refresh(sets_, loss_of)
     one, other = (model.projector.subspace for model in models)
-    for rows, scales, more, others in zip(one.rows, one.scales, other.rows, other.scales, strict=True):
+    for rows, scales, more, others in zip(
+        one.rows.stack, one.rows.scales, other.rows.stack, other.rows.scales, strict=True
+    ):
         torch.testing.assert_close(rows.float() * scales.unsqueeze(-1), more.float() * others.unsqueeze(-1))

@@ -124,7 +124,7 @@ def test_trainer(stage, given, saved, tmp_path):
     assert all(torch.isfinite(value).all() for value in trained.values())
     projector = model.projector
     assert projector.steps == 3
-    assert projector.subspace.filled == 8
+    assert projector.subspace.rows.filled == 8
     assert {f"base_model.{name}" for name in projector.subspace.blocks.names()} == trained.keys()
     # TRL casts the adapter to bfloat16, in which a projected update is lost to rounding.
     assert {value.dtype for value in trained.values()} == {torch.float32}
@@ -226,7 +226,7 @@ def test_bfloat16_adapters_in_a_loop_of_ones_own_are_exact_on_the_float32_copy(s
         parameter.data = parameter.data.to(torch.bfloat16)
 
     def copy_of(projector):
-        return projector.subspace.blocks.stack() if projector._masters is None else projector._masters
+        return projector.subspace.blocks.stack() if projector._step.masters is None else projector._step.masters
 
     optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-3)
     assert max(step_violations(model, optimizer, stored=copy_of)) <= TOLERANCE

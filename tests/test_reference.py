@@ -246,7 +246,7 @@ def test_a_loop_of_ones_own_with_the_exported_names():
     losses = model.projector.refresh(loader.batches(model.device), reference_loss, weights=loader.weights)
     assert losses["answers"] > 0
     assert losses["own"] == 0
-    assert model.projector._factors() == {"answers": 1.0, "own": 8.0}
+    assert model.projector._refresher.factors(model.projector.config) == {"answers": 1.0, "own": 8.0}
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def subspaces(dtype, constraint):
     layouts = Blocks(whole, dict.fromkeys(whole, ""), "slice"), Blocks(pieces, dict.fromkeys(pieces, ""), "tensor")
     made = [Subspace(layout, 5, constraint, dtype) for layout in layouts]
     for subspace, form in zip(made, (lambda v: v, cut), strict=True):
-        slots = subspace.claim(4)
-        writer = subspace.open(slots)
+        slots = subspace.rows.claim(4)
+        writer = subspace.rows.open(slots)
         gradients = [form(parameters(seed)) for seed in range(1, 5)]
         for piece, name in enumerate(subspace.blocks.names()):
             writer.add(piece, torch.stack([gradient[name] for gradient in gradients[:2]]))
@@ -66,7 +66,7 @@ def test_slices_are_projected_as_parameters_of_their_own(dtype, constraint):
     for subspace, values in ((sliced, step), (parts, cut(step))):
         layout = subspace.blocks
         stack = layout.stack([values[name] for name in layout.names()])
-        coefficients, removed = subspace.coefficients(stack)
+        coefficients, removed = subspace.coefficients(subspace.directed(stack))
         found = [piece for group in subspace.corrections(coefficients) for piece in group]
         corrections.append(dict(zip(layout.names(), found, strict=True)))
         assert removed.sum() > 1e-3
@@ -75,7 +75,7 @@ def test_slices_are_projected_as_parameters_of_their_own(dtype, constraint):
         for i, own in enumerate(correction.reshape(COUNTS[name], -1)):
             torch.testing.assert_close(own, expected[f"{name}.{i}"], rtol=1e-5, atol=1e-6)
     for name in ("x", "y"):
-        (one, other) = (subspace.cosines(subspace.blocks.stack()) for subspace in (sliced, parts))
+        (one, other) = (subspace.cosines(subspace.overlaps(subspace.blocks.stack())) for subspace in (sliced, parts))
         assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-4, abs=1e-6)
 
 

@@ -36,8 +36,8 @@ def blocks(scope: str) -> Blocks:
 
 
 def fill(subspace: Subspace, gradients: list[dict[str, torch.Tensor]], sets: list[str] | None = None) -> list[int]:
-    slots = subspace.claim(len(gradients))
-    writer = subspace.open(slots)
+    slots = subspace.rows.claim(len(gradients))
+    writer = subspace.rows.open(slots)
     for piece, name in enumerate(subspace.blocks.names()):
         writer.add(piece, torch.stack([gradient[name] for gradient in gradients]))
     return subspace.commit(slots, sets or ["set"] * len(slots))
@@ -93,8 +93,10 @@ def test_rows_have_unit_norm_in_every_block_at_any_scale(scope, dtype, scale):
     subspace = Subspace(blocks(scope), 3, "cone", dtype)
     gradients = [parameters(seed, scale) for seed in (1, 2)]
     assert fill(subspace, gradients) == []
-    whole = [part * scales.unsqueeze(-1) for part, scales in zip(subspace.rows, subspace.scales, strict=True)]
-    rows, norms = by_name(subspace.blocks, whole), subspace.blocks.spread(subspace.norms)
+    whole = [
+        part * scales.unsqueeze(-1) for part, scales in zip(subspace.rows.stack, subspace.rows.scales, strict=True)
+    ]
+    rows, norms = by_name(subspace.blocks, whole), subspace.blocks.spread(subspace.rows.norms)
     norms = dict(zip(subspace.blocks.names(), torch.cat(norms), strict=True))
     for members in MEMBERS[scope]:
         for slot, gradient in enumerate(gradients):
@@ -108,7 +110,7 @@ def test_rows_have_unit_norm_in_every_block_at_any_scale(scope, dtype, scale):
 
 def corrected(subspace, stack):
     """The correction by parameter, and its squared norm in each block."""
-    coefficients, squares = subspace.coefficients(stack)
+    coefficients, squares = subspace.coefficients(subspace.directed(stack))
     pieces = [piece for group in subspace.corrections(coefficients) for piece in group]
     return dict(zip(subspace.blocks.names(), pieces, strict=True)), squares
 
@@ -121,11 +123,11 @@ def test_zero_and_bad_rows(dtype):
     zero["layers.0.lora_B"].zero_()
     bad["embed.lora_A"][0, 0, 0] = torch.nan
     assert fill(subspace, [zero, bad, parameters(3)], ["a", "b", "c"]) == [1]
-    assert subspace.sets == ["a", None, "c", None]
-    assert subspace.filled == 2
-    for part, scales in zip(subspace.rows, subspace.scales, strict=True):
+    assert subspace.rows.sets == ["a", None, "c", None]
+    assert subspace.rows.filled == 2
+    for part, scales in zip(subspace.rows.stack, subspace.rows.scales, strict=True):
         assert not (part[:, 1] * scales[:, 1:2]).any()
-    assert torch.isfinite(subspace.gram).all()
+    assert torch.isfinite(subspace.rows.gram).all()
     correction, _ = corrected(subspace, subspace.blocks.stack())
     assert all(torch.isfinite(part).all() for part in correction.values())
 
@@ -134,7 +136,7 @@ def stored(subspace: Subspace, members: list[str]) -> torch.Tensor:
     """The rows of a block as they are held, in float64."""
     whole = [
         part.double() * scales.double().unsqueeze(-1)
-        for part, scales in zip(subspace.rows, subspace.scales, strict=True)
+        for part, scales in zip(subspace.rows.stack, subspace.rows.scales, strict=True)
     ]
     rows = by_name(subspace.blocks, whole)
     return torch.cat([rows[name].flatten(1) for name in members], dim=1)
@@ -170,15 +172,15 @@ def test_writing_changes_the_opened_rows_alone(dtype, slots):
     subspace = Subspace(blocks("tensor"), 6, "cone", dtype)
     old = [parameters(seed) for seed in range(6)]
     fill(subspace, old)
-    before = {name: view.clone() for name, view in by_name(subspace.blocks, subspace.rows).items()}
-    writer = subspace.open(slots)
+    before = {name: view.clone() for name, view in by_name(subspace.blocks, subspace.rows.stack).items()}
+    writer = subspace.rows.open(slots)
     new = [parameters(10 + i) for i in range(len(slots))]
     for piece, name in enumerate(subspace.blocks.names()):
         writer.add(piece, torch.stack([own[name] for own in new[:1]]))
         if new[1:]:
             writer.add(piece, torch.stack([own[name] for own in new[1:]]), first=1)
     subspace.commit(slots, ["set"] * len(slots))
-    for name, view in by_name(subspace.blocks, subspace.rows).items():
+    for name, view in by_name(subspace.blocks, subspace.rows.stack).items():
         for slot in set(range(6)) - set(slots):
             assert torch.equal(view[slot], before[name][slot])
         for slot, own in zip(slots, new, strict=True):
@@ -191,7 +193,7 @@ def test_writing_changes_the_opened_rows_alone(dtype, slots):
 @pytest.mark.parametrize("places", [[0, 1, 2], [1, 2], [0, 2], [1]])
 def test_products_add_up_to_gradients(dtype, scope, places):
     subspace = Subspace(Blocks(parameters(), OWNERS, scope, slices=2), 5, "cone", dtype)
-    writer = subspace.open([1, 2, 3])
+    writer = subspace.rows.open([1, 2, 3])
     part = writer.of(places)
     part.weight = 0.5
     torch.manual_seed(0)
@@ -212,7 +214,7 @@ def test_products_add_up_to_gradients(dtype, scope, places):
 
 def test_int8_rows_add_up():
     subspace = Subspace(blocks("tensor"), 2, "cone", torch.int8)
-    writer = subspace.open(subspace.claim(1))
+    writer = subspace.rows.open(subspace.rows.claim(1))
     for weight, seed in ((1.0, 1), (0.5, 2)):
         writer.weight = weight
         for piece, name in enumerate(subspace.blocks.names()):
@@ -290,26 +292,26 @@ def test_memory_is_rows_times_parameters():
     size = sum(value.numel() for value in parameters().values())
     for scope, count in (("tensor", 5), ("model", 1)):
         subspace = Subspace(blocks(scope), 7, "cone", torch.bfloat16)
-        assert sum(part.numel() for part in subspace.rows) == 7 * size
-        assert all(part.dtype == torch.bfloat16 for part in subspace.rows)
-        assert subspace.directions is subspace.rows
-        assert subspace.gram.shape == (count, 7, 7)
+        assert sum(part.numel() for part in subspace.rows.stack) == 7 * size
+        assert all(part.dtype == torch.bfloat16 for part in subspace.rows.stack)
+        assert subspace.directions is subspace.rows.stack
+        assert subspace.rows.gram.shape == (count, 7, 7)
 
 
 def test_ring_and_gram_stay_right_as_rows_are_replaced():
     subspace = Subspace(blocks("tensor"), 3, "cone")
     for seed in range(5):
         fill(subspace, [parameters(seed)], [f"set{seed}"])
-    assert subspace.sets == ["set3", "set4", "set2"]
+    assert subspace.rows.sets == ["set3", "set4", "set2"]
     fresh = Subspace(blocks("tensor"), 3, "cone")
     fill(fresh, [parameters(3), parameters(4), parameters(2)])
-    torch.testing.assert_close(subspace.gram, fresh.gram, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(subspace.rows.gram, fresh.rows.gram, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="4 reference gradients do not fit into rows=3"):
-        subspace.claim(4)
+        subspace.rows.claim(4)
     subspace.discard([0])
-    assert subspace.sets == [None, "set4", "set2"]
-    assert not subspace.gram[:, 0].any()
-    assert not subspace.gram[:, :, 0].any()
+    assert subspace.rows.sets == [None, "set4", "set2"]
+    assert not subspace.rows.gram[:, 0].any()
+    assert not subspace.rows.gram[:, :, 0].any()
 
 
 @pytest.mark.parametrize("damage", [{"sets": ["a"]}, {"cursor": 8}, {"cursor": -1}], ids=str)

@@ -62,7 +62,7 @@ class Violations(TrainerCallback):
         if max(change.norm() for change in changes) == 0:
             return
         worst = 0.0
-        for rows, change in zip(subspace.blocks.views(subspace.rows), changes, strict=True):
+        for rows, change in zip(subspace.blocks.views(subspace.rows.stack), changes, strict=True):
             rows = rows.double().flatten(1)
             lengths = (rows.norm(dim=1) * change.norm()).clamp(min=1e-30)
             worst = max(worst, float((rows @ change.flatten() / lengths).max()))
@@ -144,7 +144,7 @@ def test_trainer(name, given, tmp_path):
     trainer.train()
     projector = trainer.model.projector
     assert projector.steps == 2
-    assert projector.subspace.filled == 8
+    assert projector.subspace.rows.filled == 8
     assert all(".default." in parameter for parameter in projector.subspace.blocks.names())
     assert any("ogpsa/removed" in entry for entry in trainer.state.log_history)
     assert all(torch.isfinite(p).all() for p in projector.subspace.blocks.flat_parameters())

@@ -492,7 +492,7 @@ def test_a_copy_has_its_own_projector(copied, injected):
     assert_same_parameters(model, twin)
     ours = {id(p) for p in model.parameters()}
     assert not ours & {id(p) for p in twin.parameters()}
-    assert projector_of(twin)._model.model in list(twin.modules())
+    assert projector_of(twin).targets.model.model in list(twin.modules())
     assert_same_outputs(model, twin)
 
 
@@ -526,7 +526,7 @@ def test_transformers_add_set_disable_delete():
     ogpsa.delete_adapter("second")
     assert not ogpsa._hf_peft_config_loaded
     ogpsa.add_adapter(OGPSAConfig(r=4, target_modules=LINEARS), "third")
-    assert projector_of(ogpsa)._model.peft_config is ogpsa.peft_config
+    assert projector_of(ogpsa).targets.model.peft_config is ogpsa.peft_config
 
 
 def test_transformers_refuses_a_second_type():

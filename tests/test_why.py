@@ -225,7 +225,7 @@ def test_the_first_step_is_as_by_hand():
         assert found["cosines"]["proposed"][0][i] == pytest.approx(cosine(joined(proposed), reference), abs=1e-3)
 
     subspace = model.projector.subspace
-    rows = dict(zip(subspace.blocks.names(), subspace.blocks.views(subspace.rows), strict=True))
+    rows = dict(zip(subspace.blocks.names(), subspace.blocks.views(subspace.rows.stack), strict=True))
     for constraint in ("cone", "orthogonal"):
         removed, total = {"A": 0.0, "B": 0.0}, {"A": 0.0, "B": 0.0}
         made = dict(proposed)

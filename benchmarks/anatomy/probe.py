@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_ogpsa.core.gradient_subspace import Slots
 from peft_ogpsa.core.gradients import example_gradients
-from peft_ogpsa.core.isolation import undisturbed
+from peft_ogpsa.core.isolation import isolated_eval
 from peft_ogpsa.core.layout import Blocks, Stack
+from peft_ogpsa.core.rows import Slots
 from peft_ogpsa.references.losses import answer_loss, collate
 from peft_ogpsa.text.tokenization import Example
 
@@ -44,7 +44,7 @@ class Probe:
         layers = [linears.get(id(parameter)) for parameter in blocks.flat_parameters()]
         stack = blocks.zeros(rows=len(self.owners))
         ones = [torch.ones(part.shape[:2]) for part in stack]
-        with undisturbed(model, gradients=True):
+        with isolated_eval(model, gradients=True):
             for start in range(0, len(self.owners), self._batch):
                 part = self._examples[start : start + self._batch]
                 slots = Slots(blocks, stack, ones, range(start, start + len(part)))

@@ -86,7 +86,7 @@ class Rules:
             rows: The reference gradients there, `(pieces, rows, numel)` per group.
         """
         for subspace in self._subspaces.values():
-            slots = subspace.open(self._slots)
+            slots = subspace.rows.open(self._slots)
             for piece, view in enumerate(self._blocks.views(rows)):
                 slots.add(piece, view)
             subspace.commit(self._slots, [str(slot) for slot in self._slots])
@@ -103,6 +103,6 @@ class Rules:
     def _projected(self, descent: Stack, constraint: str) -> Stack:
         """A descent direction that meets the constraint."""
         subspace = self._subspaces[constraint]
-        coefficients, _ = subspace.coefficients([part.float() for part in descent])
+        coefficients, _ = subspace.coefficients(subspace.directed([part.float() for part in descent]))
         pieces = [piece for group in subspace.corrections(coefficients) for piece in group]
         return [part + own for part, own in zip(descent, self._blocks.stack(pieces), strict=True)]

@@ -99,7 +99,7 @@ def watch(
                 if (name, rule) == ("AdamW", "no projection"):
                     proposed = change  # but for rounding, that of `optimizer`, which has had the same gradients
             descent = [-part.float() for part in proposed]
-            removed = {name: own.coefficients(descent)[1] for name, own in subspaces.items()}
+            removed = {name: own.coefficients(own.directed(descent))[1] for name, own in subspaces.items()}
             shares.add(angles.squares(proposed), removed)
         optimizer.step()  # the projector's hooks are around it
         optimizer.zero_grad()
@@ -134,6 +134,6 @@ def watch(
 
 def _orthogonal(cone: Subspace) -> Subspace:
     """The other constraint of the same rows."""
-    twin = Subspace(cone.blocks, cone.capacity, "orthogonal")
+    twin = Subspace(cone.blocks, cone.rows.capacity, "orthogonal")
     twin.load_state_dict(*cone.state_dict())
     return twin

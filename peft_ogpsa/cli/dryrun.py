@@ -100,10 +100,11 @@ def dry_run(trainer: Trainer, config: Any, console: Console) -> None:
         total += build
     if projector is not None and projector.subspace is not None:
         subspace = projector.subspace
-        stacks = [subspace.rows] if subspace.directions is subspace.rows else [subspace.rows, subspace.directions]
+        rows = subspace.rows.stack
+        stacks = [rows] if subspace.directions is rows else [rows, subspace.directions]
         size = sum(part.numel() * part.element_size() for stack in stacks for part in stack)
         figures["reference rows"] = (
-            f"{size:,} bytes ({_mebibytes(size)}), {subspace.capacity} rows in each block{each}"
+            f"{size:,} bytes ({_mebibytes(size)}), {subspace.rows.capacity} rows in each block{each}"
         )
     figures["seconds per step"] = f"{step:.3f}"
     if projector is not None and projector.subspace is not None:

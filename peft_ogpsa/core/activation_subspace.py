@@ -172,8 +172,8 @@ class ActivationSubspace:
                 raise ValueError(
                     f"{own[item.layers[0]].name} is held in {str(low.dtype).removeprefix('torch.')}, in which a "
                     "projected step is lost to rounding. Hold it in float32: OGPSACallback does so, and in your own "
-                    "loop model.projector.widen() before the optimizer is made. Layers still compute in 16 bits under "
-                    "autocast (bf16=True)."
+                    "loop model.projector.upcast() before the optimizer is made. Layers still compute in 16 bits "
+                    "under autocast (bf16=True)."
                 )
             rows = tuple(len(parameter) for parameter in parameters)
             key = (kind_of(item.layers), item.width, rows, parameters[0].dtype, parameters[0].device)

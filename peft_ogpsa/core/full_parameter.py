@@ -13,12 +13,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from . import attachment
 from .activation_subspace import InputMatrix
 from .config import ProjectionConfig
 from .projector import Projector
-
-# Where a model stores its projector: in `__dict__`, so that nn.Module treats it neither as a submodule nor as state.
-PROJECTOR = "_ogpsa_full_parameter"
 
 # What wrappers add to parameter names. The names must be the same for any number of processes.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -190,19 +188,6 @@ def _matches(owner: str, pattern: str) -> bool:
     return fnmatchcase(f".{owner}.", f"*.{pattern}.*")
 
 
-class Held:
-    """A model's reference to its projector.
-
-    Copies of the model do not share it: the rows belong to one training run.
-    """
-
-    def __init__(self, projector: Projector | None = None) -> None:
-        self.projector = projector
-
-    def __reduce__(self) -> tuple:
-        return Held, ()
-
-
 def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
     """Project the steps that optimizers make with a model's own weights.
 
@@ -231,7 +216,7 @@ def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
     Raises:
         ValueError: If `exclude` names something that is not in the model, or leaves nothing to project.
     """
-    detach(model)
+    attachment.detach(model)
     targets = WholeTargets(model, config)
     if not targets.trained():
         raise ValueError(
@@ -239,12 +224,5 @@ def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
             f"{type(model).__name__}."
         )
     projector = Projector(targets)
-    model.__dict__[PROJECTOR] = Held(projector)
+    attachment.attach(model, projector)
     return projector
-
-
-def detach(model: nn.Module) -> None:
-    """Undo `attach`. The weights stay as they are."""
-    held = model.__dict__.pop(PROJECTOR, None)
-    if held is not None and held.projector is not None:
-        held.projector.retire()

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference gradient pass: from a batch and a loss to gradients of the projected parameters.
 
-Run it under `isolation.undisturbed(model, gradients=True)`: with dropout on, a gradient is mostly noise. `.grad` does
-not change.
+Run it under `isolation.isolated_eval(model, gradients=True)`: with dropout on, a gradient is mostly noise. `.grad`
+does not change.
 """
 
 from __future__ import annotations

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from . import distributed
+from .building import Builder
 from .config import ProjectionConfig
-
-if TYPE_CHECKING:
-    from .projector import Projector
+from .parameters import Parameters
+from .refreshing import Refresher
+from .schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +28,16 @@ class Guard:
     """The checks of one projector.
 
     Args:
-        projector (`Projector`): The projector to check.
+        parameters (`Parameters`): The parameters in training.
+        refresher (`Refresher`): Holds the gradient subspace.
+        builder (`Builder`): Holds the activation subspace.
+        schedule (`Schedule`): The counters.
     """
 
-    def __init__(self, projector: Projector) -> None:
-        self._projector = projector
+    def __init__(self, parameters: Parameters, refresher: Refresher, builder: Builder, schedule: Schedule) -> None:
+        self._parameters, self._refresher, self._builder = parameters, refresher, builder
+        self._schedule = schedule
+        self._warned_of_missing = False
         self.forget()
 
     def forget(self) -> None:
@@ -43,6 +48,53 @@ class Guard:
         self._warned_of_changes = False
         self._warned_of_others = False
         self.note_step()
+
+    def projected(self) -> dict[str, Tensor]:
+        """The parameters that a subspace was made for, by name; empty before there is one."""
+        return self._builder.parameters() | self._refresher.parameters()
+
+    # Check that a step can be projected
+
+    def is_ready(self, optimizer: Optimizer, config: ProjectionConfig) -> bool:
+        """Whether everything that is needed to project a step of this optimizer is available.
+
+        Args:
+            optimizer: The optimizer of the parameters.
+            config: The projection's settings.
+
+        Raises:
+            RuntimeError: If a subspace is missing and `missing_reference="error"`, or if the optimizer does not hold
+                all parameters in training.
+        """
+        missing = []
+        if self._builder.lacks(config):
+            missing.append(("activation subspace", self._builder.subspace is not None))
+        if config.refreshes and not self._refresher.covers_training():
+            missing.append(("reference gradients", self._refresher.subspace is not None))
+        if missing:
+            if self._schedule.moves:
+                self._report_missing(*missing[0], config.missing_reference)
+            # Otherwise nothing moves. torch makes such a step when it loads an optimizer's state from shards.
+            return False
+        self._parameters.check_all_stepped_by(optimizer)
+        return True
+
+    def _report_missing(self, what: str, outdated: bool, mode: str) -> None:
+        if mode == "ignore":
+            return
+        targets = self._parameters.targets
+        found = f"{what} of another adapter only" if outdated else f"no {what}"
+        message = (
+            f"The optimizer steps {targets.what} that has {found}, so there is nothing to project onto. Add "
+            "OGPSACallback(reference_sets=[ReferenceSet(...)]) to the trainer, or call "
+            "model.projector.refresh(batches, loss_fn) before the step in your own loop, while model.projector.due. "
+            f'To train without projection, set missing_reference="ignore" in {targets.settings}.'
+        )
+        if mode == "error":
+            raise RuntimeError(message)
+        if not self._warned_of_missing:
+            logger.warning(message)
+            self._warned_of_missing = True
 
     # Check that every parameter in training has had a reference gradient
 
@@ -56,10 +108,10 @@ class Guard:
             moved: Number of steps so far that could move the parameters.
         """
         self._note_versions()
-        subspace = self._projector.subspace
+        subspace = self._refresher.subspace
         if subspace is None or self._counted >= 2:
             return
-        seen = subspace.parameters_with_rows()
+        seen = subspace.rows.parameters_with_rows()
         self._seen = seen if self._seen is None else self._seen | seen
         self._counted += moved > 0
         if self._counted < 2:
@@ -79,12 +131,12 @@ class Guard:
     # Check that the parameters change only in projected steps
 
     def _note_versions(self) -> None:
-        own = self._projector.projected().values()
+        own = self.projected().values()
         self._versions = self._current_versions() if own and not distributed.are_sharded(own) else None
 
     def _current_versions(self) -> list[int]:
         """How often each parameter was changed in place, as torch counts. Changes through `.data` do not count."""
-        return [parameter._version for parameter in self._projector.projected().values()]
+        return [parameter._version for parameter in self.projected().values()]
 
     def check_changes(self) -> None:
         """Warn if parameters have changed since the last step or refresh.
@@ -113,7 +165,7 @@ class Guard:
 
     def note_step(self) -> None:
         """Record the projector's counts before one step of the trainer."""
-        self._steps, self._skipped = self._projector.steps, self._projector.skipped
+        self._steps, self._skipped = self._schedule.steps, self._schedule.skipped
 
     def check_step(self, optimizer: Optimizer | None) -> None:
         """Compare the projector's counts after a step of the trainer with those that `note_step` recorded.
@@ -127,8 +179,8 @@ class Guard:
         Raises:
             RuntimeError: If the projector has not seen the step, or has seen several.
         """
-        seen = self._projector.steps - self._steps
-        skipped = self._projector.skipped > self._skipped or getattr(optimizer, "step_was_skipped", False)
+        seen = self._schedule.steps - self._steps
+        skipped = self._schedule.skipped > self._skipped or getattr(optimizer, "step_was_skipped", False)
         if seen == 1 or (seen == 0 and skipped):
             return
         name = type(getattr(optimizer, "optimizer", optimizer)).__name__
@@ -155,7 +207,7 @@ class Guard:
             RuntimeError: If a projected parameter is not the model's own.
         """
         own = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for name, parameter in self._projector.projected().items():
+        for name, parameter in self.projected().items():
             if id(parameter) not in own:
                 raise RuntimeError(
                     f"The projected parameter {name} is not, or no longer, in training in this "
@@ -163,7 +215,7 @@ class Guard:
                     "adapter."
                 )
             del own[id(parameter)]
-        if self._warned_of_others or not self._projector.names_others:
+        if self._warned_of_others or not self._parameters.targets.names_others:
             return
         held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
         others = [name for key, name in own.items() if held is None or key in held]

@@ -13,8 +13,9 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from types import FrameType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch.optim import optimizer as torch_optimizer
@@ -54,6 +55,18 @@ def unwatch(watcher: Watcher) -> None:
     with _lock:
         _watchers.discard(watcher)
     _running.pop(watcher, None)
+
+
+def closure_of(args: tuple, kwargs: dict) -> Callable[[], Any] | None:
+    """The closure among the arguments of a step, whose first argument is the optimizer."""
+    return kwargs.get("closure", args[1] if len(args) > 1 else None)
+
+
+def with_closure(args: tuple, kwargs: dict, closure: Callable[[], Any]) -> tuple[tuple, dict]:
+    """The arguments of a step with another closure in place of theirs."""
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": closure}
+    return (args[0], closure, *args[2:]), kwargs
 
 
 def _all_watchers() -> list[Watcher]:

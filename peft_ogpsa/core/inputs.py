@@ -101,8 +101,8 @@ def find(
 ) -> list[Input]:
     """Find the leading directions of the layers' inputs.
 
-    Run it without the adapter, under `isolation.undisturbed(model)`. With several processes, all must call it with the
-    same batches. Each passes its share of every batch.
+    Run it without the adapter, under `isolation.isolated_eval(model)`. With several processes, all must call it with
+    the same batches. Each passes its share of every batch.
 
     Args:
         layers: The layers by name. The input of a layer is the first argument of its call, `(..., width)`.
@@ -136,21 +136,8 @@ def find(
         def add(name: str, vectors: Tensor, weight: float) -> None:
             sketches[name].add(vectors, weight)
 
-        def add_to_sketched(name: str, vectors: Tensor, weight: float) -> None:
-            if not sketches[name].exact:
-                sketches[name].add(vectors, weight)
-
         if not all(own.exact for own in sketches.values()):
-            for turn in range(_TURNS):
-                seen = 0
-                for part in used:
-                    quarter = [i for i in range(part.size) if (seen + i) % _TURNS == turn]
-                    seen += part.size
-                    if quarter:
-                        watcher.take(forward, model, part.of(quarter), add_to_sketched)
-                _add_up(sketches.values())
-                for own in sketches.values():
-                    own.turn()
+            _turn(sketches, used, watcher, forward, model)
         for part in progress(used):
             watcher.take(forward, model, part, add)
         _add_up(sketches.values())
@@ -381,6 +368,27 @@ def _add_up(sketches: Iterable[Sketch]) -> None:
         for tensor in own.parts():
             (total,) = distributed.summed([tensor])
             tensor.copy_(total)
+
+
+def _turn(
+    sketches: Mapping[str, Sketch], used: Sequence[_Part], watcher: _Watcher, forward: LossFn, model: nn.Module
+) -> None:
+    """Pass the examples once for the wide inputs alone, and turn their sketches after each part of them."""
+
+    def add(name: str, vectors: Tensor, weight: float) -> None:
+        if not sketches[name].exact:
+            sketches[name].add(vectors, weight)
+
+    for turn in range(_TURNS):
+        seen = 0
+        for part in used:
+            quarter = [i for i in range(part.size) if (seen + i) % _TURNS == turn]
+            seen += part.size
+            if quarter:
+                watcher.take(forward, model, part.of(quarter), add)
+        _add_up(sketches.values())
+        for own in sketches.values():
+            own.turn()
 
 
 def _input(layers: Sequence[str], sketch: Sketch, rank: int | None, energy: float) -> Input:

@@ -13,7 +13,7 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, *, gradients: bool = False, seed: int | None = None) -> Iterator[None]:
+def isolated_eval(model: nn.Module, *, gradients: bool = False, seed: int | None = None) -> Iterator[None]:
     """Run in evaluation mode with a separate random stream; training can go on afterwards as if nothing happened.
 
     Compiled code runs eagerly inside the context, so that hooks are called. Without gradients the context uses

@@ -352,13 +352,13 @@ class Launcher:
             The squared norms, over all blocks, of the removed part and of the step before projection.
         """
         with _on(self.blocks.device):
-            partials = torch.empty(self._chunks, subspace.capacity, device=self.blocks.device)
+            partials = torch.empty(self._chunks, subspace.rows.capacity, device=self.blocks.device)
             squares = torch.empty(self._chunks, device=self.blocks.device)
-            for group in zip(self._pointers, before, subspace.rows, self._positions, strict=True):
+            for group in zip(self._pointers, before, subspace.rows.stack, self._positions, strict=True):
                 products(*group, partials, squares)
             coefficients, removed, lengths = solve(subspace.active_gram, partials, squares, self._offsets)
             subspace.start = coefficients
-            for pointers, rows, owners in zip(self._pointers, subspace.rows, self._owners, strict=True):
+            for pointers, rows, owners in zip(self._pointers, subspace.rows.stack, self._owners, strict=True):
                 correct(pointers, rows, coefficients, owners)
             return removed.sum(), lengths.sum()
 
@@ -382,8 +382,8 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
         return last
     fits = (
         subspace.constraint == "cone"
-        and subspace.capacity <= MOST_ROWS
-        and all(rows.is_floating_point() and rows.device == blocks.device for rows in subspace.rows)
+        and subspace.rows.capacity <= MOST_ROWS
+        and all(rows.is_floating_point() and rows.device == blocks.device for rows in subspace.rows.stack)
         and blocks.device.type in DEVICES
         and all(
             type(parameter.data) is Tensor  # and not, say, a shard

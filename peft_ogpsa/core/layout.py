@@ -128,6 +128,10 @@ class Blocks:
         """The parameters themselves, in the order of their pieces."""
         return [parameter for group in self.parameters for parameter in group]
 
+    def by_name(self) -> dict[str, Tensor]:
+        """The parameters themselves by name, in the order of their pieces."""
+        return dict(zip(self.names(), self.flat_parameters(), strict=True))
+
     def local_parameters(self) -> list[list[Tensor]]:
         """What this process holds of the parameters, for each group, as views in the parameters' own shapes."""
         return [[distributed.local(parameter) for parameter in parameters] for parameters in self.parameters]

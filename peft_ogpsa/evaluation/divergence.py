@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..core.isolation import undisturbed
+from ..core.isolation import isolated_eval
 from ..text.access import language_model
 from ..text.batching import by_length
 from ..text.generation import generate_ids
@@ -80,7 +80,7 @@ def own_answers(
     if 4 * vocabulary * sum(map(len, drawn)) > cache_bytes:
         return answers
     log_probs: list[torch.Tensor] = [torch.empty(0)] * len(examples)
-    with undisturbed(model):
+    with isolated_eval(model):
         for batch in answers.batches():
             for position, logits in zip(batch, _logits(model, answers, batch), strict=True):
                 log_probs[position] = logits.float().log_softmax(-1).cpu()
@@ -98,7 +98,7 @@ def kl_from_base(model: torch.nn.Module, answers: BaseAnswers) -> LossResult:
         ValueError: If the base's log-probabilities are not stored and the base is not reachable.
     """
     sums = [0.0] * len(answers.examples)
-    with undisturbed(model):
+    with isolated_eval(model):
         for batch in answers.batches():
             if answers.log_probs is None:
                 with without_adapter(model):

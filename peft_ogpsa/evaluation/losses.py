@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from ..core.isolation import undisturbed
+from ..core.isolation import isolated_eval
 from ..text.batching import by_length
 from ..text.logits import answer_logits
 from ..text.tokenization import Example, Row, encode_row
@@ -61,7 +61,7 @@ def nats_per_token(
     if not examples:
         raise ValueError("rows is empty; give at least one row to measure a loss on.")
     sums = [0.0] * len(examples)
-    with undisturbed(model):
+    with isolated_eval(model):
         for batch in by_length(range(len(examples)), batch_size, lambda i: len(examples[i].ids), longest_first=True):
             for position, logits in zip(
                 batch, answer_logits(model, [examples[position] for position in batch]), strict=True

@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..core.isolation import undisturbed
+from ..core.isolation import isolated_eval
 from .access import input_device, language_model
 from .batching import by_length, padded_ids
 from .tokenization import Prompt, encode_prompt
@@ -89,7 +89,7 @@ def generate_ids(
     )
     answers: list[list[int]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc="generating", disable=not progress)
-    with undisturbed(model, seed=seed), bar:
+    with isolated_eval(model, seed=seed), bar:
         # `generate` fills gaps in the given settings from the model's own settings.
         lm.generation_config = GenerationConfig()
         try:

@@ -17,7 +17,7 @@ from .tokenization import IGNORED, Example
 def answer_logits(model: torch.nn.Module, examples: Sequence[Example]) -> list[torch.Tensor]:
     """Return the logits that predict each example's answer tokens.
 
-    Call this under `undisturbed`. The output layer is skipped for the prompts if the model allows it.
+    Call this under `isolated_eval`. The output layer is skipped for the prompts if the model allows it.
 
     Returns:
         One tensor per example, (answer tokens, vocabulary), in the model's own precision. Upcasting one example at a

@@ -153,7 +153,7 @@ class OGPSACallback(TrainerCallback):
         """Convert the adapter to float32 before the optimizer is created and a checkpoint is loaded."""
         if model is not None and self.config is None:
             with contextlib.suppress(ValueError):  # no OGPSA adapter; on_train_begin reports it
-                _widen(projector_of(model))
+                _upcast(projector_of(model))
 
     def on_train_begin(
         self,
@@ -250,7 +250,7 @@ class OGPSACallback(TrainerCallback):
     def _projector_of(self, model: nn.Module) -> Projector:
         if self.config is None:
             projector = projector_of(model)
-            _widen(projector)  # if the callback was added to an existing trainer
+            _upcast(projector)  # if the callback was added to an existing trainer
             return projector
         try:
             tuner_of(model)
@@ -427,6 +427,6 @@ def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
         )
 
 
-def _widen(projector: Projector) -> None:
+def _upcast(projector: Projector) -> None:
     if isinstance(projector.config, OGPSAConfig):  # full-parameter training keeps the user's dtype
-        projector.widen()
+        projector.upcast()

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..core import distributed
 from ..core.config import ProjectionConfig
-from ..core.isolation import undisturbed
+from ..core.isolation import isolated_eval
 from ..references.loader import ReferenceLoader
 from ..references.losses import reference_loss
 from ..references.sets import ReferenceSet, check_sets
@@ -98,7 +98,7 @@ class ReferencePenalty(TrainerCallback):
             return
         drawn = self._loader.batches(next(model.parameters()).device)
         count = sum(len(batch["input_ids"]) for batches in drawn.values() for batch in batches)
-        with undisturbed(model, gradients=True):
+        with isolated_eval(model, gradients=True):
             for name, batches in drawn.items():
                 weight = self._loader.weights[name] if self.weight is None else self.weight
                 for batch in batches:

@@ -11,16 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .. import compat
-from ..core.full_parameter import PROJECTOR
+from ..core import attachment
+from ..core.attachment import projector_of
 from ..core.projector import Projector
 from .config import OGPSAConfig
 from .registration import register
 from .targets import AdapterTargets
-
-# Where a base model stores its OGPSAModel: in `__dict__`, so that nn.Module does not treat it as a submodule. PEFT
-# discards the tuner when it only injects (`inject_adapter_in_model`, transformers' `add_adapter`). Without this
-# reference the projector would be lost too, and training would silently be plain LoRA.
-_TUNER = "_ogpsa_tuner"
 
 
 class OGPSAModel(LoraModel):
@@ -52,12 +48,10 @@ class OGPSAModel(LoraModel):
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         # PEFT builds another tuner for each further adapter that is injected. All tuners share `peft_config` and one
         # projector.
-        first = self.model.__dict__.get(_TUNER)
+        first = _first_tuner(self.model)
         if first is None or first.peft_config is not self.peft_config:
-            if first is not None:
-                first._projector.retire()  # `get_peft_model` got the same base again: the old adapter is gone
-            self._projector = Projector(AdapterTargets(self))
-            self.model.__dict__[_TUNER] = self
+            # If `get_peft_model` got the same base again, the old adapter is gone, and its projector is closed.
+            attachment.attach(self.model, Projector(AdapterTargets(self)), copied=True)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(["lora", "ogpsa"])  # PEFT's model card adds "lora" only for its own LoRA
 
@@ -65,19 +59,6 @@ class OGPSAModel(LoraModel):
     def projector(self) -> Projector:
         """The projector that projects the optimizer's steps."""
         return projector_of(self.model)
-
-    # A copy gets a new projector: the rows belong to one training run, and only its `state_dict` saves them to disk.
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if "_projector" in state:
-            state["_projector"] = None
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_projector" in state:
-            self._projector = Projector(AdapterTargets(self))
 
     # PEFT checks for its LORA type in three places. The layers are LoRA's, so the same applies here.
 
@@ -91,8 +72,8 @@ class OGPSAModel(LoraModel):
             with compat.treated_as_lora(self.peft_config[adapter_name]):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            if (first := self.model.__dict__.get(_TUNER)) is not None:
-                first._projector._targets.forget()  # an earlier adapter may have had this name
+            if (first := attachment.attached_to(self.model)) is not None:
+                first.targets.forget()  # an earlier adapter may have had this name
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -104,45 +85,28 @@ class OGPSAModel(LoraModel):
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Merge the adapters into the base model and return it, as LoRA does."""
-        return _without_tuner(super().merge_and_unload(*args, **kwargs))
+        return _without_projector(super().merge_and_unload(*args, **kwargs))
 
     def unload(self) -> nn.Module:
         """Remove the adapters and return the base model, as LoRA does."""
-        return _without_tuner(super().unload())
-
-
-def projector_of(model: nn.Module) -> Projector:
-    """The projector of a model with an OGPSA adapter, or of a model that was given to `attach`.
-
-    Args:
-        model (`nn.Module`): A `PeftModel`, an `OGPSAModel`, a base model with an injected adapter, a model given to
-            `attach`, or any module around one of them (compiled, distributed).
-
-    Raises:
-        ValueError: If there is none.
-    """
-    for module in model.modules():
-        held = module.__dict__.get(PROJECTOR)
-        if held is not None and held.projector is not None:
-            return held.projector
-    return tuner_of(model)._projector
+        return _without_projector(super().unload())
 
 
 def tuner_of(model: nn.Module) -> OGPSAModel:
     """The `OGPSAModel` in a model with an adapter. Arguments and errors are those of `projector_of`."""
-    for module in model.modules():
-        if (tuner := module.__dict__.get(_TUNER)) is not None:
-            return tuner
-    raise ValueError(
-        f"This {type(model).__name__} carries no OGPSA adapter. Add one: get_peft_model(model, OGPSAConfig(...)). "
-        "To train its own weights: attach(model, FullParameterConfig(...)), or OGPSACallback(..., "
-        "config=FullParameterConfig(...))."
-    )
+    for projector in attachment.projectors_in(model):
+        if isinstance(projector.targets, AdapterTargets):
+            return projector.targets.model
+    raise attachment.none_attached(model)
 
 
-def _without_tuner(model: nn.Module) -> nn.Module:
-    if (tuner := model.__dict__.pop(_TUNER, None)) is not None:
-        tuner._projector.retire()  # the base may get another adapter, with parameters of the same names
+def _first_tuner(base: nn.Module) -> OGPSAModel | None:
+    projector = attachment.attached_to(base)
+    return projector.targets.model if projector and isinstance(projector.targets, AdapterTargets) else None
+
+
+def _without_projector(model: nn.Module) -> nn.Module:
+    attachment.detach(model)  # the base may get another adapter, with parameters of the same names
     return model
 
 

@@ -41,6 +41,10 @@ class AdapterTargets:
         self.model = model
         self._known: tuple[tuple[str, ...], list[tuple[str, str, nn.Parameter]]] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has parameters of its own.
+        return {"model": self.model, "_known": None}
+
     @property
     def config(self) -> OGPSAConfig:
         """The configuration of the OGPSA adapter in training.

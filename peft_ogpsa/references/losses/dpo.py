@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ...core.isolation import undisturbed
+from ...core.isolation import isolated_eval
 from ...text.batching import by_length, padded_examples
 from ...text.logits import scored_logits, scored_positions
 from ...text.tokenization import Example, Row, encode_row
@@ -127,7 +127,7 @@ def with_margins(
         collate: Makes a batch from such a group.
     """
     done = []
-    with undisturbed(model), reference_policy(model):
+    with isolated_eval(model), reference_policy(model):
         for pairs in batches:
             answers = log_probabilities(model, collate(pairs))
             margins = (answers[:, 0] - answers[:, 1]).tolist()

@@ -1,0 +1,144 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the activation subspace from the reference sets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import distributed, inputs
+from .activation_subspace import LEAK, ActivationSubspace, most_directions
+from .config import ProjectionConfig
+from .diagnostics import Diagnostics
+from .gradients import LossFn
+from .isolation import isolated_eval
+from .parameters import Parameters
+from .passes import check_sizes, sized
+from .precision import full_precision
+from .rows import DTYPES
+
+logger = logging.getLogger(__name__)
+
+INPUTS = ("subspace_rank", "subspace_energy", "tokens", "rows_dtype")
+"""The settings that an activation subspace is built with."""
+
+
+class Builder:
+    """The activation subspace, and what builds it.
+
+    Args:
+        parameters (`Parameters`): The parameters in training.
+        diagnostics (`Diagnostics`): Receives the figures of the subspace.
+
+    Attributes:
+        subspace (`ActivationSubspace`, *optional*): `None` before it is built.
+    """
+
+    def __init__(self, parameters: Parameters, diagnostics: Diagnostics) -> None:
+        self.subspace: ActivationSubspace | None = None
+        self._parameters, self._diagnostics = parameters, diagnostics
+        self._built_with: tuple = ()  # the settings that the subspace depends on
+        self._built_for: dict[str, nn.Parameter] = {}  # the parameters in training when it was built
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that the subspace was built for, by name; empty before there is one."""
+        return {} if self.subspace is None else dict(self._built_for)
+
+    def lacks(self, config: ProjectionConfig) -> bool:
+        """Whether the subspace must be built: it is missing, or made for other parameters or settings."""
+        if not config.uses_activations:
+            return False
+        if self.subspace is None or self._built_with != _inputs_of(config):
+            return True
+        return not self._parameters.same_as(self._built_for)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the subspace, which stay stored, and more for an optimizer step."""
+        return (0, 0) if self.subspace is None else (self.subspace.bytes(), self.subspace.step_bytes())
+
+    def build(
+        self,
+        config: ProjectionConfig,
+        batches: inputs.Batches,
+        forward: LossFn,
+        model: nn.Module,
+        progress: Callable[[list], Iterable],
+    ) -> None:
+        """Build the subspace, store it, and move the adapter into its complement. See `Projector.refresh`."""
+        targets = self._parameters.targets
+        distributed.reshard(targets.model)
+        targets.forget()
+        targets.check()
+        matrices = targets.matrices()
+        if not matrices:
+            raise ValueError(
+                f"There is no matrix for subspace={config.subspace!r} to project: no LoRA matrix A, or weight of a "
+                "linear layer, is in training."
+            )
+        device = distributed.local(matrices[0].parameter).device
+        check_sizes(sized(batches), device, "The sizes of the batches")
+        with self._diagnostics.stopwatch("build", device), isolated_eval(model), targets.original():
+            found = inputs.find(
+                {matrix.layer: matrix.module for matrix in matrices},
+                forward,
+                model,
+                batches,
+                most=most_directions,
+                rank=config.subspace_rank,
+                energy=config.subspace_energy,
+                tokens=config.tokens,
+                progress=progress,
+            )
+        distributed.reshard(targets.model)
+        with full_precision(device):
+            subspace = ActivationSubspace(matrices, found, DTYPES[config.rows_dtype])
+            _enter(subspace)
+            self.hold(subspace, config)
+            self._diagnostics.record_energies({own.name: own.held_out for own in subspace.kinds()})
+
+    def hold(self, subspace: ActivationSubspace, config: ProjectionConfig) -> None:
+        """Store a subspace, in place of the one before."""
+        self.subspace, self._built_with = subspace, _inputs_of(config)
+        self._built_for = self._parameters.by_name()
+        self._diagnostics.removed_by_kind = subspace.removed
+
+    def drop(self) -> None:
+        """Forget the subspace."""
+        self.subspace, self._built_for = None, {}
+        self._diagnostics.removed_by_kind = dict
+
+    def restored(
+        self, config: ProjectionConfig, directions: Mapping[str, Tensor], rest: Sequence[Mapping[str, Any]] | None
+    ) -> ActivationSubspace | None:
+        """Rebuild the subspace from the output of its `state_dict`, without storing it.
+
+        Raises:
+            ValueError: If the state does not fit.
+        """
+        if rest is None:
+            return None
+        matrices = self._parameters.targets.matrices()
+        return ActivationSubspace.restored(matrices, directions, rest, DTYPES[config.rows_dtype])
+
+
+def _enter(subspace: ActivationSubspace) -> None:
+    """Move the adapter into the complement."""
+    leak = subspace.enter()
+    if leak > LEAK:
+        logger.warning(
+            "Up to %.1f %% of what the adapter did in a layer acted on the reference inputs: it was trained with "
+            "other reference sets. That part has been removed from it.",
+            100 * leak,
+        )
+    else:
+        logger.info(
+            "At most %.2g %% of what the adapter did in a layer lay in the subspace. It was removed.", 100 * leak
+        )
+
+
+def _inputs_of(config: ProjectionConfig) -> tuple:
+    return tuple(getattr(config, name) for name in INPUTS)

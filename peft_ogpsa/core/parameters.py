@@ -1,0 +1,108 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters in training: their names, their layout, and the optimizers that step them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from . import distributed
+from .config import ProjectionConfig
+from .layout import Blocks
+from .precision import LOW_PRECISION
+from .targets import Targets
+
+
+class Parameters:
+    """The parameters in training.
+
+    Args:
+        targets (`Targets`): What is projected.
+    """
+
+    def __init__(self, targets: Targets) -> None:
+        self.targets = targets
+        # Other models' optimizers, with the parameters that they and we had, so that their steps need no search.
+        self._strangers: weakref.WeakKeyDictionary[Optimizer, tuple[set[int], set[int]]] = weakref.WeakKeyDictionary()
+
+    def by_name(self) -> dict[str, nn.Parameter]:
+        """The parameters by name."""
+        return {name: parameter for name, _, parameter in self.targets.trained()}
+
+    def layout(self, config: ProjectionConfig) -> Blocks:
+        """The blocks that the settings make of the parameters."""
+        trained = self.targets.trained()
+        parameters = {name: parameter for name, _, parameter in trained}
+        return Blocks(parameters, {name: owner for name, owner, _ in trained}, config.scope, config.slices)
+
+    def same_as(self, others: Mapping[str, Tensor]) -> bool:
+        """Whether the others are the same objects under the same names."""
+        own = self.by_name()
+        return own.keys() == others.keys() and all(own[name] is others[name] for name in own)
+
+    def stepped_by(self, optimizer: Optimizer) -> set[int]:
+        """The `id` of each of the parameters that the optimizer holds."""
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = self._ids()
+        if not trained & owned and self._strangers.get(optimizer) != (owned, trained):
+            self.targets.forget()  # the optimizer may hold parameters that have replaced those we know
+            trained = self._ids()
+            if not trained & owned:
+                self._strangers[optimizer] = owned, trained
+        return trained & owned
+
+    def _ids(self) -> set[int]:
+        return {id(parameter) for _, _, parameter in self.targets.trained()}
+
+    def check_all_stepped_by(self, optimizer: Optimizer) -> None:
+        """Check that an optimizer that holds some of the parameters holds all of them.
+
+        Raises:
+            RuntimeError: If it does not.
+        """
+        stepped, trained = self.stepped_by(optimizer), self.by_name()
+        if len(stepped) < len(trained):
+            absent = next(name for name, parameter in trained.items() if id(parameter) not in stepped)
+            raise RuntimeError(
+                f"The optimizer holds {len(stepped)} of the {len(trained)} {self.targets.kind} parameters in "
+                f"training; {absent}, for one, is not in it. Give all of them to one optimizer, or freeze the others "
+                "(requires_grad_(False)) and refresh."
+            )
+
+    def upcast(self) -> None:
+        """Convert the parameters to float32 if they have lower precision."""
+        self.targets.forget()
+        for parameter in self.by_name().values():
+            if parameter.dtype in LOW_PRECISION:
+                parameter.data = parameter.data.float()
+
+    def fingerprint(self) -> dict[str, float]:
+        """The norm of every parameter, by name. It distinguishes one run's adapter from another's."""
+        parameters = self.by_name()
+        own = [
+            torch.linalg.vector_norm(distributed.local(parameter), dtype=torch.float32).cpu()
+            for parameter in parameters.values()
+        ]
+        squares = torch.stack(own).square()
+        if distributed.are_sharded(parameters.values()):
+            (squares,) = distributed.summed([squares.to(distributed.local(next(iter(parameters.values()))).device)])
+        return dict(zip(parameters, squares.sqrt().tolist(), strict=True))
+
+    def check_fingerprint(self, saved: Mapping[str, float]) -> None:
+        """Compare the result of `fingerprint` with a saved one.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        # Rounding to bfloat16 changes a norm by less than this.
+        for name, norm in self.fingerprint().items():
+            if abs(norm - saved[name]) > 2**-8 * max(norm, saved[name]):
+                raise ValueError(
+                    f"The saved subspace belongs to other weights: {name} has the norm {norm:.6g}, and had "
+                    f"{saved[name]:.6g} when the subspace was saved. Restore the weights of the same checkpoint first."
+                )

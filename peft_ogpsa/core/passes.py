@@ -1,0 +1,151 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The passes of one refresh: from the batches of the reference sets to raw reference gradients in rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .gradients import LossFn, batch_gradient, batch_size, example_gradients, examples_of, sharded_gradient
+from .rows import Rows, Slots
+
+Losses = list[tuple[Tensor, float]]
+"""The losses of passes, each with its weight in the mean."""
+
+
+@dataclass(frozen=True)
+class SetBatches:
+    """The batches of one reference set.
+
+    Attributes:
+        name: The set.
+        batches: Its batches.
+        sizes: Number of examples of each batch.
+    """
+
+    name: str
+    batches: Sequence[Any]
+    sizes: Sequence[int]
+
+    def rows(self, row_of: str) -> int:
+        """Number of reference gradients that the batches give, if each is that of a set, a batch or an example."""
+        return {"set": 1, "batch": len(self.sizes), "example": sum(self.sizes)}[row_of]
+
+
+def checked(batches: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
+    """The batches of each set as lists.
+
+    Raises:
+        ValueError: If there is no set, or a set without batches.
+    """
+    sets = {name: list(items) for name, items in batches.items()}
+    if not sets:
+        raise ValueError("refresh() was given no reference set. Give a mapping from a set's name to its batches.")
+    for name, items in sets.items():
+        if not items:
+            raise ValueError(f"Reference set {name!r} has no batch. Give it at least one example, or leave it out.")
+    return sets
+
+
+def sized(sets: Mapping[str, Sequence[Any]]) -> list[SetBatches]:
+    """The sets with the sizes of their batches."""
+    return [SetBatches(name, items, [batch_size(batch) for batch in items]) for name, items in sets.items()]
+
+
+def check_sizes(sets: Sequence[SetBatches], device: torch.device, what: str) -> None:
+    """Check that all processes have batches of the same sizes. See `distributed.check_agreement`."""
+    numbers = [number for own in sets for number in (len(own.sizes), *own.sizes)]
+    distributed.check_agreement(numbers, device, what)
+
+
+class Passes:
+    """The passes of one refresh.
+
+    Args:
+        rows (`Rows`): Receives the raw gradients, this process's part of them.
+        linears (`Sequence[nn.Linear | None]`): See `example_gradients`.
+        model (`nn.Module`): Passed to `loss_fn`.
+        loss_fn (`Callable`): `loss_fn(model, batch)` returns a scalar.
+        row_of (`str`): What one row is the gradient of: a `"set"`, a `"batch"` or an `"example"`.
+    """
+
+    def __init__(
+        self, rows: Rows, linears: Sequence[nn.Linear | None], model: nn.Module, loss_fn: LossFn, row_of: str
+    ) -> None:
+        self._rows, self._blocks = rows, rows.blocks
+        self._linears = linears
+        self._model, self._loss_fn = model, loss_fn
+        self.row_of = row_of
+
+    def fill(self, own: SetBatches, slots: Sequence[int]) -> Tensor:
+        """Fill one set's slots with this process's part of its raw gradients.
+
+        Returns:
+            `(2,)`: the losses of the set's finite passes, summed with their numbers of examples as weights, and the
+            sum of these weights.
+        """
+        fillers = {"set": self._fill_with_mean, "batch": self._fill_by_batch, "example": self._fill_by_example}
+        losses = fillers[self.row_of](own, slots)
+        if not losses:
+            return torch.zeros(2, dtype=torch.float64, device=self._blocks.device)
+        values = torch.stack([loss for loss, _ in losses]).double()
+        weights = torch.tensor([weight for _, weight in losses], dtype=values.dtype, device=values.device)
+        finite = torch.isfinite(values)
+        return torch.stack([(torch.where(finite, values, 0.0) * weights).sum(), (finite * weights).sum()])
+
+    def _fill_with_mean(self, own: SetBatches, slots: Sequence[int]) -> Losses:
+        # Summed in float32, whatever the dtype of the rows.
+        total = self._blocks.zeros(rows=1)
+        mean = Slots(self._blocks, total, [part.new_ones(part.shape[:2]) for part in total], [0])
+        losses: Losses = []
+        for batch, size in zip(own.batches, own.sizes, strict=True):
+            losses += self._add(batch, size, mean, size / sum(own.sizes))
+        row = self._rows.open(slots)
+        for piece, view in enumerate(self._blocks.views(total)):
+            row.add(piece, view)
+        return losses
+
+    def _fill_by_batch(self, own: SetBatches, slots: Sequence[int]) -> Losses:
+        losses: Losses = []
+        for slot, batch, size in zip(slots, own.batches, own.sizes, strict=True):
+            losses += self._add(batch, size, self._rows.open([slot]), 1.0)
+        return losses
+
+    def _fill_by_example(self, own: SetBatches, slots: Sequence[int]) -> Losses:
+        writer = self._rows.open(slots)
+        losses: Losses = []
+        start = 0
+        for batch, size in zip(own.batches, own.sizes, strict=True):
+            places = range(start, start + size)
+            start += size
+            if self._blocks.sharded:
+                weight = 1 / distributed.count()
+                for i, place in enumerate(places):
+                    losses.append((self._sharded(examples_of(batch, [i]), writer.of([place]), weight), weight))
+            elif share := distributed.share(size):
+                sink = writer.of([places[i] for i in share])
+                part = batch if len(share) == size else examples_of(batch, share)
+                loss = example_gradients(self._model, part, self._loss_fn, self._blocks, sink, self._linears)
+                losses.append((loss, len(share)))
+        return losses
+
+    def _add(self, batch: Any, size: int, sink: Slots, weight: float) -> Losses:
+        """Add this process's part. The sum over processes is the batch's gradient times `weight`."""
+        share = distributed.share(size)
+        if self._blocks.sharded:
+            # All processes must make a pass. A process without examples passes another's, with weight 0.
+            loss = self._sharded(examples_of(batch, share or [0]), sink, weight * len(share) / size)
+        elif share:
+            sink.weight = weight * len(share) / size
+            part = batch if len(share) == size else examples_of(batch, share)
+            loss = batch_gradient(self._model, part, self._loss_fn, self._blocks, sink)
+        return [(loss, len(share))] if share else []
+
+    def _sharded(self, part: Any, sink: Slots, weight: float) -> Tensor:
+        return sharded_gradient(self._model, part, self._loss_fn, self._blocks, sink, weight)

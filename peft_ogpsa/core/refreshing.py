@@ -1,0 +1,249 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Refreshes: computing the reference gradients of the gradient subspace at the current parameters."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .activation_subspace import ActivationSubspace
+from .config import ProjectionConfig
+from .diagnostics import Diagnostics
+from .gradient_subspace import Subspace
+from .gradients import LossFn
+from .isolation import isolated_eval
+from .parameters import Parameters
+from .passes import Passes, SetBatches, check_sizes
+from .precision import full_precision
+from .rows import DTYPES
+
+logger = logging.getLogger(__name__)
+
+SHAPE = ("subspace", "constraint", "scope", "slices", "rows", "rows_dtype", "subspace_rank")
+"""The settings that a gradient subspace is made with."""
+
+
+class Refresher:
+    """The gradient subspace, and what computes its rows.
+
+    Args:
+        parameters (`Parameters`): The parameters in training.
+        diagnostics (`Diagnostics`): Receives the figures of every refresh.
+
+    Attributes:
+        subspace (`Subspace`, *optional*): The reference gradients; `None` before the first refresh.
+        fresh (`list[int]`): Slots whose rows were computed at the current parameters.
+        weights (`dict[str, float]`): The weights of the reference sets, if the configuration gives none.
+    """
+
+    def __init__(self, parameters: Parameters, diagnostics: Diagnostics) -> None:
+        self.subspace: Subspace | None = None
+        self.fresh: list[int] = []
+        self.weights: dict[str, float] = {}
+        self._parameters, self._diagnostics = parameters, diagnostics
+        self._made_with: tuple = ()  # the settings that the subspace depends on
+        self._linears: list[nn.Linear | None] = []  # for each parameter, the module that has it as its weight
+
+    # The subspace
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that the subspace was made for, by name; empty before there is one."""
+        return {} if self.subspace is None else self.subspace.blocks.by_name()
+
+    def covers_training(self) -> bool:
+        """Whether the subspace was made for the parameters in training."""
+        return self.subspace is not None and self._parameters.same_as(self.subspace.blocks.by_name())
+
+    def fits(self, config: ProjectionConfig) -> bool:
+        """Whether the subspace was made for the parameters in training, with these settings."""
+        return self._made_with == _shape_of(config) and self.covers_training()
+
+    def make(self, config: ProjectionConfig, capacity: int) -> Subspace:
+        """Make an empty subspace of the parameters in training."""
+        return Subspace(
+            self._parameters.layout(config),
+            capacity,
+            config.constraint,
+            DTYPES[config.rows_dtype],
+            config.subspace_rank,
+            self._parameters.targets.rows_on_host,
+        )
+
+    def hold(self, subspace: Subspace | None, config: ProjectionConfig) -> None:
+        """Store a subspace, in place of the one before."""
+        self.subspace, self._made_with = subspace, _shape_of(config)
+        if subspace is not None:
+            linears = _linears_of(self._parameters.targets.model)
+            self._linears = [linears.get(id(parameter)) for parameter in subspace.blocks.flat_parameters()]
+
+    def drop(self) -> None:
+        """Forget the rows."""
+        self.subspace = None
+        self.fresh, self.weights = [], {}
+
+    def memory(self, config: ProjectionConfig, sets: int) -> tuple[int, int]:
+        """Bytes of the rows of `sets` reference sets, which stay stored, and more for an optimizer step."""
+        layout = self._parameters.layout(config)  # made in any case: it rejects parameters that share memory
+        if not config.refreshes:
+            return 0, 0
+        rows = sets if config.row_of == "set" else config.rows
+        bases = 2 if config.constrains and config.constraint == "orthogonal" else 1
+        numels = [group.pieces * group.numel for group in layout.groups]
+        held = bases * rows * sum(numels) * DTYPES[config.rows_dtype].itemsize
+        return held, 4 * (sum(numels) + max(numels))  # the snapshot, and the correction of one group
+
+    # A refresh
+
+    def capacity_for(self, config: ProjectionConfig, sets: Sequence[str]) -> int:
+        """Number of rows that the subspace needs for a refresh of these sets.
+
+        Raises:
+            ValueError: If there are more sets than rows.
+        """
+        if config.row_of != "set":
+            return config.rows
+        old = self.subspace if self.fits(config) else None
+        held = [name for name in (old.rows.sets if old else ()) if name is not None]
+        names = dict.fromkeys([*held, *sets])
+        if len(names) > config.rows:
+            raise ValueError(
+                f"rows={config.rows} cannot hold one row for each of {len(names)} reference sets "
+                f"({', '.join(map(repr, names))}). Set rows={len(names)} or more."
+            )
+        return max(len(names), old.rows.capacity if old else 0)
+
+    def prepare(self, config: ProjectionConfig, capacity: int) -> None:
+        """Make the subspace if there is none, or a larger one that takes over the rows."""
+        old = self.subspace
+        if old is None or old.rows.capacity != capacity:
+            new = self.make(config, capacity)
+            if old is not None:
+                new.adopt(old)
+            self.hold(new, config)
+
+    def refresh(
+        self,
+        config: ProjectionConfig,
+        sets: Sequence[SetBatches],
+        loss_fn: LossFn,
+        model: nn.Module,
+        weights: Mapping[str, float] | None,
+        activations: ActivationSubspace | None,
+    ) -> dict[str, float]:
+        """Compute reference gradients and store them in the subspace, which `prepare` has made.
+
+        Args:
+            config (`ProjectionConfig`): The settings.
+            sets (`Sequence[SetBatches]`): The batches.
+            loss_fn (`Callable`): `loss_fn(model, batch)` returns a scalar.
+            model (`nn.Module`): Passed to `loss_fn`.
+            weights (`Mapping[str, float]`, *optional*): See `Projector.refresh`.
+            activations (`ActivationSubspace`, *optional*): The rows lose their part in this subspace.
+
+        Returns:
+            The mean loss of each set. Errors are those of `Projector.refresh`.
+        """
+        subspace = self.subspace
+        assert subspace is not None
+        device = subspace.blocks.device
+        check_sizes(sets, device, "The sizes of the reference batches")
+        owners = [own.name for own in sets for _ in range(own.rows(config.row_of))]
+        slots = subspace.rows.claim_for(owners) if config.row_of == "set" else subspace.rows.claim(len(owners))
+        passes = Passes(subspace.rows, self._linears, model, loss_fn, config.row_of)
+        with self._diagnostics.stopwatch("refresh", device), isolated_eval(model, gradients=True):
+            sums = self._fill(subspace, slots, sets, passes)
+            if activations is not None:
+                with full_precision(device):
+                    for rows in subspace.rows.views_of(slots):
+                        activations.project_rows(rows)
+            subspace.rows.add_up(slots)
+            bad = subspace.commit(slots, owners)
+            (means,) = distributed.summed([torch.stack(sums)])
+        pairs = zip(sets, means.tolist(), strict=True)
+        losses = {own.name: total / weight if weight else math.nan for own, (total, weight) in pairs}
+        self._report_bad(bad, slots, owners)
+        self.fresh = [slot for slot in slots if slot not in bad]
+        self.weights = {name: 1.0 if weights is None else weights.get(name, 1.0) for name in losses}
+        self._diagnostics.refreshes += 1
+        self._diagnostics.reference_examples += sum(sum(own.sizes) for own in sets)
+        self._diagnostics.record_losses(losses)
+        return losses
+
+    def _fill(
+        self, subspace: Subspace, slots: Sequence[int], sets: Sequence[SetBatches], passes: Passes
+    ) -> list[Tensor]:
+        free = iter(slots)
+        try:
+            return [passes.fill(own, [next(free) for _ in range(own.rows(passes.row_of))]) for own in sets]
+        except BaseException:
+            if subspace.blocks.sharded:
+                self.subspace = None  # all processes must discard it, and some may be at a different point
+            else:
+                subspace.discard(slots)  # the older rows stay as they were
+            raise
+
+    def _report_bad(self, bad: Sequence[int], slots: Sequence[int], owners: Sequence[str]) -> None:
+        if not bad:
+            return
+        counts = {name: sum(owners[slots.index(slot)] == name for slot in bad) for name in dict.fromkeys(owners)}
+        listing = ", ".join(f"{count} of {owners.count(name)} in {name!r}" for name, count in counts.items() if count)
+        if len(bad) == len(slots):
+            self.subspace = None
+            raise FloatingPointError(
+                f"No reference gradient is finite ({listing}). Check the model's loss on the reference sets and the "
+                "dtype (float16 overflows: use bfloat16 or float32), and lower the learning rate if training diverged."
+            )
+        logger.warning("Reference gradients that are not finite were skipped: %s.", listing)
+
+    def factors(self, config: ProjectionConfig) -> dict[str, float]:
+        """The factor of each fresh set's mean gradient when it is added to the training gradient."""
+        given = config.reference_weight
+        if given is None and not config.constrains:
+            given = 0.0
+        return self.weights if given is None else dict.fromkeys(self.weights, given)
+
+    # State
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The subspace as tensors, and a JSON-ready rest; both empty before there is one.
+
+        Under FSDP2 all processes must call it.
+        """
+        if self.subspace is None:
+            return {}, {}
+        tensors, rest = self.subspace.state_dict()
+        return tensors, rest | {"rows": self.subspace.rows.capacity}
+
+    def restored(
+        self, config: ProjectionConfig, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+    ) -> Subspace | None:
+        """Rebuild the subspace from the output of `state_dict`, without storing it.
+
+        Raises:
+            ValueError: If the state does not fit.
+        """
+        if "rows" not in rest:
+            return None
+        subspace = self.make(config, int(rest["rows"]))
+        subspace.load_state_dict(tensors, rest)
+        return subspace
+
+
+def _shape_of(config: ProjectionConfig) -> tuple:
+    return (config.row_of == "set", *(getattr(config, name) for name in SHAPE))
+
+
+def _linears_of(model: nn.Module) -> dict[int, nn.Linear | None]:
+    """The linear modules by the `id` of their weight; `None` if several modules share one."""
+    linears: dict[int, nn.Linear | None] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            linears[id(module.weight)] = None if id(module.weight) in linears else module
+    return linears

@@ -1,0 +1,234 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to the gradient before an optimizer step, and to the parameters after it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from . import distributed
+from .building import Builder
+from .config import ProjectionConfig
+from .diagnostics import Diagnostics
+from .gradient_subspace import Subspace
+from .layout import Stack
+from .precision import LOW_PRECISION, full_precision
+from .refreshing import Refresher
+
+if TYPE_CHECKING:
+    from .kernels import Launcher
+
+
+class Step:
+    """The projection of one optimizer step after another.
+
+    Args:
+        refresher (`Refresher`): Holds the gradient subspace.
+        builder (`Builder`): Holds the activation subspace.
+        diagnostics (`Diagnostics`): Receives the figures of every step.
+
+    Attributes:
+        masters (`Stack`, *optional*): The float32 copy of parameters of low precision; `None` if there are none.
+    """
+
+    def __init__(self, refresher: Refresher, builder: Builder, diagnostics: Diagnostics) -> None:
+        self._refresher, self._builder, self._diagnostics = refresher, builder, diagnostics
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget everything that belongs to the rows or to a step."""
+        self.masters: Stack | None = None
+        # At a step that follows a refresh: the gradient's overlaps with the rows, this process's part.
+        self._overlaps: Tensor | None = None
+        self.last_launcher: Launcher | None = None
+        self.forget_parameters()
+
+    def forget_parameters(self) -> None:
+        """Forget the parameters before a step, which remain if the step raised an error."""
+        self._before: Stack | None = None
+        self._remembered = False  # whether the activation subspace will project the current step
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device that solves small problems; `None` before there is a subspace."""
+        if self._refresher.subspace is not None:
+            return self._refresher.subspace.blocks.device
+        return None if self._builder.subspace is None else self._builder.subspace.device
+
+    # Before the optimizer
+
+    @torch.no_grad()
+    def process_gradients(self, optimizer: Optimizer, config: ProjectionConfig, max_grad_norm: float | None) -> None:
+        """Process the step's final gradients: figures, reference weight, gradient projection.
+
+        Args:
+            optimizer (`Optimizer`): The optimizer that makes the step.
+            config (`ProjectionConfig`): The settings.
+            max_grad_norm (`float`, *optional*): Clip the mean reference gradient to this norm.
+        """
+        if self.device is None:
+            return
+        with full_precision(self.device):
+            if self._refresher.subspace is not None and config.refreshes:
+                self._process_with_rows(self._refresher.subspace, optimizer, config, max_grad_norm)
+            if config.uses_activations:
+                assert self._builder.subspace is not None
+                with self._diagnostics.stopwatch("projection", self._builder.subspace.device):
+                    self._builder.subspace.project_gradients()
+
+    def _process_with_rows(
+        self, subspace: Subspace, optimizer: Optimizer, config: ProjectionConfig, max_grad_norm: float | None
+    ) -> None:
+        blocks, fresh = subspace.blocks, self._refresher.fresh
+        project = config.constrains and config.projection == "gradient"
+        if not (project or fresh):
+            return
+        with self._diagnostics.stopwatch("projection", blocks.device):
+            gradients = [parameter.grad for parameter in blocks.flat_parameters()]
+            stack = blocks.stack(gradients)
+            if fresh:
+                self._overlaps = subspace.overlaps(stack)
+                if not config.constrains:
+                    self._record_cosines(subspace, *blocks.total(self._overlaps))
+            if project:
+                coefficients = self._solve(subspace, stack)
+                for own, correction in zip(blocks.shaped(stack), subspace.corrections(coefficients), strict=True):
+                    torch._foreach_add_(own, correction)
+            # Added after the projection, which would remove all of it, because it lies in the rows' span.
+            factors = self._refresher.factors(config)
+            weighted = bool(fresh and any(factors.values()))
+            if weighted:
+                weights = subspace.mean_weights(fresh, factors) * _clipping(subspace, fresh, max_grad_norm)
+                self._diagnostics.record_reference(subspace.length(weights))
+                # A fused optimizer may unscale float16 gradients itself. Then they are still scaled here.
+                scale = getattr(optimizer, "grad_scale", None)
+                weights = weights if scale is None else weights * scale.to(weights.device)
+                torch._foreach_add_(stack, subspace.rows.combine(weights))
+            if project or weighted:
+                found = [
+                    (distributed.local(gradient), own)
+                    for gradient, own in zip(gradients, chain.from_iterable(blocks.shaped(stack)), strict=True)
+                    if gradient is not None
+                ]
+                torch._foreach_copy_([gradient for gradient, _ in found], [own for _, own in found])
+
+    def remember_parameters(self, config: ProjectionConfig, kernels: bool) -> None:
+        """Copy the parameters before the step, as far as the step will be projected.
+
+        Args:
+            config (`ProjectionConfig`): The settings.
+            kernels (`bool`): Use the Triton kernels if they apply.
+        """
+        assert self.device is not None
+        with full_precision(self.device), self._diagnostics.stopwatch("projection", self.device):
+            if config.uses_activations:
+                assert self._builder.subspace is not None
+                self._builder.subspace.remember()
+                self._remembered = True
+            if config.constrains and config.projection == "update":
+                assert self._refresher.subspace is not None
+                self._before = self._snapshot(self._refresher.subspace, kernels)
+
+    def _snapshot(self, subspace: Subspace, kernels: bool) -> Stack:
+        launcher = self._launcher(subspace, kernels)
+        if launcher is not None:
+            return launcher.snapshot()
+        blocks = subspace.blocks
+        stored = blocks.stack()
+        if any(group.dtype in LOW_PRECISION for group in blocks.groups):
+            # Parameters of low precision cannot hold a small projected update, so a float32 copy collects it. If the
+            # stored parameter is no longer the rounded copy, other code has changed it. Then its value is used.
+            masters = stored if self.masters is None else self.masters
+            self.masters = [
+                torch.where(master.to(group.dtype).float() == now, master, now)
+                for master, now, group in zip(masters, stored, blocks.groups, strict=True)
+            ]
+        return stored
+
+    # After the optimizer
+
+    def project(self, kernels: bool) -> None:
+        """Project the change of the parameters since `remember_parameters`.
+
+        Args:
+            kernels (`bool`): Use the Triton kernels if they apply.
+        """
+        if not self._remembered and self._before is None:
+            return
+        assert self.device is not None
+        with full_precision(self.device), self._diagnostics.stopwatch("projection", self.device):
+            activations = self._builder.subspace if self._remembered else None
+            if activations is not None:
+                activations.project_step()
+            if self._before is not None:
+                assert self._refresher.subspace is not None
+                self._project_update(self._refresher.subspace, self._before, kernels)
+                if activations is not None:  # the removed part lay in the complement, up to rounding
+                    activations.project_step(record=False)
+        self.forget_parameters()
+
+    def _project_update(self, subspace: Subspace, before: Stack, kernels: bool) -> None:
+        launcher = self._launcher(subspace, kernels)
+        if launcher is not None:
+            if self._overlaps is not None:
+                self._record_cosines(subspace, self._overlaps)
+            self._diagnostics.record_projection(*launcher.project(subspace, before))
+            return
+        blocks = subspace.blocks
+        parameters = blocks.local_parameters()
+        # The step as a descent direction (before minus after), in the snapshot's memory.
+        step = before
+        torch._foreach_sub_(list(chain.from_iterable(blocks.shaped(step))), list(chain.from_iterable(parameters)))
+        coefficients = self._solve(subspace, step)
+        if self.masters is None:
+            # Subtracting only the correction keeps parameters the same, to the bit, if nothing conflicts.
+            for own, correction in zip(parameters, subspace.corrections(coefficients), strict=True):
+                torch._foreach_sub_(own, correction)
+                del correction  # before the next group's is computed
+            return
+        torch._foreach_sub_(self.masters, step)
+        masters = blocks.shaped(self.masters)
+        for own, master, correction in zip(parameters, masters, subspace.corrections(coefficients), strict=True):
+            torch._foreach_sub_(master, correction)
+            torch._foreach_copy_(own, master)
+            del correction
+
+    # Both
+
+    def _solve(self, subspace: Subspace, stack: Stack) -> Tensor:
+        """The coefficients of a descent direction's correction. All communication of a step happens here."""
+        blocks = subspace.blocks
+        parts = [part.flatten().dot(part.flatten()).to(blocks.device) for part in stack]
+        waiting = [] if self._overlaps is None else [self._overlaps]
+        products, total, *overlaps = blocks.total(subspace.directed(stack), torch.stack(parts).sum(), *waiting)
+        if overlaps:
+            self._record_cosines(subspace, overlaps[0])
+        coefficients, removed = subspace.coefficients(products)
+        self._diagnostics.record_projection(removed.sum(), total)
+        return coefficients
+
+    def _record_cosines(self, subspace: Subspace, overlaps: Tensor) -> None:
+        self._diagnostics.record_cosines(subspace.cosines(overlaps))
+        self._overlaps = None
+
+    def _launcher(self, subspace: Subspace, kernels: bool) -> Launcher | None:
+        """The Triton kernels, if they are switched on and can make this step."""
+        if not kernels or self.masters is not None or find_spec("triton") is None:
+            return None
+        from .kernels import launcher
+
+        self.last_launcher = launcher(subspace, self.last_launcher)
+        return self.last_launcher
+
+
+def _clipping(subspace: Subspace, fresh: list[int], max_grad_norm: float | None) -> Tensor | float:
+    """The factor that clips the mean reference gradient to a norm, as `clip_grad_norm_` would."""
+    if max_grad_norm is None:
+        return 1.0
+    return (max_grad_norm / (subspace.length(subspace.mean_weights(fresh)) + 1e-6)).clamp(max=1.0)
