@@ -58,7 +58,7 @@ def nats_per_token(
     """
     examples = [_scored(tokenizer, row, max_length, f"Row {index}") for index, row in enumerate(rows)]
     if not examples:
-        raise ValueError("rows is empty; give at least one row to measure a loss on.")
+        raise ValueError("rows is empty. Give at least one row to measure a loss.")
     sums = [0.0] * len(examples)
     with undisturbed(model):
         for batch in length_batches([len(example.ids) for example in examples], batch_size):
@@ -75,7 +75,7 @@ def _scored(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, name:
     cut = example.cut(max_length)
     if cut is None:
         raise ValueError(
-            f"{name} has no answer token left: its prompt takes {example.answer_start} tokens, max_length is "
+            f"{name} has no answer token left: its prompt takes {example.answer_start} tokens, and max_length is "
             f"{max_length}. Raise max_length or drop the row."
         )
     return cut

@@ -20,7 +20,7 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         ValueError: If `batch_size` is below 1.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; give at least 1.")
+        raise ValueError(f"batch_size is {batch_size}. Give at least 1.")
     order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 

@@ -134,8 +134,8 @@ def tuner_of(model: nn.Module) -> OGPSAModel:
         if (tuner := module.__dict__.get(_TUNER)) is not None:
             return tuner
     raise ValueError(
-        f"This {type(model).__name__} carries no OGPSA adapter. Add one: get_peft_model(model, OGPSAConfig(...)). "
-        "To train its own weights: attach(model, FullParameterConfig(...)), or OGPSACallback(..., "
+        f"This {type(model).__name__} has no OGPSA adapter. Add one with get_peft_model(model, OGPSAConfig(...)). To "
+        "train the model's own weights, use attach(model, FullParameterConfig(...)) or OGPSACallback(..., "
         "config=FullParameterConfig(...))."
     )
 
@@ -156,7 +156,7 @@ def _refuse_other_adapters(model: nn.Module) -> None:
             others.append(f"{name!r} ({'type unknown' if config is None else config.peft_type.value})")
     if others:
         raise ValueError(
-            f"The model already carries adapters that are not OGPSA: {', '.join(others)}. Merge them "
+            f"The model already has adapters that are not OGPSA adapters: {', '.join(others)}. Merge them "
             "(`model.merge_and_unload()`) or remove them (`model.unload()`) first."
         )
 
