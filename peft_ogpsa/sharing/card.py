@@ -477,8 +477,8 @@ def _of_activations(settings: Mapping[str, Any]) -> list[str]:
     return [
         "- Activation subspace: each layer's A is orthogonal to the leading directions of the layer's inputs on the "
         "references. Along these directions, the layer's output is the same as the base's. Number of directions per "
-        f"layer: {size}. They are computed from {tokens} of the references. This is not the paper's rule. It follows "
-        "Gradient Projection Memory (Saha, Garg and Roy, 2021)."
+        f"layer: {size}. The directions are computed from {tokens} of the references. This is not the paper's rule. "
+        "It follows Gradient Projection Memory (Saha, Garg and Roy, 2021)."
     ]
 
 
