@@ -627,7 +627,7 @@ def test_model_without_ogpsa_adapter(tmp_path):
     from peft import LoraConfig
 
     model = get_peft_model(tiny_llama(vocab_size=259, max_position_embeddings=256), LoraConfig(**LORA))
-    with pytest.raises(ValueError, match="carries no OGPSA adapter"):
+    with pytest.raises(ValueError, match="has no OGPSA adapter"):
         sft(tmp_path, model).train()
 
 

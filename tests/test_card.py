@@ -112,7 +112,7 @@ def test_peft_saves_it_with_the_adapter(tmp_path):
     assert f"[{BASE}](https://huggingface.co/{BASE})" in text
     assert "rank 4, alpha 16; on `q_proj`, `v_proj`" in text
     assert "- Training data: not recorded" in text
-    assert "Nothing has been measured" in text
+    assert "These weights have not been measured" in text
     assert "--card" in text
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.library_name == "peft"
@@ -133,32 +133,32 @@ METHODS = {
     ),
     "paper-sft": (
         OGPSAConfig.paper("sft", **LORA),
-        [PAPER.format("SFT"), "then every 30 steps", "from all reference"],
+        [PAPER.format("SFT"), "then every 30 steps", "Each refresh used all reference"],
     ),
     "paper-dpo": (
         OGPSAConfig.paper("dpo", **LORA),
-        [PAPER.format("DPO"), "then every 5 steps", "is not itself bound"],
+        [PAPER.format("DPO"), "then every 5 steps", "is not itself projected"],
     ),
     "paper-rows": (OGPSAConfig.paper("sft", rows=3, **LORA), [PAPER.format("SFT"), "at most 3 "]),
     "paper-slow": (
         OGPSAConfig.paper("sft", refresh_steps=77, **LORA),
-        ["the paper's rule on LoRA's matrices, on a sch"],
+        ["the paper's rule on LoRA's matrices, with a sch"],
     ),
     "variant": (
         OGPSAConfig(
             subspace="gradients", constraint="orthogonal", rows=16, subspace_rank=11, rows_dtype="bfloat16", **LORA
         ),
-        ["a variant of the paper's", "no reference loss changes", "Only their 11 leading", "held in bfloat16"],
+        ["a variant of the paper's", "no reference loss changes", "Only the 11 leading", "stored in bfloat16"],
     ),
     "cone-gradient": (
         OGPSAConfig(subspace="gradients", projection="gradient", **LORA),
-        ["whose descent raises", "is not itself bound"],
+        ["whose descent raises", "is not itself projected"],
     ),
-    "weight": (OGPSAConfig(subspace="gradients", reference_weight=0.25, **LORA), ["Reference weight: 0.25 times"]),
+    "weight": (OGPSAConfig(subspace="gradients", reference_weight=0.25, **LORA), ["Reference weight: 0.25. After"]),
     "no-weight": (OGPSAConfig(subspace="gradients", reference_weight=0.0, **LORA), ["no reference loss rises"]),
     "slices": (
         OGPSAConfig(subspace="gradients", scope="slice", slices=8, **LORA),
-        ["each of 8 slices of a LoRA matrix by itself"],
+        ["contains one of the 8 slices of a LoRA matrix"],
     ),
     "optional": (
         OGPSAConfig(subspace="gradients", missing_reference="ignore", **LORA),
@@ -168,7 +168,7 @@ METHODS = {
         OGPSAConfig(subspace="gradients", scope="module", rows_from="batch", **LORA),
         ["both matrices of a layer", "of one batch"],
     ),
-    "plain": (LoraConfig(**LORA), ["Plain LoRA as far as the folder tells"]),
+    "plain": (LoraConfig(**LORA), ["Plain LoRA, as far as the files in this folder show"]),
 }
 
 
@@ -182,7 +182,7 @@ def test_the_method_is_told_in_words(name, tmp_path):
     assert ("sun2026ogpsa" in text) == (name != "plain")
     assert ("Reference sets" in text) == (name != "plain")
     assert ("ogpsa" in ModelCard(text).data.tags) == (name != "plain")
-    assert ("is not itself bound" in text) == (getattr(config, "projection", None) == "gradient")
+    assert ("is not itself projected" in text) == (getattr(config, "projection", None) == "gradient")
     assert ("Reference weight" in text) == (name not in ("plain", "no-weight") and not name.startswith("paper"))
 
 
@@ -211,7 +211,7 @@ def test_a_plain_run_is_plain_whatever_an_earlier_one_left(tmp_path):
     save(tmp_path, OGPSAConfig(subspace="gradients", **LORA))
     text = save_card(tmp_path, run={"method": "plain"}).read_text()
     assert (tmp_path / SIDECAR_NAME).is_file()
-    assert "Plain LoRA. No projection" in text
+    assert "Plain LoRA. Training used no projection" in text
     assert "ogpsa" not in ModelCard(text).data.tags
 
 
@@ -236,7 +236,7 @@ def test_the_tax_is_the_evaluations(tmp_path):
     assert rows["base"]["change"] == ""
     assert "31 general rows, 13 rows for KL, 29 harmful prompts, 23 benign prompts" in text
     assert "seed=7, samples=29" in text
-    assert "Nothing has been measured" not in text
+    assert "These weights have not been measured" not in text
 
 
 def test_what_was_not_measured_is_left_empty(tmp_path):
@@ -255,7 +255,7 @@ def test_facts_about_other_weights_are_left_out(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     save(tmp_path, weights=False)
     text = readme(tmp_path)
-    assert "Nothing has been measured" in text
+    assert "These weights have not been measured" in text
     assert "Training data: not recorded" in text
     assert "1234" not in text
 
@@ -435,8 +435,8 @@ def test_a_damaged_file_is_named_with_a_remedy(name, content, tmp_path):
 
 WRONG = {
     "unknown": ({"run": {"stages": "sft"}}, "unknown entry 'stages'. Use: stage"),
-    "kind": ({"run": {"steps": "many"}}, "steps='many'. Give a int"),
-    "reference": ({"run": {"references": {"a": 1}}}, "Give a dict of strings"),
+    "kind": ({"run": {"steps": "many"}}, "steps='many'. Give a value of type int"),
+    "reference": ({"run": {"references": {"a": 1}}}, "Give a value of type dict of strings"),
     "evaluation": ({"evaluation": {"evaluation": {"model": 1}}}, "not a result of `ogpsa eval`"),
 }
 
@@ -477,7 +477,7 @@ def test_a_card_never_costs_the_adapter(damage, tmp_path, caplog):
     (tmp_path / "adapter_config.json").unlink()
     save(tmp_path, OGPSAConfig(subspace="gradients", **{**LORA, "r": 9}))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 9
-    assert f"The model card was not renewed: {tmp_path / name}" in caplog.text
+    assert f"The model card was not updated: {tmp_path / name}" in caplog.text
     assert (tmp_path / name).read_text() == content
 
 

@@ -73,7 +73,7 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
     assert adapter_config["peft_type"] == "LORA"
     card = (output / "adapter" / "README.md").read_text()
     assert "not recorded" not in card
-    assert "othing has been measured" not in card
+    assert "have not been measured" not in card
     assert "refuses harmful" in card
     assert "{'loss'" not in printed
     assert printed.count("Training ") == len(methods)
@@ -90,7 +90,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def test_other_processes_wait_for_the_first_ones_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     _wait_for(tmp_path / "config.json", seconds=0)
-    with pytest.raises(OSError, match="not written by the first process"):
+    with pytest.raises(OSError, match="the first process did not write it"):
         _wait_for(tmp_path / "other.json", seconds=0)
 
 
@@ -134,7 +134,7 @@ def test_bad_data(folders):
     with pytest.raises(SystemExit, match=r"benign_test\.jsonl has no rows"):
         main(["quickstart", "--model", str(model), "--data", str(data)])
     (data / "benign_test.jsonl").unlink()
-    with pytest.raises(SystemExit, match=r"lacks benign_test\.jsonl"):
+    with pytest.raises(SystemExit, match=r"does not contain benign_test\.jsonl"):
         main(["quickstart", "--model", str(model), "--data", str(data)])
 
 

@@ -164,7 +164,7 @@ def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
     assert (run["stage"], run["method"], run["started_from"], run["steps"]) == ("dpo", "ogpsa", "sft", 3)
     assert run["references"] == {"general": "general.jsonl"}
     assert run["reference_share"] == pytest.approx(8 / 6)  # 4 before the first step and 4 before the second
-    assert not any("Not measured alike" in line for line in lines)
+    assert not any("The results were measured differently" in line for line in lines)
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     # A base by itself, measured otherwise: compared with a warning.
@@ -173,8 +173,8 @@ def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
     capsys.readouterr()
     main(["compare", *results])
     printed = capsys.readouterr().out
-    assert "Not measured alike: samples is 3, None." in printed
-    assert "Not measured alike: dtype is float32, bfloat16." in printed
+    assert "The results were measured differently: samples is 3, None." in printed
+    assert "The results were measured differently: dtype is float32, bfloat16." in printed
 
 
 def test_push(folder, monkeypatch, capsys):
@@ -277,7 +277,9 @@ def _plain(adapter):
 
 def test_several_processes_are_refused(folder, monkeypatch):
     monkeypatch.setattr(SFTConfig, "world_size", 2)
-    with pytest.raises(SystemExit, match=r"single process, and was launched in 2\. .*examples/full_parameter\.py"):
+    with pytest.raises(
+        SystemExit, match=r"single process, but it was launched in 2 processes\. .*examples/full_parameter\.py"
+    ):
         main(["sft", "--config", str(folder / "sft.yaml")])
     assert not (folder / "sft").exists()
 
@@ -432,7 +434,7 @@ def test_contrast_is_put_among_the_rows(folder, monkeypatch, stage):
     assert (len(likes), len(seen)) == (2, 12)
     record = json.loads((folder / stage / "ogpsa_run.json").read_text())
     assert record["contrast"] == 0.2
-    assert "20% harmless look-alikes" in (folder / stage / "README.md").read_text()
+    assert "20% of the training data: benign look-alikes" in (folder / stage / "README.md").read_text()
 
 
 def test_pairs_prefer_refusing_harm_and_answering_the_rest():
@@ -456,21 +458,21 @@ def test_pairs_prefer_refusing_harm_and_answering_the_rest():
         ("sft", ["--dataset", "builtin:harmful:dev"], "split='dev' does not exist"),
         ("sft", ["--dataset", "BROKEN"], "broken.jsonl' cannot be loaded: "),
         ("sft", ["--dataset", "EMPTY"], "empty.jsonl' cannot be loaded: the file is empty"),
-        ("sft", ["--dataset", "builtin:pairs"], "chosen, prompt, rejected, and `ogpsa sft` needs .* `ogpsa dpo`"),
-        ("dpo", ["--dataset", "builtin:harmful"], "completion, prompt, and `ogpsa dpo` needs .* `ogpsa sft`"),
+        ("sft", ["--dataset", "builtin:pairs"], "chosen, prompt, rejected, but `ogpsa sft` needs .* `ogpsa dpo`"),
+        ("dpo", ["--dataset", "builtin:harmful"], "completion, prompt, but `ogpsa dpo` needs .* `ogpsa sft`"),
         ("sft", ["--dataset", "some/hub-name"], "dataset='some/hub-name' cannot be loaded"),
         ("sft", ["--references", "builtin:general"], "references has the entry 'builtin:general'. Write NAME=SPEC"),
         (
             "sft",
             ["--references", "a:ppo=builtin:pairs"],
-            "entry 'a:ppo=builtin:pairs'. .* LOSS one of answer, all, kl, both",
+            "entry 'a:ppo=builtin:pairs'. .* LOSS is one of answer, all, kl, both",
         ),
         ("sft", ["--references", "a:dpo=builtin:benign"], "'a': row 0 is no preference pair, which loss='dpo' needs"),
         ("sft", ["--references", "a:dpo=prompts:general"], "only the model's own answers. Write :kl"),
         ("sft", ["--references", "a=prompts:nowhere.jsonl"], "references: a='nowhere.jsonl' cannot be loaded"),
-        ("sft", ["--references", "a=public:nothing"], "name='nothing' is not a public set known here"),
+        ("sft", ["--references", "a=public:nothing"], "name='nothing' is not a public set that peft_ogpsa knows"),
         ("sft", ["--references", "a=public:gsm8k"], "The set 'gsm8k' .* cannot be loaded: .* download a file of it"),
-        ("sft", ["--references", "a=public:gsm8k:nowhere.jsonl"], "path='nowhere.jsonl' is no file"),
+        ("sft", ["--references", "a=public:gsm8k:nowhere.jsonl"], "path='nowhere.jsonl' is not a file"),
         ("sft", ["--references", "a=nowhere.jsonl"], "references: a='nowhere.jsonl' cannot be loaded"),
         ("sft", ["--references", "a=builtin:benign", "a=builtin:general"], "two sets of the name 'a'"),
         ("sft", ["--reference_max_length", "3"], "max_length=3 cuts off the answer of every one"),
@@ -539,7 +541,7 @@ def test_adapter_of_another_model(folder):
         (["eval", "--output", "a.json"], "model is missing"),
         (["eval", "--model", "m", "--output", "a.txt"], "output='a.txt' must be a .json file"),
         (["eval", "--model", "m", "--output", "a.json", "--batch_size", "0"], "batch_size=0 must be at least 1"),
-        (["eval", "--model", "m", "--output", "a.json", "--data", "nowhere"], "data='nowhere' holds none of"),
+        (["eval", "--model", "m", "--output", "a.json", "--data", "nowhere"], "data='nowhere' contains none of"),
         (["eval", "--adapter", "nowhere", "--output", "a.json"], "adapter='nowhere' cannot be read"),
         (["eval", "--adapter", "nowhere", "--output", "a.json", "--card"], "card needs the folder of an adapter"),
         (["compare", "nowhere.json"], "nowhere.json"),

@@ -59,7 +59,7 @@ def test_sft_then_dpo_in_4_bits(subspace, second, tmp_path, capsys):
     rows = {cells[1]: cells for cells in ([c.strip() for c in line.split("│")] for line in lines) if len(cells) > 2}
     assert list(rows) == ["base", "plain", "sft", "dpo"]
     assert rows["dpo"][-3] == "sft"
-    assert not any("Not measured alike" in line for line in lines)
+    assert not any("The results were measured differently" in line for line in lines)
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     for result in results:
         evaluation = json.loads(Path(result).read_text())["evaluation"]

@@ -196,5 +196,5 @@ def test_dpo_trainer_with_the_dpo_loss_as_reference(tmp_path, given):
 
 
 def test_plain_adapter_has_no_tuner():
-    with pytest.raises(ValueError, match="carries no OGPSA adapter"):
+    with pytest.raises(ValueError, match="has no OGPSA adapter"):
         tuner_of(get_peft_model(tiny_llama(), LoraConfig(**LORA)))

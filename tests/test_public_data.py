@@ -219,7 +219,7 @@ def test_bad_arguments(tmp_path):
         read_public("halueval", path, True)
     with pytest.raises(FileNotFoundError, match=r"'halueval': path=.*none\.jsonl"):
         read_public("halueval", tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match=r"must end in \.json"):
+    with pytest.raises(ValueError, match=r"must end in one of \.json"):
         read_public("halueval", write(tmp_path / "rows.txt", []))
     with pytest.raises(ValueError, match="'halueval' has no row that can be used"):
         read_public("halueval", write(tmp_path / "none.jsonl", CASES["halueval"][0][1:]))

@@ -397,7 +397,7 @@ def test_a_mixed_model_takes_the_lora_view_only():
         mixed.add_adapter("other", config)
     mixed.add_adapter("other", AdaLoraConfig(target_modules=["k_proj"], total_step=10))
     assert isinstance(mixed, PeftMixedModel)
-    with pytest.raises(ValueError, match="PeftMixedModel carries no OGPSA adapter"):
+    with pytest.raises(ValueError, match="PeftMixedModel has no OGPSA adapter"):
         projector_of(mixed)
 
 
@@ -426,7 +426,7 @@ def test_the_projector_is_no_part_of_the_model():
 
 
 def test_without_an_adapter_there_is_no_projector():
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM carries no OGPSA adapter.*OGPSAConfig"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no OGPSA adapter.*OGPSAConfig"):
         projector_of(tiny_llama())
     with pytest.raises(ValueError, match="no OGPSA adapter"):
         projector_of(llama_pair()[0])

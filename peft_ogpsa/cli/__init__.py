@@ -8,11 +8,11 @@ import importlib
 import sys
 
 _COMMANDS = {
-    "quickstart": "train and compare plain LoRA, the paper's rule and OGPSA on a small model",
-    "sft": "supervised fine-tuning that spares the reference sets",
-    "dpo": "preference training that spares the reference sets, also of an adapter from sft",
-    "eval": "measure refusal, over-refusal, general loss and divergence of a model and its base",
-    "compare": "results of eval in one table and one plot",
+    "quickstart": "train a small model with plain LoRA, with the published rule and with OGPSA, and compare them",
+    "sft": "supervised fine-tuning (SFT) that preserves the abilities in the reference sets",
+    "dpo": "preference training (DPO) that does the same, also for an adapter that sft saved",
+    "eval": "measure refusal, over-refusal and general loss of a model and its base, and the KL from base",
+    "compare": "show results of eval in one table and one plot",
 }
 
 

@@ -36,7 +36,7 @@ def _knobs() -> list[tuple[str, Any, Any]]:
         default = f"{knob.default}"
         if whole[knob.name] != own[knob.name]:
             default += f" ({whole[knob.name]} with full_parameter)"
-        text += f" Not given: {default}, or what the paper does with method=paper."
+        text += f" If this is not set, the value is {default}. With method=paper, it is the paper's value."
         knobs.append((knob.name, hints[knob.name] | None, field(default=None, metadata={"help": text})))
     return knobs
 
@@ -47,8 +47,8 @@ def _check_method(self: Any) -> None:
 
 
 _METHOD_HELP = (
-    "'ogpsa': OGPSAConfig's (or FullParameterConfig's) defaults and what is set here. 'paper': the published rule and "
-    "schedule. 'plain': no projection; references and the other OGPSA options are then ignored."
+    "'ogpsa': the defaults of OGPSAConfig (or FullParameterConfig) and the options that you set. 'paper': the "
+    "published rule and schedule. 'plain': no projection. The references and the other OGPSA options are then ignored."
 )
 OGPSAArguments: Any = make_dataclass(
     "OGPSAArguments",
@@ -56,7 +56,7 @@ OGPSAArguments: Any = make_dataclass(
         ("method", Literal[METHODS], field(default="ogpsa", metadata={"help": _METHOD_HELP})),
         *_knobs(),
     ],
-    namespace={"__post_init__": _check_method, "__doc__": "How references are kept from rising."},
+    namespace={"__post_init__": _check_method, "__doc__": "The method and its OGPSA options."},
 )
 
 
@@ -67,37 +67,45 @@ class DataArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Training data, a SPEC: a .jsonl, .json or .parquet file, a folder saved by datasets, "
+            "help": "Training data. Give a SPEC: a .jsonl, .json or .parquet file, a folder saved by datasets, "
             "builtin:harmful, builtin:benign, builtin:general or builtin:pairs with an optional :test, public:NAME, "
             "or a hub name with an optional :config and [split]."
         },
     )
     dataset_samples: int | None = field(
         default=None,
-        metadata={"help": "Most rows used of the training data: of a public set a shuffled choice, else the first."},
+        metadata={
+            "help": "Maximum number of training rows. A public set is shuffled first. From other data, the first rows "
+            "are used."
+        },
     )
     contrast: float = field(
         default=0.0,
         metadata={
-            "help": "Share of harmless look-alikes, with the model's own answers, to be put among the training rows: "
-            "it lowers over-refusal. 0: none."
+            "help": "Share of the training rows that are benign look-alikes with the model's own answers. They lower "
+            "over-refusal. 0 adds none."
         },
     )
     contrast_prompts: str = field(
         default="lookalikes",
-        metadata={"help": "The look-alikes: a built-in set of prompts, or a SPEC with prompts."},
+        metadata={
+            "help": "Prompts of the look-alikes. Give the name of a built-in set of prompts, or a SPEC with prompts."
+        },
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out data, a SPEC, for TRL's evaluation (eval_strategy)."}
+        default=None, metadata={"help": "Held-out data for TRL's evaluation (eval_strategy). Give a SPEC."}
     )
     references: list[str] = field(
-        default_factory=list, metadata={"help": "Abilities to keep, NAME=SPEC each, as in general=builtin:general."}
+        default_factory=list,
+        metadata={"help": "Abilities to preserve. Give each as NAME=SPEC, for example general=builtin:general."},
     )
     reference_samples: int = field(
-        default=ReferenceSet.samples or 0, metadata={"help": "Most rows used of each reference set, from its start."}
+        default=ReferenceSet.samples or 0,
+        metadata={"help": "Maximum number of rows used from each reference set. The first rows are used."},
     )
     reference_max_length: int = field(
-        default=ReferenceSet.max_length, metadata={"help": "Tokens at which a reference example is cut off."}
+        default=ReferenceSet.max_length,
+        metadata={"help": "Maximum number of tokens in a reference example. Longer examples are cut off."},
     )
 
     def __post_init__(self) -> None:
@@ -106,10 +114,12 @@ class DataArguments:
         if not self.dataset:
             raise ValueError("dataset is missing. Name the training data, for example --dataset builtin:harmful.")
         if self.dataset_samples is not None and self.dataset_samples < 1:
-            raise ValueError(f"dataset_samples={self.dataset_samples} must be at least 1. Leave it out for all rows.")
+            raise ValueError(
+                f"dataset_samples={self.dataset_samples} must be at least 1. Leave it out to use all rows."
+            )
         if not 0 <= self.contrast < 1:
             raise ValueError(
-                f"contrast={self.contrast} must be at least 0 and below 1. 0.2 makes every fifth row one."
+                f"contrast={self.contrast} must be at least 0 and below 1. 0.2 makes every fifth row a look-alike."
             )
 
 
@@ -120,45 +130,46 @@ class RunArguments:
     adapter: str | None = field(
         default=None,
         metadata={
-            "help": "Saved LoRA adapter to train further, such as that of `ogpsa sft` under `ogpsa dpo`. It brings "
-            "its own LoRA settings, and lora_* options are ignored."
+            "help": "Saved LoRA adapter to train further. For example, `ogpsa dpo` can continue an adapter that "
+            "`ogpsa sft` saved. The adapter keeps its own LoRA settings, and lora_* options are ignored."
         },
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Load everything, take two steps, print memory and projected time, and save nothing."},
+        metadata={"help": "Load everything, take two steps, print memory and expected time, and save nothing."},
     )
     full_parameter: bool = field(
         default=False,
         metadata={
             "help": "Train the model's own weights, as the paper does, instead of a LoRA adapter, and save a whole "
-            "model. Works in several processes (accelerate launch). lora_* options are ignored."
+            "model. This works in several processes (accelerate launch). lora_* options are ignored."
         },
     )
     exclude: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "With full_parameter: modules that are trained but not projected, such as embed_tokens; * as in "
-            "file names."
+            "help": "With full_parameter: modules that are trained but not projected, for example embed_tokens. Use * "
+            "as a wildcard."
         },
     )
     rows_device: str = field(
         default="model",
         metadata={
-            "help": "With full_parameter: where the rows are, beside the parameters or in the host's memory (slow).",
+            "help": "With full_parameter: where the rows are stored. 'model' stores them on the device of the "
+            "parameters. 'cpu' stores them in host memory, which is slow.",
             "choices": ["model", "cpu"],
         },
     )
     random_layers: int | None = field(
         default=None,
         metadata={
-            "help": "Random weights instead of the model's, and only so many layers, to try a run without "
-            "downloading weights: of model_name_or_path only configuration and tokenizer are read."
+            "help": "Use random weights and this number of layers, to try a run without downloading weights. Only the "
+            "configuration and the tokenizer of model_name_or_path are read."
         },
     )
     random_width: int | None = field(
         default=None,
-        metadata={"help": "With random_layers: hidden size, to which the other widths shrink in proportion."},
+        metadata={"help": "With random_layers: the hidden size. The other widths shrink in proportion."},
     )
 
     def __post_init__(self) -> None:
@@ -166,18 +177,19 @@ class RunArguments:
             self.exclude = [self.exclude]
         if self.random_width is not None and self.random_layers is None:
             raise ValueError(
-                f"random_width={self.random_width} has no meaning without random_layers. Set random_layers too."
+                f"random_width={self.random_width} has no effect without random_layers. Set random_layers too."
             )
         if not self.full_parameter:
             for name, default in (("exclude", []), ("rows_device", "model")):
                 if getattr(self, name) != default:
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r} is for whole weights. Set full_parameter, or leave it out."
+                        f"{name}={getattr(self, name)!r} needs full_parameter. Set full_parameter, or leave out "
+                        f"{name}."
                     )
         elif self.adapter:
             raise ValueError(
                 f"adapter={self.adapter!r} cannot be trained with full_parameter. Merge it "
-                "(peft_ogpsa.merge_adapter) and give the merged model as model_name_or_path."
+                "(peft_ogpsa.merge_adapter), and give the merged model as model_name_or_path."
             )
 
 
@@ -212,10 +224,13 @@ def _with_defaults(path: Path) -> dict[str, Any] | None:
         return None
     below = path.parent / str(given.pop("defaults"))
     if not below.is_file():
-        raise ValueError(f"defaults={str(below)!r} in {path} is no file. Name one relative to {path.name}.")
+        raise ValueError(f"defaults={str(below)!r} in {path} is not a file. Give a path relative to {path.name}.")
     defaults = _read_yaml(below)
     if not isinstance(defaults, dict) or "defaults" in defaults:
-        raise ValueError(f"{below}, which {path} names as its defaults, must hold options and no further defaults.")
+        raise ValueError(
+            f"defaults={str(below)!r} in {path} must contain options and no `defaults` of its own. Correct that file, "
+            "or give another one."
+        )
     return {**defaults, **given}
 
 

@@ -41,9 +41,13 @@ def read(path: str) -> dict[str, Any]:
 
 def run(arguments: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser("ogpsa compare", description="Compares results of `ogpsa eval`.")
-    parser.add_argument("results", nargs="+", metavar="FILE.json", help="Results of `ogpsa eval`.")
-    parser.add_argument("--plot", metavar="FILE.png", help="Draw general loss against refusal of harmful prompts.")
+    parser = argparse.ArgumentParser("ogpsa compare", description="Compare results of `ogpsa eval`.")
+    parser.add_argument("results", nargs="+", metavar="FILE.json", help="Results that `ogpsa eval` wrote.")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="Plot general loss against the refusal of harmful prompts, and save the plot here.",
+    )
     parsed = parser.parse_args(list(arguments))
     with input_errors("compare"):
         results = {path: read(path) for path in parsed.results}
@@ -55,13 +59,15 @@ def run(arguments: Sequence[str]) -> None:
         }
         console = Console(width=None if sys.stdout.isatty() else 150)
         for difference in _differences(list(results.values())):
-            console.print(f"Not measured alike: {difference}", style="yellow", soft_wrap=True, markup=False)
+            console.print(
+                f"The results were measured differently: {difference}", style="yellow", soft_wrap=True, markup=False
+            )
         before = _stages_before(dict(zip(evaluations, results.values(), strict=True)))
         console.print(table(evaluations, extra=_per_stage(evaluations, before)))
         if parsed.plot:
             base = next((e.base for e in evaluations.values() if e.base is not None), None)
             tradeoff(_curves(evaluations, before), parsed.plot, base=base)
-            console.print(f"Plot: {Path(parsed.plot).resolve()}", soft_wrap=True)
+            console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True)
 
 
 def _stages_before(results: Mapping[str, dict[str, Any]]) -> dict[str, str]:
@@ -80,7 +86,7 @@ def _per_stage(evaluations: Mapping[str, Evaluation], before: Mapping[str, str])
         now, then = evaluations[name].model.general_mean, evaluations[earlier].model.general_mean
         if now is not None and then is not None:
             changes[name] = f"{now.value - then.value:+.3f}"
-    return {"stage before": dict(before), "change since": changes}
+    return {"previous stage": dict(before), "change from it": changes}
 
 
 def _curves(evaluations: Mapping[str, Evaluation], before: Mapping[str, str]) -> dict[str, list[Measurement]]:

@@ -26,8 +26,8 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)(?:\[(?P<split>.+)\])?")
 _FORMS = (
     "Give a .jsonl, .json or .parquet file, a folder saved by datasets, builtin:NAME or builtin:NAME:SPLIT "
-    f"(NAME one of {', '.join(data.NAMES)}, pairs), public:NAME (NAME one of {', '.join(public.PUBLIC)}), or a hub "
-    "name, as in owner/name:config[train]."
+    f"(NAME is one of {', '.join(data.NAMES)}, pairs), public:NAME (NAME is one of {', '.join(public.PUBLIC)}), or a "
+    "hub name, for example owner/name:config[train]."
 )
 # The columns that TRL's trainers need. The rows must have all columns of at least one of these sets.
 _COLUMNS: dict[str, tuple[set[str], ...]] = {
@@ -61,7 +61,7 @@ def load_rows(spec: str, field: str, samples: int | None = None) -> Dataset:
         reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise ValueError(f"{field}={spec!r} cannot be loaded: {str(reason).rstrip('.')}. {_FORMS}") from error
     if not len(rows):
-        raise ValueError(f"{field}={spec!r} has no rows. Give it at least one.")
+        raise ValueError(f"{field}={spec!r} has no rows. Give data with at least one row.")
     return rows
 
 
@@ -102,10 +102,10 @@ def _external(spec: str) -> Dataset:
 def _from_folder(loaded: Dataset | DatasetDict, split: str | None) -> Dataset:
     if isinstance(loaded, DatasetDict):
         if (split or "train") not in loaded:
-            raise ValueError(f"it has the splits {', '.join(loaded)}, and not {split or 'train'}")
+            raise ValueError(f"it has the splits {', '.join(loaded)}, but not {split or 'train'}")
         return loaded[split or "train"]
     if split is not None:
-        raise ValueError(f"it is a single split, so [{split}] names nothing")
+        raise ValueError(f"it has a single split without a name. Leave out [{split}]")
     return loaded
 
 
@@ -123,7 +123,7 @@ def check_columns(rows: Dataset, stage: str, field: str, spec: str) -> None:
     fits_other = any(needed <= columns for needed in _COLUMNS[other])
     hint = f" These are rows for `ogpsa {other}`." if fits_other else ""
     raise ValueError(
-        f"{field}={spec!r} has the columns {', '.join(sorted(columns))}, and `ogpsa {stage}` needs {wanted}.{hint} "
+        f"{field}={spec!r} has the columns {', '.join(sorted(columns))}, but `ogpsa {stage}` needs {wanted}.{hint} "
         "Rename the columns, or give other data."
     )
 
@@ -169,7 +169,7 @@ def reference_sets(
     """
     if not entries:
         raise ValueError(
-            "references is empty, so there is no ability to keep. Give NAME=SPEC entries, for example "
+            "references is empty, so there is no ability to preserve. Give NAME=SPEC entries, for example "
             "general=builtin:general, or train plain LoRA with method=plain."
         )
     sets: list[ReferenceSet | PromptSet] = []
@@ -178,8 +178,8 @@ def reference_sets(
         name, _, loss = head.partition(":")
         if not name or not spec or (loss and loss not in LOSSES):
             raise ValueError(
-                f"references has the entry {entry!r}. Write NAME=SPEC, as in general=builtin:general, or "
-                f"NAME:LOSS=SPEC with LOSS one of {', '.join(LOSSES)}."
+                f"references has the entry {entry!r}. Write NAME=SPEC, for example general=builtin:general, or "
+                f"NAME:LOSS=SPEC. LOSS is one of {', '.join(LOSSES)}."
             )
         field = f"references: {name}"
         if not spec.startswith(_PROMPTS):
@@ -188,8 +188,9 @@ def reference_sets(
             continue
         if loss and loss not in OF_OWN_ANSWERS:
             raise ValueError(
-                f"references has the entry {entry!r}, but of prompts alone there are only the model's own answers. "
-                f"Write {' or '.join(f':{own}' for own in OF_OWN_ANSWERS)}, or leave :{loss} out for kl."
+                f"references has the entry {entry!r}, but loss={loss!r} does not work with prompts, which have only "
+                f"the model's own answers. Write {' or '.join(f':{own}' for own in OF_OWN_ANSWERS)}, or leave out "
+                f":{loss} to use kl."
             )
         sets.append(prompt_set(field, spec.removeprefix(_PROMPTS), max_length, name, samples, loss or "kl"))
     return sets

@@ -112,13 +112,13 @@ def dry_run(trainer: Trainer, config: Any, console: Console) -> None:
         refreshes = planned_refreshes(steps, projector.config.refresh_steps)
         total += refreshes * refresh
         figures["seconds per refresh"] = f"{refresh:.3f}"
-        figures["whole run"] = f"{_duration(total)}, {steps} steps and {refreshes} refreshes"
+        figures["whole run"] = f"{_duration(total)} for {steps} steps and {refreshes} refreshes"
         figures["share spent on references"] = f"{(build + refreshes * refresh) / total:.0%}"
     else:
-        figures["whole run"] = f"{_duration(total)}, {steps} steps"
+        figures["whole run"] = f"{_duration(total)} for {steps} steps"
         if build:
             figures["share spent on references"] = f"{build / total:.0%}"
-    console.print(f"Dry run: {_STEPS} steps taken, nothing saved.")
+    console.print(f"Dry run: it took {_STEPS} steps and saved nothing.")
     for name, figure in figures.items():
         console.print(f"  {name:<27}{figure}", highlight=False)
 
@@ -145,7 +145,7 @@ def _peak_memory() -> str:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
-    return f"{_mebibytes(peak if sys.platform == 'darwin' else peak * 1024)} of main memory, the whole process"
+    return f"{_mebibytes(peak if sys.platform == 'darwin' else peak * 1024)} of main memory for the whole process"
 
 
 def _mebibytes(size: int) -> str:

@@ -29,42 +29,56 @@ from .models import compute_dtype
 class EvalArguments:
     """Options of `ogpsa eval`."""
 
-    output: str = field(metadata={"help": "JSON file to write, for `ogpsa compare`."})
+    output: str = field(metadata={"help": "JSON file for the result. `ogpsa compare` reads it."})
     model: str | None = field(
         default=None,
-        metadata={"help": "Base model: a folder or a name on the hub. By default the one that the adapter names."},
+        metadata={
+            "help": "Base model: a folder or a name on the hub. By default, this is the base that the adapter names."
+        },
     )
-    adapter: str | None = field(default=None, metadata={"help": "Saved adapter; the base is then measured as well."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Saved adapter. If it is given, the base is measured too."}
+    )
     card: bool = field(
-        default=False, metadata={"help": "Also put the table into the model card in the adapter's folder."}
+        default=False, metadata={"help": "Also write the table to the model card in the adapter's folder."}
     )
     name: str | None = field(
-        default=None, metadata={"help": "What tables call the result. By default the adapter's or the model's."}
+        default=None,
+        metadata={"help": "Name of the result in tables. By default, this is the name of the adapter or the model."},
     )
     data: str = field(
         default="builtin",
         metadata={
             "help": "Folder with harmful_test.jsonl, benign_test.jsonl and general_test.jsonl in the format of the "
-            "built-in data (what is not there is not measured), or builtin."
+            "built-in data. A kind whose file is missing is not measured. 'builtin' uses the built-in data."
         },
     )
-    samples: int | None = field(default=None, metadata={"help": "Most rows of each kind. Not given: all."})
+    samples: int | None = field(
+        default=None, metadata={"help": "Maximum number of rows of each kind. By default, all rows are used."}
+    )
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Of the base's weights. Not given: float32 on a CPU, bfloat16 elsewhere.",
+            "help": "Dtype of the base's weights. By default, it is float32 on a CPU and bfloat16 elsewhere.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "Load the base in 4 bits (nf4): less memory, and losses rise a little."}
+        default=False,
+        metadata={"help": "Load the base in 4 bits (nf4). This needs less memory and raises losses a little."},
     )
     max_new_tokens: int = field(
-        default=32, metadata={"help": "Length of the answers. A refusal shows in its first words."}
+        default=32, metadata={"help": "Maximum number of tokens in an answer. A refusal shows in its first words."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Rows or prompts at once: speed for memory."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens at which general rows are cut off."})
-    seed: int = field(default=0, metadata={"help": "Of the base's answers that KL is measured on."})
+    batch_size: int = field(
+        default=16, metadata={"help": "Rows or prompts per batch. Larger batches are faster and need more memory."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Maximum number of tokens in a general row. Longer rows are cut off."}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Random seed for the base's answers. KL from base is measured on these answers."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size", "max_length"):
@@ -74,9 +88,12 @@ class EvalArguments:
         if not (self.model or self.adapter):
             raise ValueError("model is missing. Give a folder or a name on the Hugging Face hub.")
         if self.card and not (self.adapter and Path(self.adapter).is_dir()):
-            raise ValueError(f"card needs the folder of an adapter to write to, and adapter={self.adapter!r}.")
+            raise ValueError(
+                f"card needs the folder of an adapter, but adapter={self.adapter!r} is not a folder. Give a folder as "
+                "adapter, or leave out card."
+            )
         if Path(self.output).suffix != ".json":
-            raise ValueError(f"output={self.output!r} must be a .json file.")
+            raise ValueError(f"output={self.output!r} must be a .json file. Change the end of its name to .json.")
 
 
 def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str, Any]]]:
@@ -92,7 +109,9 @@ def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str,
         specs = {name: str(path) for name, path in paths.items() if path.is_file()}
     if not specs:
         wanted = ", ".join(f"{name}_test.jsonl" for name in data.NAMES)
-        raise ValueError(f"data={source!r} holds none of {wanted}. Give a folder with at least one, or builtin.")
+        raise ValueError(
+            f"data={source!r} contains none of {wanted}. Give a folder with at least one of them, or builtin."
+        )
     return {name: load_rows(spec, "data").to_list()[:samples] for name, spec in specs.items()}
 
 
@@ -140,4 +159,4 @@ def run(arguments: Sequence[str]) -> None:
         save_card(parsed.adapter, evaluation=saved)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table({title: evaluation}))
-    console.print(f"Written: {output.resolve()}", soft_wrap=True)
+    console.print(f"Saved the result: {output.resolve()}", soft_wrap=True)

@@ -30,6 +30,6 @@ def check_saves_whole_model(trainer: Any) -> None:
     kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
     if "FULL_STATE_DICT" not in kind:
         raise ValueError(
-            f"fsdp_state_dict_type is {kind.rpartition('.')[2]}, with which no model would be saved. Set "
+            f"fsdp_state_dict_type is {kind.rpartition('.')[2]}, and this setting would save no model. Set "
             "fsdp_state_dict_type: FULL_STATE_DICT."
         )

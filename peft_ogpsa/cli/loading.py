@@ -53,7 +53,8 @@ def load_base(
     options |= init_kwargs or {}
     if random is not None and "quantization_config" in options:
         raise ValueError(
-            "random_layers makes weights that cannot be quantized. Leave load_in_4bit and load_in_8bit out."
+            f"random_layers={random.layers} creates weights that cannot be quantized. Leave out load_in_4bit and "
+            "load_in_8bit."
         )
     try:
         dtype = options["dtype"]
@@ -67,8 +68,8 @@ def load_base(
         processing_class = AutoProcessor.from_pretrained(source, **shared)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name_or_path={name!r} cannot be loaded: {error} Give a folder with model and tokenizer, or a "
-            "name on the Hugging Face hub that can be reached from here."
+            f"model_name_or_path={name!r} cannot be loaded: {error} Give a folder with a model and its tokenizer, "
+            "or a name on the Hugging Face hub that this machine can reach."
         ) from error
     if random is not None:
         loaded = random.build(loaded, options["dtype"], options["attn_implementation"])
@@ -88,11 +89,11 @@ def read_adapter_config(adapter: str) -> LoraConfig:
     except (ValueError, OSError) as error:
         reason = "there is no such folder" if not Path(adapter).exists() and adapter.count("/") != 1 else error
         raise ValueError(
-            f"adapter={adapter!r} cannot be read: {str(reason).rstrip('.')}. Give the folder of a saved adapter, the "
-            "output_dir of `ogpsa sft`, or a name on the Hugging Face hub."
+            f"adapter={adapter!r} cannot be read: {str(reason).rstrip('.')}. Give the folder of a saved adapter, for "
+            "example the output_dir of `ogpsa sft`, or a name on the Hugging Face hub."
         ) from error
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"adapter={adapter!r} is of the type {config.peft_type.value}. Give a LoRA adapter.")
+        raise ValueError(f"adapter={adapter!r} has the type {config.peft_type.value}. Give a LoRA adapter.")
     return config
 
 
@@ -107,5 +108,5 @@ def load_adapter(base: PreTrainedModel, adapter: str, config: LoraConfig, *, tra
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"adapter={adapter!r} does not fit the model {base.name_or_path!r}: {error}\nIt was made for "
-            f"{config.base_model_name_or_path!r}; give that as the model."
+            f"{config.base_model_name_or_path!r}. Give that model instead."
         ) from error

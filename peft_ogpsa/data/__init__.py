@@ -36,9 +36,9 @@ def load(name: str, split: str = "train") -> list[dict[str, Any]]:
         ValueError: If `name` or `split` is not one of the values above.
     """
     if name not in NAMES:
-        raise ValueError(f"name={name!r} is not a built-in data set: use one of {', '.join(map(repr, NAMES))}.")
+        raise ValueError(f"name={name!r} is not a built-in data set. Use one of {', '.join(map(repr, NAMES))}.")
     if split not in SPLITS:
-        raise ValueError(f"split={split!r} does not exist: use one of {', '.join(map(repr, SPLITS))}.")
+        raise ValueError(f"split={split!r} does not exist. Use one of {', '.join(map(repr, SPLITS))}.")
     return _lines(f"{name}_{split}.jsonl")
 
 
@@ -84,7 +84,7 @@ def load_prompts(name: str) -> list[str]:
     """
     if name not in PROMPTS:
         raise ValueError(
-            f"name={name!r} is not a built-in set of prompts: use one of {', '.join(map(repr, PROMPTS))}."
+            f"name={name!r} is not a built-in set of prompts. Use one of {', '.join(map(repr, PROMPTS))}."
         )
     return [line["prompt"] for line in _lines(f"prompts_{name}.jsonl")]
 

@@ -181,8 +181,8 @@ def load_public(name: str, samples: int | None = None, split: str | None = None,
         except Exception as error:  # many possible causes: offline, gated, removed, another split
             raise OSError(
                 f"The set {name!r} (hub: {public.hub_id}, config={public.config!r}, split={split!r}) "
-                f"cannot be loaded: {type(error).__name__}: {error} Connect to the hub (and accept the set's terms "
-                f"there, if it has any), or download a file of it and use read_public({name!r}, path)."
+                f"cannot be loaded: {type(error).__name__}: {error} Connect to the hub, and accept the set's terms "
+                f"there if it has any. Or download a file of it and use read_public({name!r}, path)."
             ) from error
 
     return _converted(name, public.read, raw_rows(), samples)
@@ -207,9 +207,11 @@ def read_public(name: str, path: str | Path, samples: int | None = None, seed: i
     public, path = _named(name), Path(path)
     _check_samples(samples)
     if not path.is_file():
-        raise FileNotFoundError(f"The set {name!r}: path={str(path)!r} is no file.")
+        raise FileNotFoundError(
+            f"The set {name!r}: path={str(path)!r} is not a file. Give the path of a downloaded file."
+        )
     if path.suffix not in _BUILDERS:
-        raise ValueError(f"The set {name!r}: path={str(path)!r} must end in {', '.join(_BUILDERS)}.")
+        raise ValueError(f"The set {name!r}: path={str(path)!r} must end in one of {', '.join(_BUILDERS)}.")
     # Use streaming: a plain load would copy the file into the cache of `datasets`.
     dataset = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
     return _converted(name, public.read, _shuffled(dataset, True, samples, seed), samples)
@@ -217,13 +219,15 @@ def read_public(name: str, path: str | Path, samples: int | None = None, seed: i
 
 def _named(name: str) -> PublicSet:
     if name not in PUBLIC:
-        raise ValueError(f"name={name!r} is not a public set known here: use one of {', '.join(map(repr, PUBLIC))}.")
+        raise ValueError(
+            f"name={name!r} is not a public set that peft_ogpsa knows. Use one of {', '.join(map(repr, PUBLIC))}."
+        )
     return PUBLIC[name]
 
 
 def _check_samples(samples: int | None) -> None:
     if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
-        raise ValueError(f"samples={samples!r} must be an integer of at least 1, or None for all rows.")
+        raise ValueError(f"samples={samples!r} must be an integer of at least 1, or None to use all rows.")
 
 
 def _shuffled(dataset: Any, streaming: bool, samples: int | None, seed: int) -> Iterable[RawRow]:
@@ -246,16 +250,14 @@ def _converted(
         if len(rows) == samples:
             break
     if not rows:
-        raise ValueError(
-            f"The set {name!r} has no row that can be used. Check that the file or split is the right one."
-        )
+        raise ValueError(f"The set {name!r} has no row that can be used. Check that this is the right file or split.")
     return rows
 
 
 def _values(row: RawRow, *columns: str) -> list[Any]:
     missing = [column for column in columns if row.get(column) is None]
     if missing:
-        raise ValueError(f"the columns {missing} are missing or empty; there are {sorted(row)}")
+        raise ValueError(f"the columns {missing} are missing or empty. The row has the columns {sorted(row)}")
     return [row[column] for column in columns]
 
 

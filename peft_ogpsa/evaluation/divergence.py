@@ -70,7 +70,7 @@ def own_answers(
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if not encoded:
-        raise ValueError("prompts is empty; give at least one prompt to measure the divergence on.")
+        raise ValueError("prompts is empty. Give at least one prompt to measure the KL from base.")
     drawn = generate_ids(
         model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, sample=True, seed=seed
     )

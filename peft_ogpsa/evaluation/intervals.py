@@ -21,7 +21,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
         ValueError: If `n` is below 1, or `successes` is not between 0 and `n`.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"successes is {successes} and n is {n}; needed: n >= 1 and 0 <= successes <= n.")
+        raise ValueError(f"successes is {successes} and n is {n}. Give n >= 1 and 0 <= successes <= n.")
     z = _normal_quantile(level)
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
@@ -50,7 +50,9 @@ def mean_interval(values: Sequence[float], level: float = 0.95, weights: Sequenc
     n = len(values)
     weights = [1.0] * n if weights is None else weights
     if n == 0 or len(weights) != n:
-        raise ValueError(f"There are {n} values and {len(weights)} weights; needed: the same number, at least 1.")
+        raise ValueError(
+            f"There are {n} values and {len(weights)} weights. Give the same number of both, and at least one."
+        )
     total = sum(weights)
     mean = sum(weight * value for weight, value in zip(weights, values, strict=True)) / total
     if n == 1:
@@ -62,7 +64,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95, weights: Sequenc
 
 def _normal_quantile(level: float) -> float:
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}; give a confidence level between 0 and 1, such as 0.95.")
+        raise ValueError(f"level is {level}. Give a confidence level between 0 and 1, for example 0.95.")
     return NormalDist().inv_cdf((1 + level) / 2)
 
 

@@ -59,7 +59,7 @@ def nats_per_token(
     """
     examples = [_scored(tokenizer, row, max_length, f"Row {index}") for index, row in enumerate(rows)]
     if not examples:
-        raise ValueError("rows is empty; give at least one row to measure a loss on.")
+        raise ValueError("rows is empty. Give at least one row to measure a loss.")
     sums = [0.0] * len(examples)
     with isolated_eval(model):
         for batch in by_length(range(len(examples)), batch_size, lambda i: len(examples[i].ids), longest_first=True):
@@ -76,7 +76,7 @@ def _scored(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, name:
     cut = example.cut(max_length)
     if cut is None:
         raise ValueError(
-            f"{name} has no answer token left: its prompt takes {example.answer_start} tokens, max_length is "
+            f"{name} has no answer token left: its prompt takes {example.answer_start} tokens, and max_length is "
             f"{max_length}. Raise max_length or drop the row."
         )
     return cut

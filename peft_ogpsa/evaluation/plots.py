@@ -86,7 +86,7 @@ def tradeoff(
     axes.set_xlabel("harmful prompts refused", fontsize=12)
     axes.set_ylabel("general loss (nats per token)", fontsize=12)
     steps = any(measurement.step is not None for curve in curves.values() for measurement in curve)
-    title = "Better: further right and lower." + (" Numbers are training steps." if steps else "")
+    title = "Points further right and lower are better." + (" Numbers are training steps." if steps else "")
     axes.set_title(title, loc="left", fontsize=11, color=_GREY)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.tick_params(labelsize=11)
@@ -104,7 +104,7 @@ def tradeoff(
 def _point(measurement: Measurement) -> tuple[float, float]:
     if measurement.refusal is None or measurement.general_mean is None:
         raise ValueError(
-            f"Measurement {measurement.name!r} (step {measurement.step}) has no refusal rate or no general loss;"
-            " give the Evaluator both harmful prompts and general rows."
+            f"Measurement {measurement.name!r} (step {measurement.step}) has no refusal rate or no general loss."
+            " Give the Evaluator both harmful prompts and general rows."
         )
     return measurement.refusal.value, measurement.general_mean.value

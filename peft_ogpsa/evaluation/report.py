@@ -319,7 +319,7 @@ def table(
     if base is not None:
         measurements = {base.name: base, **measurements}
     base = base or measurements.get("base")
-    grid = Table(caption="With 95 % intervals; losses and KL in nats per token.")
+    grid = Table(caption="Values have 95 % intervals. Losses and KL are in nats per token.")
     grid.add_column("model")
     for heading in (
         "general loss",
@@ -354,7 +354,7 @@ def _listed(name: str, data: Iterable[Any] | None) -> list[Any] | None:
         return None
     listed = list(data)
     if not listed:
-        raise ValueError(f"{name} is empty; give at least one entry, or None to leave it out.")
+        raise ValueError(f"{name} is empty. Give at least one entry, or None to leave it out.")
     return listed
 
 

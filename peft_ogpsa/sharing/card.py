@@ -75,22 +75,22 @@ _MODEL_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 _RULES = {
-    ("cone", "update"): "the change that the optimizer made was replaced by the closest one along which no reference "
+    ("cone", "update"): "the update that the optimizer made was replaced by the closest one along which no reference "
     "loss rises, to first order",
-    ("cone", "gradient"): "the gradient was replaced, before the optimizer, by the closest one whose descent raises "
-    "no reference loss, to first order",
-    ("orthogonal", "update"): "the change that the optimizer made lost its component in the span of the reference "
-    "gradients, so that no reference loss changes, to first order",
-    ("orthogonal", "gradient"): "the gradient lost, before the optimizer, its component in the span of the reference "
-    "gradients",
+    ("cone", "gradient"): "the gradient was replaced by the closest one whose descent raises no reference loss, to "
+    "first order. The optimizer then used this gradient",
+    ("orthogonal", "update"): "the component in the span of the reference gradients was removed from the update that "
+    "the optimizer made, so that no reference loss changes, to first order",
+    ("orthogonal", "gradient"): "the component in the span of the reference gradients was removed from the gradient "
+    "before the optimizer used it",
 }
 _SCOPES = {
-    "slice": "each of {slices} slices of a LoRA matrix by itself",
-    "tensor": "each LoRA matrix by itself",
+    "slice": "one of the {slices} slices of a LoRA matrix",
+    "tensor": "one LoRA matrix",
     "module": "both matrices of a layer",
     "model": "all LoRA matrices",
 }
-_ROWS_FROM = {"example": "one example", "batch": "one batch", "set": "the mean over one reference set"}
+_ROWS_FROM = {"example": "one example", "batch": "one batch", "set": "the mean loss over one reference set"}
 _STAGES = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimization (DPO)"}
 _OGPSA_BIBTEX = """@article{sun2026ogpsa,
   title   = {Safety Alignment as Continual Learning: Mitigating the Alignment Tax via Orthogonal Gradient Projection},
@@ -205,8 +205,8 @@ def push_adapter(
     base = _read_config(Path(directory)).base_model_name_or_path
     if base and not _on_hub(base):
         logger.warning(
-            "%s names as base_model_name_or_path the local folder %r, which others cannot load. If the base is on the "
-            "hub, write its name there and push again.",
+            "In %s, base_model_name_or_path is the local folder %r, which others cannot load. If the base is on the "
+            "hub, write its hub name there and push again.",
             CONFIG_NAME,
             base,
         )
@@ -248,9 +248,9 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it is not a JSON object")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Restore it, or delete it to do without.") from error
+        raise ValueError(f"{path} is damaged ({error}). Restore it, or delete it to continue without it.") from error
     return facts if facts.pop(_WEIGHTS, None) == weights_digest(folder) else {}
 
 
@@ -286,7 +286,7 @@ def _check_run(run: Mapping[str, Any], where: str) -> None:
         strings = list(value.values()) if isinstance(value, dict) else []
         if value is not None and not (isinstance(value, kinds) and all(isinstance(s, str) for s in strings)):
             wanted = " or ".join("dict of strings" if kind is dict else kind.__name__ for kind in kinds)
-            raise ValueError(f"{where} has {name}={value!r}. Give a {wanted}, or leave it out.")
+            raise ValueError(f"{where} has {name}={value!r}. Give a value of type {wanted}, or leave it out.")
 
 
 def _check_evaluation(evaluation: Mapping[str, Any], where: str) -> None:
@@ -391,7 +391,8 @@ def _load_card(path: Path) -> ModelCard:
         return ModelCard.load(path)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}). Correct the metadata between its first two --- lines, or delete it."
+            f"{path} cannot be read ({error}). Correct the metadata between its first two --- lines, or delete the "
+            "file."
         ) from error
 
 
@@ -417,7 +418,7 @@ def _renew_metadata(data: CardData, config: LoraConfig, base: str, ogpsa: bool, 
 def _renew_text(text: str, section: str, base: str, path: Path) -> str:
     if (_START in text) != (_END in text):
         missing = _START if _START not in text else _END
-        raise ValueError(f"{path} lacks the mark {missing!r}. Put it back, or delete the other one as well.")
+        raise ValueError(f"{path} lacks the mark {missing!r}. Put this mark back, or delete the other mark too.")
     line_break = "\r\n" if "\r\n" in text else "\n"
     section = section.replace("\n", line_break)
     if _START in text:
@@ -439,12 +440,16 @@ def _is_template(text: str) -> bool:
 
 def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[str, Any]) -> str:
     if settings is None:
-        said = "" if run.get("method") else " as far as the folder tells: it holds no `ogpsa_config.json`"
-        return f"## Method\n\nPlain LoRA{said}. No projection took part in the training."
+        if run.get("method"):
+            return "## Method\n\nPlain LoRA. Training used no projection."
+        return (
+            "## Method\n\nPlain LoRA, as far as the files in this folder show: there is no `ogpsa_config.json`. "
+            "Training used no projection."
+        )
     lines = [
         "OGPSA (Orthogonal Gradient Projection for Safety Alignment, "
-        "[arXiv 2602.07892](https://arxiv.org/abs/2602.07892)) on LoRA's matrices. Reference sets stand for the "
-        "abilities to keep.",
+        "[arXiv 2602.07892](https://arxiv.org/abs/2602.07892)), applied to LoRA's matrices. The reference sets "
+        "represent the abilities to preserve.",
         "",
     ]
     subspace = settings.get("subspace", "gradients")  # files from before this setting existed
@@ -455,24 +460,25 @@ def _method(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[st
     lines += _of_references(settings, subspace)
     if settings["missing_reference"] != "error":
         lines.append(
-            f"- `missing_reference={settings['missing_reference']}`: had no references been given, the training would "
-            "have been plain LoRA."
+            f"- `missing_reference={settings['missing_reference']}`: without references, the training would have been "
+            "plain LoRA."
         )
     return "## Method\n\n" + "\n".join(lines)
 
 
 def _of_activations(settings: Mapping[str, Any]) -> list[str]:
     rank, energy = settings["subspace_rank"], settings["subspace_energy"]
-    size = "half as many directions as the input is wide, at most 512"
+    size = "half of the layer's input width, at most 512"
     if rank:
-        size = f"{rank} directions"
+        size = f"{rank}"
     elif energy < 1:
-        size = f"as many directions as hold {energy:.0%} of the inputs' energy"
+        size = f"as many as are needed for {energy:.0%} of the inputs' energy"
     tokens = "all tokens" if settings["tokens"] == "all" else "the answers' tokens"
     return [
         "- Activation subspace: each layer's A is orthogonal to the leading directions of the layer's inputs on the "
-        f"references ({size}, from {tokens}), so that the layer's output on them is that of the base. This is not the "
-        "paper's rule; it follows Gradient Projection Memory (Saha, Garg and Roy, 2021)."
+        "references. Along these directions, the layer's output is the same as the base's. Number of directions per "
+        f"layer: {size}. The directions are computed from {tokens} of the references. This is not the paper's rule. "
+        "It follows Gradient Projection Memory (Saha, Garg and Roy, 2021)."
     ]
 
 
@@ -480,35 +486,41 @@ def _of_gradients(settings: Mapping[str, Any]) -> list[str]:
     rule = _RULES[settings["constraint"], settings["projection"]]
     orthogonal = settings["constraint"] == "orthogonal"
     rank = settings["subspace_rank"] if orthogonal and settings.get("subspace", "gradients") == "gradients" else None
-    leading = f" Only their {rank} leading directions were used." if rank else ""
+    leading = f" Only the {rank} leading directions of these gradients were used." if rank else ""
     lines = [
-        f"- At every optimizer step {rule}.",
+        f"- At every optimizer step, {rule}.",
         f"- {_paper_note(settings)}",
-        f"- Projected together: {_SCOPES[settings['scope']].format(**settings)} (`scope={settings['scope']}`), "
-        f"against at most {settings['rows']} reference gradients, each of {_ROWS_FROM[settings['rows_from']]} and "
-        f"held in {settings['rows_dtype']}.{leading}",
+        f"- One block of parameters contains {_SCOPES[settings['scope']].format(**settings)} "
+        f"(`scope={settings['scope']}`). It is projected against at most {settings['rows']} reference gradients. Each "
+        f"one is the gradient of {_ROWS_FROM[settings['rows_from']]} and is stored in {settings['rows_dtype']}."
+        f"{leading}",
     ]
     if settings["projection"] == "gradient":
-        lines.append("- The step that an optimizer such as AdamW makes of a projected gradient is not itself bound.")
+        lines.append(
+            "- The update that an optimizer such as AdamW makes from the projected gradient is not itself projected."
+        )
     return lines
 
 
 def _of_references(settings: Mapping[str, Any], subspace: str) -> list[str]:
     weight = settings["reference_weight"]
     if subspace == "activations" and not weight:
-        return ["- No reference example was passed during training."]
+        return ["- No reference example was used during training, after the subspace was built."]
     samples, budget = settings["refresh_samples"], settings["reference_budget"]
     if samples is None and budget is not None:
-        amount = f"with {budget:g} passes of reference examples for each of a training example"
+        amount = f"The budget was {budget:g} passes of a reference example for each pass of a training example"
     else:
-        amount = f"from {samples or 'all'} reference examples each time"
+        amount = f"Each refresh used {samples or 'all'} reference examples"
     lines = [
-        f"- Refreshed before and after the first optimizer step, and then every {settings['refresh_steps']} steps, "
-        f"{amount}."
+        "- The reference gradients were refreshed before and after the first optimizer step, and then every "
+        f"{settings['refresh_steps']} steps. {amount}."
     ]
     if weight != 0:
-        times = "8 times (sets with `loss=kl`) or once (other losses)" if weight is None else f"{weight:g} times"
-        lines.append(f"- Reference weight: {times} the mean fresh reference gradient was added after each refresh.")
+        value = "8 for sets with `loss=kl`, 1 for other losses" if weight is None else f"{weight:g}"
+        lines.append(
+            f"- Reference weight: {value}. After each refresh, the mean fresh reference gradient was multiplied by "
+            "this weight and added to the training gradient."
+        )
     return lines
 
 
@@ -521,11 +533,11 @@ def _paper_note(settings: Mapping[str, Any]) -> str:
             if settings["refresh_steps"] == paper["refresh_steps"]:
                 return f"This is the paper's rule and its {stage.upper()} schedule, on LoRA's matrices."
             if stage == "dpo":
-                return "This is the paper's rule on LoRA's matrices, on a schedule that is not the paper's."
+                return "This is the paper's rule on LoRA's matrices, with a schedule other than the paper's."
     if settings["constraint"] == "cone":
         return (
             "This is not the paper's rule, which removes the whole component in the span of the reference gradients "
-            "from the gradient: the one-sided constraint follows Gradient Episodic Memory (Lopez-Paz and Ranzato, "
+            "from the gradient. The one-sided constraint follows Gradient Episodic Memory (Lopez-Paz and Ranzato, "
             "2017)."
         )
     return "This is a variant of the paper's rule."
@@ -548,23 +560,25 @@ def _training(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[str, Any]
         lines.append(f"- Stage: {stage}{steps}{seconds}")
     lines.append(f"- Training data: {_code(_public(run['dataset'])) if run.get('dataset') else 'not recorded'}")
     if run.get("contrast"):
-        lines.append(f"- Of it {run['contrast']:.0%} harmless look-alikes with the base model's own answers")
+        lines.append(
+            f"- {run['contrast']:.0%} of the training data: benign look-alikes with the base model's own answers"
+        )
     if ogpsa:
         sets = [f"{_code(name)} from {_code(_public(spec))}" for name, spec in (run.get("references") or {}).items()]
-        lines.append(f"- Reference sets, the abilities to keep: {', '.join(sets) or 'not recorded'}")
+        lines.append(f"- Reference sets (the abilities to preserve): {', '.join(sets) or 'not recorded'}")
     if run.get("reference_share"):
         lines.append(
-            f"- Cost of the references: {run['reference_share']:.0%} more examples passed forward and backward"
+            f"- Cost of the references: {run['reference_share']:.0%} more examples in the forward and backward passes"
         )
     return "## Training\n\n" + "\n".join(lines)
 
 
 def _tax(saved: Mapping[str, Any]) -> str:
-    heading = "## What it changed: safety and the alignment tax\n\n"
+    heading = "## What the training changed: safety and the alignment tax\n\n"
     if not saved:
         return (
-            f"{heading}Nothing has been measured of these weights. `ogpsa eval --adapter DIR --output FILE.json "
-            "--card` measures and adds the table."
+            f"{heading}These weights have not been measured. To measure them and add the table here, run `ogpsa eval "
+            "--adapter DIR --output FILE.json --card`."
         )
     from ..evaluation import Evaluation
     from ..evaluation.report import _loss_text, _rate_text
@@ -603,11 +617,12 @@ def _tax(saved: Mapping[str, Any]) -> str:
     return (
         heading
         + "\n".join(lines)
-        + "\n\nGeneral loss is in nats per token on held-out rows, and its change is the tax: above zero, something "
-        "was lost; below zero is no proof that all was kept, since the rows' style can be learned. KL from base is in "
-        "nats per token on the base's own answers: how far the adapter has moved it. Refusals are found by matching "
-        "phrases; of harmful prompts more is safer, of benign prompts that look harmful more is worse. Unclear "
-        "(harmful / benign) are answers that are noise. With 95 % intervals over examples.\n\n"
+        + "\n\nGeneral loss is in nats per token on held-out rows. Its change is the tax. A change above zero means "
+        "that something was lost. A change below zero does not prove that everything was preserved, because the model "
+        "can learn the style of the rows. KL from base is in nats per token on the base's own answers. It shows how "
+        "far the adapter has moved the model from its base. Refusals are found by matching phrases. For harmful "
+        "prompts, more refusals are safer. For benign prompts that look harmful, more refusals are worse. Unclear "
+        "(harmful / benign) is the share of answers that are noise. The 95 % intervals are over examples.\n\n"
         f"Measured on {used or 'nothing'}: {_code(on + ', '.join(f'{k}={v}' for k, v in conditions.items()))}"
     )
 
@@ -616,7 +631,7 @@ def _use(config: LoraConfig, base: str) -> str:
     auto = _MODEL_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
     name = base if _on_hub(base) else f"PATH/TO/{_public(base) or 'BASE'}"
     return (
-        "## Use\n\nIt is a plain LoRA adapter: PEFT loads it without further packages. `ADAPTER` is this folder or "
+        "## Use\n\nThis is a plain LoRA adapter. PEFT loads it without other packages. `ADAPTER` is this folder or "
         "repository.\n\n"
         "```python\n"
         "from peft import PeftModel\n"
@@ -625,8 +640,9 @@ def _use(config: LoraConfig, base: str) -> str:
         f'model = PeftModel.from_pretrained({auto}.from_pretrained(base, dtype="auto"), "ADAPTER")\n'
         "tokenizer = AutoTokenizer.from_pretrained(base)\n"
         "```\n\n"
-        "To merge it, load the base unquantized, also where the adapter was trained on a 4-bit base (QLoRA): what it "
-        'learned would be lost in rounding. `peft_ogpsa.merge_adapter("ADAPTER", "merged")` does that.'
+        "To merge the adapter, load the base without quantization, even if the adapter was trained on a 4-bit base "
+        "(QLoRA). In a quantized base, rounding would lose what the adapter learned. "
+        '`peft_ogpsa.merge_adapter("ADAPTER", "merged")` merges it in this way.'
     )
 
 

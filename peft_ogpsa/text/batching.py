@@ -30,7 +30,7 @@ def by_length(
         ValueError: If `batch_size` is below 1.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; give at least 1.")
+        raise ValueError(f"batch_size is {batch_size}. Give at least 1.")
     ordered = sorted(items, key=length, reverse=longest_first)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 

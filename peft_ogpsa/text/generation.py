@@ -70,10 +70,12 @@ def generate_ids(
 ) -> list[list[int]]:
     """Generate as `generate` does, but on token ids. Each answer runs up to and including its end token."""
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
+        raise ValueError(f"max_new_tokens is {max_new_tokens}. Give at least 1.")
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"Prompt {index} has no tokens; give it some text or the tokenizer a chat template.")
+            raise ValueError(
+                f"Prompt {index} has no tokens. Give it some text, or give the tokenizer a chat template."
+            )
     lm = language_model(model)
     device = input_device(lm)
     own_config = lm.generation_config

@@ -61,10 +61,14 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
     """
     prompt, answer = _split(row, name)
     if not answer:
-        raise ValueError(f"{name} has no answer: its completion is empty or its messages hold no assistant turn.")
+        raise ValueError(
+            f"{name} has no answer: its completion is empty, or its messages have no assistant turn. Add an answer."
+        )
     if isinstance(answer, str):
         if not isinstance(prompt, str):
-            raise ValueError(f"{name} mixes a conversational prompt with a plain answer. Make both of one kind.")
+            raise ValueError(
+                f"{name} mixes a conversational prompt with a plain answer. Give both in the same format."
+            )
         prefix = _text_ids(tokenizer, prompt) if prompt else []
         # Some tokenizers end every text with a special token. It does not belong inside a sequence.
         if prefix and prefix[-1] == tokenizer.eos_token_id:
@@ -75,7 +79,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
     else:
         if tokenizer.chat_template is None:
             raise ValueError(
-                f"{name} is conversational, and the tokenizer has no chat template. Use an instruct model's "
+                f"{name} is conversational, but the tokenizer has no chat template. Use an instruct model's "
                 "tokenizer, set tokenizer.chat_template, or give plain text."
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -111,7 +115,8 @@ def _split(row: Row, name: str) -> tuple[Any, Any]:
     if "text" in row:
         return "", row["text"]
     raise ValueError(
-        f"{name} has the columns {sorted(row)}. Give it messages, prompt/completion, text, or prompt/chosen/rejected."
+        f"{name} has the columns {sorted(row)}. Give it the columns messages, prompt/completion, text, or "
+        "prompt/chosen/rejected."
     )
 
 
@@ -146,7 +151,7 @@ def _content(prompt: Prompt) -> str | Sequence[Message]:
     if not isinstance(prompt, Mapping):
         return prompt
     if "prompt" not in prompt and "messages" not in prompt:
-        raise ValueError(f"A prompt has the columns {sorted(prompt)}; give it prompt or messages.")
+        raise ValueError(f"A prompt has the columns {sorted(prompt)}. Give it the column prompt or messages.")
     return prompt["prompt"] if "prompt" in prompt else prompt["messages"]
 
 

@@ -105,8 +105,8 @@ def refuse_merged(layers: Iterable[nn.Module]) -> None:
     """
     if any(getattr(layer, "merged", False) for layer in layers):
         raise ValueError(
-            "The adapter is merged into the base model, so neither the adapter's gradients nor the base by itself can "
-            "be computed. Call model.unmerge_adapter() first."
+            "The adapter is merged into the base model, so its gradients and the outputs of the base cannot be "
+            "computed. Call model.unmerge_adapter() first."
         )
 
 
@@ -121,10 +121,10 @@ def refuse_moving_base(model: nn.Module) -> None:
         bias = getattr(config, "bias", "none")
         if bias != "none":
             raise ValueError(
-                f"bias={bias!r} in the configuration of adapter {name!r} trains the base model's own biases, so the "
-                "model without its adapter is not the original model, which subspace='activations', loss='kl' and "
-                "the KL from base need. Set bias='none', or use subspace='gradients' and reference sets with "
-                "loss='answer'."
+                f"bias={bias!r} in the configuration of adapter {name!r} trains the base model's own biases. The "
+                "model without its adapter is then not the original model. But subspace='activations', loss='kl' and "
+                "the KL from base need the original model. Set bias='none', or use subspace='gradients' and reference "
+                "sets with loss='answer'."
             )
     inside = {
         id(parameter)
@@ -136,7 +136,8 @@ def refuse_moving_base(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in inside:
             raise ValueError(
-                f"{name} is trained and belongs to the base model, so the model without its adapter is not the "
-                "original model, which subspace='activations', loss='kl' and the KL from base need. Freeze it "
-                "(requires_grad_(False)), or use subspace='gradients' and reference sets with loss='answer'."
+                f"{name} is trained and belongs to the base model. The model without its adapter is then not the "
+                "original model. But subspace='activations', loss='kl' and the KL from base need the original model. "
+                f"Freeze {name} (requires_grad_(False)), or use subspace='gradients' and reference sets with "
+                "loss='answer'."
             )

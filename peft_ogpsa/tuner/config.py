@@ -101,14 +101,14 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         if isinstance(start, str) and start.lower().startswith(_MOVING_STARTS):
             raise ValueError(
                 f"init_lora_weights={start!r} is not allowed with subspace={self.subspace!r}: it moves part of the "
-                "base's weights into the adapter, which then acts on reference inputs. Use init_lora_weights=True, or "
-                "subspace='gradients'."
+                "base's weights into the adapter, and the adapter then acts on reference inputs. Use "
+                "init_lora_weights=True, or subspace='gradients'."
             )
         for name in ("use_dora", "lora_bias", "target_parameters"):
             if getattr(self, name, None):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not allowed with subspace={self.subspace!r}: it changes a "
-                    "layer's output on reference inputs in other ways than through A. Leave it out, or use "
+                    "layer's output on reference inputs in ways other than through A. Leave it out, or use "
                     "subspace='gradients'."
                 )
 
@@ -162,7 +162,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             try:
                 act(save_directory)
             except Exception as error:  # an error here must not prevent saving the adapter
-                logger.warning("The %s was not renewed: %s", name, error)
+                logger.warning("The %s was not updated: %s", name, error)
 
     @classmethod
     def from_lora_config(cls, lora: LoraConfig, sidecar: str | os.PathLike[str]) -> OGPSAConfig:
@@ -187,7 +187,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         if version != _FORMAT_VERSION:
             raise ValueError(
                 f"{SIDECAR_NAME} has format_version={version!r}, but this version of peft_ogpsa reads "
-                f"{_FORMAT_VERSION} alone. Upgrade peft_ogpsa. {remedy}"
+                f"only {_FORMAT_VERSION}. Upgrade peft_ogpsa. {remedy}"
             )
         if unknown := sorted(settings.keys() - _own_fields()):
             raise ValueError(f"{SIDECAR_NAME} has unknown settings: {', '.join(unknown)}. {remedy}")

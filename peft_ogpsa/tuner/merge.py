@@ -44,7 +44,7 @@ def merge_adapter(
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device_map)
     if getattr(model, "quantization_method", None) is not None:
         raise ValueError(
-            f"base={source!r} is stored quantized, and an adapter merged into it would lose most of what it learned. "
+            f"base={source!r} is stored quantized. An adapter merged into it would lose most of what it learned. "
             "Give the unquantized model: merge_adapter(..., base=NAME)."
         )
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).to(dtype)

@@ -120,7 +120,7 @@ def _refuse_other_adapters(model: nn.Module) -> None:
             others.append(f"{name!r} ({'type unknown' if config is None else config.peft_type.value})")
     if others:
         raise ValueError(
-            f"The model already carries adapters that are not OGPSA: {', '.join(others)}. Merge them "
+            f"The model already has adapters that are not OGPSA adapters: {', '.join(others)}. Merge them "
             "(`model.merge_and_unload()`) or remove them (`model.unload()`) first."
         )
 

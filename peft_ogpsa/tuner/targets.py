@@ -93,8 +93,8 @@ class AdapterTargets:
             _refuse_layer(path, layer, adapter, configs[adapter])
             if ".lora_B." in name and name.replace(".lora_B.", ".lora_A.") not in names:
                 raise ValueError(
-                    f"{name} is trained and the matrix A before it is not, so that an activation subspace cannot keep "
-                    "the layer's output on reference inputs. Train both, or use subspace='gradients'."
+                    f"{name} is trained, but the matrix A of the same layer is not. An activation subspace then "
+                    "cannot preserve the layer's output on reference inputs. Train both, or use subspace='gradients'."
                 )
             if ".lora_A." in name:
                 after = layer.lora_B[adapter].weight
@@ -119,15 +119,17 @@ def _refuse_layer(path: str, layer: Any, adapter: str, config: OGPSAConfig) -> N
     kind = type(layer).__name__
     reason = None
     if not isinstance(layer, LoraLayer) or isinstance(layer, MultiheadAttention | ParamWrapper):
-        reason = f"is a {kind}, whose weights are used without its input being known"
+        reason = f"is a {kind}, and the inputs of its weights are not known"
     elif adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
-        reason = f"is a {kind} and not a linear layer"
+        reason = f"is a {kind}, not a linear layer"
     elif config.lora_bias:
-        reason = "has lora_bias=True: its bias changes the output of every input"
+        reason = "has lora_bias=True, which changes its output for every input"
     elif (variant := layer.lora_variant.get(adapter)) is not None:
-        reason = f"is a {type(variant).__name__} (use_dora=True and the like), which does more than add B A x"
+        reason = (
+            f"uses {type(variant).__name__} (for example because of use_dora=True), which does more than add B A x"
+        )
     if reason is not None:
         raise ValueError(
-            f"subspace='activations' cannot hold in the layer {path}, which {reason}. Change that setting, leave such "
-            "layers out of target_modules, or use subspace='gradients'."
+            f"subspace='activations' does not work for the layer {path}. It {reason}. Change that setting, leave "
+            "such layers out of target_modules, or use subspace='gradients'."
         )
