@@ -16,7 +16,7 @@ from .divergence import Anchored, divergence_loss
 from .preferences import Pair, preference_loss
 
 ANCHORED_WEIGHT = 8.0
-"""The default reference weight of a set with loss="kl"; docs/tax.md has the measurement."""
+"""The default reference weight of a set with loss="kl"; benchmarks/results/tax.md has the measurement."""
 
 
 def collate(
