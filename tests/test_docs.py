@@ -1,15 +1,18 @@
-"""The README's script runs as it stands, and the site's links to files of the repository exist."""
+"""The README's script runs as it stands, links lead somewhere, and every setting is explained once."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from models import tiny_llama, tiny_tokenizer
+
+from peft_ogpsa import FullParameterConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 import hooks
@@ -122,3 +125,10 @@ def test_links_between_files_of_the_repository():
             elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text(encoding="utf-8")):
                 broken.append(f"{path.relative_to(ROOT)}: {target}#{anchor}")
     assert not broken
+
+
+def test_configuration_has_one_row_for_each_field():
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    tables = text[: text.index("## The paper's rule")]
+    explained = re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)
+    assert sorted(explained) == sorted(field.name for field in fields(FullParameterConfig))
