@@ -41,8 +41,8 @@ def draw(file: Path) -> None:
         right.bar_label(bars, fmt="%.1f", padding=3)
         right.set_yticks(range(len(runs)), names)
     right.invert_yaxis()
-    right.set(title="Peak memory, GiB (computed)", xlim=(0, 15))
-    right.legend(frameon=False, loc="center right")
+    right.set(title="Peak memory, GiB (computed)", xlim=(0, 18))
+    right.legend(frameon=False, loc="upper right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130)

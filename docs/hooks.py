@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Links that work in the repository and on the site, and files outside `docs/` that the site shows."""
+"""Links that work in the repository and on the site, and the site's files outside `docs/`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ _LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)]*)?\)")
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds the pages at the root of the repository and the figures that benchmarks made."""
-    figures = {f"figures/{path.relative_to(RESULTS).as_posix()}": path for path in sorted(RESULTS.rglob("*.png"))}
+    figures = {
+        f"figures/{path.relative_to(RESULTS).as_posix()}": path
+        for path in sorted(RESULTS.rglob("*.png"))
+    }
     for place, path in {**_PAGES, **figures}.items():
         files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Turns links between files of the repository into links on the site, or to the repository's own site.
+    """Turns links between files of the repository into links on the site, or to the repository.
 
     Raises:
         FileNotFoundError: If there is no such file.
     """
-    on_site = {Path(file.abs_src_path): file.src_uri for file in files if not file.inclusion.is_excluded()}
+    on_site = {
+        Path(file.abs_src_path): file.src_uri for file in files if not file.inclusion.is_excluded()
+    }
     folder = Path(page.file.abs_src_path).parent
     place = posixpath.dirname(page.file.src_uri)
 
@@ -41,7 +46,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         if target in on_site:
             return f"]({posixpath.relpath(on_site[target], place or '.')}{anchor})"
         if not target.exists():
-            raise FileNotFoundError(f"{page.file.src_uri} links to {match['path']}, which does not exist.")
+            raise FileNotFoundError(
+                f"{page.file.src_uri} links to {match['path']}, which does not exist."
+            )
         kind = "tree" if target.is_dir() else "blob"
         return f"]({config.repo_url}/{kind}/main/{target.relative_to(ROOT).as_posix()}{anchor})"
 

@@ -24,7 +24,7 @@ CHANGES = {  # for a CPU, a tiny model that has a position for each of 512 bytes
     "torch.float16": "torch.float32",
     "        fp16=True,\n        bf16=False,\n": "",
     "max_steps=30": "max_steps=2, bf16=False, use_cpu=True, max_length=128, disable_tqdm=True",
-    "samples=48, max_new_tokens=64": "samples=4, max_length=400, cache_dir='answers', progress=False",
+    "samples=48": "samples=4, max_length=400, cache_dir='answers', progress=False",
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
