@@ -14,6 +14,9 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 _PAGES = {"contributing.md": ROOT / "CONTRIBUTING.md", "changelog.md": ROOT / "CHANGELOG.md"}
+# Marks of Hugging Face's docstring style, which mkdocstrings shows as they are.
+_TYPE = re.compile(r"<code>[^<]*`[^<]*</code>")
+_NAME = re.compile(r"\[<code>~?(?P<name>[\w.]+)</code>\]")
 _LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)]*)?\)")
 
 
@@ -53,3 +56,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"]({config.repo_url}/{kind}/main/{target.relative_to(ROOT).as_posix()}{anchor})"
 
     return _LINK.sub(link, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Removes the marks of Hugging Face's docstring style from the reference."""
+    if page.file.src_uri != "api.md":
+        return html
+    html = _TYPE.sub(lambda match: re.sub(r"\[`~?|`\]|[`*]", "", match[0]), html)
+    return _NAME.sub(r"<code>\g<name></code>", html)

@@ -101,6 +101,21 @@ def test_a_link_to_nothing():
         hooks.on_page_markdown("[a](../nowhere.md)", page("errors.md"), CONFIG, [])
 
 
+@pytest.mark.parametrize(
+    ("html", "expected"),
+    [
+        ("<code>`int`, *optional*</code>", "<code>int, optional</code>"),
+        ("<code>`Sequence[str]`</code>", "<code>Sequence[str]</code>"),
+        ("<code>[`~peft.LoraConfig`]</code>", "<code>peft.LoraConfig</code>"),
+        ("of [<code>~peft.LoraConfig</code>].", "of <code>peft.LoraConfig</code>."),
+        ("<code>rows[0] * 2</code>", "<code>rows[0] * 2</code>"),
+    ],
+)
+def test_marks_of_docstrings(html, expected):
+    assert hooks.on_page_content(html, page("api.md"), CONFIG, FILES) == expected
+    assert hooks.on_page_content(html, page("cli.md"), CONFIG, FILES) == html
+
+
 def pages() -> list[Path]:
     """All Markdown files that are in the repository, except the issue templates."""
     listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
