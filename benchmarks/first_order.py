@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first-order promise on a real model, where training and references pull apart as hard as they can.
 
-    python benchmarks/first_order.py --output docs/first_order
+    python benchmarks/first_order.py --output benchmarks/results/first_order
 
 The references are prompts with the model's own answers; the training rows are the same prompts answered with
 refusals. Rows are refreshed at every step and the learning rate is small, so that first order holds. Writes a plot and

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What OGPSA over whole weights costs under FSDP2, by each process: memory, and what is exchanged. Computed.
 
-    python benchmarks/full_parameter_memory.py --estimate --output docs/full_parameter_memory
+    python benchmarks/full_parameter_memory.py --estimate --output benchmarks/results/full_parameter_memory
     python benchmarks/full_parameter_memory.py --estimate --shape qwen2.5-7b --processes 16 --rows 8
 
 Builds the model without storage and adds up the shards of the largest process. Activations and what FSDP2 gathers

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What OGPSA costs beyond plain QLoRA in memory and time, on models of any shape with random 4-bit weights.
 
-    python benchmarks/memory.py --shape llama3.1-8b --output docs/memory_llama3.1-8b             # on a GPU
-    python benchmarks/memory.py --length 256 --reference-length 128 --output docs/memory_small   # on a CPU
-    python benchmarks/memory.py --estimate --output docs/memory_estimate                         # computed, anywhere
+    python benchmarks/memory.py --shape llama3.1-8b --output benchmarks/results/memory_llama3.1-8b  # a GPU
+    python benchmarks/memory.py --length 256 --reference-length 128 --output benchmarks/results/memory_small  # a CPU
+    python benchmarks/memory.py --estimate --output benchmarks/results/memory_estimate  # computed, anywhere
 
 Prints tables in Markdown and writes the figures as JSON. Every run builds its model anew, one layer's weight at a
 time, so that no 16-bit copy of the model exists anywhere. On a GPU, peaks are those of torch's allocator; the pages of
@@ -414,8 +414,8 @@ def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
     """Computes, not measures, the bytes of what stays, of the parts of each phase, of what it adds, and the peaks.
 
     The factors of activations were counted from the operations of transformers' Llama layers under bfloat16 autocast;
-    `docs/memory.md` says how close they come to measurements. The optimizer is `adamw` or `paged_adamw_8bit`, whose
-    pages are counted too.
+    `benchmarks/results/memory.md` says how close they come to measurements. The optimizer is `adamw` or
+    `paged_adamw_8bit`, whose pages are counted too.
     """
     n = shape.lora_parameters(settings.rank)
     own = BYTES[settings.adapter_dtype]

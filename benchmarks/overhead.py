@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What OGPSA adds to the time of training, beside the paper's rule and replay.
 
-    python benchmarks/overhead.py --output docs/overhead                                  # CPU, SmolLM2-135M
-    python benchmarks/overhead.py --shape qwen2.5-1.5b --length 512 --output docs/overhead_1.5b   # GPU, random weights
-    python benchmarks/overhead.py --shape llama3.1-8b --quantized --length 512 --output docs/overhead_8b
+    python benchmarks/overhead.py --output benchmarks/results/overhead  # CPU, SmolLM2-135M
+    python benchmarks/overhead.py --shape qwen2.5-1.5b --length 512 --output benchmarks/results/overhead_1.5b  # a GPU
+    python benchmarks/overhead.py --shape llama3.1-8b --quantized --length 512 --output benchmarks/results/overhead_8b
 
 All methods take the same training steps in turn, cycle by cycle, in one process; a figure is the median over cycles of
 the ratio to plain LoRA in the same round, so that whatever else the machine does falls on all alike. A turn begins

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How reference gradients are best spent: ways of refreshing at equal cost, over several seeds, beside replay.
 
-    OMP_NUM_THREADS=1 python benchmarks/policies.py --output docs/policies
+    OMP_NUM_THREADS=1 python benchmarks/policies.py --output benchmarks/results/policies
 
 Trains SmolLM2-135M-Instruct as `ogpsa quickstart` does, once for each policy and seed. Every finished run is written
 down at once and not done again, so the command can be stopped and repeated, and more policies or seeds added.

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The projection of one optimizer step against the memory that it must move, and how it scales.
 
-    python benchmarks/projection.py --output docs/projection                                   # CPU, SmolLM2's shape
-    python benchmarks/projection.py --shape llama3.1-8b --rows 8 --output docs/projection_8b   # GPU
+    python benchmarks/projection.py --output benchmarks/results/projection  # CPU, SmolLM2's shape
+    python benchmarks/projection.py --shape llama3.1-8b --rows 8 --output benchmarks/results/projection_8b  # GPU
 
 With `--kernels`, every case is measured with plain torch and then with the Triton kernels (`peft_ogpsa/kernels.py`).
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The activation subspace of a model: how its energy is spread, how it fits held-out references, what it weighs.
 
-python -m benchmarks.subspaces --output docs/activations      # a figure and its numbers
+python -m benchmarks.subspaces --output benchmarks/results/activations      # a figure and its numbers
 python -m benchmarks.subspaces --sizes                        # bytes at 7 and 8 B, computed
 """
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why projecting the update, and not the gradient: what steps do to reference losses, taken apart.
 
-    OMP_NUM_THREADS=1 python benchmarks/why.py --output docs/why
+    OMP_NUM_THREADS=1 python benchmarks/why.py --output benchmarks/results/why
 
 Trains SmolLM2-135M-Instruct once with the default settings and measures, before every step, what is removed, what
 other rules and optimizers would have made of the same gradient, and how far reference gradients have turned. Writes

@@ -1,15 +1,18 @@
-"""The README's script runs as it stands, and the site's links to files of the repository exist."""
+"""The README's script runs as it stands, links lead somewhere, and every setting is explained once."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from models import tiny_llama, tiny_tokenizer
+
+from peft_ogpsa import FullParameterConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 import hooks
@@ -43,11 +46,16 @@ def page(path: str) -> SimpleNamespace:
     return SimpleNamespace(file=SimpleNamespace(abs_src_path=str(ROOT / "docs" / path), src_uri=path))
 
 
-def files(*paths: str) -> SimpleNamespace:
-    own = SimpleNamespace(inclusion=SimpleNamespace(is_excluded=lambda: False))
-    return SimpleNamespace(get_file_from_path=lambda path: own if path in paths else None)
-
-
+SITE = {  # files of the site, by their path in the repository
+    "docs/method.md": "method.md",
+    "docs/guides/dpo.md": "guides/dpo.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/results/why_ages.png": "figures/why_ages.png",
+}
+FILES = [
+    SimpleNamespace(abs_src_path=str(ROOT / path), src_uri=place, inclusion=SimpleNamespace(is_excluded=lambda: False))
+    for path, place in SITE.items()
+]
 CONFIG = SimpleNamespace(repo_url="https://example.org/repo")
 
 
@@ -56,17 +64,86 @@ CONFIG = SimpleNamespace(repo_url="https://example.org/repo")
     [
         ("[a](method.md)", "[a](method.md)"),
         ("[a](method.md#memory)", "[a](method.md#memory)"),
+        ("[a](guides/dpo.md)", "[a](guides/dpo.md)"),
         ("[a](https://arxiv.org/abs/1)", "[a](https://arxiv.org/abs/1)"),
         ("[a](#here)", "[a](#here)"),
         ("[a](../examples/loop.py)", "[a](https://example.org/repo/blob/main/examples/loop.py)"),
         ("[a](../README.md#use)", "[a](https://example.org/repo/blob/main/README.md#use)"),
         ("[a](../examples)", "[a](https://example.org/repo/tree/main/examples)"),
+        ("[a](../CHANGELOG.md)", "[a](changelog.md)"),
+        ("![a](../benchmarks/results/why_ages.png)", "![a](figures/why_ages.png)"),
     ],
 )
 def test_links(link, expected):
-    assert hooks.on_page_markdown(link, page("errors.md"), CONFIG, files("method.md")) == expected
+    assert hooks.on_page_markdown(link, page("errors.md"), CONFIG, FILES) == expected
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("[a](dpo.md)", "[a](dpo.md)"),
+        ("[a](../method.md#memory)", "[a](../method.md#memory)"),
+        ("![a](../../benchmarks/results/why_ages.png)", "![a](../figures/why_ages.png)"),
+    ],
+)
+def test_links_of_a_page_in_a_folder(link, expected):
+    assert hooks.on_page_markdown(link, page("guides/sharing.md"), CONFIG, FILES) == expected
+
+
+def test_links_of_a_page_outside_the_site_s_folder():
+    contributing = SimpleNamespace(abs_src_path=str(ROOT / "CONTRIBUTING.md"), src_uri="contributing.md")
+    links = hooks.on_page_markdown("[a](docs/method.md#memory)", SimpleNamespace(file=contributing), CONFIG, FILES)
+    assert links == "[a](method.md#memory)"
 
 
 def test_a_link_to_nothing():
     with pytest.raises(FileNotFoundError, match=r"errors\.md links to \.\./nowhere\.md"):
-        hooks.on_page_markdown("[a](../nowhere.md)", page("errors.md"), CONFIG, files())
+        hooks.on_page_markdown("[a](../nowhere.md)", page("errors.md"), CONFIG, [])
+
+
+@pytest.mark.parametrize(
+    ("html", "expected"),
+    [
+        ("<code>`int`, *optional*</code>", "<code>int, optional</code>"),
+        ("<code>`Sequence[str]`</code>", "<code>Sequence[str]</code>"),
+        ("<code>[`~peft.LoraConfig`]</code>", "<code>peft.LoraConfig</code>"),
+        ("of [<code>~peft.LoraConfig</code>].", "of <code>peft.LoraConfig</code>."),
+        ("<code>rows[0] * 2</code>", "<code>rows[0] * 2</code>"),
+    ],
+)
+def test_marks_of_docstrings(html, expected):
+    assert hooks.on_page_content(html, page("api.md"), CONFIG, FILES) == expected
+    assert hooks.on_page_content(html, page("cli.md"), CONFIG, FILES) == html
+
+
+def pages() -> list[Path]:
+    """All Markdown files that are in the repository, except the issue templates."""
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / path for path in listed.stdout.splitlines() if not path.startswith(".")]
+
+
+def anchors(markdown: str) -> set[str]:
+    """The anchors of the headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ +(.*)$", re.sub(r"(?ms)^```.*?^```", "", markdown), re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()).strip() for heading in headings)
+    return {re.sub(r"[-\s]+", "-", slug) for slug in words}
+
+
+def test_links_between_files_of_the_repository():
+    broken = []
+    for path in pages():
+        text = re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8"))
+        for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", text):
+            file = (path.parent / target).resolve() if target else path
+            if not file.exists():
+                broken.append(f"{path.relative_to(ROOT)}: {target}")
+            elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text(encoding="utf-8")):
+                broken.append(f"{path.relative_to(ROOT)}: {target}#{anchor}")
+    assert not broken
+
+
+def test_configuration_has_one_row_for_each_field():
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    tables = text[: text.index("## The paper's rule")]
+    explained = re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)
+    assert sorted(explained) == sorted(field.name for field in fields(FullParameterConfig))

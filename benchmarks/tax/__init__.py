@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The alignment tax by method: what safety training costs, at matched safety, over seeds.
 
-    python -m benchmarks.tax --data DIR --output docs/tax
+    python -m benchmarks.tax --data DIR --output benchmarks/results/tax
 
 One noun a file: `data` (what is trained on, kept and measured), `methods` (the grid), `measurement`, `training` (one
 run), `report` (table and plots from the runs' files).

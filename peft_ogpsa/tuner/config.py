@@ -50,7 +50,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         subspace_energy (`float`): Used without `subspace_rank`: the share of the energy (mean squared length) of a
             layer's inputs on reference tokens that its directions hold, above 0 and at most 1. There are at most 512
             directions, and at most half of the input's width. The default, 1.0, takes this maximum. Lower shares
-            preserve less: in some layers a few directions hold most of the energy (docs/tax.md).
+            preserve less: in some layers a few directions hold most of the energy (benchmarks/results/tax.md).
         tokens (`str`): The tokens whose inputs count for an activation subspace: `"all"` tokens of a reference
             example, or those of the `"answer"`.
         constraint (`str`): `"cone"` takes the closest update along which no reference loss rises to first order;
@@ -80,7 +80,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             `loss="kl"` this pulls the model to its base; with other losses it replays the answers. `None` adds nothing
             with `subspace="activations"`, which then needs no reference example during training. Otherwise `None`
             takes 8 for sets with `loss="kl"` and 1 for other losses. Measurements showed that these values suit each
-            loss (docs/tax.md). 0 adds nothing.
+            loss (benchmarks/results/tax.md). 0 adds nothing.
         missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`, or
             `"ignore"`, which silently trains plain LoRA.
 
