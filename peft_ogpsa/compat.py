@@ -164,6 +164,24 @@ def move_to_front(callback: TrainerCallback) -> bool:
     return False
 
 
+def checkpointing(module: Any) -> Callable | None:
+    """The function that checkpoints a layer's activations, if it is a layer of transformers and checkpointing is on.
+
+    Relies on: such layers have a class `GradientCheckpointingLayer` (found by name, without importing transformers), a
+    flag `gradient_checkpointing`, and `_gradient_checkpointing_func`, a `functools.partial` with the keyword
+    `use_reentrant`, which they call only in training mode.
+    """
+    names = [cls.__name__ for cls in type(module).__mro__]
+    if "GradientCheckpointingLayer" not in names or not module.gradient_checkpointing:
+        return None
+    return getattr(module, "_gradient_checkpointing_func", None)
+
+
+def set_checkpointing(module: Any, function: Callable) -> None:
+    """Replace the result of `checkpointing`, which has to be a function and not `None`."""
+    module._gradient_checkpointing_func = function
+
+
 # accelerate
 
 
@@ -204,3 +222,35 @@ def create_model(source: str, **options: Any) -> PreTrainedModel:
     from trl.trainer.utils import create_model_from_path
 
     return create_model_from_path(source, **options)
+
+
+# bitsandbytes
+
+
+def evaluation_breaks_gradients(module: nn.Module) -> bool:
+    """Whether a layer gives wrong gradients for good after a pass in evaluation mode.
+
+    Relies on: `Linear4bit.forward` of bitsandbytes 0.50 repacks the weight on a CPU when it first runs in evaluation
+    mode, and its backward pass does not know the new form. The class is found by name, without importing bitsandbytes.
+    """
+    return type(module).__name__ == "Linear4bit" and next(module.parameters()).device.type == "cpu"
+
+
+# torch
+
+
+def skips_step(optimizer: Any) -> bool:
+    """Whether a gradient scaler has found an overflow, so that the optimizer's step does nothing.
+
+    Relies on: `GradScaler.step` sets `found_inf` on an optimizer that unscales by itself (fused ones), and calls it
+    also after an overflow. It does not call other optimizers then.
+    """
+    return bool(getattr(optimizer, "found_inf", False))
+
+
+def gradient_scale(optimizer: Any) -> Tensor | None:
+    """The factor by which gradients are still scaled in the optimizer's step, if it unscales them by itself.
+
+    Relies on: `GradScaler.step` sets `grad_scale` on such an optimizer, and on no other.
+    """
+    return getattr(optimizer, "grad_scale", None)

@@ -214,3 +214,55 @@ def test_torch_has_the_operations_on_lists_that_we_use():
     used = {name for file in package.rglob("*.py") for name in re.findall(r"torch\.(_foreach_\w+)", file.read_text())}
     assert "_foreach_add_" in used
     assert [name for name in sorted(used) if not hasattr(torch, name)] == []
+
+
+def test_checkpointed_layers_call_the_function_that_we_can_replace():
+    model = tiny_llama()
+    assert not any(compat.checkpointing(module) for module in model.modules())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [module for module in model.modules() if compat.checkpointing(module)]
+    assert layers == list(model.model.layers)
+    assert all(compat.checkpointing(layer).keywords["use_reentrant"] is False for layer in layers)
+    calls = []
+
+    def watched(function, *arguments, **options):
+        calls.append(function)
+        return function(*arguments, **options)
+
+    for layer in layers:
+        compat.set_checkpointing(layer, watched)
+    model.eval()(input_ids=tokens())
+    assert calls == []
+    model.train()(input_ids=tokens()).logits.sum().backward()
+    assert len(calls) == len(layers)
+
+
+def test_gradients_of_four_bit_layers_on_a_cpu_need_training_mode():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+    assert compat.evaluation_breaks_gradients(layer)
+    assert not compat.evaluation_breaks_gradients(torch.nn.Linear(2, 2))
+    assert not compat.evaluation_breaks_gradients(bitsandbytes.nn.Linear4bit(64, 64, bias=False, device="meta"))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_scaler_leaves_its_marks_on_fused_optimizers_alone(fused, overflows):
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([parameter], fused=fused)
+    seen = []
+    optimizer.register_step_pre_hook(lambda own, *_: seen.append((compat.skips_step(own), compat.gradient_scale(own))))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    loss = scaler.scale((parameter * (float("inf") if overflows else 1.0)).sum())
+    loss.backward()
+    before = parameter.detach().clone()
+    scaler.step(optimizer)
+    if fused:
+        ((skipped, scale),) = seen
+        assert skipped == overflows
+        assert scale == 4.0
+    else:
+        assert seen == ([] if overflows else [(False, None)])
+    assert torch.equal(parameter, before) == overflows
+    assert compat.gradient_scale(optimizer) is None
+    assert not compat.skips_step(optimizer)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import compat
+
 
 @contextlib.contextmanager
 def isolated_eval(model: nn.Module, *, gradients: bool = False, seed: int | None = None) -> Iterator[None]:
@@ -73,26 +75,20 @@ def _checkpointing_kept(model: nn.Module) -> Iterator[None]:
 
     This excludes reentrant checkpointing, which `autograd.grad` does not support.
     """
-    changed: list[tuple[Any, Any]] = []
-    for module in model.modules():
-        if _is_checkpointed(module):
-            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-            if getattr(checkpoint, "keywords", {}).get("use_reentrant") is False:
-                changed.append((module, checkpoint))
+    found = ((module, compat.checkpointing(module)) for module in model.modules())
+    changed = [
+        (module, checkpoint)
+        for module, checkpoint in found
+        if checkpoint is not None and getattr(checkpoint, "keywords", {}).get("use_reentrant") is False
+    ]
     for module, checkpoint in changed:
         module.training = True
-        module._gradient_checkpointing_func = _evaluating(module, checkpoint)
+        compat.set_checkpointing(module, _evaluating(module, checkpoint))
     try:
         yield
     finally:
         for module, checkpoint in changed:
-            module._gradient_checkpointing_func = checkpoint
-
-
-def _is_checkpointed(module: Any) -> bool:
-    """Whether this is a layer of transformers with gradient checkpointing. By name: `core` imports only torch."""
-    names = [cls.__name__ for cls in type(module).__mro__]
-    return "GradientCheckpointingLayer" in names and module.gradient_checkpointing
+            compat.set_checkpointing(module, checkpoint)
 
 
 def _evaluating(module: nn.Module, checkpoint: Callable) -> Callable:
@@ -117,10 +113,10 @@ def _evaluating(module: nn.Module, checkpoint: Callable) -> Callable:
 def switch_to_evaluation(model: nn.Module) -> None:
     """Put a model into evaluation mode, except for 4-bit layers on a CPU.
 
-    bitsandbytes repacks such a layer permanently when it first runs in evaluation mode. Its gradients are wrong from
-    then on (0.50, `Linear4bit.forward`). The layer has no dropout, so its mode makes no other difference.
+    bitsandbytes would repack such a layer, whose gradients are wrong from then on. The layer has no dropout, so its
+    mode makes no other difference.
     """
     model.eval()
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and next(module.parameters()).device.type == "cpu":
+        if compat.evaluation_breaks_gradients(module):
             module.training = True

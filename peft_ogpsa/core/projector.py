@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from .. import compat
 from . import distributed, hooks
 from .activation_subspace import ActivationSubspace
 from .building import Builder
@@ -262,7 +263,7 @@ class Projector:
         """Whether the optimizer is about to step our parameters."""
         if not self._parameters.stepped_by(optimizer):
             return False
-        if _skips(optimizer):
+        if compat.skips_step(optimizer):
             self._schedule.skipped += 1
             self.guard.expect_changes()
             return False
@@ -326,11 +327,3 @@ class Projector:
         """
         self._state.load(state)
         self.guard.forget()
-
-
-def _skips(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler has found an overflow, so that the step will do nothing.
-
-    In that case the scaler does not call a plain optimizer at all, but it does call a fused one.
-    """
-    return bool(getattr(optimizer, "found_inf", False))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .. import compat
 from . import distributed
 from .building import Builder
 from .config import ProjectionConfig
@@ -107,7 +108,7 @@ class Step:
                 weights = subspace.mean_weights(fresh, factors) * _clipping(subspace, fresh, max_grad_norm)
                 self._diagnostics.record_reference(subspace.length(weights))
                 # A fused optimizer may unscale float16 gradients itself. Then they are still scaled here.
-                scale = getattr(optimizer, "grad_scale", None)
+                scale = compat.gradient_scale(optimizer)
                 weights = weights if scale is None else weights * scale.to(weights.device)
                 torch._foreach_add_(stack, subspace.rows.combine(weights))
             if project or weighted:
