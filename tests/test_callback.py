@@ -774,7 +774,7 @@ def test_the_example_of_the_callback_triggers_no_warning(knobs, added, tmp_path,
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            seen.update(model.projector._factors())
+            seen.update(model.projector._refresher.factors(model.projector.config))
 
     with caplog.at_level("WARNING", logger="peft_ogpsa"):
         sft(tmp_path, model, [*eval(written, names), Look()], max_steps=2).train()
