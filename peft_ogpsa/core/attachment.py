@@ -83,7 +83,7 @@ def projector_of(model: nn.Module) -> Projector:
 def none_attached(model: nn.Module) -> ValueError:
     """The error for a model without a projector."""
     return ValueError(
-        f"This {type(model).__name__} has no OGPSA adapter. Add one with get_peft_model(model, OGPSAConfig(...)). To "
-        "train the model's own weights, use attach(model, FullParameterConfig(...)) or OGPSACallback(..., "
-        "config=FullParameterConfig(...))."
+        f"This {type(model).__name__} has no OGPSA adapter. Add one with get_peft_model(model, OGPSAConfig(...)). For "
+        "a plain LoRA adapter, use attach(model, OGPSAConfig(...)) or OGPSACallback(..., config=OGPSAConfig(...)). To "
+        "train the model's own weights, use a FullParameterConfig there."
     )
