@@ -277,7 +277,7 @@ def test_every_process_refuses_an_adapter_from_elsewhere(two):
 
 @pytest.mark.slow
 def test_processes_with_other_batches_are_told(two):
-    assert "sizes of the batches" in two[0]["other batches"]
+    assert "sizes of the reference batches" in two[0]["other batches"]
 
 
 @pytest.mark.slow
