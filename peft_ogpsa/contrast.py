@@ -9,5 +9,7 @@ from .references.lookalikes import with_contrast
 __all__ = ["with_contrast"]
 
 warnings.warn(
-    "peft_ogpsa.contrast has moved to peft_ogpsa.references.lookalikes, and will go.", DeprecationWarning, stacklevel=2
+    "peft_ogpsa.contrast has moved to peft_ogpsa.references.lookalikes. The old name will be removed.",
+    DeprecationWarning,
+    stacklevel=2,
 )

@@ -546,7 +546,9 @@ def test_an_adapter_of_low_precision_is_refused_until_it_is_widened(dtype):
     for parameter in parameters_of(model):
         parameter.data = parameter.data.to(dtype)
     before = copies(model)
-    with pytest.raises(ValueError, match=r"held in .*float16.*model\.projector\.upcast\(\) before the optimizer"):
+    with pytest.raises(
+        ValueError, match=r"has the dtype .*float16.*model\.projector\.upcast\(\) before you create the optimizer"
+    ):
         projector.refresh(many(), loss_of)
     assert projector.activations is None
     assert unchanged(model, before)
@@ -598,7 +600,7 @@ def test_an_adapter_that_was_not_born_in_the_complement_is_refused():
     model, projector = lora()
     randomize(model)
     before = copies(model)
-    with pytest.raises(ValueError, match=r"not trained in the complement.*merge_adapter.*subspace='gradients'"):
+    with pytest.raises(ValueError, match=r"not trained in the null space.*merge_adapter.*subspace='gradients'"):
         projector.refresh(many(), loss_of)
     assert unchanged(model, before)
     assert projector.activations is None
@@ -611,7 +613,7 @@ def test_a_subspace_that_leaves_no_complement_is_refused(rank):
     model, projector = lora(subspace_rank=rank)
     sets = {"set": [examples(rows=7, length=12)]}
     before = copies(model)
-    with pytest.raises(ValueError, match=r"directions|complement|subspace_rank"):
+    with pytest.raises(ValueError, match=r"directions|null space|subspace_rank"):
         projector.refresh(sets, loss_of)
     assert unchanged(model, before)
 
@@ -681,7 +683,7 @@ def test_what_rounding_leaves_is_removed_and_logged(trained, caplog):
     model, projector = loaded(trained)
     with caplog.at_level(logging.INFO, logger="peft_ogpsa"):
         projector.refresh(many(), loss_of)
-    assert "of what the adapter did in a layer lay in the subspace. It was removed." in caplog.text
+    assert "of the adapter's effect in a layer was in the activation subspace. This part was removed." in caplog.text
     assert leak(model, held(projector)) <= TOLERANCE
 
 
@@ -691,7 +693,7 @@ def test_a_trained_adapter_with_almost_its_references_is_accepted_with_a_warning
     model, projector = loaded(trained)
     before = copies(model)
     projector.refresh(changed, loss_of)
-    assert "it was trained with other reference sets" in caplog.text
+    assert "The adapter was trained with other reference sets" in caplog.text
     assert leak(model, held(projector)) <= TOLERANCE
     # Of an adapter in use what is inside is removed, and nothing is stretched.
     for parameter, was in zip(parameters_of(model), before, strict=True):
@@ -702,7 +704,7 @@ def test_a_trained_adapter_with_other_references_is_refused(trained):
     model, projector = loaded(trained)
     before = copies(model)
     other = {"set": [examples(5000, rows=1, length=3)]}
-    with pytest.raises(ValueError, match="not trained in the complement"):
+    with pytest.raises(ValueError, match="not trained in the null space"):
         projector.refresh(other, loss_of)
     assert unchanged(model, before)
     assert projector.activations is None
@@ -722,7 +724,7 @@ def test_another_adapter_makes_a_refresh_due():
     assert projector.due
     optimizer = adamw(model)
     loss_of(model, batch(0)).backward()
-    with pytest.raises(RuntimeError, match="activation subspace of another adapter only"):
+    with pytest.raises(RuntimeError, match="only the activation subspace of other parameters"):
         optimizer.step()
     optimizer.zero_grad()
     train(model, optimizer, sets=many())
@@ -790,8 +792,8 @@ def test_a_merged_adapter_is_refused():
         ],
         ({"tokens": "prompt"}, "Use one of: 'all', 'answer'"),
         *[({"subspace_rank": value}, "integer of at least 1, or None") for value in (0, -1, 2.0, "8", True)],
-        ({"rows_dtype": "int8"}, "Use 'bfloat16', or subspace='gradients'"),
-        ({"subspace": "both", "rows_dtype": "int8"}, "Use 'bfloat16', or subspace='gradients'"),
+        ({"rows_dtype": "int8"}, "Use rows_dtype='bfloat16', or subspace='gradients'"),
+        ({"subspace": "both", "rows_dtype": "int8"}, "Use rows_dtype='bfloat16', or subspace='gradients'"),
     ],
 )
 @pytest.mark.parametrize("cls", [OGPSAConfig, FullParameterConfig])
@@ -859,7 +861,7 @@ def test_a_base_whose_biases_are_trained_is_refused(bias):
 
 def test_batches_that_do_not_say_which_tokens_are_the_answer_are_refused():
     _, projector = lora(tokens="answer")
-    with pytest.raises(ValueError, match=r"needs `labels`.*Use tokens='all'"):
+    with pytest.raises(ValueError, match=r"needs `labels`.*use tokens='all'"):
         projector.refresh({"set": [{"input_ids": batch(0)["input_ids"]}]}, lambda m, b: m(**b).logits.mean())
 
 
@@ -1086,7 +1088,7 @@ def test_state_that_was_restored_is_that_which_was_saved():
         ({"subspace_energy": 0.5}, "subspace_energy=0.5"),
         ({"tokens": "answer"}, "tokens='answer' .saved: 'all'"),
         ({"rows_dtype": "bfloat16"}, "rows_dtype='bfloat16'"),
-        ({"target_modules": ["q_proj"]}, "other layers"),
+        ({"target_modules": ["q_proj"]}, "not the layers in training"),
     ],
 )
 def test_state_of_other_settings_is_refused(knobs, message):
@@ -1255,7 +1257,7 @@ def test_weights_of_several_layers_are_refused():
 def test_whole_weights_of_low_precision_are_refused():
     model, projector = whole()
     model.bfloat16()
-    with pytest.raises(ValueError, match="held in bfloat16"):
+    with pytest.raises(ValueError, match="has the dtype bfloat16"):
         projector.refresh(few(), loss_of)
 
 

@@ -49,9 +49,9 @@ def test_it_is_built_before_the_first_step_and_held(tmp_path, capsys):
     assert leak(model) < 1e-6
     assert any(value.abs().sum() > 0 for name, value in weights(model).items() if "lora_B" in name)
     shown = "".join(capsys.readouterr())
-    assert "OGPSA: activation subspace" in shown
-    assert "q_proj+k_proj+v_proj: 2 inputs of 32, 8 directions with" in shown
-    assert "of held-out ones" in shown
+    assert "OGPSA: the activation subspace uses" in shown
+    assert "q_proj+k_proj+v_proj: 2 inputs of width 32. 8 directions hold" in shown
+    assert "of the energy of held-out ones" in shown
     assert "reference examples every" not in shown
 
 
@@ -206,7 +206,7 @@ def test_a_plain_adapter_is_refused_with_the_remedy(tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data)
     before = weights(model)
-    with pytest.raises(ValueError, match=r"not trained in the complement .*merge_adapter"):
+    with pytest.raises(ValueError, match=r"not trained in the null space .*merge_adapter"):
         sft(tmp_path, model).train()
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
 

@@ -146,7 +146,7 @@ def _refused() -> str:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     wrap(model, "fsdp2")
     before = whole(model)
-    with pytest.raises(ValueError, match="not trained in the complement") as error:
+    with pytest.raises(ValueError, match="not trained in the null space") as error:
         projector_of(model).refresh(references(0), loss_of, model)
     after = whole(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -277,7 +277,7 @@ def test_every_process_refuses_an_adapter_from_elsewhere(two):
 
 @pytest.mark.slow
 def test_processes_with_other_batches_are_told(two):
-    assert "sizes of the batches" in two[0]["other batches"]
+    assert "sizes of the reference batches" in two[0]["other batches"]
 
 
 @pytest.mark.slow

@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_an_error(model, config, message):
         (base, OGPSAConfig(), "has no LoRA adapter"),
         (lambda: plain(r=2), OGPSAConfig(r=16), "r=16 contradicts"),
         (lambda: ogpsa(GRADIENTS), OGPSAConfig(), "Leave out config"),
-        (lambda: ogpsa(GRADIENTS), FullParameterConfig(), "Leave config out"),
+        (lambda: ogpsa(GRADIENTS), FullParameterConfig(), "Leave out config, or train the base model"),
     ],
 )
 def test_the_callback_says_what_does_not_fit(tmp_path, model, config, message):

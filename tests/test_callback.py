@@ -546,7 +546,10 @@ def test_a_budget_never_draws_more_batches_than_rows(tmp_path, accumulation, who
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"rows": 4, "refresh_samples": 5}, r"up to 5 reference examples, and rows=4 holds 4.*Set rows=5"),
+        (
+            {"rows": 4, "refresh_samples": 5},
+            r"rows=4 is too small: a refresh uses up to 5 reference examples.*Set rows=5",
+        ),
         ({"rows": 2, "rows_from": "batch", "refresh_samples": 9}, "up to 3 reference batches"),
         ({"rows": 8, "refresh_samples": None, "reference_budget": None}, "up to 120 reference examples"),
     ],
@@ -603,7 +606,7 @@ def test_checkpoints_without_subspace(tmp_path):
     ("arguments", "message"),
     [
         ({"reference_sets": []}, "reference_sets is empty"),
-        ({"reference_sets": [ReferenceSet("a", GENERAL), ReferenceSet("a", BENIGN)]}, "two sets of the name 'a'"),
+        ({"reference_sets": [ReferenceSet("a", GENERAL), ReferenceSet("a", BENIGN)]}, "two sets with the name 'a'"),
         ({"reference_sets": [ReferenceSet("a", GENERAL)], "batch_size": 0}, "batch_size=0"),
     ],
 )
@@ -698,7 +701,7 @@ def assert_equal(ours, theirs):
 
 def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
     config = FullParameterConfig()
-    with pytest.raises(ValueError, match="Leave config out"):
+    with pytest.raises(ValueError, match="Leave out config"):
         sft(tmp_path, callbacks=[OGPSACallback(sets(), config=config)]).train()
     with pytest.raises(ValueError, match="config=FullParameterConfig"):
         sft(tmp_path, bare_model()).train()
@@ -784,7 +787,7 @@ def test_the_example_of_the_callback_triggers_no_warning(knobs, added, tmp_path,
 
 def test_too_few_samples_for_rows_of_sets():
     config = OGPSAConfig(subspace="gradients", rows_from="set", refresh_samples=2)
-    with pytest.raises(ValueError, match="refresh_samples=2 is less than the 3 reference sets"):
+    with pytest.raises(ValueError, match=r"refresh_samples=2 is less than the number of reference sets \(3\)\."):
         refresh_samples(config, 8, batch_size=8, sets=3)
 
 
@@ -809,7 +812,7 @@ def test_plan_is_told_before_training(knobs, bytes_per_parameter, tmp_path, caps
     trainer = sft(tmp_path, model, max_steps=1, disable_tqdm=False)
     trainer.train()
     out = capsys.readouterr().out
-    assert "OGPSA: 2 reference examples every 2 steps, 50% of the training's own passes" in out
+    assert "OGPSA: 2 reference examples every 2 steps, which add 50% to the passes of training" in out
     subspace = model.projector.subspace
     held, more = model.projector.memory(sets=2)
     rows = subspace.rows.stack

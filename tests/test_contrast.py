@@ -88,7 +88,7 @@ def test_bad_rows():
         with_contrast([SAFETY[0], {"text": "x"}], answered("One."))
     with pytest.raises(ValueError, match="row 0 is plain text"):
         with_contrast([{"prompt": "Why?", "completion": "No."}], answered("One."), 0.5)
-    with pytest.raises(ValueError, match="no answer of the set 'lookalikes' has a whole sentence"):
+    with pytest.raises(ValueError, match="no answer in the reference set 'lookalikes' has a whole sentence"):
         with_contrast(SAFETY, answered("no end"))
 
 

@@ -251,7 +251,7 @@ def test_processes_with_other_batches_are_told(two):
 def test_other_placements_are_refused(two):
     part, replicated = two[0]["refusals"]
     assert "fully_shard to the whole model" in part
-    assert "no tensor parallelism" in replicated
+    assert "does not support tensor parallelism" in replicated
 
 
 @pytest.mark.slow

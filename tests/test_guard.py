@@ -66,7 +66,7 @@ def trainer_with(tmp_path, make, model=None, **options):
 
 def test_a_trainer_whose_optimizer_torch_has_no_hooks_for_stops_at_its_first_step(tmp_path):
     trainer = trainer_with(tmp_path, Unhooked)
-    with pytest.raises(RuntimeError, match=r"Unhooked has made a step that was not projected.*adamw_torch"):
+    with pytest.raises(RuntimeError, match=r"Unhooked made a step that was not projected.*adamw_torch"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -80,7 +80,7 @@ def test_it_may_train_where_projection_is_off(tmp_path):
 
 def test_a_trainer_whose_optimizer_holds_other_parameters_stops(tmp_path):
     trainer = trainer_with(tmp_path, lambda own: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
-    with pytest.raises(RuntimeError, match="SGD has made a step that was not projected"):
+    with pytest.raises(RuntimeError, match="SGD made a step that was not projected"):
         trainer.train()
 
 
@@ -95,7 +95,7 @@ def test_a_wrapper_that_steps_twice_and_has_no_hooks_stops(tmp_path):
             self.inner.step()
 
     trainer = trainer_with(tmp_path, Twice)
-    with pytest.raises(RuntimeError, match="Twice has made 2 steps of the projected parameters in one step"):
+    with pytest.raises(RuntimeError, match="Twice made 2 steps with the projected parameters in one step"):
         trainer.train()
 
 
@@ -165,17 +165,19 @@ def test_projected_parameters_that_are_not_the_models_stop_training():
     model, other = ogpsa_model(), ogpsa_model()
     model.projector.refresh(references(0), loss_of)
     model.projector.guard.check_parameters(model, None)
-    with pytest.raises(RuntimeError, match=r"projected parameter .*lora_A.* is not, or no longer, in training"):
+    with pytest.raises(
+        RuntimeError, match=r"projected parameter .*lora_A.* is not, or is no longer, a trainable parameter"
+    ):
         model.projector.guard.check_parameters(other, None)
     parameters_of(model)[3].requires_grad_(False)
-    with pytest.raises(RuntimeError, match="no longer, in training"):
+    with pytest.raises(RuntimeError, match="no longer, a trainable parameter"):
         model.projector.guard.check_parameters(model, None)
 
 
 @pytest.mark.parametrize(
     ("knobs", "named"),
     [
-        ({"modules_to_save": ["lm_head"]}, "1 parameters are trained and not projected.*lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "1 parameters are trained but not projected.*lm_head"),
         ({"use_dora": True, "target_modules": ["q_proj"]}, "2 parameters.*lora_magnitude_vector"),
         ({}, None),
     ],
@@ -237,7 +239,7 @@ def test_parameters_without_a_reference_gradient_are_named_at_the_second_counted
         assert not caplog.records
         train_forked(model := forked(), (), steps=8)
     (found,) = [record.getMessage() for record in caplog.records]
-    assert "2 of the 4 projected parameters have had no reference gradient" in found
+    assert "2 of the 4 projected parameters had no nonzero reference gradient" in found
     assert "other.lora_A" in found
     assert "other.lora_B" in found
     assert "one.lora_A" not in found
@@ -297,7 +299,7 @@ def test_changes_outside_of_projected_steps_are_warned_of_once(make, warned, cap
         torch.nn.init.normal_(parameter.data, std=0.1)
     with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
         train_by_hand(model, make(parameters_of(model)).step)
-    found = [r for r in caplog.records if "changed outside of an optimizer step" in r.getMessage()]
+    found = [r for r in caplog.records if "changed outside a projected optimizer step" in r.getMessage()]
     assert len(found) == warned
 
 
@@ -348,7 +350,7 @@ def test_whole_weights_are_guarded_too():
     projector = attach(model, FullParameterConfig())
     projector.refresh(references(0), loss_of)
     projector.guard.check_parameters(model, None)
-    with pytest.raises(RuntimeError, match="no longer, in training"):
+    with pytest.raises(RuntimeError, match="no longer, a trainable parameter"):
         projector.guard.check_parameters(tiny_llama(), None)
 
 
@@ -368,7 +370,7 @@ def test_what_is_in_training_and_in_no_optimizer_is_not_named(caplog):
         model.projector.guard.check_parameters(model, torch.optim.SGD(own, lr=0.1))
         assert not caplog.records
         model.projector.guard.check_parameters(model, torch.optim.SGD(parameters_of(model), lr=0.1))
-    assert "1 parameters are trained and not projected" in caplog.text
+    assert "1 parameters are trained but not projected" in caplog.text
 
 
 def test_long_lists_of_names_say_how_many_more_there_are():
@@ -412,7 +414,7 @@ def test_changes_are_noticed_in_a_loop_that_refreshes_on_a_schedule_of_its_own(c
             optimizer.step()
             with torch.no_grad():
                 parameters_of(model)[0].mul_(0.9)
-    assert len([r for r in caplog.records if "changed outside of an optimizer step" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "changed outside a projected optimizer step" in r.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("fused", [False, True])

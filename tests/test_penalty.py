@@ -104,7 +104,7 @@ def test_what_it_cannot_do_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="loss='dpo', which needs"):
         train(tmp_path, ReferencePenalty([ReferenceSet("pairs", pairs, loss="dpo")]))
     monkeypatch.setattr("peft_ogpsa.core.distributed.count", lambda: 2)
-    with pytest.raises(ValueError, match="works in one process, and there are 2"):
+    with pytest.raises(ValueError, match="works only in one process, but there are 2 processes"):
         train(tmp_path, ReferencePenalty(sets("kl")))
 
 

@@ -97,7 +97,7 @@ def test_tokenized_pairs():
     start = pairs[0].chosen.answer_start
     assert pairs[0].cut(start) is None
     assert len(pairs[0].cut(start + 1).rejected.answer) == 1
-    with pytest.raises(ValueError, match=r"no preference pair, which loss='dpo' needs"):
+    with pytest.raises(ValueError, match=r"not a preference pair, but loss='dpo' needs pairs"):
         ReferenceSet("set", [chat("Why?", "So.")], loss="dpo").tokenize(tokenizer)
     for beta in (0, -1, math.inf, "much"):
         with pytest.raises(ValueError, match="beta="):

@@ -483,7 +483,7 @@ def test_optimizer_with_some_of_the_parameters_is_refused():
     model.projector.refresh(references(0), loss_of)
     optimizer = torch.optim.AdamW(parameters_of(model)[:-1], lr=1e-2)
     loss_of(model, batch(0)).backward()
-    with pytest.raises(RuntimeError, match=r"holds 27 of the 28 LoRA parameters.*requires_grad_"):
+    with pytest.raises(RuntimeError, match=r"holds only 27 of the 28 LoRA parameters.*requires_grad_"):
         optimizer.step()
 
 
@@ -510,7 +510,7 @@ def test_only_the_adapter_in_training_is_touched():
     model.set_adapter("other")
     optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
     loss_of(model, batch(0)).backward()
-    with pytest.raises(RuntimeError, match="reference gradients of another adapter only"):
+    with pytest.raises(RuntimeError, match="only the reference gradients of other parameters"):
         optimizer.step()
     first = {n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n}
     optimizer.zero_grad()
@@ -621,7 +621,7 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing():
     model.projector.refresh(references(0), loss_of)
     state = model.projector.state_dict()
     for knobs, message in (
-        ({"r": 8}, "has shape"),
+        ({"r": 8}, "has the shape"),
         ({"target_modules": ["q_proj"]}, "another adapter"),
         ({"scope": "model"}, "scope='model' .saved: 'tensor'"),
         ({"constraint": "orthogonal"}, "constraint='orthogonal'"),
@@ -643,7 +643,7 @@ def test_refresh_refuses_bad_input():
         refresh({"a": [batch(0, rows=6)]}, loss_of)
     with pytest.raises(ValueError, match="must return a scalar"):
         refresh({"a": [batch(0)]}, lambda m, b: m(**b).logits)
-    with pytest.raises(ValueError, match="does not depend on the adapter"):
+    with pytest.raises(ValueError, match="does not depend on the parameters in training"):
         refresh({"a": [batch(0)]}, lambda m, b: torch.tensor(1.0))
     with pytest.raises(ValueError, match="rows=1 cannot hold one row for each of 2"):
         ogpsa_model(rows=1, rows_from="set").projector.refresh(references(0), loss_of)

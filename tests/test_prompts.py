@@ -84,7 +84,9 @@ def test_answers_are_kept_and_refusals_and_loops_dropped_and_counted(answered, c
         {**chat("Tale?", CUT), "unfinished": True},
     ]
     assert own.counts == AnswerCounts(prompts=4, kept=2, refused=1, unclear=1, too_long=0, unfinished=1)
-    assert "2 of 4 answers kept (1 of them cut at max_new_tokens); 1 refused, 1 unclear" in caplog.text
+    assert (
+        "kept 2 of 4 answers (1 of them were cut at max_new_tokens), and dropped 1 refusals, 1 unclear" in caplog.text
+    )
 
 
 def test_a_cut_answer_does_not_teach_to_stop(answered, taught):
@@ -292,12 +294,12 @@ def test_prompts_without_room_are_dropped(answered, generated):
     own = answered(["Bird?", "Bird? " * 50])
     assert (own.counts.kept, own.counts.too_long) == (1, 1)
     assert len(generated[0]) == 1
-    with pytest.raises(ValueError, match="every one of its 1 prompts has max_length=200 tokens or more"):
+    with pytest.raises(ValueError, match="all 1 prompts have max_length=200 tokens or more"):
         answered(["Bird? " * 50])
 
 
 def test_all_refused(answered):
-    with pytest.raises(ValueError, match=r"'own': 0 of 2 answers kept.*1 refused, 1 unclear.*Give prompts that"):
+    with pytest.raises(ValueError, match=r"'own': kept 0 of 2 answers.*1 refusals, 1 unclear.*Give prompts that"):
         answered(["Harm?", "Loop?"])
 
 

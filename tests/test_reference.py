@@ -67,7 +67,7 @@ def test_truncation_drops_what_has_no_answer_left():
     (kept,) = ReferenceSet("set", rows, max_length=26).tokenize(tokenizer)
     assert len(kept.ids) <= 26
     assert "Q" in tokenizer.decode(kept.ids)
-    with pytest.raises(ValueError, match=r"'set': max_length=5 cuts off the answer of every one of its 2 rows"):
+    with pytest.raises(ValueError, match=r"'set': max_length=5 cuts off the answers of all 2 rows"):
         ReferenceSet("set", rows, max_length=5).tokenize(tokenizer)
 
 
@@ -101,7 +101,7 @@ def test_bad_rows(rows, message):
 
 
 def test_both_answers_need_pairs():
-    with pytest.raises(ValueError, match=r"'set': row 0 is no preference pair, which loss='both' needs"):
+    with pytest.raises(ValueError, match=r"'set': row 0 is not a preference pair, but loss='both' needs pairs"):
         ReferenceSet("set", [chat("Hi", "Hello")], loss="both").tokenize(tiny_tokenizer())
 
 
@@ -250,7 +250,7 @@ def test_a_loop_of_ones_own_with_the_exported_names():
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [([], "reference_sets is empty"), (["a", "b", "a"], "two sets of the name 'a'")]
+    ("names", "message"), [([], "reference_sets is empty"), (["a", "b", "a"], "two sets with the name 'a'")]
 )
 def test_a_loader_refuses_no_sets_and_two_of_one_name(names, message):
     sets = [ReferenceSet(name, rows(3)) for name in names]
@@ -262,7 +262,7 @@ def test_a_loader_refuses_what_it_cannot_draw():
     pairs = [{**row, "chosen": row["completion"], "rejected": row["completion"]} for row in rows(4)]
     with pytest.raises(ValueError, match=r"'pairs' has loss='dpo'.*Use OGPSACallback"):
         ReferenceLoader.from_sets([ReferenceSet("pairs", pairs, loss="dpo")], tiny_tokenizer(), OGPSAConfig(), 4)
-    with pytest.raises(ValueError, match="up to 20 reference examples, and rows=8"):
+    with pytest.raises(ValueError, match="rows=8 is too small: a refresh uses up to 20 reference examples"):
         ReferenceLoader.from_sets(
             [ReferenceSet("all", rows(20))],
             tiny_tokenizer(),

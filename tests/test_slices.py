@@ -170,5 +170,5 @@ def test_memory_counts_every_slice():
 
 def test_shards_are_refused(monkeypatch):
     monkeypatch.setattr("peft_ogpsa.core.layout.distributed.are_sharded", lambda parameters: True)
-    with pytest.raises(ValueError, match="scope='slice' is not allowed where parameters are sharded"):
+    with pytest.raises(ValueError, match="scope='slice' is not allowed with sharded parameters"):
         Blocks(parameters(), dict.fromkeys(SHAPES, ""), "slice")

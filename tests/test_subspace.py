@@ -319,5 +319,5 @@ def test_a_ring_of_another_size_is_refused(damage):
     model, other = ogpsa_model(), ogpsa_model()
     model.projector.refresh(references(0), loss_of)
     state = model.projector.state_dict()
-    with pytest.raises(ValueError, match="its ring is not one of rows=8"):
+    with pytest.raises(ValueError, match="its list of sets or its next slot does not match rows=8"):
         other.projector.load_state_dict({**state, "rest": {**state["rest"], **damage}})

@@ -163,16 +163,20 @@ class ActivationSubspace:
         known = [layer for item in self.inputs for layer in item.layers]
         if sorted(known) != sorted(own) or len(own) != len(self.matrices):
             other = sorted(set(known) ^ set(own)) or sorted(own)
-            raise ValueError(f"The subspace is of other layers than those in training: {other[0]}, for one.")
+            raise ValueError(
+                "The layers of the activation subspace are not the layers in training. One of the layers that differ "
+                f"is {other[0]}. Use the same `target_modules` and base model, or rebuild the subspace from the "
+                "references."
+            )
         kinds: dict[tuple, list[int]] = {}
         for i, item in enumerate(self.inputs):
             parameters = [distributed.local(own[layer].parameter) for layer in item.layers]
             low = next((p for p in parameters if p.dtype in (torch.bfloat16, torch.float16)), None)
             if low is not None:
                 raise ValueError(
-                    f"{own[item.layers[0]].name} is held in {str(low.dtype).removeprefix('torch.')}, in which a "
-                    "projected step is lost to rounding. Hold it in float32: OGPSACallback does so, and in your own "
-                    "loop model.projector.upcast() before the optimizer is made. Layers still compute in 16 bits "
+                    f"{own[item.layers[0]].name} has the dtype {str(low.dtype).removeprefix('torch.')}, in which "
+                    "rounding loses a projected step. Hold it in float32. OGPSACallback does so. In your own loop, "
+                    "call model.projector.upcast() before you create the optimizer. Layers still compute in 16 bits "
                     "under autocast (bf16=True)."
                 )
             rows = tuple(len(parameter) for parameter in parameters)
@@ -228,15 +232,15 @@ class ActivationSubspace:
         for matrix, nothing in zip(self._afters(), torch.stack(hollow).tolist() if hollow else [], strict=True):
             if nothing:
                 raise ValueError(
-                    f"Nothing is left of {matrix.name} outside of the activation subspace, so that the layer could "
-                    "not learn. Lower subspace_rank."
+                    f"No part of {matrix.name} is left outside the activation subspace, so the layer could not "
+                    "learn. Set a smaller subspace_rank."
                 )
         most = float(torch.stack(leaks).max())
         if most > _MOST_LEAK:
             raise ValueError(
-                f"The adapter was not trained in the complement of this activation subspace: up to {most:.0%} of what "
-                "it does in a layer acts on the reference inputs. Give the reference sets that it was trained with; "
-                "or merge it into the base (merge_adapter) and add a new one; or set subspace='gradients'."
+                f"The adapter was not trained in the null space of this activation subspace: up to {most:.0%} of its "
+                "effect in a layer acts on the reference inputs. Use the reference sets that it was trained with. Or "
+                "merge it into the base (merge_adapter) and add a new adapter. Or set subspace='gradients'."
             )
         for parameter, full in entered:
             distributed.local(parameter).copy_(distributed.own_part(full, parameter))
@@ -381,7 +385,7 @@ class ActivationSubspace:
         for entry in rest:
             name = f"{PREFIX}{entry['place']}"
             if name not in tensors:
-                raise ValueError(f"{name} is missing.")
+                raise ValueError(f"{name} is missing. Rebuild the subspace from the references.")
             directions = tensors[name]
             _check_directions(name, directions, len(entry["energies"]), widths.get(entry["layers"][0]))
             energies = torch.tensor(entry["energies"], dtype=torch.float64)
@@ -423,10 +427,10 @@ class Kind:
     def __str__(self) -> str:
         few, many = self.directions
         count = f"{few}" if few == many else f"{few} to {many}"
-        held = "" if self.held_out is None else f", {self.held_out:.0%} of held-out ones"
+        held = "" if self.held_out is None else f" and {self.held_out:.0%} of the energy of held-out ones"
         return (
-            f"{self.name}: {self.inputs} inputs of {self.width}, {count} directions with {self.share:.0%} of the "
-            f"energy of reference inputs{held}"
+            f"{self.name}: {self.inputs} inputs of width {self.width}. {count} directions hold {self.share:.0%} of "
+            f"the energy of reference inputs{held}"
         )
 
     @classmethod
@@ -458,13 +462,18 @@ def _whole(parameter: Tensor) -> Tensor:
 
 def _check_directions(name: str, directions: Tensor, count: int, width: int | None) -> None:
     if directions.dim() != 2 or directions.shape[1] != count or width not in (None, directions.shape[0]):
-        raise ValueError(f"{name} has the shape {tuple(directions.shape)}, and ({width}, {count}) is needed.")
+        raise ValueError(
+            f"{name} has the shape {tuple(directions.shape)}, but the shape ({width}, {count}) is needed. Use the "
+            "saved settings, or rebuild the subspace from the references."
+        )
     if not directions.isfinite().all():
-        raise ValueError(f"{name} has values that are not finite.")
+        raise ValueError(f"{name} has values that are not finite. Rebuild the subspace from the references.")
     exact = directions.double()
     error = (exact.T @ exact - torch.eye(count, dtype=exact.dtype, device=exact.device)).abs().max() if count else 0.0
     if error > (1e-5 if directions.dtype == torch.float32 else 0.05):
-        raise ValueError(f"{name} is damaged: its columns are not orthonormal.")
+        raise ValueError(
+            f"{name} is damaged: its columns are not orthonormal. Rebuild the subspace from the references."
+        )
 
 
 def _share(after: Tensor, along: Tensor, matrix: Tensor) -> Tensor:

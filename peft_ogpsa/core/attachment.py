@@ -10,9 +10,9 @@ from torch import nn
 
 from .projector import Projector
 
-# In `__dict__`, so that nn.Module treats it neither as a submodule nor as state. A model that is dropped takes its
-# projector along. The projector keeps its targets alive, and with them the tuner of an adapter, which PEFT discards
-# when it only injects (`inject_adapter_in_model`, transformers' `add_adapter`).
+# In `__dict__`, so that nn.Module treats it neither as a submodule nor as state. The projector is freed with
+# its model. It keeps its targets alive, and with them the tuner of an adapter. PEFT discards the tuner when it only
+# injects (`inject_adapter_in_model`, transformers' `add_adapter`).
 _ATTRIBUTE = "_ogpsa_projector"
 
 
@@ -33,7 +33,7 @@ class _Attachment:
 
 
 def attach(model: nn.Module, projector: Projector, *, copied: bool = False) -> None:
-    """Attach a projector to a model, in place of the one before.
+    """Attach a projector to a model. It replaces the previous one.
 
     Args:
         model (`nn.Module`): The model.
@@ -53,7 +53,7 @@ def detach(model: nn.Module) -> None:
 
 
 def attached_to(module: nn.Module) -> Projector | None:
-    """The projector of this very module, and not of one inside it."""
+    """The projector of this module itself. Modules inside it are not searched."""
     held = module.__dict__.get(_ATTRIBUTE)
     return None if held is None else held.projector
 
@@ -73,7 +73,7 @@ def projector_of(model: nn.Module) -> Projector:
             `attach`, or any module around one of them (compiled, distributed).
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the model has no projector.
     """
     for projector in projectors_in(model):
         return projector

@@ -28,7 +28,7 @@ INPUTS = ("subspace_rank", "subspace_energy", "tokens", "rows_dtype")
 
 
 class Builder:
-    """The activation subspace, and what builds it.
+    """Builds the activation subspace and holds it.
 
     Args:
         parameters (`Parameters`): The parameters in training.
@@ -45,7 +45,7 @@ class Builder:
         self._built_for: dict[str, nn.Parameter] = {}  # the parameters in training when it was built
 
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters that the subspace was built for, by name; empty before there is one."""
+        """The parameters that the subspace was built for, by name. Empty before there is a subspace."""
         return {} if self.subspace is None else dict(self._built_for)
 
     def lacks(self, config: ProjectionConfig) -> bool:
@@ -57,7 +57,7 @@ class Builder:
         return not self._parameters.same_as(self._built_for)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of the subspace, which stay stored, and more for an optimizer step."""
+        """Bytes that the subspace always uses, and the additional bytes of an optimizer step."""
         return (0, 0) if self.subspace is None else (self.subspace.bytes(), self.subspace.step_bytes())
 
     def build(
@@ -76,11 +76,11 @@ class Builder:
         matrices = targets.matrices()
         if not matrices:
             raise ValueError(
-                f"There is no matrix for subspace={config.subspace!r} to project: no LoRA matrix A, or weight of a "
-                "linear layer, is in training."
+                f"subspace={config.subspace!r} projects LoRA matrices A or weights of linear layers, but none of "
+                "them is in training. Train at least one of them, or set subspace='gradients'."
             )
         device = distributed.local(matrices[0].parameter).device
-        check_sizes(sized(batches), device, "The sizes of the batches")
+        check_sizes(sized(batches), device)
         with self._diagnostics.stopwatch("build", device), isolated_eval(model), targets.original():
             found = inputs.find(
                 {matrix.layer: matrix.module for matrix in matrices},
@@ -101,7 +101,7 @@ class Builder:
             self._diagnostics.record_energies({own.name: own.held_out for own in subspace.kinds()})
 
     def hold(self, subspace: ActivationSubspace, config: ProjectionConfig) -> None:
-        """Store a subspace, in place of the one before."""
+        """Store a subspace. It replaces the previous one."""
         self.subspace, self._built_with = subspace, _inputs_of(config)
         self._built_for = self._parameters.by_name()
         self._diagnostics.removed_by_kind = subspace.removed
@@ -126,17 +126,19 @@ class Builder:
 
 
 def _enter(subspace: ActivationSubspace) -> None:
-    """Move the adapter into the complement."""
+    """Move the adapter into the null space, and log how much of it was removed."""
     leak = subspace.enter()
     if leak > LEAK:
         logger.warning(
-            "Up to %.1f %% of what the adapter did in a layer acted on the reference inputs: it was trained with "
-            "other reference sets. That part has been removed from it.",
+            "The adapter was trained with other reference sets. Up to %.1f %% of its effect in a layer acted on the "
+            "reference inputs. This part was removed.",
             100 * leak,
         )
     else:
         logger.info(
-            "At most %.2g %% of what the adapter did in a layer lay in the subspace. It was removed.", 100 * leak
+            "At most %.2g %% of the adapter's effect in a layer was in the activation subspace. This part was "
+            "removed.",
+            100 * leak,
         )
 
 

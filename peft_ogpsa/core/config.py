@@ -39,101 +39,113 @@ class ProjectionConfig:
     subspace: Literal["activations", "gradients", "both"] = field(
         default="activations",
         metadata={
-            "help": "What updates are projected away from. 'activations': the leading directions of every layer's "
-            "inputs on reference tokens, found once. 'gradients': reference gradients, computed again every few "
-            "steps. 'both'."
+            "help": "The directions that updates are projected away from. 'activations': the leading directions of "
+            "every layer's inputs on reference tokens, computed once. 'gradients': reference gradients, recomputed "
+            "every few steps. 'both': both of them."
         },
     )
     subspace_rank: int | None = field(
         default=None,
         metadata={
-            "help": "Directions of each layer's inputs. None: as many as subspace_energy asks for. With "
-            "subspace='gradients' and constraint='orthogonal': leading directions of the rows; None keeps all."
+            "help": "Number of directions of each layer's inputs. None uses as many as subspace_energy requires. With "
+            "subspace='gradients' and constraint='orthogonal', this is the number of leading directions of the rows, "
+            "and None keeps all of them."
         },
     )
     subspace_energy: float = field(
         default=1.0,
         metadata={
-            "help": "Without subspace_rank: the share of the energy of a layer's inputs on reference tokens that its "
-            "directions hold, above 0 and at most 1, with at most 512 directions and half of the width. 1.0: as many "
-            "as that."
+            "help": "Used if subspace_rank is None. The share of the energy of a layer's inputs on reference tokens "
+            "that the directions hold, above 0 and at most 1. There are at most 512 directions, and at most half of "
+            "the layer's width. 1.0 uses this maximum."
         },
     )
     tokens: Literal["all", "answer"] = field(
         default="all",
-        metadata={"help": "The reference tokens whose inputs count: 'all', or those of the 'answer'."},
+        metadata={"help": "Reference tokens whose inputs are used: 'all' tokens, or only the tokens of the 'answer'."},
     )
     constraint: Literal["cone", "orthogonal"] = field(
         default="cone",
         metadata={
-            "help": "'cone': the closest update along which no reference loss rises to first order. 'orthogonal': "
-            "remove the whole component in the span of the reference gradients, as in the paper."
+            "help": "'cone': use the closest update along which no reference loss rises, to first order. "
+            "'orthogonal': remove the whole component in the span of the reference gradients, as in the paper."
         },
     )
     projection: Literal["update", "gradient"] = field(
         default="update",
         metadata={
             "help": "'update': project the parameter change that the optimizer made. 'gradient': project the gradient "
-            "before the optimizer, as in the paper."
+            "before the optimizer uses it, as in the paper."
         },
     )
     scope: Literal["slice", "tensor", "module", "model"] = field(
         default="tensor",
         metadata={
-            "help": "The parameters projected together: a slice of each LoRA matrix ('slice'), each matrix "
+            "help": "Parameters that are projected together: a slice of each LoRA matrix ('slice'), each matrix "
             "('tensor'), both matrices of a layer ('module'), or all of them ('model')."
         },
     )
     slices: int = field(
         default=16,
-        metadata={"help": "With scope='slice': into how many equal slices each matrix is cut."},
+        metadata={"help": "With scope='slice': number of equal slices of each matrix."},
     )
     rows: int = field(
         default=8,
-        metadata={"help": "Reference gradients held per block, over all sets. The newest replace the oldest."},
+        metadata={
+            "help": "Number of reference gradients stored per block, over all reference sets. The newest replace the "
+            "oldest."
+        },
     )
     rows_from: Literal["example", "batch", "set"] = field(
         default="example",
-        metadata={"help": "What one row is the gradient of: an 'example', a 'batch', or the mean over a 'set'."},
+        metadata={
+            "help": "One row is the gradient of an 'example', the gradient of a 'batch', or the mean gradient of a "
+            "'set'."
+        },
     )
     rows_dtype: Literal["float32", "bfloat16", "int8"] = field(
         default="float32",
         metadata={
-            "help": "The type rows are stored in. 'bfloat16' halves their memory, 'int8' (with constraint='cone') "
-            "quarters it."
+            "help": "Data type of the stored rows and directions. 'bfloat16' uses half of the memory. 'int8' uses a "
+            "quarter of it, and works only with subspace='gradients' and constraint='cone'."
         },
     )
     refresh_steps: int = field(
         default=5,
         metadata={
-            "help": "Optimizer steps from one refresh of the rows to the next. There is always another after the "
-            "first step, because with B = 0 the gradient of A is zero."
+            "help": "Optimizer steps from one refresh of the rows to the next. There is always another refresh after "
+            "the first step, because the gradient of A is zero while B is zero."
         },
     )
     reference_budget: float | None = field(
         default=0.075,
         metadata={
-            "help": "Passes of reference examples for each of a training example: the share that references add to "
-            "the cost of training. With loss='kl' an example counts 3/2. None uses all of every set at each refresh."
+            "help": "Passes over reference examples for each pass over a training example. This is the share that "
+            "references add to the cost of training. An example with loss='kl' counts 3/2. None uses all examples of "
+            "every set at each refresh."
         },
     )
     refresh_samples: int | None = field(
         default=None,
-        metadata={"help": "So many reference examples at a refresh, over all sets, instead of reference_budget."},
+        metadata={
+            "help": "Number of reference examples per refresh, over all sets. If it is set, reference_budget is not "
+            "used."
+        },
     )
     reference_weight: float | None = field(
         default=None,
         metadata={
-            "help": "How much of the mean fresh reference gradient is added to the training gradient on steps that "
-            "refreshed. None: nothing with subspace='activations'; else 8 for a reference set with loss='kl', a pull "
-            "to the base, and 1 for other losses, which replay the answers. 0: nothing."
+            "help": "How much of the mean reference gradient is added to the training gradient. It is added only in "
+            "steps with a refresh, and only new gradients count. None adds nothing with subspace='activations'. "
+            "Otherwise, None uses 8 for a reference set with loss='kl', which pulls the model to the base, and 1 for "
+            "other losses, which replay the answers. 0 adds nothing."
         },
     )
     missing_reference: Literal["error", "warn", "ignore"] = field(
         default="error",
         metadata={
-            "help": "What a first optimizer step without reference rows does: 'error', 'warn', or 'ignore' (train as "
-            "plain LoRA)."
+            "help": "What happens at an optimizer step before there is a subspace. 'error' stops the run. 'warn' and "
+            "'ignore' train without projection, with or without a warning."
         },
     )
 
@@ -170,27 +182,27 @@ class ProjectionConfig:
             )
         if self.rows_dtype == "int8" and self.constraint == "orthogonal":
             raise ValueError(
-                "rows_dtype='int8' is not allowed with constraint='orthogonal', whose basis needs more digits. Use "
-                "'bfloat16', or constraint='cone'."
+                "rows_dtype='int8' is not allowed with constraint='orthogonal', because its basis needs more digits. "
+                "Use rows_dtype='bfloat16', or constraint='cone'."
             )
         energy = self.subspace_energy
         if not isinstance(energy, int | float) or isinstance(energy, bool) or not 0 < energy <= 1:
             raise ValueError(f"subspace_energy={energy!r} is not allowed. Use a number above 0 and at most 1.")
         if self.uses_activations and self.rows_dtype == "int8":
             raise ValueError(
-                f"rows_dtype='int8' is not allowed with subspace={self.subspace!r}, whose directions need more digits."
-                " Use 'bfloat16', or subspace='gradients'."
+                f"rows_dtype='int8' is not allowed with subspace={self.subspace!r}, because its directions need more "
+                "digits. Use rows_dtype='bfloat16', or subspace='gradients'."
             )
         if self.subspace_rank is not None and not self.uses_activations:
             if self.constraint != "orthogonal":
                 raise ValueError(
-                    f"subspace_rank={self.subspace_rank} has no meaning with constraint={self.constraint!r}, which "
+                    f"subspace_rank={self.subspace_rank} has no effect with constraint={self.constraint!r}, which "
                     "uses every row. Set subspace_rank=None, or constraint='orthogonal'."
                 )
             if self.subspace_rank > self.rows:
                 raise ValueError(
                     f"subspace_rank={self.subspace_rank} is more than rows={self.rows} can span. Use at most "
-                    f"{self.rows}, or more rows."
+                    f"{self.rows}, or set more rows."
                 )
 
     def _check_effects(self) -> None:
@@ -219,7 +231,7 @@ class ProjectionConfig:
             ValueError: If `stage` is neither `"sft"` nor `"dpo"`.
         """
         if stage not in _PAPER_REFRESH_STEPS:
-            raise ValueError(f"stage={stage!r} is not in the paper. Use 'sft' or 'dpo'.")
+            raise ValueError(f"stage={stage!r} is not a stage of the paper. Use 'sft' or 'dpo'.")
         return {
             "subspace": "gradients",
             "constraint": "orthogonal",

@@ -52,15 +52,16 @@ def are_sharded(parameters: Iterable[Tensor]) -> bool:
         return False
     if len(shards) < len(parameters):
         raise ValueError(
-            f"{len(shards)} of the {len(parameters)} projected parameters are shards and the others are not. Apply "
-            "fully_shard to the whole model."
+            f"Only {len(shards)} of the {len(parameters)} projected parameters are FSDP2 shards. Apply fully_shard "
+            "to the whole model."
         )
     for shard in shards:
         if shard.device_mesh.ndim != 1 or not isinstance(shard.placements[0], Shard) or _size(shard) != count():
             raise ValueError(
-                f"A projected parameter is placed as {shard.placements} on a mesh of shape "
-                f"{tuple(shard.device_mesh.shape)} of {count()} processes. OGPSA knows FSDP2's shards over all "
-                "processes alone: no tensor parallelism and no hybrid sharding."
+                f"A projected parameter has the placements {shard.placements} on a mesh of shape "
+                f"{tuple(shard.device_mesh.shape)}, in {count()} processes. OGPSA only supports FSDP2 shards over "
+                "all processes. It does not support tensor parallelism or hybrid sharding. Apply fully_shard over "
+                "all processes."
             )
     return True
 
@@ -105,7 +106,7 @@ def check_agreement(numbers: Sequence[int], device: torch.device, what: str) -> 
     ends = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     if int(ends[0]) != -int(ends[1]):
-        raise ValueError(f"{what} differ between the processes. Give every process the same.")
+        raise ValueError(f"{what} differ between the processes. Give all processes the same batches.")
 
 
 def whole(piece: Tensor, parameter: Tensor) -> Tensor:

@@ -64,30 +64,47 @@ class FullParameterConfig(ProjectionConfig):
 
     subspace: Literal["activations", "gradients", "both"] = field(
         default="gradients",
-        metadata={"help": "What updates are projected away from, as for adapters."},
+        metadata={"help": "The directions that updates are projected away from, as for adapters."},
     )
-    rows: int = field(default=4, metadata={"help": "Reference gradients held per block, over all sets."})
+    rows: int = field(
+        default=4,
+        metadata={
+            "help": "Number of reference gradients stored per block, over all reference sets. The newest replace the "
+            "oldest."
+        },
+    )
     rows_from: Literal["example", "batch", "set"] = field(
         default="batch",
-        metadata={"help": "What one row is the gradient of: an 'example', a 'batch', or the mean over a 'set'."},
+        metadata={
+            "help": "One row is the gradient of an 'example', the gradient of a 'batch', or the mean gradient of a "
+            "'set'."
+        },
     )
     reference_weight: float | None = field(
         default=0.0,
-        metadata={"help": "How much of the mean fresh reference gradient is added to the training gradient (replay)."},
+        metadata={
+            "help": "How much of the mean reference gradient is added to the training gradient (replay). It is added "
+            "only in steps with a refresh, and only new gradients count."
+        },
     )
     exclude: Sequence[str] = field(
         default=(),
-        metadata={"help": "Modules that are trained but not projected: names or parts of them, with * as a wildcard."},
+        metadata={
+            "help": "Modules that are trained but not projected. Give names or parts of names, with * as a wildcard."
+        },
     )
     rows_device: Literal["model", "cpu"] = field(
         default="model",
-        metadata={"help": "Where the rows are: beside the parameters ('model'), or in the host's memory ('cpu')."},
+        metadata={
+            "help": "Where the rows are stored. 'model' stores them on the device of the parameters. 'cpu' stores "
+            "them in host memory."
+        },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.exclude, str) or not all(isinstance(name, str) and name for name in self.exclude):
-            raise ValueError(f"exclude={self.exclude!r} is not allowed. Use a list of modules' names.")
+            raise ValueError(f"exclude={self.exclude!r} is not allowed. Use a list of module names.")
         self.exclude = tuple(self.exclude)
         if self.rows_device not in ("model", "cpu"):
             raise ValueError(f"rows_device={self.rows_device!r} is not allowed. Use one of: 'model', 'cpu'.")
@@ -119,7 +136,7 @@ class WholeTargets:
     """
 
     kind = "projected"
-    what = "a model under OGPSA"
+    what = "a model with OGPSA"
     settings = "FullParameterConfig"
     names_others = False  # the user has excluded the other parameters
 
@@ -141,8 +158,8 @@ class WholeTargets:
             for pattern in self.config.exclude:
                 if not any(_matches(owner, pattern) for _, owner, _ in found):
                     raise ValueError(
-                        f"exclude: {pattern!r} matches no module of this {type(self.model).__name__}. Its modules "
-                        f"with parameters are named like {found[0][1]!r} and {found[-1][1]!r}."
+                        f"exclude: {pattern!r} matches no module of this {type(self.model).__name__}. Use names of "
+                        f"modules with parameters, for example {found[0][1]!r} or {found[-1][1]!r}."
                     )
             self._known = known = [
                 item for item in found if not any(_matches(item[1], pattern) for pattern in self.config.exclude)
@@ -165,10 +182,10 @@ class WholeTargets:
                 others.append(name)
         if others:
             raise ValueError(
-                f"subspace='activations' projects the weights of linear layers, and {len(others)} other parameters "
-                f"are in training: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} (embeddings, norms, "
-                "biases, weights of several layers). Freeze them, or name their modules in exclude: then they are "
-                "trained and not projected."
+                f"subspace='activations' projects only weights of linear layers, but {len(others)} other parameters "
+                f"are in training: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Such parameters are "
+                "embeddings, norms, biases, and weights that several layers share. Freeze them, or name their "
+                "modules in exclude. Excluded modules are trained but not projected."
             )
         return found
 
@@ -220,8 +237,8 @@ def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
     targets = WholeTargets(model, config)
     if not targets.trained():
         raise ValueError(
-            f"There is no parameter to project: exclude={config.exclude!r} leaves out all that is trained of this "
-            f"{type(model).__name__}."
+            f"exclude={config.exclude!r} leaves no parameter to project: this {type(model).__name__} trains no other "
+            "parameter. Exclude fewer modules, or unfreeze parameters."
         )
     projector = Projector(targets)
     attachment.attach(model, projector)

@@ -57,8 +57,8 @@ def first_tensor(batch: Any) -> Tensor:
         if isinstance(value, Tensor) and value.dim() > 0:
             return value
     raise ValueError(
-        f"A reference batch of type {type(batch).__name__} holds no tensor whose first axis counts its examples. "
-        "Give a tensor, or a mapping, list or tuple with tensors."
+        f"A reference batch of type {type(batch).__name__} has no tensor with one entry per example in its first "
+        "dimension. Give a tensor, or a mapping, list or tuple with tensors."
     )
 
 
@@ -104,9 +104,9 @@ def sharded_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, si
         own = blocks.flat_parameters()
         if all(parameter.grad is None for parameter in own):
             raise RuntimeError(
-                "The backward pass of a reference batch left no gradient in any projected shard. Refresh between "
-                "optimizer steps with set_requires_gradient_sync(True), and give refresh() as `model` what the "
-                "outermost fully_shard was called with."
+                "The backward pass of a reference batch computed no gradient for any projected shard. Call refresh() "
+                "between optimizer steps and with set_requires_gradient_sync(True). As its `model`, give the module "
+                "that you passed to the outermost fully_shard."
             )
         for piece, parameter in enumerate(own):
             if parameter.grad is not None:
@@ -233,12 +233,12 @@ def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
-            f"loss_fn must return a scalar tensor, and returned {got}. Return the mean loss of the batch."
+            f"loss_fn must return a scalar tensor, but it returned {got}. Return the mean loss of the batch."
         )
     if not loss.requires_grad:
         raise ValueError(
-            "The reference loss does not depend on the adapter: loss_fn returned a tensor without a graph. Compute it "
-            "from the model it is given, outside torch.no_grad()."
+            "The reference loss does not depend on the parameters in training: loss_fn returned a tensor without a "
+            "graph. Compute the loss with the model that loss_fn receives, outside torch.no_grad()."
         )
     return loss
 

@@ -83,12 +83,12 @@ class Guard:
         if mode == "ignore":
             return
         targets = self._parameters.targets
-        found = f"{what} of another adapter only" if outdated else f"no {what}"
+        found = f"only the {what} of other parameters" if outdated else f"no {what}"
         message = (
-            f"The optimizer steps {targets.what} that has {found}, so there is nothing to project onto. Add "
-            "OGPSACallback(reference_sets=[ReferenceSet(...)]) to the trainer, or call "
-            "model.projector.refresh(batches, loss_fn) before the step in your own loop, while model.projector.due. "
-            f'To train without projection, set missing_reference="ignore" in {targets.settings}.'
+            f"The optimizer makes a step with {targets.what} that has {found}, so the step cannot be projected. Add "
+            "OGPSACallback(reference_sets=[ReferenceSet(...)]) to the trainer. In your own loop, call "
+            "model.projector.refresh(batches, loss_fn) before the step, while model.projector.due is true. To train "
+            f'without projection, set missing_reference="ignore" in {targets.settings}.'
         )
         if mode == "error":
             raise RuntimeError(message)
@@ -119,10 +119,10 @@ class Guard:
         blind = [name for name, has in zip(subspace.blocks.order, self._seen.tolist(), strict=True) if not has]
         if blind:
             logger.warning(
-                "%d of the %d projected parameters have had no reference gradient other than zero in the first "
-                "refreshes, so their steps are not projected: %s. The reference examples may not reach them, as with "
-                "experts to which no token was routed. Give other or more reference examples if their abilities "
-                "matter.",
+                "%d of the %d projected parameters had no nonzero reference gradient in the first refreshes, so "
+                "their steps are not projected: %s. The reference examples may not reach these parameters, for "
+                "example experts to which no token was routed. If the abilities of these parameters matter, give "
+                "other or more reference examples.",
                 len(blind),
                 len(subspace.blocks.order),
                 _some(blind),
@@ -147,10 +147,10 @@ class Guard:
             return
         self._warned_of_changes = True
         logger.warning(
-            "The projected parameters have changed outside of an optimizer step that was projected. Such changes are "
-            "not projected. Either the optimizer, or one wrapped around it, does not call super().__init__() of "
-            "torch.optim.Optimizer, so that torch calls no hooks: use another one. Or your code has written to the "
-            "weights: if it loaded them on purpose, call projector.reset() afterwards."
+            "The projected parameters changed outside a projected optimizer step. Such changes are not projected. "
+            "There are two possible causes. First, the optimizer, or a wrapper around it, does not call "
+            "super().__init__() of torch.optim.Optimizer, so torch calls no hooks. Then use another optimizer. "
+            "Second, your code changed the weights. If it loaded them on purpose, call projector.reset() afterwards."
         )
 
     def expect_changes(self) -> None:
@@ -186,14 +186,14 @@ class Guard:
         name = type(getattr(optimizer, "optimizer", optimizer)).__name__
         if seen == 0:
             raise RuntimeError(
-                f"The optimizer {name} has made a step that was not projected: torch calls no hooks around its "
+                f"The optimizer {name} made a step that was not projected. Either torch calls no hooks around its "
                 "`step`, or it does not hold the parameters in training. Use an optimizer that calls "
-                "super().__init__() of torch.optim.Optimizer, such as optim='adamw_torch', and give it the parameters "
-                "of this model. To train without projection, set projector.enabled = False."
+                "super().__init__() of torch.optim.Optimizer, for example optim='adamw_torch', and give it the "
+                "parameters of this model. To train without projection, set projector.enabled = False."
             )
         raise RuntimeError(
-            f"The optimizer {name} has made {seen} steps of the projected parameters in one step of the trainer. "
-            "OGPSA counts and refreshes by the trainer's steps: use an optimizer that makes one."
+            f"The optimizer {name} made {seen} steps with the projected parameters in one step of the trainer. OGPSA "
+            "counts the trainer's steps to decide when to refresh. Use an optimizer that makes one step at a time."
         )
 
     def check_parameters(self, model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -210,8 +210,8 @@ class Guard:
         for name, parameter in self.projected().items():
             if id(parameter) not in own:
                 raise RuntimeError(
-                    f"The projected parameter {name} is not, or no longer, in training in this "
-                    f"{type(model).__name__}. Build the optimizer and the trainer after the last change to the "
+                    f"The projected parameter {name} is not, or is no longer, a trainable parameter of this "
+                    f"{type(model).__name__}. Create the optimizer and the trainer after the last change to the "
                     "adapter."
                 )
             del own[id(parameter)]
@@ -222,8 +222,8 @@ class Guard:
         if others:
             self._warned_of_others = True
             logger.warning(
-                "%d parameters are trained and not projected, because they are not LoRA matrices A and B: %s. Nothing "
-                "keeps their steps from harming the reference sets.",
+                "%d parameters are trained but not projected, because they are not LoRA matrices A or B: %s. Nothing "
+                "prevents their steps from harming the abilities in the reference sets.",
                 len(others),
                 _some(others),
             )
@@ -245,9 +245,9 @@ def refuse_averaging(optimizer: Optimizer, config: ProjectionConfig) -> None:
         return
     if any("train_mode" in group for group in optimizer.param_groups):
         raise ValueError(
-            f"{type(optimizer).__name__} evaluates and saves an average of weights that no step has, and only the "
-            "steps are projected. Use optim='adamw_torch' or another optimizer that is not schedule-free, or "
-            "subspace='gradients' with projection='gradient'."
+            f"{type(optimizer).__name__} is schedule-free: it evaluates and saves an average of weights. OGPSA "
+            "projects the steps, but not this average. Use optim='adamw_torch' or another optimizer that is not "
+            "schedule-free. Or use subspace='gradients' with projection='gradient'."
         )
 
 

@@ -196,7 +196,10 @@ def _split(batches: Batches, tokens: Tokens) -> tuple[list[_Part], list[_Part]]:
 def _weighted(parts: list[_Part], name: str, sets: int) -> list[_Part]:
     count = sum(_count(part) for part in parts)
     if parts and not count:
-        raise ValueError(f"Reference set {name!r} has no token to build the activation subspace from.")
+        raise ValueError(
+            f"Reference set {name!r} has no token for the activation subspace. Give it other examples, or use "
+            "tokens='all'."
+        )
     return [replace(part, weight=1 / (count * sets)) for part in parts]
 
 
@@ -213,8 +216,8 @@ def _tokens_of(batch: Any, tokens: Tokens, name: str) -> Tensor | None:
     if tokens == "answer":
         if labels is None:
             raise ValueError(
-                f"tokens='answer' needs `labels` in every batch, -100 at other positions, and a batch of {name!r} has "
-                "none. Use tokens='all'."
+                "tokens='answer' needs `labels` in every batch, with -100 at other positions, but a batch of "
+                f"{name!r} has no `labels`. Add them, or use tokens='all'."
             )
         return labels != IGNORED
     return None if mask is None else mask.bool()
@@ -292,8 +295,8 @@ class _Watcher:
         missing = [name for name in self._layers if name not in self._first]
         if missing:
             raise ValueError(
-                f"{len(missing)} adapted layers are not called when the model passes a reference example: "
-                f"{missing[0]}, for one. Their inputs are not known. Leave them out of target_modules, or use "
+                f"{len(missing)} adapted layers are not called when the model processes a reference example. One of "
+                f"them is {missing[0]}. Their inputs are not known. Leave these layers out of target_modules, or use "
                 "subspace='gradients'."
             )
 
@@ -324,10 +327,10 @@ class _Watcher:
             return flat
         if len(flat) != part.tokens.numel():
             raise ValueError(
-                f"The layer {name} is given {len(flat)} vectors, and the batch has {part.tokens.numel()} "
-                "positions, so which of them are tokens is not known (routed experts are such layers). Pass "
-                "one reference example at a time (OGPSACallback(batch_size=1)) with tokens='all', leave such "
-                "layers out of target_modules, or use subspace='gradients'."
+                f"The layer {name} receives {len(flat)} vectors, but the batch has {part.tokens.numel()} positions, "
+                "so OGPSA cannot know which vectors belong to tokens. Routed experts are such layers. Pass one "
+                "reference example at a time (OGPSACallback(batch_size=1)) with tokens='all', leave such layers out "
+                "of target_modules, or use subspace='gradients'."
             )
         return flat.index_select(0, where.to(flat.device))
 
@@ -351,8 +354,8 @@ def _median_length(vectors: Tensor) -> Tensor:
 
 def _changed(name: str, before: str, now: str) -> ValueError:
     return ValueError(
-        f"The layer {name} was first given the input of {before}, and then that of {now}: layers that are used in "
-        "several places have no subspace of their own. Leave it out of target_modules, or use subspace='gradients'."
+        f"The layer {name} first received the input of {before} and then the input of {now}. A layer that is used in "
+        "several places has no subspace of its own. Leave it out of target_modules, or use subspace='gradients'."
     )
 
 

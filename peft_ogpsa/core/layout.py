@@ -80,15 +80,18 @@ class Blocks:
         self, parameters: Mapping[str, Tensor], owners: Mapping[str, str], scope: str, slices: int = 16
     ) -> None:
         if not parameters:
-            raise ValueError("There is no parameter to project: the adapter in training has no trainable LoRA weight.")
+            raise ValueError(
+                "There is no parameter to project: the adapter in training has no trainable LoRA weight. Unfreeze its "
+                "LoRA weights."
+            )
         if scope not in _BLOCK_OF:
             raise ValueError(f"scope={scope!r} is unknown. Choose one of {sorted(_BLOCK_OF)}.")
         _refuse_shared_memory(parameters)
         self.sharded = distributed.are_sharded(parameters.values())
         if self.sharded and scope == "slice":
             raise ValueError(
-                "scope='slice' is not allowed where parameters are sharded: what a process holds of a parameter is no "
-                "whole number of its slices. Use scope='tensor'."
+                "scope='slice' is not allowed with sharded parameters, because a process does not hold a whole "
+                "number of a parameter's slices. Use scope='tensor'."
             )
         names = [name for alike in _alike(parameters, Tensor.numel) for name in alike]
         self.order = names  # the same in all processes; the order of the pieces may differ
@@ -265,7 +268,7 @@ def _refuse_shared_memory(parameters: Mapping[str, Tensor]) -> None:
     for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
         if device == other_device and start <= end:
             raise ValueError(
-                f"The parameters {name!r} and {other!r} share memory, so a projected step of the one would change the "
+                f"The parameters {name!r} and {other!r} share memory, so a projected step of one would change the "
                 "other. Set ensure_weight_tying=False in the configuration, or adapt only one of the two modules."
             )
 

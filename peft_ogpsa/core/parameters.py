@@ -27,7 +27,8 @@ class Parameters:
 
     def __init__(self, targets: Targets) -> None:
         self.targets = targets
-        # Other models' optimizers, with the parameters that they and we had, so that their steps need no search.
+        # Optimizers of other models, so that their steps need no search. The sets are the parameters that such an
+        # optimizer held, and the parameters that were in training.
         self._strangers: weakref.WeakKeyDictionary[Optimizer, tuple[set[int], set[int]]] = weakref.WeakKeyDictionary()
 
     def by_name(self) -> dict[str, nn.Parameter]:
@@ -35,7 +36,7 @@ class Parameters:
         return {name: parameter for name, _, parameter in self.targets.trained()}
 
     def layout(self, config: ProjectionConfig) -> Blocks:
-        """The blocks that the settings make of the parameters."""
+        """Group the parameters into blocks, as the settings say."""
         trained = self.targets.trained()
         parameters = {name: parameter for name, _, parameter in trained}
         return Blocks(parameters, {name: owner for name, owner, _ in trained}, config.scope, config.slices)
@@ -46,11 +47,11 @@ class Parameters:
         return own.keys() == others.keys() and all(own[name] is others[name] for name in own)
 
     def stepped_by(self, optimizer: Optimizer) -> set[int]:
-        """The `id` of each of the parameters that the optimizer holds."""
+        """The `id` of every parameter in training that the optimizer holds."""
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trained = self._ids()
         if not trained & owned and self._strangers.get(optimizer) != (owned, trained):
-            self.targets.forget()  # the optimizer may hold parameters that have replaced those we know
+            self.targets.forget()  # the optimizer may hold parameters that replaced the known ones
             trained = self._ids()
             if not trained & owned:
                 self._strangers[optimizer] = owned, trained
@@ -69,9 +70,9 @@ class Parameters:
         if len(stepped) < len(trained):
             absent = next(name for name, parameter in trained.items() if id(parameter) not in stepped)
             raise RuntimeError(
-                f"The optimizer holds {len(stepped)} of the {len(trained)} {self.targets.kind} parameters in "
-                f"training; {absent}, for one, is not in it. Give all of them to one optimizer, or freeze the others "
-                "(requires_grad_(False)) and refresh."
+                f"The optimizer holds only {len(stepped)} of the {len(trained)} {self.targets.kind} parameters in "
+                f"training. For example, it does not hold {absent}. Give all of them to one optimizer. Or freeze the "
+                "others (requires_grad_(False)) and refresh."
             )
 
     def upcast(self) -> None:
@@ -103,6 +104,7 @@ class Parameters:
         for name, norm in self.fingerprint().items():
             if abs(norm - saved[name]) > 2**-8 * max(norm, saved[name]):
                 raise ValueError(
-                    f"The saved subspace belongs to other weights: {name} has the norm {norm:.6g}, and had "
-                    f"{saved[name]:.6g} when the subspace was saved. Restore the weights of the same checkpoint first."
+                    f"The saved subspace belongs to other weights: {name} has the norm {norm:.6g}, but it had the "
+                    f"norm {saved[name]:.6g} when the subspace was saved. Restore the weights of the same checkpoint "
+                    "first."
                 )

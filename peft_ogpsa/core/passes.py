@@ -34,7 +34,7 @@ class SetBatches:
     sizes: Sequence[int]
 
     def rows(self, row_of: str) -> int:
-        """Number of reference gradients that the batches give, if each is that of a set, a batch or an example."""
+        """Number of rows that the batches need, if one row is the gradient of a set, a batch or an example."""
         return {"set": 1, "batch": len(self.sizes), "example": sum(self.sizes)}[row_of]
 
 
@@ -46,7 +46,9 @@ def checked(batches: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
     """
     sets = {name: list(items) for name, items in batches.items()}
     if not sets:
-        raise ValueError("refresh() was given no reference set. Give a mapping from a set's name to its batches.")
+        raise ValueError(
+            "refresh() received no reference set. Give a mapping from the names of the sets to their batches."
+        )
     for name, items in sets.items():
         if not items:
             raise ValueError(f"Reference set {name!r} has no batch. Give it at least one example, or leave it out.")
@@ -58,17 +60,17 @@ def sized(sets: Mapping[str, Sequence[Any]]) -> list[SetBatches]:
     return [SetBatches(name, items, [batch_size(batch) for batch in items]) for name, items in sets.items()]
 
 
-def check_sizes(sets: Sequence[SetBatches], device: torch.device, what: str) -> None:
+def check_sizes(sets: Sequence[SetBatches], device: torch.device) -> None:
     """Check that all processes have batches of the same sizes. See `distributed.check_agreement`."""
     numbers = [number for own in sets for number in (len(own.sizes), *own.sizes)]
-    distributed.check_agreement(numbers, device, what)
+    distributed.check_agreement(numbers, device, "The sizes of the reference batches")
 
 
 class Passes:
     """The passes of one refresh.
 
     Args:
-        rows (`Rows`): Receives the raw gradients, this process's part of them.
+        rows (`Rows`): Receives this process's part of the raw gradients.
         linears (`Sequence[nn.Linear | None]`): See `example_gradients`.
         model (`nn.Module`): Passed to `loss_fn`.
         loss_fn (`Callable`): `loss_fn(model, batch)` returns a scalar.
@@ -84,7 +86,7 @@ class Passes:
         self.row_of = row_of
 
     def fill(self, own: SetBatches, slots: Sequence[int]) -> Tensor:
-        """Fill one set's slots with this process's part of its raw gradients.
+        """Fill the slots of one set with this process's part of the raw gradients.
 
         Returns:
             `(2,)`: the losses of the set's finite passes, summed with their numbers of examples as weights, and the

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Numerical precision: the dtypes that are too coarse for a projected step, and the modes that make others so."""
+"""Numerical precision: dtypes that lose a projected step to rounding, and a context with full precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Disable TF32 and autocast, in which a loop may step its optimizer."""
+    """Disable TF32 and autocast. A training loop may call its optimizer while they are on."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -27,11 +27,11 @@ from .rows import DTYPES
 logger = logging.getLogger(__name__)
 
 SHAPE = ("subspace", "constraint", "scope", "slices", "rows", "rows_dtype", "subspace_rank")
-"""The settings that a gradient subspace is made with."""
+"""The settings that a gradient subspace depends on."""
 
 
 class Refresher:
-    """The gradient subspace, and what computes its rows.
+    """Computes the rows of the gradient subspace and holds it.
 
     Args:
         parameters (`Parameters`): The parameters in training.
@@ -40,7 +40,7 @@ class Refresher:
     Attributes:
         subspace (`Subspace`, *optional*): The reference gradients; `None` before the first refresh.
         fresh (`list[int]`): Slots whose rows were computed at the current parameters.
-        weights (`dict[str, float]`): The weights of the reference sets, if the configuration gives none.
+        weights (`dict[str, float]`): The reference weight of each set, for a configuration that gives none.
     """
 
     def __init__(self, parameters: Parameters, diagnostics: Diagnostics) -> None:
@@ -54,7 +54,7 @@ class Refresher:
     # The subspace
 
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters that the subspace was made for, by name; empty before there is one."""
+        """The parameters that the subspace was made for, by name. Empty before there is a subspace."""
         return {} if self.subspace is None else self.subspace.blocks.by_name()
 
     def covers_training(self) -> bool:
@@ -77,7 +77,7 @@ class Refresher:
         )
 
     def hold(self, subspace: Subspace | None, config: ProjectionConfig) -> None:
-        """Store a subspace, in place of the one before."""
+        """Store a subspace. It replaces the previous one."""
         self.subspace, self._made_with = subspace, _shape_of(config)
         if subspace is not None:
             linears = _linears_of(self._parameters.targets.model)
@@ -89,8 +89,8 @@ class Refresher:
         self.fresh, self.weights = [], {}
 
     def memory(self, config: ProjectionConfig, sets: int) -> tuple[int, int]:
-        """Bytes of the rows of `sets` reference sets, which stay stored, and more for an optimizer step."""
-        layout = self._parameters.layout(config)  # made in any case: it rejects parameters that share memory
+        """Bytes that the rows of `sets` reference sets always use, and the additional bytes of an optimizer step."""
+        layout = self._parameters.layout(config)  # computed even if not used: it rejects parameters that share memory
         if not config.refreshes:
             return 0, 0
         rows = sets if config.row_of == "set" else config.rows
@@ -120,7 +120,7 @@ class Refresher:
         return max(len(names), old.rows.capacity if old else 0)
 
     def prepare(self, config: ProjectionConfig, capacity: int) -> None:
-        """Make the subspace if there is none, or a larger one that takes over the rows."""
+        """Make the subspace if there is none. If it is too small, make a larger one that takes over the rows."""
         old = self.subspace
         if old is None or old.rows.capacity != capacity:
             new = self.make(config, capacity)
@@ -139,21 +139,23 @@ class Refresher:
     ) -> dict[str, float]:
         """Compute reference gradients and store them in the subspace, which `prepare` has made.
 
+        It raises the errors that `Projector.refresh` documents.
+
         Args:
             config (`ProjectionConfig`): The settings.
             sets (`Sequence[SetBatches]`): The batches.
             loss_fn (`Callable`): `loss_fn(model, batch)` returns a scalar.
             model (`nn.Module`): Passed to `loss_fn`.
             weights (`Mapping[str, float]`, *optional*): See `Projector.refresh`.
-            activations (`ActivationSubspace`, *optional*): The rows lose their part in this subspace.
+            activations (`ActivationSubspace`, *optional*): The part of the rows in this subspace is removed.
 
         Returns:
-            The mean loss of each set. Errors are those of `Projector.refresh`.
+            The mean loss of each set.
         """
         subspace = self.subspace
         assert subspace is not None
         device = subspace.blocks.device
-        check_sizes(sets, device, "The sizes of the reference batches")
+        check_sizes(sets, device)
         owners = [own.name for own in sets for _ in range(own.rows(config.row_of))]
         slots = subspace.rows.claim_for(owners) if config.row_of == "set" else subspace.rows.claim(len(owners))
         passes = Passes(subspace.rows, self._linears, model, loss_fn, config.row_of)
@@ -212,7 +214,7 @@ class Refresher:
     # State
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The subspace as tensors, and a JSON-ready rest; both empty before there is one.
+        """The subspace as tensors, and a JSON-ready rest. Both are empty before there is a subspace.
 
         Under FSDP2 all processes must call it.
         """

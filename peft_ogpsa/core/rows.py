@@ -106,7 +106,7 @@ class Slots:
 def _runs(slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
     """Split slots into runs of neighbors, each with its positions among the slots.
 
-    A slice of rows is a view; a list of rows is not.
+    Rows that a slice selects are a view. Rows that a list selects are a copy.
     """
     start = 0
     for end in range(1, len(slots) + 1):
@@ -148,15 +148,15 @@ class Rows:
     ) -> None:
         if blocks.sharded and dtype == torch.int8:
             raise ValueError(
-                "rows_dtype='int8' is not allowed where parameters are sharded: its scales are those of whole "
-                "matrices. Use 'bfloat16'."
+                "rows_dtype='int8' is not allowed with sharded parameters, because a scale belongs to a whole "
+                "matrix. Use rows_dtype='bfloat16'."
             )
         self.blocks = blocks
         self.capacity = capacity
         self.stack = blocks.zeros(capacity, dtype, on_host)
         self.scales: Stack = [torch.ones(part.shape[:2], device=part.device) for part in self.stack]
         self.norms = torch.zeros(blocks.count, capacity, dtype=linalg.small_dtype(blocks.device), device=blocks.device)
-        # Saved with the rows. Recomputed in one piece, it could differ in the last bit, and so could a resumed run.
+        # Saved with the rows. If it were recomputed in one piece, its last bit and a resumed run could differ.
         self.gram = torch.zeros(blocks.count, capacity, capacity, dtype=self.norms.dtype, device=blocks.device)
         self.sets: list[str | None] = [None] * capacity
         self.cursor = 0
@@ -210,7 +210,9 @@ class Rows:
         for name in sets:
             if name not in owners:
                 if None not in owners:
-                    raise ValueError(f"There is no slot left for the set {name!r} in rows={self.capacity}.")
+                    raise ValueError(
+                        f"rows={self.capacity} has no slot left for the reference set {name!r}. Raise `rows`."
+                    )
                 owners[owners.index(None)] = name
         return [owners.index(name) for name in sets]
 
@@ -284,7 +286,10 @@ class Rows:
             rows[:, index] = total.to(rows.device, rows.dtype)
 
     def near(self, slots: Sequence[int] | None = None, stack: Stack | None = None) -> Iterator[Tensor]:
-        """Rows on the parameters' device, `(pieces, rows, numel)`, group by group: all of a stack, or some slots."""
+        """Rows on the parameters' device, `(pieces, rows, numel)`, group by group.
+
+        These are all rows of a stack, or the rows of some slots.
+        """
         for rows, group in zip(self.stack if stack is None else stack, self.blocks.groups, strict=True):
             own = rows if slots is None else rows[:, _index(slots)]
             yield own.to(group.device, non_blocking=True)
@@ -321,7 +326,7 @@ class Rows:
         self.gram[:, :, index] = fresh.mT
 
     def products(self, vectors: Stack) -> Tensor:
-        """Inner products of all (unit) rows with the vectors: `(blocks, rows)`, float32; of this process's part."""
+        """Inner products of all (unit) rows with the vectors: `(blocks, rows)`, float32; for this process's part."""
         return self.blocks.reduce(
             self.scaled([linalg.products(rows, vector) for rows, vector in zip(self.near(), vectors, strict=True)])
         )
@@ -355,7 +360,7 @@ class Rows:
         Args:
             tensors (`Mapping[str, Tensor]`): The saved tensors.
             rest (`Mapping`): The saved rest.
-            more (`dict[str, Tensor]`): Tensors like those that the state must hold in addition.
+            more (`dict[str, Tensor]`): Further tensors that the state must hold, with their names and shapes.
 
         Raises:
             ValueError: If the state was made for other parameters, shapes or numbers of rows, or if it is damaged.
@@ -366,20 +371,23 @@ class Rows:
         missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         if missing or surplus:
             raise ValueError(
-                "The subspace was made for another adapter: "
-                f"{len(missing)} tensors are missing ({', '.join(missing[:3]) or 'none'}), "
-                f"{len(surplus)} are not known here ({', '.join(surplus[:3]) or 'none'}). "
-                "Load it with the same `target_modules`, `scope` and base model, or rebuild it from the references."
+                f"The subspace was made for another adapter: {len(missing)} tensors are missing "
+                f"({', '.join(missing[:3]) or 'none'}), and {len(surplus)} are unexpected "
+                f"({', '.join(surplus[:3]) or 'none'}). Load it with the same `target_modules`, `scope` and base "
+                "model, or rebuild it from the references."
             )
         for name, shape in expected.items():
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(
-                    f"The subspace does not fit: {name} has shape {tuple(tensors[name].shape)}, expected "
-                    f"{shape} (rows x parameter shape). Use the same `rows`, `r` and `scope`, or rebuild "
+                    f"The subspace does not fit: {name} has the shape {tuple(tensors[name].shape)}, but the shape "
+                    f"{shape} (rows x parameter shape) is needed. Use the same `rows`, `r` and `scope`, or rebuild "
                     "it from the references."
                 )
         if len(rest["sets"]) != self.capacity or not 0 <= int(rest["cursor"]) < self.capacity:
-            raise ValueError(f"The subspace does not fit: its ring is not one of rows={self.capacity}.")
+            raise ValueError(
+                f"The subspace does not fit: its list of sets or its next slot does not match rows={self.capacity}. "
+                "Use the same `rows`, or rebuild it from the references."
+            )
         for name in expected:
             if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
                 raise ValueError(

@@ -19,9 +19,9 @@ class Schedule:
     Attributes:
         steps: Number of steps of the optimizer that trains the parameters, projected or not.
         skipped: Number of steps that a gradient scaler has skipped. `steps` does not count them.
-        moves: Whether the current step can move anything.
-        moved: Number of steps that could move something, so not those with a learning rate of 0.
-        since_refresh: The same, since the last refresh.
+        moves: Whether the current step can change a parameter.
+        moved: Number of steps that could change a parameter. Steps with a learning rate of 0 do not count.
+        since_refresh: Number of such steps since the last refresh.
     """
 
     def __init__(self) -> None:
@@ -34,14 +34,14 @@ class Schedule:
         self.steps = self.moved = self.since_refresh = 0
 
     def due(self, config: ProjectionConfig) -> bool:
-        """Whether so many steps have been made that a refresh is due."""
+        """Whether a refresh is due: after `refresh_steps` steps, and after the first step."""
         return self.since_refresh >= config.refresh_steps or self.moved == self.since_refresh == 1
 
     def begin_step(self, optimizer: Optimizer) -> None:
-        """Look whether the step that begins can move anything. With a learning rate of 0 it cannot.
+        """Find whether the step that begins can change a parameter. With a learning rate of 0 it cannot.
 
-        Some optimizers have no rate, or `None` if they find their own. Reading a rate from an accelerator would wait
-        for the device, so this is done only for the first steps.
+        Some optimizers have no learning rate. In others it is `None`, because they find it themselves. Reading a rate
+        from an accelerator waits for the device, so this is done only for the first steps.
         """
 
         def still(rate: Any) -> bool:

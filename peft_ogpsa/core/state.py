@@ -53,7 +53,7 @@ class State:
             directions, rest["inputs"] = self._builder.subspace.state_dict()
             tensors |= directions
         if not rest:
-            raise RuntimeError("There is no subspace to save yet: call refresh() first.")
+            raise RuntimeError("There is no subspace to save yet. Call refresh() first.")
         rest |= {
             "config": self._parameters.targets.config.ogpsa_dict(),
             **self._schedule.state_dict(),
@@ -79,9 +79,12 @@ class State:
         subspace = self._refresher.restored(config, tensors, rest)
         activations = self._builder.restored(config, directions, rest.get("inputs"))
         if (subspace is None and config.refreshes) or (activations is None and config.uses_activations):
-            raise ValueError(f"The saved state holds no subspace of the kind that subspace={config.subspace!r} needs.")
+            raise ValueError(
+                f"The saved state does not contain the kind of subspace that subspace={config.subspace!r} needs. Use "
+                "the saved settings, or rebuild the subspace from the references."
+            )
         self._parameters.check_fingerprint(rest["fingerprint"])
-        # From here on nothing is refused, so that a refused state changes nothing.
+        # All checks come before this line, so that a rejected state changes nothing.
         self._refresher.hold(subspace, config)
         self._refresher.fresh = list(rest["fresh"])
         self._refresher.weights = {name: float(weight) for name, weight in rest["weights"].items()}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """The projection of one optimizer step after another.
+    """Projects the steps of the optimizer, one after another.
 
     Args:
         refresher (`Refresher`): Holds the gradient subspace.
@@ -45,19 +45,19 @@ class Step:
     def forget(self) -> None:
         """Forget everything that belongs to the rows or to a step."""
         self.masters: Stack | None = None
-        # At a step that follows a refresh: the gradient's overlaps with the rows, this process's part.
+        # In a step after a refresh: this process's part of the inner products of the gradient and the rows.
         self._overlaps: Tensor | None = None
         self.last_launcher: Launcher | None = None
         self.forget_parameters()
 
     def forget_parameters(self) -> None:
-        """Forget the parameters before a step, which remain if the step raised an error."""
+        """Forget the copy of the parameters before a step. The copy remains if the step raised an error."""
         self._before: Stack | None = None
         self._remembered = False  # whether the activation subspace will project the current step
 
     @property
     def device(self) -> torch.device | None:
-        """The device that solves small problems; `None` before there is a subspace."""
+        """The device that solves small problems. `None` before there is a subspace."""
         if self._refresher.subspace is not None:
             return self._refresher.subspace.blocks.device
         return None if self._builder.subspace is None else self._builder.subspace.device
@@ -66,7 +66,7 @@ class Step:
 
     @torch.no_grad()
     def process_gradients(self, optimizer: Optimizer, config: ProjectionConfig, max_grad_norm: float | None) -> None:
-        """Process the step's final gradients: figures, reference weight, gradient projection.
+        """Process the final gradients of a step: record figures, project them, and add the reference gradient.
 
         Args:
             optimizer (`Optimizer`): The optimizer that makes the step.
@@ -120,7 +120,7 @@ class Step:
                 torch._foreach_copy_([gradient for gradient, _ in found], [own for _, own in found])
 
     def remember_parameters(self, config: ProjectionConfig, kernels: bool) -> None:
-        """Copy the parameters before the step, as far as the step will be projected.
+        """Copy the parameters before the step, if the projection needs them.
 
         Args:
             config (`ProjectionConfig`): The settings.

@@ -27,8 +27,8 @@ def refresh_samples(
     each_set = config.constrains and config.rows_from == "set"
     if each_set and given is not None and given < sets:
         raise ValueError(
-            f"refresh_samples={given} is less than the {sets} reference sets, and with rows_from='set' every set has "
-            f"a row. Set refresh_samples={sets} or more, or give fewer sets."
+            f"refresh_samples={given} is less than the number of reference sets ({sets}). With rows_from='set', "
+            f"every set needs an example for its row. Set refresh_samples={sets} or more, or give fewer sets."
         )
     if given is not None or config.reference_budget is None:
         return given
@@ -60,7 +60,7 @@ def check_rows(config: ProjectionConfig, examples: int, batches: int) -> None:
     if config.row_of != "set" and needed > config.rows:
         what = "examples" if config.row_of == "example" else "batches"
         raise ValueError(
-            f"A refresh draws up to {needed} reference {what}, and rows={config.rows} holds {config.rows} gradients. "
-            f"Set rows={needed}, or lower refresh_samples ({config.refresh_samples}) or reference_budget "
-            f"({config.reference_budget}; None draws everything)."
+            f"rows={config.rows} is too small: a refresh uses up to {needed} reference {what}, and each of them "
+            f"needs a row. Set rows={needed}, or lower refresh_samples ({config.refresh_samples}) or "
+            f"reference_budget ({config.reference_budget}). With both at None, a refresh uses all examples."
         )

@@ -15,7 +15,7 @@ COST = KLLoss.cost
 divergence_loss = KLLoss().loss
 
 warnings.warn(
-    "peft_ogpsa.references.divergence has moved to peft_ogpsa.references.losses.kl, and will go.",
+    "peft_ogpsa.references.divergence has moved to peft_ogpsa.references.losses.kl. The old name will be removed.",
     DeprecationWarning,
     stacklevel=2,
 )

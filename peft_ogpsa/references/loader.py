@@ -241,13 +241,13 @@ class ReferenceLoader:
         """
         if state["sizes"] != self._sizes():
             raise ValueError(
-                f"The checkpoint's reference sets have the sizes {state['sizes']}, these {self._sizes()}. Resume with "
-                "the same sets, or rebuild the subspace."
+                f"The reference sets of the checkpoint have the sizes {state['sizes']}, but the given sets have the "
+                f"sizes {self._sizes()}. Resume with the same sets, or rebuild the subspace."
             )
         if state["digest"] != self.digest:
             raise ValueError(
-                "The checkpoint's reference sets have the names and sizes of these, and other examples. Resume with "
-                "the same sets, or rebuild the subspace."
+                "The given reference sets have the names and sizes of those in the checkpoint, but other examples. "
+                "Resume with the same sets, or rebuild the subspace."
             )
         self._drawn, self._draws, self.seed = dict(state["drawn"]), int(state["draws"]), int(state["seed"])
 

@@ -46,12 +46,12 @@ def with_contrast(
         raise ValueError(f"with_contrast: share={share!r} must be a number between 0 and 1.")
     safety = list(rows)
     if not safety:
-        raise ValueError("with_contrast: rows is empty. Give the safety rows to put look-alikes among.")
+        raise ValueError("with_contrast: rows is empty. Give the safety rows to mix the look-alikes into.")
     answered = [(row["prompt"], ended) for row in contrast.dataset if (ended := _ended(row)) is not None]
     if not answered:
         raise ValueError(
-            f"with_contrast: no answer of the set {contrast.name!r} has a whole sentence. Raise max_new_tokens of "
-            "ReferenceSet.from_prompts."
+            f"with_contrast: no answer in the reference set {contrast.name!r} has a whole sentence. Raise "
+            "max_new_tokens of ReferenceSet.from_prompts."
         )
     mixed: list[dict[str, Any]] = []
     own = itertools.cycle(answered)
@@ -83,8 +83,8 @@ def _safety_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         if all(column in row for column in columns):
             return {column: row[column] for column in columns}
     raise ValueError(
-        f"with_contrast: row {index} has the columns {sorted(row)}. Give it prompt and completion, messages, or "
-        "prompt, chosen and rejected."
+        f"with_contrast: row {index} has the columns {sorted(row)}. Give it the columns prompt/completion, messages, "
+        "or prompt/chosen/rejected."
     )
 
 
@@ -93,8 +93,8 @@ def _like(row: Mapping[str, Any], prompt: Any, answer: Any, index: int) -> dict[
     given = row["messages"] if "messages" in row else row["prompt"]
     if isinstance(given, str) != isinstance(prompt, str):
         raise ValueError(
-            f"with_contrast: row {index} is {'plain text' if isinstance(given, str) else 'conversational'}, and the "
-            "look-alikes are not. Make both of one kind."
+            f"with_contrast: row {index} is {'plain text' if isinstance(given, str) else 'conversational'}, but the "
+            "look-alikes are not. Give both in the same format."
         )
     if "messages" in row:
         return {"messages": [*prompt, *answer]}

@@ -11,7 +11,7 @@ __all__ = ["Pair", "log_probabilities", "preference_loss", "with_margins"]
 preference_loss = DPOLoss().loss
 
 warnings.warn(
-    "peft_ogpsa.references.preferences has moved to peft_ogpsa.references.losses.dpo, and will go.",
+    "peft_ogpsa.references.preferences has moved to peft_ogpsa.references.losses.dpo. The old name will be removed.",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -64,19 +64,21 @@ def self_answers(
     """Return rows with the model's own answers, and the counts. The arguments are those of `from_prompts`."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if isinstance(prompts, str | Mapping):
-        raise ValueError(f"Reference set {name!r}: prompts is a single {type(prompts).__name__}. Give a list of them.")
+        raise ValueError(
+            f"Reference set {name!r}: prompts is a single {type(prompts).__name__}. Give a list of prompts."
+        )
     given = [
         _content(prompt, tokenizer, f"Reference set {name!r}: prompt {i}")
         for i, prompt in enumerate(islice(prompts, samples))
     ]
     if not given:
-        raise ValueError(f"Reference set {name!r} has no prompts. Give it at least one.")
+        raise ValueError(f"Reference set {name!r} has no prompts. Give it at least one prompt.")
     encoded = [encode_prompt(tokenizer, prompt) for prompt in given]
     fitting = [position for position, ids in enumerate(encoded) if len(ids) < max_length]
     if not fitting:
         raise ValueError(
-            f"Reference set {name!r}: every one of its {len(given)} prompts has max_length={max_length} tokens or "
-            "more, so there is no room for an answer. Raise max_length or shorten the prompts."
+            f"Reference set {name!r}: all {len(given)} prompts have max_length={max_length} tokens or more, so there "
+            "is no room for an answer. Raise max_length, or shorten the prompts."
         )
     asked = [given[position] for position in fitting]
     settings: dict[str, Any] = {
@@ -110,15 +112,16 @@ def self_answers(
         unfinished=sum(row["unfinished"] for row in kept),
     )
     summary = (
-        f"{counts.kept} of {counts.prompts} answers kept ({counts.unfinished} of them cut at max_new_tokens); "
-        f"{counts.refused} refused, {counts.unclear} unclear, {counts.too_long} prompts too long"
+        f"kept {counts.kept} of {counts.prompts} answers ({counts.unfinished} of them were cut at max_new_tokens), "
+        f"and dropped {counts.refused} refusals, {counts.unclear} unclear answers and {counts.too_long} prompts that "
+        "are too long"
     )
     if not kept:
         raise ValueError(
-            f"Reference set {name!r}: {summary}. The base model answers none of these prompts, so there is nothing to "
-            "keep. Give prompts that it answers, an instruct model, or rows with answers."
+            f"Reference set {name!r}: {summary}. The base model answers none of these prompts, so there is nothing "
+            "to preserve. Give prompts that it answers, an instruct model, or rows with answers."
         )
-    logger.info("Reference set %r: %s. Answers are in %s.", name, summary, path)
+    logger.info("Reference set %r: %s. The answers are stored in %s.", name, summary, path)
     return kept, counts
 
 
@@ -126,13 +129,13 @@ def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> s
     """Return a prompt as its row stores it: messages if the tokenizer has a chat template, plain text if not."""
     if isinstance(prompt, Mapping):
         if "prompt" not in prompt and "messages" not in prompt:
-            raise ValueError(f"{name} has the columns {sorted(prompt)}. Give it prompt or messages.")
+            raise ValueError(f"{name} has the columns {sorted(prompt)}. Give it the column prompt or messages.")
         prompt = prompt["prompt"] if "prompt" in prompt else prompt["messages"]
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}] if tokenizer.chat_template is not None else prompt
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{name} is conversational, and the tokenizer has no chat template. Use an instruct model's tokenizer, "
+            f"{name} is conversational, but the tokenizer has no chat template. Use an instruct model's tokenizer, "
             "set tokenizer.chat_template, or give plain text."
         )
     messages = [dict(message) for message in cast(Sequence[Message], prompt)]
@@ -210,12 +213,12 @@ def _read(path: Path, prompts: Sequence[Any]) -> list[dict[str, Any]] | None:
         # Do not use splitlines(): it also splits at rare Unicode line breaks, which JSON allows inside a string.
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         if [row["prompt"] for row in rows] != list(prompts):
-            raise ValueError("its prompts are not those asked for")
+            raise ValueError("its prompts are not the requested ones")
         for row in rows:
             if not isinstance(_text(row["completion"]), str) or not isinstance(row["unfinished"], bool):
-                raise ValueError("a row is no answer")
+                raise ValueError("a row is not an answer")
     except (ValueError, LookupError, TypeError) as error:
-        logger.warning("%s is damaged (%s: %s); the answers are generated anew.", path, type(error).__name__, error)
+        logger.warning("%s is damaged (%s: %s). The answers are generated again.", path, type(error).__name__, error)
         return None
     return rows
 

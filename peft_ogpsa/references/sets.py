@@ -125,7 +125,7 @@ class ReferenceSet:
         """
         if loss not in OF_OWN_ANSWERS:
             raise ValueError(
-                f"Reference set {name!r}: loss={loss!r} has no meaning for a model's own answers. Use "
+                f"Reference set {name!r}: loss={loss!r} does not work with a model's own answers. Use "
                 f"{' or '.join(map(repr, OF_OWN_ANSWERS))}."
             )
         ReferenceSet(name, [], samples, max_length)  # run its checks before the work
@@ -170,8 +170,8 @@ class ReferenceSet:
         examples = [example for example in (example.cut(self.max_length) for example in whole) if example is not None]
         if not examples:
             raise ValueError(
-                f"Reference set {self.name!r}: max_length={self.max_length} cuts off the answer of every one of its "
-                f"{len(rows)} rows, so there is nothing to learn from. Raise max_length or shorten the prompts."
+                f"Reference set {self.name!r}: max_length={self.max_length} cuts off the answers of all {len(rows)} "
+                "rows, so there is nothing to learn from. Raise max_length, or shorten the prompts."
             )
         return examples
 
@@ -213,10 +213,10 @@ def check_sets(reference_sets: Sequence[ReferenceSet], where: str) -> None:
     """
     if not reference_sets:
         raise ValueError(
-            f"{where}: reference_sets is empty. Give at least one ReferenceSet(name, rows) of an ability to preserve; "
-            "a few hundred examples are enough."
+            f"{where}: reference_sets is empty. Give at least one ReferenceSet(name, rows) for an ability to "
+            "preserve. A few hundred examples are enough."
         )
     names = [own.name for own in reference_sets]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{where}: reference_sets has two sets of the name {twice[0]!r}. Rename one.")
+        raise ValueError(f"{where}: reference_sets has two sets with the name {twice[0]!r}. Rename one of them.")

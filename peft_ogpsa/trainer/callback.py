@@ -171,7 +171,10 @@ class OGPSACallback(TrainerCallback):
         """Check everything, tokenize the references, and restore the subspace of a resumed run."""
         assert model is not None
         if not compat.move_to_front(self):
-            logger.info("The trainer's callback handler was not found: its reporters do not get OGPSA's figures.")
+            logger.info(
+                "The trainer's callback handler was not found, so the trainer's reporters do not receive OGPSA's "
+                "figures."
+            )
         _refuse_unsupported(args, model)
         projector = self._projector_of(model)
         if optimizer is not None:
@@ -194,8 +197,8 @@ class OGPSACallback(TrainerCallback):
             self._resume(args, state, run)
         if projector.activations is not None and projector.activations.references not in ("", loader.digest):
             logger.warning(
-                "The adapter goes on in the activation subspace of its earlier stage, which was built from other "
-                "reference sets: what only the new ones cover is not protected by it."
+                "The adapter continues in the activation subspace of its earlier stage, which was built from other "
+                "reference sets. Abilities that only the new sets cover are not protected."
             )
         if projector.enabled and projector.unbuilt:
             self._refresh(run, args, model)
@@ -212,8 +215,8 @@ class OGPSACallback(TrainerCallback):
         tokenizer = self.processing_class or processing_class
         if tokenizer is None:
             raise ValueError(
-                "OGPSACallback needs a tokenizer for its reference sets. Give OGPSACallback(processing_class=...), or "
-                "processing_class to the trainer."
+                "OGPSACallback needs a tokenizer for its reference sets. Give OGPSACallback(processing_class=...), "
+                "or give processing_class to the trainer."
             )
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         examples = {
@@ -231,21 +234,21 @@ class OGPSACallback(TrainerCallback):
         return loader, step_examples
 
     def _refuse_or_warn(self, loader: ReferenceLoader, config: ProjectionConfig, model: nn.Module) -> None:
-        """Reject losses that have no meaning for the model. Warn of a weight that is too large for them."""
+        """Reject losses that do not work with the model. Warn about a weight that is too large for them."""
         for name, loss in loader.losses.items():
             if config.refreshes and loss.needs_base and isinstance(config, FullParameterConfig):
                 others = " or ".join(f'"{other}"' for other in loss.without_base)
                 raise ValueError(
-                    f'Reference set {name!r}: loss="{loss.name}" is measured against the model without its adapter, '
-                    f"and there is none where whole weights are trained. Use loss={others}."
+                    f'Reference set {name!r}: loss="{loss.name}" needs the model without its adapter, but a '
+                    f"model whose own weights are trained has no adapter. Use loss={others}."
                 )
             loss.check(model)
         learned = [name for name, loss in loader.losses.items() if loss.learns_answers]
         if learned and (config.reference_weight or 0.0) > _MOST_OF_ANSWERS:
             logger.warning(
-                "Reference set %r has a loss of given answers, which are learned as fast as refusals with "
-                "reference_weight=%s: safety comes slowly then. Set reference_weight=None or 1.0, or take references "
-                'with loss="kl".',
+                "Reference set %r has a loss of given answers. With reference_weight=%s, the model learns these "
+                "answers as fast as refusals, so it learns safety slowly. Set reference_weight=None or 1.0, or use "
+                'reference sets with loss="kl".',
                 learned[0],
                 config.reference_weight,
             )
@@ -259,8 +262,8 @@ class OGPSACallback(TrainerCallback):
             isinstance(own.targets, LoraTargets) for own in projectors_in(model)
         ):
             raise ValueError(
-                "OGPSACallback: config is for a model without an OGPSA adapter, and this one has one, with its own "
-                "settings. Leave config out, or train the base model."
+                "OGPSACallback: config is only for a model without an OGPSA adapter, but this model has one, with its "
+                "own settings. Leave out config, or train the base model."
             )
         projector = attached(model, self.config)
         _upcast(projector)
@@ -365,9 +368,9 @@ class OGPSACallback(TrainerCallback):
                 ) from error
         except ValueError as error:
             raise checkpoint.CheckpointError(
-                f"The run resumes at step {state.global_step}, and its reference subspace cannot be restored: {error} "
-                "Give OGPSACallback(resume_from=DIRECTORY) if the checkpoint lies elsewhere, or "
-                "OGPSACallback(rebuild_subspace=True) to compute new reference gradients."
+                f"The run resumes at step {state.global_step}, but its reference subspace cannot be restored: "
+                f"{error} If the checkpoint is in another directory, give OGPSACallback(resume_from=DIRECTORY). To "
+                "compute the subspace again, give OGPSACallback(rebuild_subspace=True)."
             ) from error
 
 
@@ -384,7 +387,7 @@ def _plan(run: _Run, step_examples: int) -> str:
     if activations is not None and config.uses_activations:
         held -= activations.bytes()
         lines = [
-            f"OGPSA: activation subspace, {activations.bytes() / 2**20:,.0f} MiB, built in "
+            f"OGPSA: the activation subspace uses {activations.bytes() / 2**20:,.0f} MiB. It was built in "
             f"{run.projector.diagnostics.stopwatch.totals().get('build', 0.0):.1f} seconds.",
             *(f"  {own}" for own in activations.kinds()),
         ]
@@ -393,9 +396,9 @@ def _plan(run: _Run, step_examples: int) -> str:
     drawn = run.loader.samples or sum(map(len, run.loader.sets.values()))
     share = drawn * run.loader.cost / (config.refresh_steps * step_examples)
     lines.append(
-        f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, {share:.0%} of the training's own "
-        f"passes; {held / 2**20:,.0f} MiB for the reference gradients, and {more / 2**20:,.0f} MiB "
-        "more during an optimizer step."
+        f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, which add {share:.0%} to the passes "
+        f"of training. The reference gradients use {held / 2**20:,.0f} MiB, and an optimizer step uses "
+        f"{more / 2**20:,.0f} MiB more."
     )
     return "\n".join(lines)
 
@@ -411,24 +414,24 @@ def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
 def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
-            "OGPSA does not work under DeepSpeed: its engine keeps gradients and steps flat partitions of the "
-            "parameters where no optimizer hook sees them. Train without DeepSpeed; FSDP2 shards as well "
-            "(fsdp_version: 2)."
+            "OGPSA does not work with DeepSpeed. Its engine stores gradients and updates parameters in flat "
+            "partitions, which no optimizer hook sees. Train without DeepSpeed. FSDP2 (fsdp_version: 2) also shards "
+            "parameters."
         )
     plugin = compat.fsdp_plugin()
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
-            f"OGPSA does not work under FSDP {plugin.fsdp_version}, which flattens parameters of different tensors "
-            "into one. Use FSDP2: fsdp_version: 2."
+            f"OGPSA does not work with FSDP {plugin.fsdp_version}, which flattens several parameters into one. Use "
+            "FSDP2 (fsdp_version: 2)."
         )
     if plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError(
-            "OGPSA does not work with FSDP2's offloading of parameters to the host. Set fsdp_offload_params: false."
+            "OGPSA does not work if FSDP2 offloads parameters to the host. Set fsdp_offload_params: false."
         )
     if distributed.count() > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError(
-            f"The model is spread over several devices (device_map) and trained in {distributed.count()} processes. "
-            "Load it without device_map."
+            f"The model is spread over several devices (device_map), but it is trained in {distributed.count()} "
+            "processes. Load it without device_map."
         )
 
 

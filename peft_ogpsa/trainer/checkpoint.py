@@ -53,7 +53,7 @@ def load(directory: str | os.PathLike) -> dict[str, Any]:
     try:
         rest = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
         if not isinstance(rest, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it does not contain a JSON object")
     except ValueError as error:
         raise CheckpointError(f"{path / STATE_NAME} is damaged: {error}.") from error
     try:

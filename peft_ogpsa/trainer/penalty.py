@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reference losses as a plain penalty, without projection: the baseline for everything that projects."""
+"""Reference losses as a plain penalty, without projection: the baseline for methods with projection."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from ..references.sets import ReferenceSet, check_sets
 class ReferencePenalty(TrainerCallback):
     """Add the mean gradient of a few reference examples to the training gradient, without projection.
 
-    With reference sets of `loss="kl"` this is a KL penalty, with given answers it is replay. The examples are drawn
-    when and as OGPSA draws them with `subspace="gradients"`: before the first step, after it, and every `every` steps.
-    The gradient is added after the trainer has clipped the training gradient, as a `reference_weight` is.
+    With `loss="kl"` this is a KL penalty. With given answers it is replay. The examples are drawn as in OGPSA with
+    `subspace="gradients"`: before the first step, after it, and then every `every` steps. As with `reference_weight`,
+    the gradient is added after the trainer has clipped the training gradient.
 
     Args:
         reference_sets (`Sequence[ReferenceSet]`): The abilities to preserve.
-        weight (`float`, *optional*): Factor of the mean gradient. `None`: what the losses call for, 8 with
-            `loss="kl"` and 1 with other losses.
+        weight (`float`, *optional*): Factor of the mean gradient. `None`: 8 for sets with `loss="kl"` and 1 for
+            other losses.
         samples (`int`, *optional*): Examples per draw. `None`: as many as the default `reference_budget` allows.
         every (`int`): Optimizer steps between draws.
         processing_class (*optional*): Tokenizer or processor. Default: the trainer's own.
 
     Attributes:
-        examples (`int`): Number of reference examples that were passed.
+        examples (`int`): Number of reference examples that the model has processed.
 
     Raises:
         ValueError: At construction, if there is no set or two sets have the same name. At the start of training, if a
@@ -66,12 +66,15 @@ class ReferencePenalty(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Tokenize the references."""
+        """Check the settings and tokenize the references."""
         if args.fp16:
-            raise ValueError("ReferencePenalty: fp16=True scales gradients. Use bf16=True, or float32.")
+            raise ValueError(
+                "ReferencePenalty does not work with fp16=True, which scales gradients. Use bf16=True, or float32."
+            )
         if distributed.count() > 1:
             raise ValueError(
-                f"ReferencePenalty works in one process, and there are {distributed.count()}. Start only one."
+                f"ReferencePenalty works only in one process, but there are {distributed.count()} processes. Start "
+                "only one."
             )
         config = ProjectionConfig(subspace="gradients", refresh_steps=self.every, refresh_samples=self.samples)
         size = args.train_batch_size
@@ -92,7 +95,7 @@ class ReferencePenalty(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the gradient, if it is time for a draw."""
+        """Draw examples and add their gradient, if a draw is due."""
         assert model is not None
         if state.global_step and state.global_step % self.every != 1 % self.every:
             return

@@ -14,7 +14,7 @@ __all__ = ["LOSSES", "ReferenceLoss", "answer_loss", "collate", "loss_of", "refe
 
 
 def __getattr__(name: str) -> Any:
-    """Find names of earlier versions."""
+    """Return objects under the names of earlier versions, with a warning."""
     moved = {
         "ANCHORED_WEIGHT": (KLLoss.default_weight, "peft_ogpsa.references.losses.kl.KLLoss.default_weight"),
         "batched": (_batched, "peft_ogpsa.text.batching.by_length"),
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
     if name not in moved:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value, place = moved[name]
-    warnings.warn(f"{__name__}.{name} is now {place}, and will go.", DeprecationWarning, stacklevel=2)
+    warnings.warn(f"{__name__}.{name} is now {place}. The old name will be removed.", DeprecationWarning, stacklevel=2)
     return value
 
 

@@ -37,7 +37,7 @@ class ReferenceLoss(ABC):
     learns_answers: ClassVar[bool] = True
     """Whether it falls as the model learns the given answers. A large weight then slows safety learning."""
     needs_base: ClassVar[bool] = False
-    """Whether it compares with the model without its adapter."""
+    """Whether it needs the base, which is the model without its adapter."""
     needs_policy: ClassVar[bool] = False
     """Whether `prepare` must first compute log-probabilities of a reference policy."""
     for_own_answers: ClassVar[bool] = False
@@ -46,7 +46,7 @@ class ReferenceLoss(ABC):
     """Losses to use instead where there is no base."""
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, row: Row, name: str, beta: float) -> list[Any]:
-        """Convert a row to examples: here to one.
+        """Convert a row to examples. By default, it becomes one example.
 
         Args:
             tokenizer: The tokenizer.
@@ -59,13 +59,13 @@ class ReferenceLoss(ABC):
             `cut(max_length)`, as in `Example`.
 
         Raises:
-            ValueError: If the row has no known format, or not the one that this loss needs.
+            ValueError: If the row has no known format, or its format is not the one that this loss needs.
         """
         return [replace(encode_row(tokenizer, row, name), loss=self.name)]
 
     # Most losses need neither a check nor a preparation.
     def check(self, model: nn.Module) -> None:  # noqa: B027
-        """Reject a model that this loss has no meaning for, before training.
+        """Before training, reject a model that this loss does not work with.
 
         Raises:
             ValueError: If the model is rejected.
@@ -79,7 +79,7 @@ class ReferenceLoss(ABC):
         collate: Callable[[Sequence[Any]], dict[str, Any]],
         progress: Callable[[list], Iterable] = iter,
     ) -> list[Any]:
-        """Add to the examples what must be computed once, before training: here nothing.
+        """Add to the examples what must be computed once, before training. By default, this is nothing.
 
         Args:
             examples: All examples of a set.
@@ -125,8 +125,10 @@ def both_sides(row: Row, name: str, loss: str) -> list[Row]:
     """Return a preference pair, and the same pair with its answers swapped.
 
     Raises:
-        ValueError: If the row is no pair.
+        ValueError: If the row is not a pair.
     """
     if "chosen" not in row or "rejected" not in row:
-        raise ValueError(f"{name} is no preference pair, which loss={loss!r} needs. Give chosen and rejected answers.")
+        raise ValueError(
+            f"{name} is not a preference pair, but loss={loss!r} needs pairs. Give chosen and rejected answers."
+        )
     return [row, {**row, "chosen": row["rejected"], "rejected": row["chosen"]}]

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KL from base as a reference loss. Unlike cross-entropy, it cannot be lowered by imitating style.
 
-The loss of given answers falls as the model learns their style, and it says nothing about the other answers that the
-model might have given. KL(base || model) is zero only for the base itself.
+The cross-entropy of given answers falls as the model learns their style. It says nothing about the other answers that
+the model could give. KL(base || model) is zero only for the base itself.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class KLLoss(ReferenceLoss):
         """Compute KL(base || model) at the answers' tokens, over the whole vocabulary.
 
         The gradient is exactly zero as long as the adapter changes nothing. The base is the model without its adapter.
-        It needs a forward pass of its own, so this loss takes 1.5 times the work of a loss of the answers themselves.
+        It needs a forward pass of its own, so this loss costs 1.5 times as much as cross-entropy.
 
         Args:
             model: A causal language model with an adapter. It is called with `input_ids` and `attention_mask`.

@@ -18,7 +18,7 @@ from .kl import KLLoss
 LOSSES: dict[str, ReferenceLoss] = {
     loss.name: loss for loss in (AnswerLoss(), AllLoss(), KLLoss(), BothLoss(), DPOLoss())
 }
-"""The losses that `ReferenceSet(loss=...)` may name."""
+"""The losses that `ReferenceSet(loss=...)` accepts, by name."""
 
 answer_loss = LOSSES[AnswerLoss.name].loss
 """The cross-entropy of a batch's labels, also for the training data of a loop of your own."""
