@@ -197,7 +197,7 @@ def reference_sets(
 
 
 def prompt_set(
-    field: str, source: str, max_length: int, name: str = "contrast", samples: int = 200, loss: str = "answer"
+    field: str, source: str, max_length: int, name: str = "lookalikes", samples: int = 200, loss: str = "answer"
 ) -> PromptSet:
     """Load a set of prompts, either a built-in one or the prompts of a SPEC; see `reference_sets`."""
     prompts = data.load_prompts(source) if source in data.PROMPTS else load_rows(source, field, samples).to_list()

@@ -21,7 +21,7 @@ from trl import get_peft_config
 
 from ..core.config import ProjectionConfig
 from ..core.full_parameter import FullParameterConfig
-from ..references.lookalikes import with_contrast
+from ..references.lookalikes import with_lookalikes
 from ..references.sets import ReferenceSet
 from ..sharing.card import push_adapter, save_card, save_run, weights_digest
 from ..trainer.callback import OGPSACallback
@@ -36,7 +36,7 @@ from .launch import check_saves_whole_model, shard_on_cpu
 from .loading import load_adapter, load_base, read_adapter_config
 from .random_weights import RandomWeights
 
-CONTRAST_TOKENS = 512
+LOOKALIKE_TOKENS = 512
 """Maximum number of tokens of a look-alike and its answer."""
 
 
@@ -134,7 +134,7 @@ def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: A
         "method": ogpsa.method,
         "started_from": run.adapter,
         "dataset": data.dataset,
-        **({"contrast": data.contrast} if data.contrast else {}),
+        **({"lookalikes": data.lookalikes} if data.lookalikes else {}),
         "steps": trainer.state.global_step,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "peft-ogpsa")},
     }
@@ -176,11 +176,13 @@ def _prepare(
             "references has prompts without answers. The base model can answer them only in a single process. Give "
             "references with answers."
         )
-    contrast = prompt_set("contrast_prompts", data.contrast_prompts, CONTRAST_TOKENS) if data.contrast else None
-    if training.world_size > 1 and contrast is not None:
+    lookalikes = None
+    if data.lookalikes:
+        lookalikes = prompt_set("lookalike_prompts", data.lookalike_prompts, LOOKALIKE_TOKENS)
+    if training.world_size > 1 and lookalikes is not None:
         raise ValueError(
-            f"contrast={data.contrast} needs answers from the base model. The base model can give them only in a "
-            "single process. Train in a single process, or leave out contrast."
+            f"lookalikes={data.lookalikes} needs answers from the base model. The base model can give them only in a "
+            "single process. Train in a single process, or leave out lookalikes."
         )
     loading: dict[str, Any] = {
         "trust_remote_code": training.trust_remote_code,
@@ -199,9 +201,9 @@ def _prepare(
             policy["ref_model"], _ = load_base(model, **loading)
     base, processing_class = load_base(model, **loading)
     training.model_init_kwargs = None  # already used; the trainer would warn that it cannot use them
-    if contrast is not None:
-        answered = contrast.answered(base, processing_class)
-        train_rows = Dataset.from_list(with_contrast(train_rows, answered, data.contrast))
+    if lookalikes is not None:
+        answered = lookalikes.answered(base, processing_class)
+        train_rows = Dataset.from_list(with_lookalikes(train_rows, answered, data.lookalikes))
     callbacks = []
     if sets:
         known = [s.answered(base, processing_class) if isinstance(s, PromptSet) else s for s in sets]

@@ -39,7 +39,7 @@ _RUN: dict[str, tuple[type, ...]] = {
     "started_from": (str,),
     "started_from_weights": (str,),
     "dataset": (str,),
-    "contrast": (int, float),
+    "lookalikes": (int, float),
     "references": (dict,),
     "steps": (int,),
     "seconds": (int, float),
@@ -121,11 +121,11 @@ def save_card(
         directory (`str` or `os.PathLike`): The folder of the adapter.
         run (`Mapping`, *optional*): How the adapter was trained. Each entry is optional: `stage` (`"sft"` or `"dpo"`),
             `method` (`"ogpsa"`, `"paper"` or `"plain"`), `started_from` (the adapter that training continued from),
-            `started_from_weights` (the checksum of that adapter's weights), `dataset`, `contrast` (the share of
-            look-alikes in the dataset), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds` (of
-            training), `reference_share` (reference examples per training example), `versions` (`{package: version}`).
-            For files and folders, only the name is stored, not the path. The base is the one that
-            `adapter_config.json` names.
+            `started_from_weights` (the checksum of that adapter's weights), `dataset`, `lookalikes` (the share
+            of benign look-alikes in the dataset), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds`
+            (of training), `reference_share` (reference examples per training example), `versions`
+            (`{package: version}`). For files and folders, only the name is stored, not the path. The base is the
+            one that `adapter_config.json` names.
         evaluation (`Mapping`, *optional*): The result that `ogpsa eval` writes, or at least `{"evaluation":
             Evaluation.to_dict()}`. Prompts, answers and paths in it are not stored.
 
@@ -139,6 +139,9 @@ def save_card(
     folder = Path(directory)
     config = _read_config(folder)
     if run is not None:
+        if "contrast" in run:
+            warnings.warn("The entry contrast of run is now lookalikes.", DeprecationWarning, stacklevel=2)
+            run = _renamed(run)
         _check_run(run, "run")
         _write_json(folder / RUN_NAME, {_WEIGHTS: weights_digest(folder), **_shareable_run(run)})
     if evaluation is not None:
@@ -260,9 +263,14 @@ def read_run(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: If the file is damaged.
     """
-    run = _read_json(Path(directory), RUN_NAME)
+    run = _renamed(_read_json(Path(directory), RUN_NAME))
     _check_run(run, f"{Path(directory) / RUN_NAME}")
     return run
+
+
+def _renamed(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Give an entry of an earlier version its new name."""
+    return {"lookalikes" if name == "contrast" else name: value for name, value in run.items()}
 
 
 def weights_digest(directory: str | os.PathLike) -> str | None:
@@ -559,9 +567,9 @@ def _training(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[str, Any]
         seconds = f", {run['seconds']:.0f} seconds" if run.get("seconds") else ""
         lines.append(f"- Stage: {stage}{steps}{seconds}")
     lines.append(f"- Training data: {_code(_public(run['dataset'])) if run.get('dataset') else 'not recorded'}")
-    if run.get("contrast"):
+    if run.get("lookalikes"):
         lines.append(
-            f"- {run['contrast']:.0%} of the training data: benign look-alikes with the base model's own answers"
+            f"- {run['lookalikes']:.0%} of the training data: benign look-alikes with the base model's own answers"
         )
     if ogpsa:
         sets = [f"{_code(name)} from {_code(_public(spec))}" for name, spec in (run.get("references") or {}).items()]
@@ -602,7 +610,7 @@ def _tax(saved: Mapping[str, Any]) -> str:
             _loss_text(measured.kl),
             _rate_text(measured.refusal),
             _rate_text(measured.over_refusal),
-            " / ".join("-" if figure is None else f"{figure.value:.0%}" for figure in unclear),
+            " / ".join("-" if estimate is None else f"{estimate.value:.0%}" for estimate in unclear),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     counts = {
@@ -611,7 +619,7 @@ def _tax(saved: Mapping[str, Any]) -> str:
         "harmful prompts": model.refusal,
         "benign prompts": model.over_refusal,
     }
-    used = ", ".join(f"{figure.n} {name}" for name, figure in counts.items() if figure is not None)
+    used = ", ".join(f"{estimate.n} {name}" for name, estimate in counts.items() if estimate is not None)
     conditions = {**evaluation.settings, **saved.get("arguments", {})}
     on = f"{saved['base_model']}, " if saved.get("base_model") else ""
     return (
