@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safety fine-tuning with LoRA and without the alignment tax."""
 
-from .core.full_parameter import FullParameterConfig, attach
+from .core.full_parameter import FullParameterConfig
 from .references.loader import ReferenceLoader
 from .references.losses import reference_loss
 from .references.sets import ReferenceSet
 from .sharing.card import push_adapter, save_card
 from .trainer.callback import OGPSACallback
+from .tuner.attaching import attach
 from .tuner.config import AFTER_SAVING, OGPSAConfig
 from .tuner.merge import merge_adapter
 from .tuner.model import OGPSAModel, projector_of

@@ -42,13 +42,14 @@ def step_violations(
     steps: int = 4,
     step: Callable | None = None,
     stored: Callable[[Projector], list[torch.Tensor]] | None = None,
+    projector: Projector | None = None,
 ) -> Iterator[float]:
     """Trains and yields, for each step, how far the true parameter change breaks the constraint, in the worst block.
 
     Cone: the largest `R D / (|R| |D|)`; orthogonal: the largest `|Q D| / |D|`; both in float64, `D` being the
     difference of the parameters (or of what `stored` gives) after and before.
     """
-    projector = model.projector
+    projector = projector or model.projector
     stored = stored or (lambda projector: projector.subspace.blocks.stack())
     for number in range(steps):
         if projector.due:

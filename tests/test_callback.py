@@ -56,7 +56,7 @@ def sets():
     return [ReferenceSet("general", GENERAL), ReferenceSet("benign", BENIGN)]
 
 
-def sft(tmp_path, model=None, callbacks=None, **options):
+def sft(tmp_path, model=None, callbacks=None, peft_config=None, **options):
     settings = {
         "output_dir": str(tmp_path / "run"),
         "max_steps": 6,
@@ -77,6 +77,7 @@ def sft(tmp_path, model=None, callbacks=None, **options):
         train_dataset=Dataset.from_list(TRAINING),
         processing_class=tiny_tokenizer(),
         callbacks=[OGPSACallback(sets())] if callbacks is None else callbacks,
+        peft_config=peft_config,
     )
 
 

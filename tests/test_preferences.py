@@ -19,7 +19,7 @@ from peft_ogpsa.references.losses import LOSSES, collate, reference_loss
 from peft_ogpsa.references.losses.dpo import Pair, with_margins
 from peft_ogpsa.text.tokenization import Example
 from peft_ogpsa.tuner.adapters import reference_policy
-from peft_ogpsa.tuner.model import tuner_of
+from peft_ogpsa.tuner.model import projector_of
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 preference_loss = LOSSES["dpo"].loss
@@ -197,4 +197,4 @@ def test_dpo_trainer_with_the_dpo_loss_as_reference(tmp_path, given):
 
 def test_plain_adapter_has_no_tuner():
     with pytest.raises(ValueError, match="has no OGPSA adapter"):
-        tuner_of(get_peft_model(tiny_llama(), LoraConfig(**LORA)))
+        projector_of(get_peft_model(tiny_llama(), LoraConfig(**LORA)))

@@ -23,16 +23,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import compat
 from ..core import distributed
+from ..core.attachment import projector_of, projectors_in
 from ..core.config import ProjectionConfig
-from ..core.full_parameter import FullParameterConfig, attach
+from ..core.full_parameter import FullParameterConfig
 from ..core.guard import refuse_averaging
 from ..core.projector import Projector
 from ..references.loader import ReferenceLoader
 from ..references.losses import reference_loss
 from ..references.sets import ReferenceSet, check_sets
 from ..text.batching import padding_of
+from ..tuner.attaching import attached
 from ..tuner.config import OGPSAConfig
-from ..tuner.model import projector_of, tuner_of
+from ..tuner.targets import LoraTargets
 from . import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -75,13 +77,14 @@ class OGPSACallback(TrainerCallback):
     It saves the subspace in each checkpoint of the trainer, so that a resumed run continues exactly.
 
     In several processes (DDP, FSDP2), all processes draw the same examples, and each one processes its share of them.
-    To train a model's own weights instead of an adapter, give `config`.
+    To project a plain LoRA adapter that another tool made, or a model's own weights, give `config`.
 
     Args:
         reference_sets (`Sequence[ReferenceSet]`): The abilities to preserve.
         processing_class (*optional*): Tokenizer or processor. Default: the trainer's own.
-        config (`FullParameterConfig`, *optional*): Settings to project the model's own weights. An adapter has its own
-            settings.
+        config (`OGPSAConfig` or `FullParameterConfig`, *optional*): An `OGPSAConfig` attaches the projection to the
+            plain LoRA adapter of the model, with LoRA's settings of the adapter. A `FullParameterConfig` projects the
+            model's own weights. Leave it out for an OGPSA adapter, which has its own settings.
         batch_size (`int`, *optional*): Examples per reference pass and process. Default: the trainer's batch size per
             device. It changes memory and speed. With `rows_from="batch"` it also changes what a row is: the gradient
             of this many examples of every process.
@@ -109,7 +112,7 @@ class OGPSACallback(TrainerCallback):
         reference_sets: Sequence[ReferenceSet],
         processing_class: Any = None,
         *,
-        config: FullParameterConfig | None = None,
+        config: ProjectionConfig | None = None,
         batch_size: int | None = None,
         seed: int = 0,
         save_subspace: bool = True,
@@ -120,10 +123,10 @@ class OGPSACallback(TrainerCallback):
         check_sets(sets, "OGPSACallback")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"OGPSACallback: batch_size={batch_size!r} must be an integer of at least 1.")
-        if config is not None and not isinstance(config, FullParameterConfig):
+        if config is not None and not isinstance(config, ProjectionConfig):
             raise ValueError(
-                f"OGPSACallback: config={config!r} must be a FullParameterConfig. An OGPSAConfig is given to "
-                "get_peft_model, or to the trainer as peft_config."
+                f"OGPSACallback: config={config!r} must be an OGPSAConfig, for a plain LoRA adapter, or a "
+                "FullParameterConfig, for the model's own weights."
             )
         self.reference_sets = sets
         self.config = config
@@ -151,9 +154,9 @@ class OGPSACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Convert the adapter to float32 before the optimizer is created and a checkpoint is loaded."""
-        if model is not None and self.config is None:
-            with contextlib.suppress(ValueError):  # no OGPSA adapter; on_train_begin reports it
-                _upcast(projector_of(model))
+        if model is not None and not isinstance(self.config, FullParameterConfig):
+            with contextlib.suppress(ValueError):  # no adapter; on_train_begin reports it
+                self._projector_of(model)
 
     def on_train_begin(
         self,
@@ -230,7 +233,7 @@ class OGPSACallback(TrainerCallback):
     def _refuse_or_warn(self, loader: ReferenceLoader, config: ProjectionConfig, model: nn.Module) -> None:
         """Reject losses that have no meaning for the model. Warn of a weight that is too large for them."""
         for name, loss in loader.losses.items():
-            if config.refreshes and loss.needs_base and self.config is not None:
+            if config.refreshes and loss.needs_base and isinstance(config, FullParameterConfig):
                 others = " or ".join(f'"{other}"' for other in loss.without_base)
                 raise ValueError(
                     f'Reference set {name!r}: loss="{loss.name}" is measured against the model without its adapter, '
@@ -252,14 +255,16 @@ class OGPSACallback(TrainerCallback):
             projector = projector_of(model)
             _upcast(projector)  # if the callback was added to an existing trainer
             return projector
-        try:
-            tuner_of(model)
-        except ValueError:
-            return attach(model, self.config)
-        raise ValueError(
-            "OGPSACallback: config is for a model without an OGPSA adapter, and this one has one, with its own "
-            "settings. Leave config out, or train the base model."
-        )
+        if isinstance(self.config, FullParameterConfig) and any(
+            isinstance(own.targets, LoraTargets) for own in projectors_in(model)
+        ):
+            raise ValueError(
+                "OGPSACallback: config is for a model without an OGPSA adapter, and this one has one, with its own "
+                "settings. Leave config out, or train the base model."
+            )
+        projector = attached(model, self.config)
+        _upcast(projector)
+        return projector
 
     def on_step_begin(
         self,

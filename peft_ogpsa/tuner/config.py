@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from peft import LoraConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 
 from .. import compat
 from ..core.config import ProjectionConfig
@@ -197,6 +197,55 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             return cls(**{f.name: getattr(lora, f.name) for f in fields(lora)}, **settings)
         except ValueError as error:
             raise ValueError(f"{SIDECAR_NAME} is damaged ({error}). {remedy}") from error
+
+    @classmethod
+    def for_adapter(cls, name: str, lora: PeftConfig, projection: ProjectionConfig) -> OGPSAConfig:
+        """Combine the settings of a plain LoRA adapter with those of a projection.
+
+        Args:
+            name (`str`): The adapter's name, for messages.
+            lora ([`~peft.LoraConfig`]): The adapter's settings.
+            projection (`ProjectionConfig`): The projection's settings. If it is an `OGPSAConfig`, its LoRA settings
+                must be LoRA's defaults, or those of the adapter.
+
+        Raises:
+            ValueError: If the adapter is not plain LoRA, if two settings contradict each other, or if the projection
+                does not work with the adapter's settings.
+        """
+        if not isinstance(lora, LoraConfig) or lora.peft_type != PeftType.LORA:
+            kind = getattr(lora.peft_type, "value", lora.peft_type)
+            raise ValueError(
+                f"The adapter {name!r} is of the type {kind}. OGPSA can be attached to plain LoRA adapters only. Use "
+                "LoraConfig."
+            )
+        if isinstance(projection, LoraConfig):
+            _refuse_contradictions(name, lora, projection)
+        return cls(**{f.name: getattr(lora, f.name) for f in fields(lora)}, **projection.ogpsa_dict())
+
+
+# Not settings of the adapter's mathematics, or written in another form once the adapter is made.
+_NOT_COMPARED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+)
+
+
+def _refuse_contradictions(name: str, lora: LoraConfig, given: LoraConfig) -> None:
+    plain = LoraConfig()
+    for field in fields(LoraConfig):
+        value, own = getattr(given, field.name), getattr(lora, field.name)
+        if field.name not in _NOT_COMPARED and value not in (own, getattr(plain, field.name)):
+            raise ValueError(
+                f"{field.name}={value!r} contradicts the adapter {name!r}, which has {field.name}={own!r}. Leave out "
+                "LoRA's settings: they are those of the adapter."
+            )
 
 
 def _own_fields() -> list[str]:

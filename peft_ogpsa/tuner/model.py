@@ -92,17 +92,9 @@ class OGPSAModel(LoraModel):
         return _without_projector(super().unload())
 
 
-def tuner_of(model: nn.Module) -> OGPSAModel:
-    """The `OGPSAModel` in a model with an adapter. Arguments and errors are those of `projector_of`."""
-    for projector in attachment.projectors_in(model):
-        if isinstance(projector.targets, AdapterTargets):
-            return projector.targets.model
-    raise attachment.none_attached(model)
-
-
 def _first_tuner(base: nn.Module) -> OGPSAModel | None:
     projector = attachment.attached_to(base)
-    return projector.targets.model if projector and isinstance(projector.targets, AdapterTargets) else None
+    return projector.targets.tuner if projector and isinstance(projector.targets, AdapterTargets) else None
 
 
 def _without_projector(model: nn.Module) -> nn.Module:

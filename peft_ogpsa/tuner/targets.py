@@ -5,14 +5,17 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftConfig
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..core.activation_subspace import InputMatrix
+from ..core.config import ProjectionConfig
 from .adapters import refuse_merged, without_adapter
 from .config import OGPSAConfig
 
@@ -24,35 +27,34 @@ _LORA_WEIGHT = re.compile(
 )
 
 
-class AdapterTargets:
-    """The LoRA matrices A and B of the OGPSA adapter in training.
+class LoraTargets(ABC):
+    """The LoRA matrices A and B in training, of some of a model's adapters.
 
     Args:
-        model (`OGPSAModel`): The tuner.
+        model (`nn.Module`): The module that has the adapters inside.
     """
 
     kind = "LoRA"
-    what = "an OGPSA adapter"
     settings = "OGPSAConfig"
     rows_on_host = False
     names_others = True
 
-    def __init__(self, model: OGPSAModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._known: tuple[tuple[str, ...], list[tuple[str, str, nn.Parameter]]] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model has parameters of its own.
-        return {"model": self.model, "_known": None}
+    @abstractmethod
+    def configs(self) -> dict[str, OGPSAConfig]:
+        """The adapters whose matrices are projected if they are in training, and their configurations."""
 
     @property
     def config(self) -> OGPSAConfig:
-        """The configuration of the OGPSA adapter in training.
+        """The configuration of the adapter in training.
 
         Raises:
-            ValueError: If several trainable OGPSA adapters have different projection settings.
+            ValueError: If several adapters in training have different projection settings.
         """
-        own = {name: config for name, config in self.model.peft_config.items() if isinstance(config, OGPSAConfig)}
+        own = self.configs()
         training = {owner.rpartition(":")[2] for _, owner, parameter in self._weights() if parameter.requires_grad}
         configs = [config for name, config in own.items() if name in training] or list(own.values())
         if any(config.ogpsa_dict() != configs[0].ogpsa_dict() for config in configs):
@@ -63,9 +65,9 @@ class AdapterTargets:
         return configs[0]
 
     def _weights(self) -> list[tuple[str, str, nn.Parameter]]:
-        """Name, owner (`module:adapter`) and parameter of every LoRA matrix of an OGPSA adapter."""
+        """Name, owner (`module:adapter`) and parameter of every LoRA matrix of these adapters."""
         # Walking through a large model takes milliseconds, so the list is kept until adapters are added or removed.
-        adapters = tuple(name for name, c in self.model.peft_config.items() if isinstance(c, OGPSAConfig))
+        adapters = tuple(self.configs())
         known = self._known  # another thread may reset it in the meantime
         if known is None or known[0] != adapters:
             matches = ((_LORA_WEIGHT.fullmatch(name), p) for name, p in self.model.named_parameters())
@@ -85,8 +87,8 @@ class AdapterTargets:
                 than through `B A x`, or if its B is trained and its A is not.
         """
         found = []
+        configs = self.configs()
         names = {name for name, _, _ in self.trained()}
-        configs: dict[str, Any] = self.model.peft_config
         for name, owner, parameter in self.trained():
             path, _, adapter = owner.rpartition(":")
             layer: Any = self.model.get_submodule(path)
@@ -112,6 +114,61 @@ class AdapterTargets:
     def check(self) -> None:
         """Reject a merged adapter, whose matrices are not part of the forward pass."""
         refuse_merged(module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+
+
+class AdapterTargets(LoraTargets):
+    """The OGPSA adapters of an `OGPSAModel`.
+
+    Args:
+        model (`OGPSAModel`): The tuner.
+    """
+
+    what = "an OGPSA adapter"
+
+    def __init__(self, model: OGPSAModel) -> None:
+        super().__init__(model)
+        self.tuner = model
+
+    def configs(self) -> dict[str, OGPSAConfig]:
+        """The OGPSA adapters, as PEFT knows them."""
+        return {name: config for name, config in self.tuner.peft_config.items() if isinstance(config, OGPSAConfig)}
+
+
+class AttachedTargets(LoraTargets):
+    """The plain LoRA adapters of a model that was given to `attach`, also those that are added later.
+
+    Args:
+        model (`nn.Module`): The module that has the adapters inside.
+        adapters (`dict[str, PeftConfig]`): PEFT's own dictionary of the model's adapters, which PEFT keeps up to date.
+        projection (`ProjectionConfig`): The settings of the projection.
+    """
+
+    what = "a LoRA adapter under OGPSA"
+
+    def __init__(self, model: nn.Module, adapters: dict[str, PeftConfig], projection: ProjectionConfig) -> None:
+        super().__init__(model)
+        self._adapters = adapters
+        self.projection = projection
+        self._combined: dict[str, tuple[PeftConfig, OGPSAConfig]] = {}
+
+    def configs(self) -> dict[str, OGPSAConfig]:
+        """The adapters, with LoRA's settings of their own and the projection's settings.
+
+        Raises:
+            ValueError: If an adapter is not LoRA, or its settings do not allow this projection.
+        """
+        if self.model.__dict__.get("peft_config") is not self._adapters:
+            return {}  # PEFT has unloaded the adapters; those that it adds to the same base later are not ours
+        for name, config in self._adapters.items():
+            known = self._combined.get(name)
+            if known is None or known[0] is not config:
+                self._combined[name] = (config, OGPSAConfig.for_adapter(name, config, self.projection))
+        return {name: self._combined[name][1] for name in self._adapters}
+
+    @property
+    def config(self) -> OGPSAConfig:
+        """The projection's settings, with LoRA's settings of the adapter in training."""
+        return super().config if self.configs() else OGPSAConfig(**self.projection.ogpsa_dict())
 
 
 def _refuse_layer(path: str, layer: Any, adapter: str, config: OGPSAConfig) -> None:

@@ -1,0 +1,92 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Attach OGPSA to a LoRA adapter that another tool made, or to a model's own weights."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ..core import attachment, full_parameter
+from ..core.config import ProjectionConfig
+from ..core.full_parameter import FullParameterConfig
+from ..core.projector import Projector
+from .targets import AdapterTargets, AttachedTargets
+
+
+def attach(model: nn.Module, config: ProjectionConfig) -> Projector:
+    """Project the steps that optimizers make with a plain LoRA adapter, or with a model's own weights.
+
+    ```py
+    model = get_peft_model(base, LoraConfig(...))  # or the model that another tool made
+    projector = attach(model, OGPSAConfig())  # LoRA's settings are those of the adapter
+    for batch in training:
+        while projector.due:
+            projector.refresh({"general": [next(general)]}, loss_fn)
+        loss_fn(model, batch).backward()
+        optimizer.step()  # projected
+        optimizer.zero_grad()
+    ```
+
+    You do not pass the optimizer: its own step hooks find the projector of the parameters that it holds. PEFT saves
+    and loads the adapter as before. With an activation subspace, attach before the adapter is trained, or continue an
+    adapter that was trained in the complement of the same subspace. If you wrap the model in `DistributedDataParallel`
+    afterwards, keep passing the inner model to `attach` and `refresh`. If you shard it with `fully_shard`, before or
+    after this call, nothing changes. A second call replaces the first.
+
+    Args:
+        model (`nn.Module`): A model with plain LoRA adapters (a `PeftModel`, or a base with injected adapters), of
+            which those in training are projected. With a `FullParameterConfig`: any model, whose trainable parameters
+            are projected, except those that `config.exclude` names.
+        config (`OGPSAConfig` or `FullParameterConfig`): The settings. Of an `OGPSAConfig` only the projection's
+            settings count. LoRA's settings can be left out, and must not contradict the adapter.
+
+    Returns:
+        The projector. `projector_of(model)` also returns it.
+
+    Raises:
+        ValueError: If `config` is of another type; if an `OGPSAConfig` is given and the model has no LoRA adapter, an
+            adapter of another type, or an OGPSA adapter, or LoRA's settings in it contradict the adapter; if a
+            `FullParameterConfig` names something in `exclude` that is not in the model, or leaves nothing to project.
+    """
+    if isinstance(config, FullParameterConfig):
+        return full_parameter.attach(model, config)
+    if not isinstance(config, ProjectionConfig):
+        raise ValueError(
+            f"attach: config={config!r} must be an OGPSAConfig (for a LoRA adapter) or a FullParameterConfig (for the "
+            "model's own weights)."
+        )
+    base = _base_with_adapters(model)
+    targets = AttachedTargets(base, base.__dict__["peft_config"], config)
+    targets.configs()  # reports what does not fit
+    projector = Projector(targets)
+    attachment.attach(base, projector)
+    return projector
+
+
+def attached(model: nn.Module, config: ProjectionConfig) -> Projector:
+    """Like `attach`, but keep a projector that is attached with the same settings, and with it its subspace."""
+    if not isinstance(config, FullParameterConfig):
+        projector = attachment.attached_to(_base_with_adapters(model))
+        if projector is not None and projector.config.ogpsa_dict() == config.ogpsa_dict():
+            return projector
+    return attach(model, config)
+
+
+def _base_with_adapters(model: nn.Module) -> nn.Module:
+    """The base model inside, which carries PEFT's dictionary of its adapters."""
+    for module in model.modules():
+        if "peft_config" not in module.__dict__ or isinstance(module, BaseTuner):
+            continue
+        projector = attachment.attached_to(module)
+        if projector is not None and isinstance(projector.targets, AdapterTargets):
+            raise ValueError(
+                "This model has an OGPSA adapter, which has its own settings. Leave out config: the adapter's steps "
+                "are projected already. Or make a plain LoRA adapter, with LoraConfig."
+            )
+        return module
+    raise ValueError(
+        f"This {type(model).__name__} has no LoRA adapter, which an OGPSAConfig is for. Add one with "
+        "get_peft_model(model, LoraConfig(...)), or with get_peft_model(model, OGPSAConfig(...)) and without attach. "
+        "To train the model's own weights, use a FullParameterConfig."
+    )

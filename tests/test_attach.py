@@ -1,0 +1,274 @@
+"""OGPSA attached to plain LoRA adapters that another tool made."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from loops import step_violations
+from models import randomize, tiny_llama
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from test_activations_callback import LORA, base, dpo, leak
+from test_callback import sets, sft, weights
+from torch import nn
+
+import peft_ogpsa
+from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, attach, projector_of
+from peft_ogpsa.core.config import ProjectionConfig
+from peft_ogpsa.core.diagnostics import Diagnostics
+
+ACTIVATIONS = {"subspace": "activations", "subspace_rank": 8}
+GRADIENTS = {"subspace": "gradients", "rows": 8, "refresh_steps": 2, "refresh_samples": 4}
+BOTH = {"subspace": "both", "subspace_rank": 8, "rows": 8, "refresh_steps": 2, "refresh_samples": 4}
+SUBSPACES = pytest.mark.parametrize(
+    "settings", [ACTIVATIONS, GRADIENTS, BOTH], ids=["activations", "gradients", "both"]
+)
+
+
+def plain(**overrides):
+    torch.manual_seed(0)
+    return get_peft_model(base(), LoraConfig(**{**LORA, **overrides}))
+
+
+def ogpsa(settings, **overrides):
+    torch.manual_seed(0)
+    return get_peft_model(base(), OGPSAConfig(**{**LORA, **settings, **overrides}))
+
+
+@SUBSPACES
+@pytest.mark.parametrize(
+    "overrides", [{}, {"use_rslora": True, "r": 3}, {"lora_dropout": 0.1}], ids=["", "rs", "drop"]
+)
+def test_a_plain_adapter_is_trained_as_an_ogpsa_adapter_is(tmp_path, settings, overrides):
+    own = ogpsa(settings, **overrides)
+    sft(tmp_path / "own", own, [OGPSACallback(sets())]).train()
+    attached = plain(**overrides)
+    trainer = sft(tmp_path / "attached", attached, [OGPSACallback(sets(), config=OGPSAConfig(**settings))])
+    trainer.train()
+    expected = weights(own)
+    assert weights(attached).keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in weights(attached).items())
+    assert type(attached.peft_config["default"]) is LoraConfig
+    figures = {name for entry in trainer.state.log_history for name in entry if name.startswith("ogpsa/")}
+    assert any(name.startswith("ogpsa/removed") for name in figures)
+
+
+def test_trl_makes_the_adapter_itself(tmp_path):
+    torch.manual_seed(0)
+    callback = OGPSACallback(sets(), config=OGPSAConfig(**ACTIVATIONS))
+    trainer = sft(tmp_path, base(), [callback], peft_config=LoraConfig(**LORA))
+    trainer.train()
+    assert leak(trainer.model) < 1e-6
+    assert projector_of(trainer.model).steps == 6
+    assert any(value.abs().sum() > 0 for name, value in weights(trainer.model).items() if "lora_B" in name)
+
+
+def two_adapters():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("second", LoraConfig(target_modules=["k_proj"], r=2))
+    model.set_adapter("second")
+    return model
+
+
+MADE = {
+    "wrapped": lambda: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"])),
+    "injected": lambda: inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "v_proj"]), tiny_llama()),
+    "transformers": lambda: _added(tiny_llama()),
+    "DoRA": lambda: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], use_dora=True)),
+    "two": two_adapters,
+    "compiled": lambda: torch.compile(
+        get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), backend="eager"
+    ),
+}
+
+
+def _added(model):
+    model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"]))
+    return model
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("constraint", ["cone", "orthogonal"])
+def test_the_constraint_holds_for_every_way_to_make_an_adapter(made, constraint):
+    model = randomize(MADE[made]())
+    config = OGPSAConfig(subspace="gradients", constraint=constraint, rows=8, refresh_steps=2)
+    projector = attach(model, config)
+    assert projector_of(model) is projector
+    assert isinstance(projector.diagnostics, Diagnostics)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    violations = list(step_violations(model, optimizer, projector=projector))
+    assert max(violations) < 1e-5
+    assert projector.steps == len(violations)
+
+
+def test_the_projection_part_of_a_configuration_is_enough():
+    model = MADE["wrapped"]()
+    projector = attach(model, ProjectionConfig(subspace="gradients", rows=3))
+    assert projector.config.rows == 3
+    assert projector.config.r == model.peft_config["default"].r
+
+
+@SUBSPACES
+def test_resumed_run_equals_one_that_never_stopped(tmp_path, settings):
+    options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+
+    def run(folder, resume=None, **more):
+        model = plain(lora_dropout=0.1)
+        trainer = sft(folder, model, [OGPSACallback(sets(), config=OGPSAConfig(**settings))], **options | more)
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    straight = run(tmp_path / "straight")
+    run(tmp_path / "stopped", max_steps=3)
+    resumed = run(tmp_path / "stopped", resume=True)
+    expected = weights(straight)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+
+
+def test_saving_stays_that_of_peft(tmp_path):
+    model = plain()
+    trainer = sft(tmp_path, model, [OGPSACallback(sets(), config=OGPSAConfig(**ACTIVATIONS))])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert "ogpsa_config.json" not in files
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter")
+    assert type(loaded.peft_config["default"]) is LoraConfig
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_a_second_stage_goes_on_in_the_subspace_of_the_first(tmp_path, caplog):
+    model = plain()
+    config = OGPSAConfig(**ACTIVATIONS)
+    sft(tmp_path, model, [OGPSACallback(sets(), config=config)]).train()
+    first = projector_of(model).activations
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        dpo(tmp_path, model, OGPSACallback(sets(), config=copy.deepcopy(config))).train()
+    assert projector_of(model).activations is first
+    assert leak(model) < 1e-6
+    assert "earlier stage" not in caplog.text
+
+
+def test_other_settings_replace_the_projector():
+    model = plain()
+    first = attach(model, OGPSAConfig(**ACTIVATIONS))
+    second = attach(model, OGPSAConfig(**GRADIENTS))
+    assert projector_of(model) is second is not first
+    assert second.config.rows == 8
+
+
+def test_a_trained_adapter_is_refused_with_the_remedy(tmp_path):
+    model = randomize(plain())
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"not trained in the complement .*merge_adapter"):
+        sft(tmp_path, model, [OGPSACallback(sets(), config=OGPSAConfig(**ACTIVATIONS))]).train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_adapters_that_peft_adds_after_unloading_are_not_projected():
+    model = MADE["wrapped"]()
+    projector = attach(model, OGPSAConfig(subspace="gradients", rows=8))
+    base_model = model.unload()
+    again = get_peft_model(base_model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.SGD([p for p in again.parameters() if p.requires_grad], lr=0.1)
+    again(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+    optimizer.step()  # an attached adapter without reference gradients would be an error
+    assert projector.steps == 0
+    own = get_peft_model(again.unload(), OGPSAConfig(target_modules=["q_proj"]))
+    assert projector_of(own) is own.projector is not projector
+
+
+def test_an_attached_model_can_be_copied():
+    model = MADE["wrapped"]()
+    projector = attach(model, OGPSAConfig(subspace="gradients", rows=8))
+    other = copy.deepcopy(model)
+    assert projector_of(model) is projector
+    with pytest.raises(ValueError, match="no OGPSA adapter"):
+        projector_of(other)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (tiny_llama, OGPSAConfig(), "LlamaForCausalLM has no LoRA adapter, which an OGPSAConfig is for"),
+        (lambda: nn.Linear(2, 2), OGPSAConfig(), "Linear has no LoRA adapter"),
+        (
+            lambda: ogpsa(GRADIENTS),
+            OGPSAConfig(),
+            "has an OGPSA adapter, which has its own settings. Leave out config",
+        ),
+        (
+            lambda: get_peft_model(tiny_llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[])),
+            OGPSAConfig(),
+            "'default' is of the type IA3. OGPSA can be attached to plain LoRA adapters only",
+        ),
+        (
+            lambda: get_peft_model(tiny_llama(), AdaLoraConfig(target_modules=["k_proj"], total_step=10)),
+            OGPSAConfig(),
+            "is of the type ADALORA",
+        ),
+        (
+            lambda: get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+            OGPSAConfig(),
+            "has no LoRA adapter",
+        ),
+        (MADE["wrapped"], OGPSAConfig(r=4), "r=4 contradicts the adapter 'default', which has r=8. Leave out"),
+        (MADE["wrapped"], OGPSAConfig(lora_dropout=0.5), "lora_dropout=0.5 contradicts"),
+        (MADE["DoRA"], OGPSAConfig(), "use_dora=True is not allowed with subspace='activations'"),
+        (MADE["wrapped"], LoraConfig(), r"attach: config=LoraConfig\(.* must be an OGPSAConfig"),
+        (MADE["wrapped"], None, "attach: config=None must be an OGPSAConfig"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(model, config, message):
+    with pytest.raises(ValueError, match=message):
+        attach(model(), config)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (base, OGPSAConfig(), "has no LoRA adapter"),
+        (lambda: plain(r=2), OGPSAConfig(r=16), "r=16 contradicts"),
+        (lambda: ogpsa(GRADIENTS), OGPSAConfig(), "Leave out config"),
+        (lambda: ogpsa(GRADIENTS), FullParameterConfig(), "Leave config out"),
+    ],
+)
+def test_the_callback_says_what_does_not_fit(tmp_path, model, config, message):
+    with pytest.raises(ValueError, match=message):
+        sft(tmp_path, model(), [OGPSACallback(sets(), config=config)]).train()
+
+
+def test_settings_of_the_adapter_may_be_repeated():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+    config = OGPSAConfig(
+        r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", rows=8, subspace="gradients"
+    )
+    assert attach(model, config).config.target_modules == model.peft_config["default"].target_modules
+
+
+def test_adapters_of_low_precision_are_trained_in_float32(tmp_path):
+    model = plain()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    sft(tmp_path, model, [OGPSACallback(sets(), config=OGPSAConfig(**ACTIVATIONS))]).train()
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    assert leak(model) < 1e-6
+
+
+def test_attach_is_public():
+    assert peft_ogpsa.attach is attach
