@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_type_hints
 
 import torch
 import yaml
@@ -21,6 +21,8 @@ from ..references.sets import ReferenceSet
 from ..tuner.config import OGPSAConfig
 
 METHODS = ("ogpsa", "paper", "plain")
+MethodConfig: TypeAlias = LoraConfig | FullParameterConfig | None
+"""The configuration of a method. `None`: whole weights without projection."""
 RENAMED = {"contrast": "lookalikes", "contrast_prompts": "lookalike_prompts"}
 """Old names of options. They still work, with a warning."""
 
@@ -44,7 +46,7 @@ def _projection_options() -> list[tuple[str, Any, Any]]:
     return options
 
 
-def _check_method(self: Any) -> None:
+def _check_method(self: OGPSAArguments) -> None:
     if self.method not in METHODS:  # argparse checks only flags, not values from YAML
         raise ValueError(f"method={self.method!r} is unknown. Choose from: {', '.join(METHODS)}.")
 
@@ -53,14 +55,22 @@ _METHOD_HELP = (
     "'ogpsa': the defaults of OGPSAConfig (or FullParameterConfig) and the options that you set. 'paper': the "
     "published rule and schedule. 'plain': no projection. The references and the other OGPSA options are then ignored."
 )
-OGPSAArguments: Any = make_dataclass(
-    "OGPSAArguments",
-    [
-        ("method", Literal[METHODS], field(default="ogpsa", metadata={"help": _METHOD_HELP})),
-        *_projection_options(),
-    ],
-    namespace={"__post_init__": _check_method, "__doc__": "The method and its OGPSA options."},
-)
+if TYPE_CHECKING:
+
+    class OGPSAArguments:
+        """The method and its OGPSA options, which have the names of `OGPSAConfig`'s fields."""
+
+        method: Literal["ogpsa", "paper", "plain"]
+
+else:
+    OGPSAArguments = make_dataclass(
+        "OGPSAArguments",
+        [
+            ("method", Literal[METHODS], field(default="ogpsa", metadata={"help": _METHOD_HELP})),
+            *_projection_options(),
+        ],
+        namespace={"__post_init__": _check_method, "__doc__": "The method and its OGPSA options."},
+    )
 
 
 @dataclass
@@ -283,7 +293,7 @@ def parser(stage: str, training: type) -> ConfigParser:
     return made
 
 
-def adapter_config(ogpsa: Any, lora: LoraConfig, stage: Literal["sft", "dpo"]) -> LoraConfig:
+def adapter_config(ogpsa: OGPSAArguments, lora: LoraConfig, stage: Literal["sft", "dpo"]) -> LoraConfig:
     """Build the method's configuration with the given LoRA settings.
 
     Args:
@@ -302,7 +312,7 @@ def adapter_config(ogpsa: Any, lora: LoraConfig, stage: Literal["sft", "dpo"]) -
     return OGPSAConfig.paper(stage, **overrides) if ogpsa.method == "paper" else OGPSAConfig(**overrides)
 
 
-def whole_config(ogpsa: Any, run: RunArguments, stage: Literal["sft", "dpo"]) -> FullParameterConfig | None:
+def whole_config(ogpsa: OGPSAArguments, run: RunArguments, stage: Literal["sft", "dpo"]) -> FullParameterConfig | None:
     """Build the method's configuration for full-parameter training. Return None for `method="plain"`.
 
     Args:
@@ -321,7 +331,7 @@ def whole_config(ogpsa: Any, run: RunArguments, stage: Literal["sft", "dpo"]) ->
     return FullParameterConfig(**overrides)
 
 
-def _given(ogpsa: Any) -> dict[str, Any]:
+def _given(ogpsa: OGPSAArguments) -> dict[str, Any]:
     """Return the projection options that the user has set."""
     overrides = {name: value for name, value in vars(ogpsa).items() if name != "method" and value is not None}
     if overrides.get("reference_budget") == 0:

@@ -157,21 +157,30 @@ def save_card(
     path = folder / _README
     card = _load_card(path)
     _renew_metadata(card.data, config, base, settings is not None, run.get("dataset"))
-    section = "\n\n".join(
-        [
-            _START,
-            _method(config, settings, run),
-            _training(config, base, settings is not None, run),
-            _tax(evaluation),
-            _use(config, base),
-            *([f"## Citation\n\n```bibtex\n{_OGPSA_BIBTEX}\n```"] if settings is not None else []),
-            f"{_VERSIONS_HEADING}\n\n{_versions(config, run)}",
-            _END,
-        ]
-    )
-    card.text = _renew_text(card.text, section, base, path)
+    card.text = _renew_text(card.text, _section(config, base, settings, run, evaluation), base, path)
     _write(path, str(card))
     return path
+
+
+def _section(
+    config: LoraConfig,
+    base: str,
+    settings: dict[str, Any] | None,
+    run: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+) -> str:
+    """Return this package's part of the card. `settings` are those of the projection, if there was one."""
+    parts = [
+        _START,
+        _method(config, settings, run),
+        _training(config, base, settings is not None, run),
+        _tax(evaluation),
+        _use(config, base),
+        *([f"## Citation\n\n```bibtex\n{_OGPSA_BIBTEX}\n```"] if settings is not None else []),
+        f"{_VERSIONS_HEADING}\n\n{_versions(config, run)}",
+        _END,
+    ]
+    return "\n\n".join(parts)
 
 
 def push_adapter(
