@@ -58,10 +58,10 @@ class Policy:
     own: bool = False
 
 
-def cone(threshold: float | None = None, **knobs: Any) -> Policy:
+def cone(threshold: float | None = None, **overrides: Any) -> Policy:
     """The cone on the update, with 48 rows and settings of its own."""
     return Policy(
-        lambda: OGPSAConfig(**{**LORA, "subspace": "gradients", "rows": 48, "reference_weight": 0.0, **knobs}),
+        lambda: OGPSAConfig(**{**LORA, "subspace": "gradients", "rows": 48, "reference_weight": 0.0, **overrides}),
         threshold=threshold,
     )
 

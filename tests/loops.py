@@ -23,8 +23,8 @@ def loss_of(model, inputs) -> torch.Tensor:
     return model(**inputs).loss
 
 
-def ogpsa_model(**knobs) -> PeftModel:
-    settings = {"subspace": "gradients", "rows": 8, "refresh_steps": 2, "reference_weight": 0.0, **LORA, **knobs}
+def ogpsa_model(**overrides) -> PeftModel:
+    settings = {"subspace": "gradients", "rows": 8, "refresh_steps": 2, "reference_weight": 0.0, **LORA, **overrides}
     return get_peft_model(tiny_llama(), OGPSAConfig(**settings))
 
 

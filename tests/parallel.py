@@ -32,9 +32,9 @@ SHAPE = {"intermediate_size": 66}
 LORA = {"r": 3, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def build(kind: str, layers: int = 2, **knobs: Any) -> torch.nn.Module:
+def build(kind: str, layers: int = 2, **overrides: Any) -> torch.nn.Module:
     model = tiny_llama(num_hidden_layers=layers, **SHAPE)
-    settings = {"subspace": "gradients", "reference_weight": 0.0, **knobs}
+    settings = {"subspace": "gradients", "reference_weight": 0.0, **overrides}
     if settings["subspace"] != "activations" or settings["reference_weight"]:
         settings = {"rows": 8, "refresh_steps": 2, **settings}
     if kind == "lora":

@@ -37,8 +37,8 @@ def trained(
         return tiny_llama(vocab_size=259, max_position_embeddings=256, **SHAPE)
 
     # Three examples of either set: no share is even.
-    knobs = {"subspace": "gradients", "rows": 8, "refresh_steps": 2, "refresh_samples": 6}
-    config = FullParameterConfig(**knobs) if kind == "full" else None
+    overrides = {"subspace": "gradients", "rows": 8, "refresh_steps": 2, "refresh_samples": 6}
+    config = FullParameterConfig(**overrides) if kind == "full" else None
     settings = {
         "output_dir": str(folder / f"{stage} {kind} {how}"),
         "max_steps": 3,
@@ -58,7 +58,7 @@ def trained(
     }
     shared = {
         "processing_class": tiny_tokenizer(),
-        "peft_config": OGPSAConfig(**LORA, **knobs) if kind == "lora" else None,
+        "peft_config": OGPSAConfig(**LORA, **overrides) if kind == "lora" else None,
         "callbacks": [
             OGPSACallback([ReferenceSet("general", GENERAL), ReferenceSet("benign", BENIGN)], config=config)
         ],

@@ -41,9 +41,9 @@ OPTIMIZERS = {
 }
 
 
-def lora(base=None, **knobs):
+def lora(base=None, **overrides):
     """A model with an adapter, and its projector."""
-    settings = {**LORA, "subspace": "activations", "subspace_rank": 8, **knobs}
+    settings = {**LORA, "subspace": "activations", "subspace_rank": 8, **overrides}
     model = get_peft_model(tiny_llama() if base is None else base, OGPSAConfig(**settings))
     return model, model.base_model.projector
 
@@ -782,7 +782,7 @@ def test_a_merged_adapter_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("overrides", "message"),
     [
         ({"subspace": "inputs"}, "Use one of: 'activations', 'gradients', 'both'"),
         ({"subspace": None}, "Use one of: 'activations', 'gradients', 'both'"),
@@ -797,13 +797,13 @@ def test_a_merged_adapter_is_refused():
     ],
 )
 @pytest.mark.parametrize("cls", [OGPSAConfig, FullParameterConfig])
-def test_bad_values_are_refused(cls, knobs, message):
+def test_bad_values_are_refused(cls, overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        cls(**{"subspace": "activations", **knobs})
+        cls(**{"subspace": "activations", **overrides})
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "overrides",
     [
         {"use_dora": True},
         {"lora_bias": True},
@@ -812,11 +812,11 @@ def test_bad_values_are_refused(cls, knobs, message):
     ],
 )
 @pytest.mark.parametrize("subspace", ["activations", "both"])
-def test_what_is_more_than_b_a_x_is_refused(subspace, knobs):
-    name = list(knobs)[-1]
+def test_what_is_more_than_b_a_x_is_refused(subspace, overrides):
+    name = list(overrides)[-1]
     with pytest.raises(ValueError, match=rf"{name}=.*subspace='gradients'"):
-        OGPSAConfig(subspace=subspace, **knobs)
-    OGPSAConfig(subspace="gradients", **knobs)
+        OGPSAConfig(subspace=subspace, **overrides)
+    OGPSAConfig(subspace="gradients", **overrides)
 
 
 class Net(torch.nn.Module):
@@ -930,7 +930,7 @@ def test_training_without_projection_for_a_while():
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "overrides",
     [
         {},
         {"constraint": "orthogonal"},
@@ -940,8 +940,9 @@ def test_training_without_projection_for_a_while():
         {"rows": 12},
     ],
 )
-def test_both_constraints_hold(knobs):
-    model, projector = lora(**{"subspace": "both", "rows": 8, "refresh_steps": 2, "reference_weight": 0.0, **knobs})
+def test_both_constraints_hold(overrides):
+    settings = {"subspace": "both", "rows": 8, "refresh_steps": 2, "reference_weight": 0.0}
+    model, projector = lora(**{**settings, **overrides})
     sets = {"set": [examples(rows=4)]}
     assert projector.unbuilt
     projector.refresh(sets, loss_of)
@@ -1040,8 +1041,8 @@ KINDS = {
 }
 
 
-def resumed(stopped, optimizer, state, **knobs):
-    model, projector = lora(**knobs)
+def resumed(stopped, optimizer, state, **overrides):
+    model, projector = lora(**overrides)
     model.load_state_dict(stopped.state_dict())
     again = adamw(model)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares the tensors
@@ -1080,7 +1081,7 @@ def test_state_that_was_restored_is_that_which_was_saved():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("overrides", "message"),
     [
         ({"subspace": "both"}, "subspace='both' .saved: 'activations'"),
         ({"subspace": "gradients", "subspace_rank": None}, "subspace='gradients' .saved: 'activations'"),
@@ -1091,11 +1092,11 @@ def test_state_that_was_restored_is_that_which_was_saved():
         ({"target_modules": ["q_proj"]}, "not the layers in training"),
     ],
 )
-def test_state_of_other_settings_is_refused(knobs, message):
+def test_state_of_other_settings_is_refused(overrides, message):
     model, projector = lora()
     train(model, adamw(model), range(2), sets=many())
     state = projector.state_dict()
-    other, own = lora(**knobs)
+    other, own = lora(**overrides)
     before = copies(other)
     with pytest.raises(ValueError, match=message):
         own.load_state_dict(state)
@@ -1194,9 +1195,9 @@ def test_settings_travel_with_the_adapter(tmp_path):
 # Whole weights
 
 
-def whole(**knobs):
+def whole(**overrides):
     model = tiny_llama()
-    settings = {"subspace": "activations", "subspace_rank": 8, "exclude": NOT_LINEAR, **knobs}
+    settings = {"subspace": "activations", "subspace_rank": 8, "exclude": NOT_LINEAR, **overrides}
     return model, attach(model, FullParameterConfig(**settings))
 
 

@@ -23,8 +23,8 @@ def base():
     return tiny_llama(vocab_size=259, max_position_embeddings=256)
 
 
-def model_of(**knobs):
-    settings = {"subspace": "activations", "subspace_rank": 8, **LORA, **knobs}
+def model_of(**overrides):
+    settings = {"subspace": "activations", "subspace_rank": 8, **LORA, **overrides}
     return get_peft_model(base(), OGPSAConfig(**settings))
 
 
@@ -86,20 +86,20 @@ def test_references_are_answered_with_the_bases_distribution(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "overrides",
     [
         {},
         {"subspace": "both", "rows": 4, "refresh_samples": 2, "refresh_steps": 2},
         {"reference_weight": 2.0, "refresh_steps": 2},
     ],
 )
-def test_resumed_run_equals_one_that_never_stopped(tmp_path, knobs):
-    knobs = {"lora_dropout": 0.1, **knobs}
+def test_resumed_run_equals_one_that_never_stopped(tmp_path, overrides):
+    overrides = {"lora_dropout": 0.1, **overrides}
     options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
-    straight = sft(tmp_path / "straight", model_of(**knobs), **options)
+    straight = sft(tmp_path / "straight", model_of(**overrides), **options)
     straight.train()
-    sft(tmp_path / "stopped", model_of(**knobs), **{**options, "max_steps": 3}).train()
-    resumed = sft(tmp_path / "stopped", model_of(**knobs), **options)
+    sft(tmp_path / "stopped", model_of(**overrides), **{**options, "max_steps": 3}).train()
+    resumed = sft(tmp_path / "stopped", model_of(**overrides), **options)
     resumed.train(resume_from_checkpoint=True)
     expected = weights(straight.model)
     assert all(torch.equal(p, expected[name]) for name, p in weights(resumed.model).items())

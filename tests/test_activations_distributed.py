@@ -31,13 +31,13 @@ CASES: dict[str, tuple[tuple, dict]] = {
 }
 
 
-def built(kind: str, **knobs: Any) -> torch.nn.Module:
-    return build(kind, **{**SETTINGS, **knobs})
+def built(kind: str, **overrides: Any) -> torch.nn.Module:
+    return build(kind, **{**SETTINGS, **overrides})
 
 
 def run(case: str, how: str) -> dict[str, Any]:
-    (kind, knobs), options = CASES[case]
-    model = built(kind, **knobs)
+    (kind, overrides), options = CASES[case]
+    model = built(kind, **overrides)
     start = whole(model)
     told = build_and_train(model, how, range(3), **options)
     told["start"] = start

@@ -39,7 +39,7 @@ GENERAL = [chat(f"What comes after {i}?", f"After {i} comes {i + 1}.") for i in 
 BENIGN = [chat(f"How do I kill process {i}?", f"Run kill {i} in a shell.") for i in range(7)]
 
 
-def model_of(**knobs):
+def model_of(**overrides):
     settings = {
         "subspace": "gradients",
         "rows": 8,
@@ -47,7 +47,7 @@ def model_of(**knobs):
         "refresh_samples": 4,
         "reference_weight": 0.0,
         **LORA,
-        **knobs,
+        **overrides,
     }
     return get_peft_model(tiny_llama(vocab_size=259, max_position_embeddings=256), OGPSAConfig(**settings))
 
@@ -283,14 +283,16 @@ def test_projection_off_is_plain_lora_to_the_bit(tmp_path):
     assert all(torch.equal(p, weights(without)[name]) for name, p in weights(with_callback).items())
 
 
-@pytest.mark.parametrize("knobs", [{}, {"rows_dtype": "bfloat16", "rows_from": "batch"}, {"reference_weight": 1.0}])
-def test_resumed_run_equals_one_that_never_stopped(tmp_path, knobs):
+@pytest.mark.parametrize(
+    "overrides", [{}, {"rows_dtype": "bfloat16", "rows_from": "batch"}, {"reference_weight": 1.0}]
+)
+def test_resumed_run_equals_one_that_never_stopped(tmp_path, overrides):
     options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
-    straight = sft(tmp_path / "straight", model_of(lora_dropout=0.1, **knobs), **options)
+    straight = sft(tmp_path / "straight", model_of(lora_dropout=0.1, **overrides), **options)
     straight.train()
-    stopped = sft(tmp_path / "stopped", model_of(lora_dropout=0.1, **knobs), **{**options, "max_steps": 3})
+    stopped = sft(tmp_path / "stopped", model_of(lora_dropout=0.1, **overrides), **{**options, "max_steps": 3})
     stopped.train()
-    resumed = sft(tmp_path / "stopped", model_of(lora_dropout=0.1, **knobs), **options)
+    resumed = sft(tmp_path / "stopped", model_of(lora_dropout=0.1, **overrides), **options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.model.projector.steps == 6
     assert resumed.model.projector.diagnostics.refreshes == straight.model.projector.diagnostics.refreshes
@@ -398,10 +400,10 @@ def test_rows_that_are_not_finite_are_refused(tmp_path):
 @pytest.mark.parametrize(("rank", "slices"), [(16, 16), (4, 16), (4, 4), (3, 2)])
 def test_slices_are_saved_and_restored(tmp_path, rank, slices):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
-    knobs = {"r": rank, "scope": "slice", "slices": slices}
-    straight = sft(tmp_path, model_of(**knobs), **options)
+    overrides = {"r": rank, "scope": "slice", "slices": slices}
+    straight = sft(tmp_path, model_of(**overrides), **options)
     straight.train()
-    resumed = sft(tmp_path, model_of(**knobs), **options)
+    resumed = sft(tmp_path, model_of(**overrides), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     expected = weights(straight.model)
     assert all(torch.equal(p, expected[name]) for name, p in weights(resumed.model).items())
@@ -530,10 +532,10 @@ def three_sets(loss="answer"):
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_budget_never_draws_more_batches_than_rows(tmp_path, accumulation, whole):
     config = FullParameterConfig() if whole else None
-    knobs = {"rows_from": "batch", "rows": 4, "refresh_samples": None, "reference_budget": 0.3}
+    overrides = {"rows_from": "batch", "rows": 4, "refresh_samples": None, "reference_budget": 0.3}
     trainer = sft(
         tmp_path,
-        bare_model() if whole else model_of(**knobs),
+        bare_model() if whole else model_of(**overrides),
         [OGPSACallback(three_sets(), config=config)],
         max_steps=1,
         per_device_train_batch_size=8,
@@ -544,7 +546,7 @@ def test_a_budget_never_draws_more_batches_than_rows(tmp_path, accumulation, who
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("overrides", "message"),
     [
         (
             {"rows": 4, "refresh_samples": 5},
@@ -554,8 +556,8 @@ def test_a_budget_never_draws_more_batches_than_rows(tmp_path, accumulation, who
         ({"rows": 8, "refresh_samples": None, "reference_budget": None}, "up to 120 reference examples"),
     ],
 )
-def test_more_reference_gradients_than_rows_are_refused_before_training(tmp_path, knobs, message):
-    trainer = sft(tmp_path, model_of(**knobs), [OGPSACallback(three_sets())], per_device_train_batch_size=8)
+def test_more_reference_gradients_than_rows_are_refused_before_training(tmp_path, overrides, message):
+    trainer = sft(tmp_path, model_of(**overrides), [OGPSACallback(three_sets())], per_device_train_batch_size=8)
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -713,7 +715,7 @@ def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "batch_size", "accumulation", "expected"),
+    ("overrides", "batch_size", "accumulation", "expected"),
     [
         ({}, 8, 1, 3),
         ({}, 8, 2, 6),
@@ -730,10 +732,10 @@ def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
         ({"reference_budget": None}, 8, 1, None),  # all
     ],
 )
-def test_budget(knobs, batch_size, accumulation, expected):
+def test_budget(overrides, batch_size, accumulation, expected):
     args = TrainingArguments(gradient_accumulation_steps=accumulation, use_cpu=True)
     trained = examples_per_step(args, batch_size)
-    assert refresh_samples(OGPSAConfig(subspace="gradients", **knobs), trained, batch_size=64, sets=3) == expected
+    assert refresh_samples(OGPSAConfig(subspace="gradients", **overrides), trained, batch_size=64, sets=3) == expected
 
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(8, 2), (32, 8), (1, 1)])
@@ -766,13 +768,13 @@ def test_large_weight_of_given_answers_is_warned_of(loss, weight, warned, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("knobs", "added"),
+    ("overrides", "added"),
     [({}, {}), ({"subspace": "gradients"}, {"general": 1.0}), ({"subspace": "both"}, {"general": 1.0})],
 )
-def test_the_example_of_the_callback_triggers_no_warning(knobs, added, tmp_path, caplog):
+def test_the_example_of_the_callback_triggers_no_warning(overrides, added, tmp_path, caplog):
     (written,) = re.findall(r"callbacks=(\[OGPSACallback\(.*\)\])\)", OGPSACallback.__doc__)
     names = {"OGPSACallback": OGPSACallback, "ReferenceSet": ReferenceSet, "rows": GENERAL}
-    model = get_peft_model(bare_model(), OGPSAConfig(**LORA, **knobs))
+    model = get_peft_model(bare_model(), OGPSAConfig(**LORA, **overrides))
     seen = {}
 
     class Look(TrainerCallback):
@@ -804,11 +806,11 @@ def test_budget_in_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "bytes_per_parameter"),
+    ("overrides", "bytes_per_parameter"),
     [({}, 8 * 4), ({"rows_dtype": "int8"}, 8), ({"rows_from": "set"}, 2 * 4), ({"constraint": "orthogonal"}, 64)],
 )
-def test_plan_is_told_before_training(knobs, bytes_per_parameter, tmp_path, capsys):
-    model = model_of(refresh_samples=None, reference_budget=0.5, **knobs)
+def test_plan_is_told_before_training(overrides, bytes_per_parameter, tmp_path, capsys):
+    model = model_of(refresh_samples=None, reference_budget=0.5, **overrides)
     trainer = sft(tmp_path, model, max_steps=1, disable_tqdm=False)
     trainer.train()
     out = capsys.readouterr().out

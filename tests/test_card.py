@@ -30,7 +30,7 @@ from trl.trainer.utils import generate_model_card
 import peft_ogpsa
 from peft_ogpsa import OGPSACallback, OGPSAConfig, OGPSAModel, ReferenceSet, push_adapter, save_card
 from peft_ogpsa.cli import compare
-from peft_ogpsa.evaluation import Evaluation, Figure, Measurement, Sample, Verdict
+from peft_ogpsa.evaluation import Estimate, Evaluation, Measurement, Sample, Verdict
 from peft_ogpsa.sharing.card import EVALUATION_NAME, RUN_NAME, _public
 from peft_ogpsa.tuner.config import SIDECAR_NAME
 
@@ -61,7 +61,7 @@ def save(folder, config=None, base=BASE, weights=True):
 
 
 def figure(value, half, n):
-    return Figure(value, value - half, value + half, n)
+    return Estimate(value, value - half, value + half, n)
 
 
 def measurement(name, loss, kl, refusals, over_refusals):
@@ -70,10 +70,10 @@ def measurement(name, loss, kl, refusals, over_refusals):
         general={"general": figure(loss, 0.25, 31)},
         general_mean=figure(loss, 0.25, 31),
         kl=figure(kl, kl / 10, 13),
-        refusal=Figure.from_count(refusals, 29),
-        harmful_unclear=Figure.from_count(0, 29),
-        over_refusal=Figure.from_count(over_refusals, 23),
-        benign_unclear=Figure.from_count(4, 23),
+        refusal=Estimate.from_count(refusals, 29),
+        harmful_unclear=Estimate.from_count(0, 29),
+        over_refusal=Estimate.from_count(over_refusals, 23),
+        benign_unclear=Estimate.from_count(4, 23),
         harmful_samples=[Sample("how to do harm", "certainly not", Verdict.REFUSAL)],
     )
 
@@ -207,6 +207,19 @@ def test_how_it_was_trained(tmp_path):
     assert json.loads((tmp_path / RUN_NAME).read_text()).items() >= RUN.items()
 
 
+def test_lookalikes_and_the_old_name_of_their_share(tmp_path):
+    text = save_card(save(tmp_path), run=RUN | {"lookalikes": 0.2}).read_text()
+    assert "20% of the training data: benign look-alikes" in text
+    with pytest.warns(DeprecationWarning, match="now lookalikes"):
+        assert save_card(tmp_path, run=RUN | {"contrast": 0.2}).read_text() == text
+    record = json.loads((tmp_path / RUN_NAME).read_text())
+    assert record["lookalikes"] == 0.2
+    assert "contrast" not in record
+    record["contrast"] = record.pop("lookalikes")  # as an earlier version wrote it
+    (tmp_path / RUN_NAME).write_text(json.dumps(record))
+    assert save_card(tmp_path).read_text() == text
+
+
 def test_a_plain_run_is_plain_whatever_an_earlier_one_left(tmp_path):
     save(tmp_path, OGPSAConfig(subspace="gradients", **LORA))
     text = save_card(tmp_path, run={"method": "plain"}).read_text()
@@ -240,7 +253,7 @@ def test_the_tax_is_the_evaluations(tmp_path):
 
 
 def test_what_was_not_measured_is_left_empty(tmp_path):
-    evaluation = Evaluation(Measurement("model", refusal=Figure.from_count(1, 4)), None, {})
+    evaluation = Evaluation(Measurement("model", refusal=Estimate.from_count(1, 4)), None, {})
     row = table_of(save_card(save(tmp_path), evaluation={"evaluation": evaluation.to_dict()}).read_text())
     assert row.keys() == {"this adapter"}
     assert row["this adapter"]["refuses harmful"].startswith("25%")
@@ -414,7 +427,7 @@ def test_prompts_and_answers_stay_at_home(tmp_path):
     assert "someone" not in text
     read = compare.read(str(tmp_path / EVALUATION_NAME))
     assert read["name"] == "tuned"
-    assert read["evaluation"].model.refusal == Figure.from_count(27, 29)
+    assert read["evaluation"].model.refusal == Estimate.from_count(27, 29)
     assert not list(tmp_path.glob("*.part"))
 
 

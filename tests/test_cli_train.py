@@ -26,7 +26,7 @@ from peft_ogpsa.cli.loading import load_base
 from peft_ogpsa.cli.models import SMOLLM2, load_model
 from peft_ogpsa.data import load_prompts, pairs
 from peft_ogpsa.evaluation import Verdict
-from peft_ogpsa.references.lookalikes import with_contrast
+from peft_ogpsa.references.lookalikes import with_lookalikes
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
@@ -257,8 +257,8 @@ def test_methods(folder, method):
     options = ["--method", method, "--max_steps", "1"]
     if method == "paper":  # which takes rows from whole sets, and every example
         lines = yaml.safe_load((folder / "sft.yaml").read_text())
-        for knob in ("subspace", "rows", "refresh_steps", "refresh_samples"):
-            del lines[knob]
+        for setting in ("subspace", "rows", "refresh_steps", "refresh_samples"):
+            del lines[setting]
         (folder / "sft.yaml").write_text(yaml.safe_dump(lines))
     main(["sft", "--config", str(folder / "sft.yaml"), *options])
     config = PeftConfig.from_pretrained(str(folder / "sft"))
@@ -332,7 +332,7 @@ def test_planned_refreshes(refresh_steps, steps):
     assert planned_refreshes(steps, refresh_steps) == refreshes
 
 
-def test_every_ogpsa_knob_is_an_option():
+def test_every_ogpsa_setting_is_an_option():
     lora = _lora()
     assert OGPSAArguments().__dict__.keys() - {"method"} == OGPSAConfig().ogpsa_dict().keys() - {"missing_reference"}
     assert adapter_config(OGPSAArguments(), lora, "sft").ogpsa_dict() == OGPSAConfig().ogpsa_dict()
@@ -412,7 +412,7 @@ def test_training_with_prompts_and_pairs_as_references(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_contrast_is_put_among_the_rows(folder, monkeypatch, stage):
+def test_lookalikes_are_put_among_the_rows(folder, monkeypatch, stage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
     monkeypatch.setattr(
         "peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE
@@ -424,16 +424,16 @@ def test_contrast_is_put_among_the_rows(folder, monkeypatch, stage):
     seen = []
 
     def watched(*arguments):
-        seen.extend(with_contrast(*arguments))
+        seen.extend(with_lookalikes(*arguments))
         return seen
 
-    monkeypatch.setattr("peft_ogpsa.cli.training.with_contrast", watched)
-    options = ["--contrast", "0.2", "--contrast_prompts", str(folder / "prompts.jsonl"), "--method", "plain"]
+    monkeypatch.setattr("peft_ogpsa.cli.training.with_lookalikes", watched)
+    options = ["--lookalikes", "0.2", "--lookalike_prompts", str(folder / "prompts.jsonl"), "--method", "plain"]
     main([stage, "--config", str(folder / f"{stage}.yaml"), *options])
     likes = [row for row in seen if row["prompt"][0]["content"].startswith("kill")]
     assert (len(likes), len(seen)) == (2, 12)
     record = json.loads((folder / stage / "ogpsa_run.json").read_text())
-    assert record["contrast"] == 0.2
+    assert record["lookalikes"] == 0.2
     assert "20% of the training data: benign look-alikes" in (folder / stage / "README.md").read_text()
 
 
@@ -480,11 +480,11 @@ def test_pairs_prefer_refusing_harm_and_answering_the_rest():
         ("sft", ["--references", "a=nowhere.jsonl"], "references: a='nowhere.jsonl' cannot be loaded"),
         ("sft", ["--references", "a=builtin:benign", "a=builtin:general"], "two sets with the name 'a'"),
         ("sft", ["--reference_max_length", "3"], "max_length=3 cuts off the answers of all"),
-        ("sft", ["--contrast", "1"], "contrast=1.0 must be at least 0 and below 1"),
+        ("sft", ["--lookalikes", "1"], "lookalikes=1.0 must be at least 0 and below 1"),
         (
             "sft",
-            ["--contrast", "0.5", "--contrast_prompts", "nowhere.jsonl"],
-            "contrast_prompts='nowhere.jsonl' cannot",
+            ["--lookalikes", "0.5", "--lookalike_prompts", "nowhere.jsonl"],
+            "lookalike_prompts='nowhere.jsonl' cannot",
         ),
         ("sft", ["--reference_samples", "0"], "samples=0 must be an integer of at least 1"),
         ("sft", ["--rows", "0"], "rows=0 is not allowed"),

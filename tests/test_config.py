@@ -76,8 +76,8 @@ def test_every_own_field_has_help():
 )
 def test_choices(name, allowed):
     for value in allowed:
-        knobs = {"subspace": "gradients" if value == "int8" else "both", name: value}
-        assert getattr(OGPSAConfig(**knobs), name) == value
+        overrides = {"subspace": "gradients" if value == "int8" else "both", name: value}
+        assert getattr(OGPSAConfig(**overrides), name) == value
     for value in ("Cone!", None, 3, True, ["cone"]):
         with pytest.raises(ValueError) as caught:
             OGPSAConfig(**{name: value})
@@ -169,10 +169,10 @@ def test_settings_without_effect_are_refused(cls, name):
 
 
 def test_subspace_rank_is_at_most_rows():
-    knobs = {"subspace": "gradients", "rows": 4, "constraint": "orthogonal"}
-    assert OGPSAConfig(subspace_rank=4, **knobs).subspace_rank == 4
+    overrides = {"subspace": "gradients", "rows": 4, "constraint": "orthogonal"}
+    assert OGPSAConfig(subspace_rank=4, **overrides).subspace_rank == 4
     with pytest.raises(ValueError, match="subspace_rank=5 is more than rows=4"):
-        OGPSAConfig(subspace_rank=5, **knobs)
+        OGPSAConfig(subspace_rank=5, **overrides)
 
 
 def test_loras_own_checks_remain():
@@ -218,12 +218,12 @@ def test_paper_has_two_stages(stage):
 
 
 def test_lora_view():
-    knobs = {"r": 3, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 5}, "use_rslora": True}
-    config = OGPSAConfig(subspace_rank=7, **knobs)
+    overrides = {"r": 3, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 5}, "use_rslora": True}
+    config = OGPSAConfig(subspace_rank=7, **overrides)
     view = config.lora_config()
     assert type(view) is LoraConfig
-    assert view == LoraConfig(**knobs)
-    assert view.to_dict() == LoraConfig(**knobs).to_dict()
+    assert view == LoraConfig(**overrides)
+    assert view.to_dict() == LoraConfig(**overrides).to_dict()
     assert not vars(view).keys() & DEFAULTS.keys()
     assert config.peft_type is PeftType.OGPSA
     view.rank_pattern["q_proj"] = 99

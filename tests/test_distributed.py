@@ -48,8 +48,8 @@ WRAPPERS = ("ddp", "fsdp2")
 
 
 def run(case: str, how: str) -> dict[str, Any]:
-    (kind, knobs), options = CASES[case]
-    return train(build(kind, **knobs), how, range(3), **options)
+    (kind, overrides), options = CASES[case]
+    return train(build(kind, **overrides), how, range(3), **options)
 
 
 # The work of the processes

@@ -227,12 +227,12 @@ def test_a_base_with_a_weight_in_training_is_refused():
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "overrides",
     [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}, {"use_dora": True}, {}],
     ids=str,
 )
-def test_what_an_adapter_trains_beside_its_matrices_is_no_part_of_the_base(knobs):
-    model = get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **LORA, **knobs)).eval()
+def test_what_an_adapter_trains_beside_its_matrices_is_no_part_of_the_base(overrides):
+    model = get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **LORA, **overrides)).eval()
     assert divergence_loss(model, collate(anchored(), 0, "cpu")).item() == pytest.approx(0, abs=1e-6)
 
 

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from peft_ogpsa.evaluation import (
+    Estimate,
     Evaluation,
     Evaluator,
-    Figure,
     LossResult,
     Measurement,
     evaluate,
@@ -416,7 +416,7 @@ class TestReport:
         monkeypatch.setattr("peft_ogpsa.evaluation.report.generate", lambda *args, **kwargs: list(texts))
         del data["divergence_prompts"]
         measurement = Evaluator(tokenizer, **data).measure(llama)
-        assert measurement.refusal == Figure(1 / 3, *wilson(1, 3), n=3)
+        assert measurement.refusal == Estimate(1 / 3, *wilson(1, 3), n=3)
         assert measurement.harmful_unclear.value == pytest.approx(1 / 3)
         assert measurement.over_refusal.value == 0.5
         assert measurement.benign_unclear.value == 0.0
@@ -465,7 +465,7 @@ class TestReport:
 
 
 def point(name, step, refusal, loss):
-    return Measurement(name, step, refusal=Figure(refusal, 0, 1, 40), general_mean=Figure(loss, 0, 3, 40))
+    return Measurement(name, step, refusal=Estimate(refusal, 0, 1, 40), general_mean=Estimate(loss, 0, 3, 40))
 
 
 class TestPlot:
@@ -484,6 +484,15 @@ class TestPlot:
         with pytest.raises(ValueError, match=r"'LoRA' .*no refusal rate or no general loss"):
             tradeoff({"LoRA": [Measurement("LoRA", 3)]}, tmp_path / "plot.png")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_name_of_an_estimate_warns():
+    import peft_ogpsa.evaluation as evaluation
+
+    with pytest.warns(DeprecationWarning, match="Figure is now .*Estimate"):
+        assert evaluation.Figure is Estimate
+    with pytest.raises(AttributeError, match="nothing"):
+        evaluation.nothing  # noqa: B018
 
 
 def test_loss_result_interval_weighs_by_tokens():

@@ -33,8 +33,8 @@ def ragged(count: int = 5) -> list[Example]:
     return examples
 
 
-def model_with_random_adapter(base=None, **knobs):
-    settings = {"subspace": "gradients", "rows": 8, **LORA, **knobs}
+def model_with_random_adapter(base=None, **overrides):
+    settings = {"subspace": "gradients", "rows": 8, **LORA, **overrides}
     model = get_peft_model(tiny_llama() if base is None else base, OGPSAConfig(**settings))
     if base is None:
         model.double()  # so that what is compared is the method, not the rounding of a tiny model's attention
@@ -131,7 +131,7 @@ def test_gradients_stay_float32_where_the_loop_is_under_autocast():
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "overrides",
     [
         {"use_dora": True},
         {"use_rslora": True},
@@ -141,8 +141,8 @@ def test_gradients_stay_float32_where_the_loop_is_under_autocast():
     ],
     ids=str,
 )
-def test_rows_of_lora_variants(knobs):
-    model = model_with_random_adapter(**knobs)
+def test_rows_of_lora_variants(overrides):
+    model = model_with_random_adapter(**overrides)
     examples = ragged()
     model.projector.refresh({"set": [collate(examples, 0, "cpu")]}, answer_loss)
     assert_rows_equal(raw_rows(model), one_at_a_time(model, examples))
@@ -261,8 +261,8 @@ def rows_equal_those_of_single_examples(model, batch, loss, count):
     assert_rows_equal(raw_rows(model), expected, 1e-4)
 
 
-def mixtral(**knobs):
-    return model_with_random_adapter(tiny_mixtral(), task_type="CAUSAL_LM", **knobs)
+def mixtral(**overrides):
+    return model_with_random_adapter(tiny_mixtral(), task_type="CAUSAL_LM", **overrides)
 
 
 @pytest.mark.parametrize(

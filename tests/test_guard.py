@@ -175,16 +175,16 @@ def test_projected_parameters_that_are_not_the_models_stop_training():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "named"),
+    ("overrides", "named"),
     [
         ({"modules_to_save": ["lm_head"]}, "1 parameters are trained but not projected.*lm_head"),
         ({"use_dora": True, "target_modules": ["q_proj"]}, "2 parameters.*lora_magnitude_vector"),
         ({}, None),
     ],
 )
-def test_trained_parameters_that_are_not_projected_are_named_once(knobs, named, tmp_path, caplog):
+def test_trained_parameters_that_are_not_projected_are_named_once(overrides, named, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
-        sft(tmp_path, model_of(**{**LORA, **knobs})).train()
+        sft(tmp_path, model_of(**{**LORA, **overrides})).train()
     found = [record.getMessage() for record in caplog.records if "not projected" in record.getMessage()]
     assert len(found) == (named is not None)
     if named:
@@ -314,9 +314,9 @@ def schedule_free(parameters):
 
 def test_schedule_free_optimizers_are_refused_with_the_update_and_taken_with_the_gradient(tmp_path):
     optimizer = schedule_free([torch.nn.Parameter(torch.ones(1))])
-    for knobs in ({}, {"subspace": "gradients"}, {"subspace": "both", "projection": "gradient"}):
+    for overrides in ({}, {"subspace": "gradients"}, {"subspace": "both", "projection": "gradient"}):
         with pytest.raises(ValueError, match=r"average of weights.*subspace='gradients' with projection='gradient'"):
-            refuse_averaging(optimizer, OGPSAConfig(**knobs))
+            refuse_averaging(optimizer, OGPSAConfig(**overrides))
     refuse_averaging(optimizer, OGPSAConfig(subspace="gradients", projection="gradient"))
     trainer = trainer_with(tmp_path, schedule_free)
     before = weights(trainer.model)

@@ -14,9 +14,9 @@ from peft_ogpsa.core import hooks
 TOLERANCE = 1e-5
 
 
-def random_adapter(**knobs):
+def random_adapter(**overrides):
     """With B at random, so that steps of A are large enough for float32 to hold exactly."""
-    model = ogpsa_model(**knobs)
+    model = ogpsa_model(**overrides)
     for parameter in parameters_of(model):
         torch.nn.init.normal_(parameter.data, std=0.1)
     return model

@@ -30,14 +30,14 @@ def pass_batch(model, batch):
     return model(batch)
 
 
-def find(model, batches, layers=None, forward=pass_batch, **knobs) -> list[Input]:
-    settings = {"most": lambda width: width // 2, **knobs}
+def find(model, batches, layers=None, forward=pass_batch, **overrides) -> list[Input]:
+    settings = {"most": lambda width: width // 2, **overrides}
     with torch.no_grad():
         return inputs.find(linear_layers(model) if layers is None else layers, forward, model, batches, **settings)
 
 
-def one(model, batches, **knobs) -> Input:
-    (found,) = find(model, batches, **knobs)
+def one(model, batches, **overrides) -> Input:
+    (found,) = find(model, batches, **overrides)
     return found
 
 
@@ -424,8 +424,8 @@ def test_most_directions():
 
 def test_fewer_vectors_than_rank():
     vectors = torch.randn(3, 12)
-    for knobs in ({"rank": 8}, {"energy": 1.0}):
-        item = one(nn.Linear(12, 2), {"set": [vectors]}, most=lambda _: 8, **knobs)
+    for overrides in ({"rank": 8}, {"energy": 1.0}):
+        item = one(nn.Linear(12, 2), {"set": [vectors]}, most=lambda _: 8, **overrides)
         assert item.directions.shape == (12, 3)
         assert item.share == pytest.approx(1, abs=1e-5)
 

@@ -257,14 +257,14 @@ def trained(model, kernels_on: bool, moved: bool = False) -> tuple[list[float], 
 def test_steps_are_those_of_torch(device, scope, rows_dtype, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 64)  # so that these small parameters have several chunks and tiles
     monkeypatch.setattr(kernels, "_TILE", 256)
-    knobs = {"scope": scope, "slices": 2, "rows_dtype": rows_dtype, "target_modules": ["q_proj", "down_proj"]}
-    _, expected, share = trained(ogpsa_model(**knobs).to(device), False)
-    violations, found, own_share = trained(ogpsa_model(**knobs).to(device), True)
+    overrides = {"scope": scope, "slices": 2, "rows_dtype": rows_dtype, "target_modules": ["q_proj", "down_proj"]}
+    _, expected, share = trained(ogpsa_model(**overrides).to(device), False)
+    violations, found, own_share = trained(ogpsa_model(**overrides).to(device), True)
     assert max(violations) <= 1e-5
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert own_share == pytest.approx(share, rel=1e-4)
     assert share > 0.01
-    _, again, _ = trained(ogpsa_model(**knobs).to(device), True)
+    _, again, _ = trained(ogpsa_model(**overrides).to(device), True)
     assert torch.equal(again, found)
 
 
@@ -312,7 +312,7 @@ def test_launches_do_not_grow_with_layers(device, monkeypatch):
 
 @runs
 @pytest.mark.parametrize(
-    ("knobs", "change"),
+    ("overrides", "change"),
     [
         ({"constraint": "orthogonal"}, None),
         ({"rows": 65}, None),
@@ -322,8 +322,8 @@ def test_launches_do_not_grow_with_layers(device, monkeypatch):
         ({}, "strided"),
     ],
 )
-def test_plain_torch_does_what_the_kernels_do_not(device, knobs, change):
-    model = ogpsa_model(**knobs).to(device)
+def test_plain_torch_does_what_the_kernels_do_not(device, overrides, change):
+    model = ogpsa_model(**overrides).to(device)
     model.projector.kernels = True
     model.projector.refresh(loops.references(0), loops.loss_of)
     first = parameters_of(model)[0]

@@ -378,6 +378,25 @@ def test_defaults_of_a_configuration_file(tmp_path):
         main(["sft", "--config", str(one)])
 
 
+def test_old_names_of_options_work_and_warn(tmp_path):
+    (tmp_path / "shared.yaml").write_text(
+        "dataset: builtin:harmful\nlookalikes: 0.1\ncontrast_prompts: shared.jsonl\n"
+    )
+    one = tmp_path / "one.yaml"
+
+    def parsed(*arguments):
+        with pytest.warns(FutureWarning, match="The option contrast.* is now lookalike"):
+            _, data, *_ = parser("sft", SFTConfig).parse_args_and_config(["--config", str(one), *arguments])
+        return data.lookalikes, data.lookalike_prompts
+
+    one.write_text("dataset: builtin:harmful\ncontrast: 0.2\n")
+    assert parsed() == (0.2, "lookalikes")
+    assert parsed("--contrast", "0.3", "--contrast-prompts", "own.jsonl") == (0.3, "own.jsonl")
+    assert parsed("--contrast=0.3", "--contrast_prompts=own.jsonl") == (0.3, "own.jsonl")
+    one.write_text("defaults: shared.yaml\ncontrast: 0.2\n")
+    assert parsed() == (0.2, "shared.jsonl")
+
+
 def launched(stage: str, options: list[str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "examples/accelerate/fsdp2.yaml"), "-m", "peft_ogpsa.cli", stage]

@@ -22,7 +22,7 @@ SHORT = [
     "1",
     "--reference_samples",
     "2",
-    "--contrast",
+    "--lookalikes",
     "0",
 ]
 SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--learning_rate", "2e-3"]

@@ -620,13 +620,13 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing():
         model.projector.state_dict()
     model.projector.refresh(references(0), loss_of)
     state = model.projector.state_dict()
-    for knobs, message in (
+    for overrides, message in (
         ({"r": 8}, "has the shape"),
         ({"target_modules": ["q_proj"]}, "another adapter"),
         ({"scope": "model"}, "scope='model' .saved: 'tensor'"),
         ({"constraint": "orthogonal"}, "constraint='orthogonal'"),
     ):
-        other = ogpsa_model(**knobs)
+        other = ogpsa_model(**overrides)
         with pytest.raises(ValueError, match=message):
             other.projector.load_state_dict(state)
         assert other.projector.subspace is None
@@ -900,18 +900,18 @@ class Convolution(torch.nn.Module):
 @pytest.mark.parametrize("adapter", [True, False])
 def test_parameters_that_are_not_contiguous(adapter, scope, projection):
     torch.manual_seed(0)
-    knobs = {"rows": 4, "rows_from": "example", "scope": scope, "slices": 4, "projection": projection}
+    overrides = {"rows": 4, "rows_from": "example", "scope": scope, "slices": 4, "projection": projection}
     network = Convolution()
     if adapter:
         model = get_peft_model(
-            network, OGPSAConfig(subspace="gradients", r=4, target_modules=["c"], reference_weight=0.0, **knobs)
+            network, OGPSAConfig(subspace="gradients", r=4, target_modules=["c"], reference_weight=0.0, **overrides)
         )
         for parameter in parameters_of(model):
             torch.nn.init.normal_(parameter.data, std=0.2)
         projector = model.projector
     else:
         model = network
-        projector = attach(network, FullParameterConfig(**knobs))
+        projector = attach(network, FullParameterConfig(**overrides))
     model.to(memory_format=torch.channels_last)
     x = torch.randn(3, 4, 8, 8)
 
@@ -1052,8 +1052,8 @@ def test_a_state_of_other_weights_is_refused_and_changes_nothing():
     assert other.projector.due
 
 
-def bfloat16_model(**knobs):
-    model = ogpsa_model(**knobs)
+def bfloat16_model(**overrides):
+    model = ogpsa_model(**overrides)
     for parameter in parameters_of(model):
         parameter.data = parameter.data.to(torch.bfloat16)
     return model

@@ -46,7 +46,7 @@ def prepared(folder, dtype=torch.bfloat16, **options):
     return prepare_model_for_kbit_training(four_bit(folder, dtype), **options)
 
 
-def config_of(**knobs):
+def config_of(**overrides):
     return OGPSAConfig(
         **{
             "subspace": "gradients",
@@ -55,7 +55,7 @@ def config_of(**knobs):
             "refresh_samples": 4,
             "reference_weight": 0.0,
             **LORA,
-            **knobs,
+            **overrides,
         }
     )
 

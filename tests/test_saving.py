@@ -30,7 +30,7 @@ from peft_ogpsa import OGPSAConfig, OGPSAModel
 from peft_ogpsa.tuner.config import SIDECAR_NAME
 from peft_ogpsa.tuner.model import projector_of
 
-KNOBS = {
+OVERRIDES = {
     "subspace": "both",
     "subspace_rank": 3,
     "subspace_energy": 0.5,
@@ -52,11 +52,11 @@ LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_
 
 
 # Of what an activation subspace does not go with.
-GRADIENTS = {**KNOBS, "subspace": "gradients", "subspace_energy": 1.0, "tokens": "all"}
+GRADIENTS = {**OVERRIDES, "subspace": "gradients", "subspace_energy": 1.0, "tokens": "all"}
 
 
 def adapted(base=None, seed=0, **lora):
-    config = OGPSAConfig(**(GRADIENTS if "use_dora" in lora else KNOBS), **{**LORA, **lora})
+    config = OGPSAConfig(**(GRADIENTS if "use_dora" in lora else OVERRIDES), **{**LORA, **lora})
     return randomize(get_peft_model(base or tiny_llama(), config), seed)
 
 
@@ -95,7 +95,7 @@ def test_the_adapter_is_a_plain_lora(saved, tmp_path):
     theirs["target_modules"].sort()
     assert ours == theirs
     assert ours["peft_type"] == "LORA"
-    assert json.loads((folder / SIDECAR_NAME).read_text()) == {"format_version": 1, **KNOBS}
+    assert json.loads((folder / SIDECAR_NAME).read_text()) == {"format_version": 1, **OVERRIDES}
     files = {path.name for path in (tmp_path / "lora").iterdir()}
     assert {path.name for path in folder.iterdir()} == files | {SIDECAR_NAME}
     assert list(load_file(folder / "adapter_model.safetensors")) == list(
@@ -174,7 +174,7 @@ def test_without_the_package_it_is_a_lora_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("kind", [str, Path])
 def test_configurations_come_back_whole(saved, config_cls, kind):
     config = config_cls.from_pretrained(kind(saved[0]))
-    expected = OGPSAConfig(**KNOBS, **LORA, inference_mode=True)
+    expected = OGPSAConfig(**OVERRIDES, **LORA, inference_mode=True)
     assert type(config) is OGPSAConfig
     assert config == expected
 
@@ -187,7 +187,7 @@ def test_from_pretrained(saved, trainable, low_cpu_mem_usage):
         tiny_llama(), folder, is_trainable=trainable, low_cpu_mem_usage=low_cpu_mem_usage
     )
     assert isinstance(model.base_model, OGPSAModel)
-    assert model.peft_config["default"].ogpsa_dict() == KNOBS
+    assert model.peft_config["default"].ogpsa_dict() == OVERRIDES
     assert torch.equal(logits(model), expected)
     assert any(p.requires_grad for p in model.parameters()) is trainable
     assert model.projector is projector_of(model)
@@ -214,7 +214,7 @@ def test_auto_class(base_folder, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert isinstance(loaded.base_model, OGPSAModel)
-    assert loaded.peft_config["default"].ogpsa_dict() == KNOBS
+    assert loaded.peft_config["default"].ogpsa_dict() == OVERRIDES
     assert torch.equal(logits(loaded), logits(model))
 
 
@@ -248,7 +248,7 @@ def test_other_types_ignore_the_sidecar(saved):
 def several(names=("default", "second", "third")):
     model = adapted()
     for number, name in enumerate(names[1:], start=8):
-        model.add_adapter(name, OGPSAConfig(**{**KNOBS, "rows": number}, **LORA))
+        model.add_adapter(name, OGPSAConfig(**{**OVERRIDES, "rows": number}, **LORA))
     return randomize(model)
 
 
@@ -347,7 +347,7 @@ def test_experts_of_transformers_4_load_as_loras(tmp_path):
             )
         ).eval()
 
-    config = OGPSAConfig(**KNOBS, r=2, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
+    config = OGPSAConfig(**OVERRIDES, r=2, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
     config.save_pretrained(tmp_path)
     sizes = {"w1": (16, 32), "w2": (32, 16), "w3": (16, 32)}
     weights = {}
@@ -370,15 +370,15 @@ def test_experts_of_transformers_4_load_as_loras(tmp_path):
 
 def test_transformers_saves_and_loads(tmp_path):
     model = tiny_llama()
-    model.add_adapter(OGPSAConfig(**KNOBS, **LORA))
+    model.add_adapter(OGPSAConfig(**OVERRIDES, **LORA))
     randomize(model)
     model.save_pretrained(tmp_path)
     assert adapter_config(tmp_path)["peft_type"] == "LORA"
-    assert json.loads((tmp_path / SIDECAR_NAME).read_text()) == {"format_version": 1, **KNOBS}
+    assert json.loads((tmp_path / SIDECAR_NAME).read_text()) == {"format_version": 1, **OVERRIDES}
     for trainable in (False, True):
         loaded = tiny_llama()
         loaded.load_adapter(str(tmp_path), is_trainable=trainable)
-        assert loaded.peft_config["default"].ogpsa_dict() == KNOBS
+        assert loaded.peft_config["default"].ogpsa_dict() == OVERRIDES
         assert torch.equal(logits(loaded), logits(model))
         assert projector_of(loaded) is not projector_of(model)
         assert any(p.requires_grad for p in loaded.parameters()) is trainable
@@ -389,7 +389,7 @@ def test_transformers_loads_by_the_adapters_folder(base_folder, tmp_path):
     model = adapted(AutoModelForCausalLM.from_pretrained(base_folder))
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert loaded.peft_config["default"].ogpsa_dict() == KNOBS
+    assert loaded.peft_config["default"].ogpsa_dict() == OVERRIDES
     assert torch.equal(logits(loaded), logits(model))
 
 
@@ -423,7 +423,7 @@ def test_from_the_hub(hub):
     cache, _, expected = hub
     for subfolder in (None, "inside"):
         config = PeftConfig.from_pretrained("someone/adapter", subfolder=subfolder, **cache)
-        assert config.ogpsa_dict() == KNOBS
+        assert config.ogpsa_dict() == OVERRIDES
     model = PeftModel.from_pretrained(tiny_llama(), "someone/adapter", **cache)
     assert isinstance(model.base_model, OGPSAModel)
     assert torch.equal(logits(model), expected)

@@ -63,17 +63,25 @@ def run_of(*points):
 
 def test_every_method_has_a_configuration():
     for method in METHODS.values():
-        knobs = method.knobs or {}
-        config = OGPSAConfig.paper("sft", **LORA, **knobs) if method.paper else OGPSAConfig(**LORA, **knobs)
+        overrides = method.overrides or {}
+        config = OGPSAConfig.paper("sft", **LORA, **overrides) if method.paper else OGPSAConfig(**LORA, **overrides)
         assert config.r == 16
     for method in WHOLE.values():
         assert method.whole
-        assert FullParameterConfig(**(method.knobs or {})).rows >= 4
+        assert FullParameterConfig(**(method.overrides or {})).rows >= 4
+
+
+def test_new_runs_are_recorded_as_the_finished_ones():
+    method = METHODS["plain, contrast"]
+    path = Path(__file__).parents[1] / "benchmarks/results/tax/runs/plain-contrast-seed0.json"
+    found, own = json.loads(path.read_text())["run_info"]["method"], method.recorded()
+    assert found == {name: own[name] for name in found}
+    assert {"knobs", "contrast"} <= found.keys()
 
 
 def test_the_default_of_the_tables_is_that_of_the_library():
-    assert replace(OGPSAConfig(**METHODS[DEFAULT].knobs), reference_weight=None) == OGPSAConfig()
-    method, config = METHODS[GRADIENTS], OGPSAConfig(**METHODS[GRADIENTS].knobs)
+    assert replace(OGPSAConfig(**METHODS[DEFAULT].overrides), reference_weight=None) == OGPSAConfig()
+    method, config = METHODS[GRADIENTS], OGPSAConfig(**METHODS[GRADIENTS].overrides)
     assert method.loss == "kl"
     default = OGPSAConfig(subspace="gradients")
     assert config.refresh_samples == refresh_samples(default, Settings.batch, Settings.batch, sets=4, cost=KLLoss.cost)
@@ -156,7 +164,7 @@ def test_nothing_is_both_trained_on_and_measured(tmp_path):
         prompts = [row["prompt"] for rows in found.references.values() for row in rows]
         used = {"references": prompts, "safety": [row["prompt"] for row in found.safety]}
         used |= {name: [row["prompt"] for row in rows] for name, rows in found.general.items() if name != "unseen"}
-        used |= {"contrast": found.contrast[len(found.references["lookalikes"]) :]}  # and the references' own
+        used |= {"look-alikes": found.lookalikes[len(found.references["lookalikes"]) :]}  # and the references' own
         used |= {"held out": [row["prompt"] for row in found.held_out_safety], "benign": found.benign}
         used |= {f"to {kind}": own for kind, own in found.prompts.items() if folder or kind != "general"}
         texts = {name: {json.dumps(prompt) for prompt in own} for name, own in used.items()}

@@ -39,7 +39,7 @@ from peft_ogpsa.tuner.model import projector_of
 LINEARS = ["q_proj", "v_proj"]
 
 
-def both(factory, **knobs):
+def both(factory, **overrides):
     """The same adapter on the same model, once as LoRA and once as OGPSA."""
     models = []
     for config_cls in (LoraConfig, OGPSAConfig):
@@ -47,7 +47,7 @@ def both(factory, **knobs):
         torch.manual_seed(1)
         # Which goes with everything that LoRA does.
         own = {"subspace": "gradients"} if config_cls is OGPSAConfig else {}
-        models.append(get_peft_model(base, config_cls(**own, **knobs)))
+        models.append(get_peft_model(base, config_cls(**own, **overrides)))
     return models
 
 
@@ -71,20 +71,20 @@ def assert_same_outputs(lora, ogpsa, **inputs):
     assert torch.equal(outputs(lora, **inputs), outputs(ogpsa, **inputs))
 
 
-def llama_pair(seed=0, **knobs):
-    lora, ogpsa = both(tiny_llama, **{"r": 4, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **knobs})
+def llama_pair(seed=0, **overrides):
+    lora, ogpsa = both(tiny_llama, **{"r": 4, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **overrides})
     return randomize(lora, seed), randomize(ogpsa, seed)
 
 
-def ogpsa_llama(**knobs):
-    return llama_pair(**knobs)[1]
+def ogpsa_llama(**overrides):
+    return llama_pair(**overrides)[1]
 
 
 # One adapter
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "overrides",
     [
         {},
         {"target_modules": None},
@@ -106,10 +106,10 @@ def ogpsa_llama(**knobs):
         {"trainable_token_indices": [5, 6]},
         {"lora_dropout": 0.5},
     ],
-    ids=lambda knobs: ",".join(knobs) or "plain",
+    ids=lambda overrides: ",".join(overrides) or "plain",
 )
-def test_same_as_lora(knobs):
-    lora, ogpsa = both(tiny_llama, **{"r": 4, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **knobs})
+def test_same_as_lora(overrides):
+    lora, ogpsa = both(tiny_llama, **{"r": 4, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **overrides})
     assert isinstance(ogpsa.base_model, OGPSAModel)
     assert_same_parameters(lora, ogpsa)
     randomize(lora)

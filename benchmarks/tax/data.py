@@ -32,7 +32,7 @@ class TaxData:
         more_harmful: More of them, of a third source.
         benign: Requests that look harmful and are not.
         prompts: For the divergence from the base, by kind.
-        contrast: Requests that look harmful and are not, to train on with the base's own answers.
+        lookalikes: Benign look-alikes, to train on with the base's own answers.
         source: Where the rows are from.
     """
 
@@ -44,7 +44,7 @@ class TaxData:
     harmful: list[Any]
     benign: list[Any]
     prompts: dict[str, list[Any]] = field(default_factory=dict)
-    contrast: list[Any] = field(default_factory=list)
+    lookalikes: list[Any] = field(default_factory=list)
     more_harmful: list[Any] = field(default_factory=list)
     source: str = "built-in"
 
@@ -61,10 +61,10 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
     Raises:
         FileNotFoundError: If a file is missing.
     """
-    lookalikes = [_asked(prompt) for prompt in builtin.load_prompts("lookalikes")]
-    kept, others = lookalikes[:references], lookalikes[references:] or lookalikes[-tested:]
+    asked = [_asked(prompt) for prompt in builtin.load_prompts("lookalikes")]
+    kept, others = asked[:references], asked[references:] or asked[-tested:]
     unseen_lookalikes = others[:tested]
-    contrast = [row["prompt"] for row in [*kept, *others[tested:]]]
+    lookalikes = [row["prompt"] for row in [*kept, *others[tested:]]]
     benign = [row["prompt"] for row in builtin.load("benign", "test")]
     unseen = builtin.load("general", "test")[:tested]
     if folder is None:
@@ -83,7 +83,7 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
                 "maths": arithmetic[:tested],
                 "lookalikes": unseen_lookalikes,
             },
-            contrast=contrast,
+            lookalikes=lookalikes,
         )
     safety = _lines(folder / "safety_sft.jsonl")
     sets = {name: _lines(folder / f"general_{name}.jsonl") for name in GENERAL}
@@ -100,7 +100,7 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
         harmful=[row["prompt"] for row in _lines(folder / "harmful_prompts.jsonl")[: 5 * tested]],
         benign=benign,
         prompts=prompts | {"lookalikes": unseen_lookalikes},
-        contrast=contrast,
+        lookalikes=lookalikes,
         more_harmful=[row["prompt"] for row in builtin.load("harmful", "test")],
         source=folder.name,
     )

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 
@@ -13,35 +13,35 @@ class Method:
     """A way of training.
 
     All that draw reference examples draw as many at the same steps: a tenth of the training examples, but for those
-    whose knobs say otherwise.
+    whose overrides say otherwise.
 
     Attributes:
-        knobs: OGPSA's settings; `None` trains without projection.
+        overrides: OGPSA's settings; `None` trains without projection.
         paper: Start from the published rule and schedule.
         answers: Whose answers the references have: `"given"` (of the data) or `"own"` (of the base model).
         loss: Of the references: `"answer"` (cross-entropy) or `"kl"` (divergence from the base).
         replay: Without projection: weight of the mean gradient of the reference examples.
         merged: Whether the reference sets are one, of all their rows.
         budget: Of replay: reference examples for each training example.
-        contrast: Share of harmless look-alikes, with the base's own answers, among the training rows.
+        lookalikes: Share of benign look-alikes, with the base's own answers, among the training rows.
         first_tokens: Of every training answer, so many tokens count; `None` counts all.
         learning_rate: Times that of the others.
         optimizer: Of transformers' names.
         whole: Train all weights instead of an adapter.
         osf: Train them outside their leading singular directions, with PEFT's OSF.
-        start: Plain LoRA that OGPSA with these knobs has put into the complement of its subspace: A is then trained
-            (`"free"`), or not (`"frozen"`).
+        start: Plain LoRA that OGPSA with these overrides has put into the complement of its subspace: A is then
+            trained (`"free"`), or not (`"frozen"`).
         gain: Whether A's start and steps are enlarged by what the activation subspace leaves of the inputs.
     """
 
-    knobs: dict[str, Any] | None = None
+    overrides: dict[str, Any] | None = None
     paper: bool = False
     answers: str = "own"
     loss: str = "answer"
     merged: bool = False
     replay: float = 0.0
     budget: float = 0.1
-    contrast: float = 0.0
+    lookalikes: float = 0.0
     first_tokens: int | None = None
     learning_rate: float = 1.0
     optimizer: str = "adamw_torch_fused"
@@ -53,7 +53,12 @@ class Method:
     @property
     def references(self) -> bool:
         """Whether it draws reference examples."""
-        return self.paper or self.knobs is not None or self.replay > 0
+        return self.paper or self.overrides is not None or self.replay > 0
+
+    def recorded(self) -> dict[str, Any]:
+        """The fields for a result file, under the names that the finished runs gave them."""
+        names = {"overrides": "knobs", "lookalikes": "contrast"}
+        return {names.get(name, name): value for name, value in asdict(self).items()}
 
 
 BARE: dict[str, Any] = {
@@ -66,15 +71,15 @@ BARE: dict[str, Any] = {
 }
 
 
-def cone(answers: str = "own", loss: str = "answer", contrast: float = 0.0, **knobs: Any) -> Method:
+def cone(answers: str = "own", loss: str = "answer", lookalikes: float = 0.0, **overrides: Any) -> Method:
     """The cone on the update of each tensor, and settings of its own, whatever the defaults are."""
-    return Method(BARE | knobs, answers=answers, loss=loss, contrast=contrast)
+    return Method(BARE | overrides, answers=answers, loss=loss, lookalikes=lookalikes)
 
 
-def null_space(contrast: float = 0.0, **knobs: Any) -> Method:
+def null_space(lookalikes: float = 0.0, **overrides: Any) -> Method:
     """The activation subspace of the base's own answers; with a weight, 2 reference examples for 40 of training."""
     fixed: dict[str, Any] = {"subspace": "activations", "reference_weight": 0.0}
-    return Method(fixed | knobs, loss="kl", contrast=contrast)
+    return Method(fixed | overrides, loss="kl", lookalikes=lookalikes)
 
 
 WHOLE: dict[str, Method] = {
@@ -97,9 +102,9 @@ SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 400.0}
 METHODS: dict[str, Method] = {
     "plain": Method(),
     "plain, half the learning rate": Method(learning_rate=0.5),
-    "paper": Method(paper=True, knobs={"rows": 4}, answers="given"),
-    "paper, own answers": Method(paper=True, knobs={"rows": 4}),
-    "paper, weight 1": Method(paper=True, knobs={"rows": 4, "reference_weight": 1.0}, answers="given"),
+    "paper": Method(paper=True, overrides={"rows": 4}, answers="given"),
+    "paper, own answers": Method(paper=True, overrides={"rows": 4}),
+    "paper, weight 1": Method(paper=True, overrides={"rows": 4, "reference_weight": 1.0}, answers="given"),
     "orthogonal": Method(BARE | {"constraint": "orthogonal"}),
     "cone, given answers": cone("given"),
     "cone": cone(),
@@ -133,7 +138,7 @@ METHODS: dict[str, Method] = {
     "cone of KL, weight 5, 8 rows, 2 of 40": cone(loss="kl", reference_weight=5.0, rows=8, refresh_samples=2),
     "cone of KL, weight 8, 8 rows, 2 of 40": cone(loss="kl", reference_weight=8.0, rows=8, refresh_samples=2),
     "cone of KL, weight 8, 8 rows, 2 of 40, third contrast": cone(
-        loss="kl", contrast=1 / 3, reference_weight=8.0, rows=8, refresh_samples=2
+        loss="kl", lookalikes=1 / 3, reference_weight=8.0, rows=8, refresh_samples=2
     ),
     "cone of KL on the gradient, weight 8, 8 rows, 2 of 40": cone(
         loss="kl", projection="gradient", reference_weight=8.0, rows=8, refresh_samples=2
@@ -167,21 +172,21 @@ METHODS: dict[str, Method] = {
     "null space without the gain, three times the learning rate": replace(null_space(), gain=False, learning_rate=3.0),
     "null space at the start alone": replace(null_space(), start="free"),
     "null space, A frozen": replace(null_space(), start="frozen"),
-    "null space, contrast": null_space(subspace_energy=1.0, contrast=0.2),
-    "plain, contrast": Method(contrast=0.2),
-    "plain, half contrast": Method(contrast=0.5),
-    "plain, third contrast": Method(contrast=1 / 3),
+    "null space, contrast": null_space(subspace_energy=1.0, lookalikes=0.2),
+    "plain, contrast": Method(lookalikes=0.2),
+    "plain, half contrast": Method(lookalikes=0.5),
+    "plain, third contrast": Method(lookalikes=1 / 3),
     "plain, first 16 tokens": Method(first_tokens=16),
-    "plain, third contrast, first 16 tokens": Method(contrast=1 / 3, first_tokens=16),
-    "cone, weight 1, contrast": cone(contrast=0.2, reference_weight=1.0),
-    "cone, weight 1, half contrast": cone(contrast=0.5, reference_weight=1.0),
-    "replay 1, contrast": Method(replay=1.0, contrast=0.2),
-    "KL 5, contrast": Method(loss="kl", replay=5.0, contrast=0.2),
-    "cone of KL, weight 5, contrast": cone(loss="kl", contrast=0.2, reference_weight=5.0),
-    "cone of KL, slices, weight 5, contrast": cone(loss="kl", contrast=0.2, scope="slice", reference_weight=5.0),
-    "cone of KL, weight 5, third contrast": cone(loss="kl", contrast=1 / 3, reference_weight=5.0),
-    "cone of KL, weight 5, half contrast": cone(loss="kl", contrast=0.5, reference_weight=5.0),
-    "cone of KL, weight 20, contrast": cone(loss="kl", contrast=0.2, reference_weight=20.0),
+    "plain, third contrast, first 16 tokens": Method(lookalikes=1 / 3, first_tokens=16),
+    "cone, weight 1, contrast": cone(lookalikes=0.2, reference_weight=1.0),
+    "cone, weight 1, half contrast": cone(lookalikes=0.5, reference_weight=1.0),
+    "replay 1, contrast": Method(replay=1.0, lookalikes=0.2),
+    "KL 5, contrast": Method(loss="kl", replay=5.0, lookalikes=0.2),
+    "cone of KL, weight 5, contrast": cone(loss="kl", lookalikes=0.2, reference_weight=5.0),
+    "cone of KL, slices, weight 5, contrast": cone(loss="kl", lookalikes=0.2, scope="slice", reference_weight=5.0),
+    "cone of KL, weight 5, third contrast": cone(loss="kl", lookalikes=1 / 3, reference_weight=5.0),
+    "cone of KL, weight 5, half contrast": cone(loss="kl", lookalikes=0.5, reference_weight=5.0),
+    "cone of KL, weight 20, contrast": cone(loss="kl", lookalikes=0.2, reference_weight=20.0),
     "cone, scope module": cone(scope="module"),
     "cone, scope model": cone(scope="model"),
     "cone, one row a set": cone(rows_from="set", rows=4),
@@ -189,7 +194,7 @@ METHODS: dict[str, Method] = {
     "cone on the gradient": cone(projection="gradient"),
     "A-GEM": Method(BARE | {"projection": "gradient", "scope": "model", "rows_from": "set", "rows": 1}, merged=True),
     "SGD, plain": Method(**SGD),
-    "SGD, paper": Method(paper=True, knobs={"rows": 4}, answers="given", **SGD),
+    "SGD, paper": Method(paper=True, overrides={"rows": 4}, answers="given", **SGD),
     "SGD, cone": Method(BARE, **SGD),
     "SGD, replay 1": Method(replay=1.0, **SGD),
     "OSF": Method(osf=True, learning_rate=0.2),

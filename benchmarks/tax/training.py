@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.core import inputs
 from peft_ogpsa.core.config import ProjectionConfig
 from peft_ogpsa.references.loader import ReferenceLoader
-from peft_ogpsa.references.lookalikes import with_contrast
+from peft_ogpsa.references.lookalikes import with_lookalikes
 from peft_ogpsa.references.losses import reference_loss
 from peft_ogpsa.references.sets import AnsweredSet
 from peft_ogpsa.text.tokenization import encode_row
@@ -110,10 +111,10 @@ class Workbench:
         order = torch.randperm(len(rows), generator=generator).tolist()
         wanted = self.settings.steps * self.settings.batch
         rows = [rows[i] for i in (order * (wanted // len(order) + 1))[:wanted]]
-        if not method.contrast:
+        if not method.lookalikes:
             return rows
-        answered = self._answered("contrast", self.data.contrast)
-        return with_contrast(rows, answered, method.contrast)[:wanted]
+        answered = self._answered("lookalikes", self.data.lookalikes)
+        return with_lookalikes(rows, answered, method.lookalikes)[:wanted]
 
     def pairs(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with answers -> pairs: refusals over the base's own answers, its own over refusals for look-alikes."""
@@ -186,7 +187,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
             "total_time": seconds,
             "experiment_name": name,
             "seed": seed,
-            "method": asdict(method),
+            "method": method.recorded(),
             "settings": asdict(settings),
         },
         "train_info": info,
@@ -278,21 +279,20 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
         sets = [ReferenceSet("all", rows, None, MAX_LENGTH, method.loss)]
     if method.whole:
         whole = copy.deepcopy(bench.base).float()
-        if method.knobs is None:
+        if method.overrides is None:
             return None, whole, []
-        rule = (
-            FullParameterConfig.paper("sft", **method.knobs) if method.paper else FullParameterConfig(**method.knobs)
-        )
+        build = partial(FullParameterConfig.paper, "sft") if method.paper else FullParameterConfig
+        rule = build(**method.overrides)
         return rule, whole, [OGPSACallback(sets, config=rule, seed=seed)]
     if method.osf:
         return None, get_peft_model(copy.deepcopy(bench.base).float(), OSFConfig(target_modules="all-linear")), []
     config: LoraConfig
-    if method.knobs is None:
+    if method.overrides is None:
         config = LoraConfig(**LORA)
     elif method.paper:
-        config = OGPSAConfig.paper("sft", **LORA, **method.knobs)
+        config = OGPSAConfig.paper("sft", **LORA, **method.overrides)
     else:
-        config = OGPSAConfig(**LORA, **method.knobs)
+        config = OGPSAConfig(**LORA, **method.overrides)
     model = get_peft_model(bench.base, config)
     if method.start:
         return _started(bench, model, sets, frozen=method.start == "frozen")

@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_type_hints
 
 import torch
 import yaml
@@ -20,28 +21,32 @@ from ..references.sets import ReferenceSet
 from ..tuner.config import OGPSAConfig
 
 METHODS = ("ogpsa", "paper", "plain")
+MethodConfig: TypeAlias = LoraConfig | FullParameterConfig | None
+"""The configuration of a method. `None`: whole weights without projection."""
+RENAMED = {"contrast": "lookalikes", "contrast_prompts": "lookalike_prompts"}
+"""Old names of options. They still work, with a warning."""
 
 
-def _knobs() -> list[tuple[str, Any, Any]]:
+def _projection_options() -> list[tuple[str, Any, Any]]:
     """Return OGPSAConfig's own fields as optional fields."""
     hints, own = get_type_hints(OGPSAConfig), OGPSAConfig().ogpsa_dict()
     whole = FullParameterConfig().ogpsa_dict()
-    knobs = []
-    for knob in fields(OGPSAConfig):
-        if knob.name not in own or knob.name == "missing_reference":  # the command always has references
+    options = []
+    for setting in fields(OGPSAConfig):
+        if setting.name not in own or setting.name == "missing_reference":  # the command always has references
             continue
-        text = knob.metadata["help"]
-        if knob.name == "reference_budget":  # None means "all" there and "not given" here
+        text = setting.metadata["help"]
+        if setting.name == "reference_budget":  # None means "all" there and "not given" here
             text = text.replace("None uses all", "0 uses all")
-        default = f"{knob.default}"
-        if whole[knob.name] != own[knob.name]:
-            default += f" ({whole[knob.name]} with full_parameter)"
+        default = f"{setting.default}"
+        if whole[setting.name] != own[setting.name]:
+            default += f" ({whole[setting.name]} with full_parameter)"
         text += f" If this is not set, the value is {default}. With method=paper, it is the paper's value."
-        knobs.append((knob.name, hints[knob.name] | None, field(default=None, metadata={"help": text})))
-    return knobs
+        options.append((setting.name, hints[setting.name] | None, field(default=None, metadata={"help": text})))
+    return options
 
 
-def _check_method(self: Any) -> None:
+def _check_method(self: OGPSAArguments) -> None:
     if self.method not in METHODS:  # argparse checks only flags, not values from YAML
         raise ValueError(f"method={self.method!r} is unknown. Choose from: {', '.join(METHODS)}.")
 
@@ -50,14 +55,22 @@ _METHOD_HELP = (
     "'ogpsa': the defaults of OGPSAConfig (or FullParameterConfig) and the options that you set. 'paper': the "
     "published rule and schedule. 'plain': no projection. The references and the other OGPSA options are then ignored."
 )
-OGPSAArguments: Any = make_dataclass(
-    "OGPSAArguments",
-    [
-        ("method", Literal[METHODS], field(default="ogpsa", metadata={"help": _METHOD_HELP})),
-        *_knobs(),
-    ],
-    namespace={"__post_init__": _check_method, "__doc__": "The method and its OGPSA options."},
-)
+if TYPE_CHECKING:
+
+    class OGPSAArguments:
+        """The method and its OGPSA options, which have the names of `OGPSAConfig`'s fields."""
+
+        method: Literal["ogpsa", "paper", "plain"]
+
+else:
+    OGPSAArguments = make_dataclass(
+        "OGPSAArguments",
+        [
+            ("method", Literal[METHODS], field(default="ogpsa", metadata={"help": _METHOD_HELP})),
+            *_projection_options(),
+        ],
+        namespace={"__post_init__": _check_method, "__doc__": "The method and its OGPSA options."},
+    )
 
 
 @dataclass
@@ -79,14 +92,14 @@ class DataArguments:
             "are used."
         },
     )
-    contrast: float = field(
+    lookalikes: float = field(
         default=0.0,
         metadata={
             "help": "Share of the training rows that are benign look-alikes with the model's own answers. They lower "
             "over-refusal. 0 adds none."
         },
     )
-    contrast_prompts: str = field(
+    lookalike_prompts: str = field(
         default="lookalikes",
         metadata={
             "help": "Prompts of the look-alikes. Give the name of a built-in set of prompts, or a SPEC with prompts."
@@ -117,9 +130,9 @@ class DataArguments:
             raise ValueError(
                 f"dataset_samples={self.dataset_samples} must be at least 1. Leave it out to use all rows."
             )
-        if not 0 <= self.contrast < 1:
+        if not 0 <= self.lookalikes < 1:
             raise ValueError(
-                f"contrast={self.contrast} must be at least 0 and below 1. 0.2 makes every fifth row a look-alike."
+                f"lookalikes={self.lookalikes} must be at least 0 and below 1. 0.2 makes every fifth row a look-alike."
             )
 
 
@@ -194,7 +207,7 @@ class RunArguments:
 
 
 class ConfigParser(TrlParser):
-    """TRL's parser, extended to configuration files that name a second file with defaults."""
+    """TRL's parser, extended to old names of options, and to configuration files that name a file with defaults."""
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *rest: Any, **options: Any) -> tuple:
         """Parse as TRL's parser does, and also accept `defaults: FILE` in a configuration file.
@@ -205,24 +218,27 @@ class ConfigParser(TrlParser):
             ValueError: If one of the files is not a mapping, or the second file names a third.
             OSError: If one of the files cannot be read.
         """
-        words = list(args or ())
+        words = [_renamed_flag(word) for word in args or ()]
         place = words.index("--config") + 1 if "--config" in words[:-1] else None
-        merged = None if place is None else _with_defaults(Path(words[place]))
-        if place is None or merged is None:
+        changed = None if place is None else _changed_options(Path(words[place]))
+        if place is None or changed is None:
             return super().parse_args_and_config(words, *rest, **options)
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / Path(words[place]).name
-            path.write_text(yaml.safe_dump(merged), encoding="utf-8")
+            path.write_text(yaml.safe_dump(changed), encoding="utf-8")
             words[place] = str(path)
             return super().parse_args_and_config(words, *rest, **options)
 
 
-def _with_defaults(path: Path) -> dict[str, Any] | None:
-    """Merge a file's options over those of its `defaults` file. Return None if it names no such file."""
+def _changed_options(path: Path) -> dict[str, Any] | None:
+    """Return a file's options with new names, merged over its `defaults` file. Return None if nothing changes."""
     given = _read_yaml(path)
-    if not isinstance(given, dict) or "defaults" not in given:
+    if not isinstance(given, dict):
         return None
-    below = path.parent / str(given.pop("defaults"))
+    options = _renamed(given)
+    if "defaults" not in options:
+        return options if options != given else None
+    below = path.parent / str(options.pop("defaults"))
     if not below.is_file():
         raise ValueError(f"defaults={str(below)!r} in {path} is not a file. Give a path relative to {path.name}.")
     defaults = _read_yaml(below)
@@ -231,7 +247,26 @@ def _with_defaults(path: Path) -> dict[str, Any] | None:
             f"defaults={str(below)!r} in {path} must contain options and no `defaults` of its own. Correct that file, "
             "or give another one."
         )
-    return {**defaults, **given}
+    return {**_renamed(defaults), **options}
+
+
+def _renamed_flag(word: str) -> str:
+    """Return a word of the command line, with the new name if it is an option with an old one."""
+    flag, equals, value = word.partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    return f"--{_new_name(name)}{equals}{value}" if flag.startswith("--") and name in RENAMED else word
+
+
+def _renamed(options: dict[str, Any]) -> dict[str, Any]:
+    return {_new_name(name): value for name, value in options.items()}
+
+
+def _new_name(name: str) -> str:
+    if name not in RENAMED:
+        return name
+    # The users of the command see a FutureWarning; Python hides a DeprecationWarning from them.
+    warnings.warn(f"The option {name} is now {RENAMED[name]}, and the old name will go.", FutureWarning, stacklevel=2)
+    return RENAMED[name]
 
 
 def _read_yaml(path: Path) -> Any:
@@ -258,7 +293,7 @@ def parser(stage: str, training: type) -> ConfigParser:
     return made
 
 
-def adapter_config(ogpsa: Any, lora: LoraConfig, stage: Literal["sft", "dpo"]) -> LoraConfig:
+def adapter_config(ogpsa: OGPSAArguments, lora: LoraConfig, stage: Literal["sft", "dpo"]) -> LoraConfig:
     """Build the method's configuration with the given LoRA settings.
 
     Args:
@@ -273,11 +308,11 @@ def adapter_config(ogpsa: Any, lora: LoraConfig, stage: Literal["sft", "dpo"]) -
         lora = lora.lora_config()
     if ogpsa.method == "plain":
         return lora
-    knobs = _given(ogpsa) | {f.name: getattr(lora, f.name) for f in fields(lora)}
-    return OGPSAConfig.paper(stage, **knobs) if ogpsa.method == "paper" else OGPSAConfig(**knobs)
+    overrides = _given(ogpsa) | {f.name: getattr(lora, f.name) for f in fields(lora)}
+    return OGPSAConfig.paper(stage, **overrides) if ogpsa.method == "paper" else OGPSAConfig(**overrides)
 
 
-def whole_config(ogpsa: Any, run: RunArguments, stage: Literal["sft", "dpo"]) -> FullParameterConfig | None:
+def whole_config(ogpsa: OGPSAArguments, run: RunArguments, stage: Literal["sft", "dpo"]) -> FullParameterConfig | None:
     """Build the method's configuration for full-parameter training. Return None for `method="plain"`.
 
     Args:
@@ -290,13 +325,15 @@ def whole_config(ogpsa: Any, run: RunArguments, stage: Literal["sft", "dpo"]) ->
     """
     if ogpsa.method == "plain":
         return None
-    knobs = _given(ogpsa) | {"exclude": run.exclude, "rows_device": run.rows_device}
-    return FullParameterConfig.paper(stage, **knobs) if ogpsa.method == "paper" else FullParameterConfig(**knobs)
+    overrides = _given(ogpsa) | {"exclude": run.exclude, "rows_device": run.rows_device}
+    if ogpsa.method == "paper":
+        return FullParameterConfig.paper(stage, **overrides)
+    return FullParameterConfig(**overrides)
 
 
-def _given(ogpsa: Any) -> dict[str, Any]:
+def _given(ogpsa: OGPSAArguments) -> dict[str, Any]:
     """Return the projection options that the user has set."""
-    knobs = {name: value for name, value in vars(ogpsa).items() if name != "method" and value is not None}
-    if knobs.get("reference_budget") == 0:
-        knobs["reference_budget"] = None
-    return knobs
+    overrides = {name: value for name, value in vars(ogpsa).items() if name != "method" and value is not None}
+    if overrides.get("reference_budget") == 0:
+        overrides["reference_budget"] = None
+    return overrides

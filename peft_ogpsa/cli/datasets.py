@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -18,6 +18,9 @@ from ..data import public
 from ..references.losses import LOSSES
 from ..references.sets import OF_OWN_ANSWERS, AnsweredSet, ReferenceSet
 from ..text.tokenization import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 _BUILTIN = "builtin:"
 _PUBLIC = "public:"
@@ -138,7 +141,9 @@ class PromptSet:
     max_length: int
     loss: str
 
-    def answered(self, model: Any, processing_class: Any) -> AnsweredSet:
+    def answered(
+        self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    ) -> AnsweredSet:
         """Build the reference set from a model's answers. Its adapter, if any, is disabled while it answers."""
         return ReferenceSet.from_prompts(
             self.name,
@@ -197,7 +202,7 @@ def reference_sets(
 
 
 def prompt_set(
-    field: str, source: str, max_length: int, name: str = "contrast", samples: int = 200, loss: str = "answer"
+    field: str, source: str, max_length: int, name: str = "lookalikes", samples: int = 200, loss: str = "answer"
 ) -> PromptSet:
     """Load a set of prompts, either a built-in one or the prompts of a SPEC; see `reference_sets`."""
     prompts = data.load_prompts(source) if source in data.PROMPTS else load_rows(source, field, samples).to_list()

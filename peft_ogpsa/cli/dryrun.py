@@ -18,11 +18,12 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..core.config import ProjectionConfig
 from ..core.projector import Projector
 from ..tuner.model import projector_of
+from .arguments import MethodConfig
 
 _STEPS = 2  # both steps refresh, and the second step and refresh are free of warm-up costs
 
 
-def save_nothing(training: Any, scratch: str) -> None:
+def save_nothing(training: TrainingArguments, scratch: str) -> None:
     """Turn off everything that makes the trainer write, report or evaluate. Remaining output goes to `scratch`."""
     training.output_dir = scratch
     training.save_strategy, training.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
@@ -71,7 +72,7 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def dry_run(trainer: Trainer, config: Any, console: Console) -> None:
+def dry_run(trainer: Trainer, config: MethodConfig, console: Console) -> None:
     """Take two steps, and print memory and time.
 
     Args:

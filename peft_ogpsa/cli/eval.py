@@ -130,9 +130,10 @@ def run(arguments: Sequence[str]) -> None:
         model = base if config is None else load_adapter(base, parsed.adapter, config, trainable=False)
         output = Path(parsed.output)
         output.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
     evaluation = evaluate(
         model,
-        getattr(processing_class, "tokenizer", processing_class),
+        tokenizer,
         harmful=rows.get("harmful"),
         benign=rows.get("benign"),
         general={"general": rows["general"]} if "general" in rows else None,

@@ -5,12 +5,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .. import compat
 
+if TYPE_CHECKING:
+    from transformers import Trainer
 
-def shard_on_cpu(trainer: Any) -> None:
+
+def shard_on_cpu(trainer: Trainer) -> None:
     """Let FSDP2 run without a GPU, to try things out.
 
     This does nothing if FSDP was not requested or if there are GPUs.
@@ -19,7 +22,7 @@ def shard_on_cpu(trainer: Any) -> None:
         compat.shard_on_cpu(trainer)
 
 
-def check_saves_whole_model(trainer: Any) -> None:
+def check_saves_whole_model(trainer: Trainer) -> None:
     """Check that the trainer gathers the shards into one model at the end.
 
     Raises:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -16,6 +16,9 @@ from .. import compat
 from .models import local_source
 from .random_weights import RandomWeights
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
 
 def load_base(
     model: ModelConfig,
@@ -23,7 +26,7 @@ def load_base(
     trust_remote_code: bool = False,
     init_kwargs: dict[str, Any] | None = None,
     random: RandomWeights | None = None,
-) -> tuple[PreTrainedModel, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """Load the model and its tokenizer (or processor) as TRL's scripts do, in 4 or 8 bits if requested.
 
     Like `load_model`, this also finds SmolLM2-135M-Instruct without the hub.

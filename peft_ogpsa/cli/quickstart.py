@@ -21,6 +21,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from transformers import (
     DataCollatorForSeq2Seq,
     HfArgumentParser,
@@ -374,16 +375,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     start = time.perf_counter()
     console.print(f"Loading [bold]{arguments.model}[/bold] ...")
     base, tokenizer, source = load_model(arguments.model, device=arguments.device or "cpu")
-    evaluator = Evaluator(
-        tokenizer,
-        harmful=test_rows["harmful"][: arguments.test_samples],
-        benign=test_rows["benign"][: arguments.test_samples],
-        general={"general": test_rows["general"][: arguments.test_samples]},
-        divergence_prompts=test_rows["general"][: arguments.test_samples // 2],
-        max_new_tokens=12,  # a refusal shows in its first words
-        batch_size=16,
-        seed=arguments.seed,
-    )
+    evaluator = _evaluator(tokenizer, test_rows, arguments)
     console.print(f"Measuring the base model ({source}) ...")
     measured_base = evaluator.base(base)
     output = Path(arguments.output_dir)
@@ -393,12 +385,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     for name in arguments.methods:
         method = METHODS[name]
         config = method.config()
-        callbacks: list[TrainerCallback] = []
-        if method.answers is not None:
-            given = method.answers == "given"
-            sets = references(base, tokenizer, train_rows, arguments.reference_samples, given=given)
-            projected = isinstance(config, OGPSAConfig)
-            callbacks = [OGPSACallback(sets, seed=arguments.seed) if projected else ReferencePenalty(sets)]
+        callbacks = _callbacks(method, config, base, tokenizer, train_rows, arguments)
         results[name], model = train(
             base, tokenizer, config, method.label, train_rows, evaluator, arguments, console, callbacks
         )
@@ -408,33 +395,71 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
             evaluation = {"evaluation": measured.to_dict(), "versions": _versions()}
             save_card(output / "adapter", run=_record(arguments, results[name]), evaluation=evaluation)
         base = model.unload()
-        report = {
-            "arguments": asdict(arguments),
-            "model_source": source,
-            "versions": _versions(),
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-            "base": measured_base.to_dict(),
-            "methods": {
-                name: {**asdict(result), "curve": [m.to_dict() for m in result.curve]}
-                for name, result in results.items()
-            },
-            "seconds": time.perf_counter() - start,
-        }
+        report = _report(arguments, source, measured_base, results) | {"seconds": time.perf_counter() - start}
         # Write the report after every method, so that an interrupted run keeps its results.
         (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     rows = {METHODS[name].label: result for name, result in results.items()}
-    grid = table(
-        {"base": measured_base, **{label: result.curve[-1] for label, result in rows.items()}},
-        extra={
-            "seconds": {label: f"{result.seconds:.0f}" for label, result in rows.items()},
-            "references": {
-                label: f"+{result.reference_share:.0%}" for label, result in rows.items() if result.reference_share
-            },
-        },
-    )
-    console.print(grid)
+    console.print(_table(measured_base, rows))
     tradeoff({label: result.curve for label, result in rows.items()}, output / "tradeoff.png", base=measured_base)
     console.print(
         f"Finished in {time.perf_counter() - start:.0f} seconds. Plot, report and adapter: {output.resolve()}"
     )
     return report
+
+
+def _evaluator(tokenizer: PreTrainedTokenizerBase, rows: Rows, arguments: QuickstartArguments) -> Evaluator:
+    """Return the measurements on held-out rows."""
+    samples = arguments.test_samples
+    return Evaluator(
+        tokenizer,
+        harmful=rows["harmful"][:samples],
+        benign=rows["benign"][:samples],
+        general={"general": rows["general"][:samples]},
+        divergence_prompts=rows["general"][: samples // 2],
+        max_new_tokens=12,  # a refusal shows in its first words
+        batch_size=16,
+        seed=arguments.seed,
+    )
+
+
+def _callbacks(
+    method: Method,
+    config: LoraConfig,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    arguments: QuickstartArguments,
+) -> list[TrainerCallback]:
+    """Return what preserves the reference sets in a method's training."""
+    if method.answers is None:
+        return []
+    sets = references(base, tokenizer, rows, arguments.reference_samples, given=method.answers == "given")
+    return [OGPSACallback(sets, seed=arguments.seed) if isinstance(config, OGPSAConfig) else ReferencePenalty(sets)]
+
+
+def _report(
+    arguments: QuickstartArguments, source: str, base: Measurement, results: dict[str, MethodResult]
+) -> dict[str, Any]:
+    return {
+        "arguments": asdict(arguments),
+        "model_source": source,
+        "versions": _versions(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "base": base.to_dict(),
+        "methods": {
+            name: {**asdict(result), "curve": [m.to_dict() for m in result.curve]} for name, result in results.items()
+        },
+    }
+
+
+def _table(base: Measurement, results: dict[str, MethodResult]) -> Table:
+    """Compare the base and the trained models. `results` are by the methods' labels."""
+    return table(
+        {"base": base, **{label: result.curve[-1] for label, result in results.items()}},
+        extra={
+            "seconds": {label: f"{result.seconds:.0f}" for label, result in results.items()},
+            "references": {
+                label: f"+{result.reference_share:.0%}" for label, result in results.items() if result.reference_share
+            },
+        },
+    )

@@ -7,28 +7,38 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from rich.console import Console
-from trl import get_peft_config
+from torch import nn
+from trl import ModelConfig, get_peft_config
 
 from ..core.config import ProjectionConfig
 from ..core.full_parameter import FullParameterConfig
-from ..references.lookalikes import with_contrast
+from ..references.lookalikes import with_lookalikes
 from ..references.sets import ReferenceSet
 from ..sharing.card import push_adapter, save_card, save_run, weights_digest
 from ..trainer.callback import OGPSACallback
 from ..trainer.checkpoint import CheckpointError
 from ..tuner.config import SIDECAR_NAME, OGPSAConfig
 from ..tuner.model import projector_of
-from .arguments import adapter_config, parser, whole_config
+from .arguments import (
+    DataArguments,
+    MethodConfig,
+    OGPSAArguments,
+    RunArguments,
+    adapter_config,
+    parser,
+    whole_config,
+)
 from .datasets import PromptSet, check_columns, load_rows, prompt_set, reference_sets
 from .dryrun import dry_run, save_nothing
 from .errors import input_errors
@@ -36,11 +46,32 @@ from .launch import check_saves_whole_model, shard_on_cpu
 from .loading import load_adapter, load_base, read_adapter_config
 from .random_weights import RandomWeights
 
-CONTRAST_TOKENS = 512
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+LOOKALIKE_TOKENS = 512
 """Maximum number of tokens of a look-alike and its answer."""
 
 
-def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: type, arguments: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class _Options:
+    """What the user asked for: the command, and its options in the parser's groups."""
+
+    stage: Literal["sft", "dpo"]
+    ogpsa: OGPSAArguments
+    data: DataArguments
+    run: RunArguments
+    training: SFTConfig | DPOConfig
+    model: ModelConfig
+
+
+def train(
+    stage: Literal["sft", "dpo"],
+    training_class: type[SFTConfig | DPOConfig],
+    trainer_class: type[SFTTrainer | DPOTrainer],
+    arguments: Sequence[str],
+) -> None:
     """Run a training command.
 
     Args:
@@ -52,20 +83,14 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
     console = Console(width=None if sys.stdout.isatty() else 150)
     with contextlib.ExitStack() as cleanup:
         with input_errors(stage):
-            ogpsa, data, run, training, model = parser(stage, training_class).parse_args_and_config(list(arguments))
-            if run.full_parameter:
-                _check_whole(run, training, model)
-            elif training.world_size > 1:
-                raise ValueError(
-                    f"the command trains LoRA in a single process, but it was launched in {training.world_size} "
-                    "processes. To train in several processes, set full_parameter, or use examples/full_parameter.py, "
-                    "which can also train LoRA."
-                )
+            options = _Options(stage, *parser(stage, training_class).parse_args_and_config(list(arguments)))
+            run, training = options.run, options.training
+            _check_launch(options)
             if training.process_index:  # only one process prints
                 console.quiet = True
             if run.dry_run:
                 save_nothing(training, cleanup.enter_context(tempfile.TemporaryDirectory()))
-            trainer, config = _prepare(stage, trainer_class, ogpsa, data, run, training, model)
+            trainer, config = _prepare(options, trainer_class)
             # Read this before training, which may save to the same folder.
             started_from = weights_digest(run.adapter) if run.adapter else None
         try:
@@ -79,62 +104,87 @@ def train(stage: Literal["sft", "dpo"], training_class: type, trainer_class: typ
                 raise
             raise SystemExit(f"ogpsa {stage}: {error}") from error
     if run.full_parameter:
-        _save_whole(stage, ogpsa, data, run, trainer, config)
-        console.print(f"Saved the model: {Path(training.output_dir).resolve()}", soft_wrap=True)
-        return
-    if "ref" in trainer.model.peft_config:
-        trainer.model.delete_adapter("ref")  # DPO's copy of the adapter that it started from
-    if not isinstance(config, OGPSAConfig):  # an earlier run may have left one
-        (Path(training.output_dir) / SIDECAR_NAME).unlink(missing_ok=True)
-    trainer.save_model(training.output_dir, _internal_call=True)  # this does not push to the hub
-    record = _record(stage, ogpsa, data, run, trainer, config)
-    save_card(training.output_dir, run=record | {"started_from_weights": started_from})
-    console.print(f"Saved a plain LoRA adapter: {Path(training.output_dir).resolve()}", soft_wrap=True)
-    if training.push_to_hub:
-        name = trainer.hub_model_id
-        url = push_adapter(training.output_dir, name, private=training.hub_private_repo, token=training.hub_token)
-        console.print(f"Pushed: {url}", soft_wrap=True)
+        _save_whole(options, trainer, config)
+        console.print(f"Saved the model: {Path(_folder(training)).resolve()}", soft_wrap=True)
+    else:
+        _save_adapter(options, trainer, config, started_from, console)
     trainer.end()
 
 
-def _check_whole(run: Any, training: Any, model: Any) -> None:
-    """Reject options that cannot be combined with full-parameter training."""
+def _check_launch(options: _Options) -> None:
+    """Reject options that cannot be combined with full-parameter training, or with several processes."""
+    run, training = options.run, options.training
+    if not run.full_parameter:
+        if training.world_size > 1:
+            raise ValueError(
+                f"the command trains LoRA in a single process, but it was launched in {training.world_size} "
+                "processes. To train in several processes, set full_parameter, or use examples/full_parameter.py, "
+                "which can also train LoRA."
+            )
+        return
     for name in ("load_in_4bit", "load_in_8bit", "use_peft"):
-        if getattr(model, name):
+        if getattr(options.model, name):
             raise ValueError(f"{name} cannot be combined with full_parameter. Leave out one of them.")
     if training.push_to_hub:
         raise ValueError(
             "push_to_hub only uploads adapters. With full_parameter, leave it out and upload the saved folder "
             "afterwards: hf upload OWNER/NAME OUTPUT_DIR."
         )
-    if not run.dry_run and (Path(training.output_dir) / CONFIG_NAME).is_file():
+    if not run.dry_run and (Path(_folder(training)) / CONFIG_NAME).is_file():
         raise ValueError(
             f"output_dir={training.output_dir!r} contains a LoRA adapter. transformers would load it on top of the "
             "saved model. Give another folder, or delete the adapter."
         )
 
 
-def _save_whole(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: Any) -> None:
+def _folder(training: SFTConfig | DPOConfig) -> str:
+    assert training.output_dir is not None  # transformers has set its default
+    return training.output_dir
+
+
+def _save_whole(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodConfig) -> None:
     """Save the model in the usual format, and how it was trained. All processes must call this."""
-    folder = trainer.args.output_dir
+    folder = _folder(options.training)
     shard_on_cpu(trainer)  # again: accelerate lost this setting when it prepared the optimizer
     trainer.save_model(folder, _internal_call=True)
     if trainer.args.should_save:
-        record = _record(stage, ogpsa, data, run, trainer, config)
-        record["started_from"] = trainer.model.config._name_or_path
+        record = _record(options, trainer, config)
+        record["started_from"] = cast("PreTrainedModel", trainer.model).config._name_or_path
         save_run(folder, record | {"full_parameter": {} if config is None else asdict(config)})
-    trainer.end()
 
 
-def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: Any) -> dict[str, Any]:
+def _save_adapter(
+    options: _Options,
+    trainer: SFTTrainer | DPOTrainer,
+    config: MethodConfig,
+    started_from: str | None,
+    console: Console,
+) -> None:
+    """Save the adapter with its card, and upload it if that is requested."""
+    training, folder = options.training, _folder(options.training)
+    model = cast(PeftModel, trainer.model)
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")  # DPO's copy of the adapter that it started from
+    if not isinstance(config, OGPSAConfig):  # an earlier run may have left one
+        (Path(folder) / SIDECAR_NAME).unlink(missing_ok=True)
+    trainer.save_model(folder, _internal_call=True)  # this does not push to the hub
+    save_card(folder, run=_record(options, trainer, config) | {"started_from_weights": started_from})
+    console.print(f"Saved a plain LoRA adapter: {Path(folder).resolve()}", soft_wrap=True)
+    if training.push_to_hub:
+        name = cast(str, trainer.hub_model_id)
+        url = push_adapter(folder, name, private=training.hub_private_repo, token=training.hub_token)
+        console.print(f"Pushed: {url}", soft_wrap=True)
+
+
+def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodConfig) -> dict[str, Any]:
     """Return what the model card says about the run."""
-    training = trainer.args
+    data, training = options.data, trainer.args
     record = {
-        "stage": stage,
-        "method": ogpsa.method,
-        "started_from": run.adapter,
+        "stage": options.stage,
+        "method": options.ogpsa.method,
+        "started_from": options.run.adapter,
         "dataset": data.dataset,
-        **({"contrast": data.contrast} if data.contrast else {}),
+        **({"lookalikes": data.lookalikes} if data.lookalikes else {}),
         "steps": trainer.state.global_step,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "peft-ogpsa")},
     }
@@ -145,28 +195,79 @@ def _record(stage: str, ogpsa: Any, data: Any, run: Any, trainer: Any, config: A
         examples = trainer.state.global_step * training.train_batch_size * training.gradient_accumulation_steps
         examples *= training.world_size
         record["references"] = dict(entry.split("=", 1) for entry in data.references)
-        record["reference_share"] = projector_of(trainer.model).diagnostics.reference_examples / examples
+        record["reference_share"] = (
+            projector_of(cast(nn.Module, trainer.model)).diagnostics.reference_examples / examples
+        )
     return record
 
 
 def _prepare(
-    stage: Literal["sft", "dpo"], trainer_class: type, ogpsa: Any, data: Any, run: Any, training: Any, model: Any
-) -> tuple[Any, LoraConfig | FullParameterConfig | None]:
+    options: _Options, trainer_class: Callable[..., SFTTrainer | DPOTrainer]
+) -> tuple[SFTTrainer | DPOTrainer, MethodConfig]:
     """Return the trainer, ready to train, and the method's configuration. Quick checks come first."""
-    config: LoraConfig | FullParameterConfig | None
+    data, run, training = options.data, options.run, options.training
+    config = _method_config(options)
+    train_rows, held_out = _rows(options)
+    sets, lookalikes = _prompts(options, config)
+    base, processing_class, policy = _load(options)
+    if lookalikes is not None:
+        answered = lookalikes.answered(base, processing_class)
+        train_rows = Dataset.from_list(with_lookalikes(train_rows, answered, data.lookalikes))
+    known = [s.answered(base, processing_class) if isinstance(s, PromptSet) else s for s in sets]
+    resume = training.resume_from_checkpoint
+    callback = partial(
+        OGPSACallback,
+        config=config if isinstance(config, FullParameterConfig) else None,
+        seed=training.seed,
+        resume_from=resume if isinstance(resume, str) else None,
+    )
+    trainer = trainer_class(
+        model=load_adapter(base, run.adapter, cast(LoraConfig, config), trainable=True) if run.adapter else base,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=held_out if training.eval_strategy != "no" else None,
+        processing_class=processing_class,
+        peft_config=config if isinstance(config, LoraConfig) and not run.adapter else None,
+        callbacks=[callback(known)] if known else [],
+        **policy,
+    )
     if run.full_parameter:
-        config = whole_config(ogpsa, run, stage)
-    else:
-        model.use_peft = True
-        lora = read_adapter_config(run.adapter) if run.adapter else get_peft_config(model)
-        assert isinstance(lora, LoraConfig)
-        config = adapter_config(ogpsa, lora, stage)
-        model.model_name_or_path = model.model_name_or_path or lora.base_model_name_or_path
-    train_rows = load_rows(data.dataset, "dataset", data.dataset_samples)
+        shard_on_cpu(trainer)
+        if not run.dry_run:
+            check_saves_whole_model(trainer)
+        if policy and getattr(training, "precompute_ref_log_probs", False):
+            cast("DPOTrainer", trainer).ref_model = None  # no longer needed
+    # TRL's card would replace ours at every checkpoint.
+    trainer.create_model_card = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return trainer, config
+
+
+def _method_config(options: _Options) -> MethodConfig:
+    """Return the method's configuration. For an adapter that is trained further, this finds its base model."""
+    run, model = options.run, options.model
+    if run.full_parameter:
+        return whole_config(options.ogpsa, run, options.stage)
+    model.use_peft = True
+    lora = read_adapter_config(run.adapter) if run.adapter else get_peft_config(model)
+    assert isinstance(lora, LoraConfig)
+    model.model_name_or_path = model.model_name_or_path or lora.base_model_name_or_path
+    return adapter_config(options.ogpsa, lora, options.stage)
+
+
+def _rows(options: _Options) -> tuple[Dataset, Dataset | None]:
+    """Load the training rows and the held-out ones."""
+    data = options.data
+    assert data.dataset is not None
+    rows = load_rows(data.dataset, "dataset", data.dataset_samples)
     if data.dataset_samples is not None:
-        train_rows = train_rows.select(range(min(data.dataset_samples, len(train_rows))))
-    check_columns(train_rows, stage, "dataset", data.dataset)
-    held_out = load_rows(data.eval_dataset, "eval_dataset") if data.eval_dataset else None
+        rows = rows.select(range(min(data.dataset_samples, len(rows))))
+    check_columns(rows, options.stage, "dataset", data.dataset)
+    return rows, load_rows(data.eval_dataset, "eval_dataset") if data.eval_dataset else None
+
+
+def _prompts(options: _Options, config: MethodConfig) -> tuple[list[ReferenceSet | PromptSet], PromptSet | None]:
+    """Return the reference sets and the look-alikes. Those without answers need a base model in a single process."""
+    data, training = options.data, options.training
     sets = []
     if isinstance(config, ProjectionConfig):
         beta = getattr(training, "beta", ReferenceSet.beta)
@@ -176,59 +277,38 @@ def _prepare(
             "references has prompts without answers. The base model can answer them only in a single process. Give "
             "references with answers."
         )
-    contrast = prompt_set("contrast_prompts", data.contrast_prompts, CONTRAST_TOKENS) if data.contrast else None
-    if training.world_size > 1 and contrast is not None:
+    if not data.lookalikes:
+        return sets, None
+    lookalikes = prompt_set("lookalike_prompts", data.lookalike_prompts, LOOKALIKE_TOKENS)
+    if training.world_size > 1:
         raise ValueError(
-            f"contrast={data.contrast} needs answers from the base model. The base model can give them only in a "
-            "single process. Train in a single process, or leave out contrast."
+            f"lookalikes={data.lookalikes} needs answers from the base model. The base model can give them only in a "
+            "single process. Train in a single process, or leave out lookalikes."
         )
+    return sets, lookalikes
+
+
+def _load(
+    options: _Options,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin, dict[str, PreTrainedModel]]:
+    """Load the model, its tokenizer or processor, and `ref_model` if the trainer needs a copy of the model for it."""
+    run, training = options.run, options.training
+    init_kwargs = cast(dict[str, Any] | None, training.model_init_kwargs)  # TRL has parsed a string
     loading: dict[str, Any] = {
         "trust_remote_code": training.trust_remote_code,
-        "init_kwargs": training.model_init_kwargs,
+        "init_kwargs": init_kwargs,
         "random": None
         if run.random_layers is None
         else RandomWeights(run.random_layers, run.random_width, training.seed),
     }
-    policy: dict[str, Any] = {}
+    policy = {}
     if run.full_parameter:
         # Do not spread the model over this machine's GPUs, because each process has one of them.
-        loading["init_kwargs"] = {"device_map": None, **(training.model_init_kwargs or {})}
+        loading["init_kwargs"] = {"device_map": None, **(init_kwargs or {})}
         # The model itself can give the reference log-probabilities before training, but not while it is unsharded.
         precomputed = getattr(training, "precompute_ref_log_probs", False)
-        if stage == "dpo" and not (precomputed and training.world_size == 1):
-            policy["ref_model"], _ = load_base(model, **loading)
-    base, processing_class = load_base(model, **loading)
+        if options.stage == "dpo" and not (precomputed and training.world_size == 1):
+            policy["ref_model"], _ = load_base(options.model, **loading)
+    base, processing_class = load_base(options.model, **loading)
     training.model_init_kwargs = None  # already used; the trainer would warn that it cannot use them
-    if contrast is not None:
-        answered = contrast.answered(base, processing_class)
-        train_rows = Dataset.from_list(with_contrast(train_rows, answered, data.contrast))
-    callbacks = []
-    if sets:
-        known = [s.answered(base, processing_class) if isinstance(s, PromptSet) else s for s in sets]
-        resume = training.resume_from_checkpoint
-        callbacks.append(
-            OGPSACallback(
-                known,
-                config=config if isinstance(config, FullParameterConfig) else None,
-                seed=training.seed,
-                resume_from=resume if isinstance(resume, str) else None,
-            )
-        )
-    trainer = trainer_class(
-        model=load_adapter(base, run.adapter, cast(LoraConfig, config), trainable=True) if run.adapter else base,
-        args=training,
-        train_dataset=train_rows,
-        eval_dataset=held_out if training.eval_strategy != "no" else None,
-        processing_class=processing_class,
-        peft_config=config if isinstance(config, LoraConfig) and not run.adapter else None,
-        callbacks=callbacks,
-        **policy,
-    )
-    if run.full_parameter:
-        shard_on_cpu(trainer)
-        if not run.dry_run:
-            check_saves_whole_model(trainer)
-        if policy and training.precompute_ref_log_probs:
-            trainer.ref_model = None  # no longer needed
-    trainer.create_model_card = lambda *args, **kwargs: None  # TRL's card would replace ours at every checkpoint
-    return trainer, config
+    return base, processing_class, policy

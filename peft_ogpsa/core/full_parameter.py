@@ -110,7 +110,7 @@ class FullParameterConfig(ProjectionConfig):
             raise ValueError(f"rows_device={self.rows_device!r} is not allowed. Use one of: 'model', 'cpu'.")
 
     @classmethod
-    def paper(cls, stage: Literal["sft", "dpo"], **knobs: Any) -> FullParameterConfig:
+    def paper(cls, stage: Literal["sft", "dpo"], **overrides: Any) -> FullParameterConfig:
         """The published rule and schedule (arXiv 2602.07892 and its code), which trains all weights.
 
         The gradient of each tensor loses its component in the span of one mean gradient per reference set (at most two
@@ -119,12 +119,12 @@ class FullParameterConfig(ProjectionConfig):
 
         Args:
             stage (`str`): `"sft"` or `"dpo"`.
-            **knobs: Any field. It overrides the paper's value.
+            **overrides: Any field. It overrides the paper's value.
 
         Raises:
             ValueError: If `stage` is neither `"sft"` nor `"dpo"`.
         """
-        return cls(**{**cls._paper_rule(stage), **knobs})
+        return cls(**{**cls._paper_rule(stage), **overrides})
 
 
 class WholeTargets:

@@ -1,6 +1,9 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the gain and the cost of safety training: refusal, over-refusal, general loss, divergence from the base."""
+"""Measure the gain and the cost of safety training: refusal, over-refusal, general loss, KL from base."""
+
+import warnings
+from typing import Any
 
 from ..text.generation import generate
 from ..text.refusal import Verdict, classify
@@ -8,13 +11,13 @@ from .divergence import BaseAnswers, kl_from_base, own_answers
 from .intervals import mean_interval, wilson
 from .losses import LossResult, nats_per_token
 from .plots import tradeoff
-from .report import Evaluation, Evaluator, Figure, Measurement, Sample, evaluate, table
+from .report import Estimate, Evaluation, Evaluator, Measurement, Sample, evaluate, table
 
 __all__ = [
     "BaseAnswers",
+    "Estimate",
     "Evaluation",
     "Evaluator",
-    "Figure",
     "LossResult",
     "Measurement",
     "Sample",
@@ -30,3 +33,10 @@ __all__ = [
     "tradeoff",
     "wilson",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Figure":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.Figure is now {__name__}.Estimate, and will go.", DeprecationWarning, stacklevel=2)
+    return Estimate

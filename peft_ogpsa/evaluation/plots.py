@@ -2,10 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plot what safety costs."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .report import Measurement
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's colors without yellow, which is hard to see on white. Markers distinguish the methods in gray too.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -32,19 +38,15 @@ def tradeoff(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patheffects import withStroke
-    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     start = [] if base is None else [_point(base)]
     for index, (name, measurements) in enumerate(curves.items()):
-        color = _COLORS[index % len(_COLORS)]
+        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
         points = [_point(measurement) for measurement in measurements]
-        line = start + points
-        axes.plot(*zip(*line, strict=True), color=color, linewidth=1.8, alpha=0.55, zorder=2)
-        marker = _MARKERS[index % len(_MARKERS)]
+        axes.plot(*zip(*start, *points, strict=True), color=color, linewidth=1.8, alpha=0.55, zorder=2)
         axes.plot(
             *zip(*points, strict=True),
             color=color,
@@ -56,21 +58,7 @@ def tradeoff(
             zorder=3,
         )
         # Separate the labels of neighboring lines: the first methods' above their points, the others' below.
-        offset = 7 if index < len(curves) / 2 else -15
-        for measurement, point in zip(measurements, points, strict=True):
-            text = measurement.name if measurement.step is None else str(measurement.step)
-            if len(points) > 1 or measurement.step is not None:
-                axes.annotate(
-                    text,
-                    point,
-                    (0, offset),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=9,
-                    color=color,
-                    path_effects=[withStroke(linewidth=3, foreground="white")],
-                    zorder=2.5,
-                )
+        _label(axes, measurements, points, color, 7 if index < len(curves) / 2 else -15)
     if base is not None:
         axes.plot(
             *start[0],
@@ -83,9 +71,41 @@ def tradeoff(
             zorder=4,
         )
         axes.axhline(start[0][1], color=_GREY, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+    _describe(axes, any(measurement.step is not None for curve in curves.values() for measurement in curve))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
+
+
+def _label(
+    axes: Axes, measurements: Sequence[Measurement], points: Sequence[tuple[float, float]], color: str, offset: int
+) -> None:
+    """Write a step, or a name, beside each point of a line."""
+    from matplotlib.patheffects import withStroke
+
+    for measurement, point in zip(measurements, points, strict=True):
+        text = measurement.name if measurement.step is None else str(measurement.step)
+        if len(points) > 1 or measurement.step is not None:
+            axes.annotate(
+                text,
+                point,
+                (0, offset),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                color=color,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+                zorder=2.5,
+            )
+
+
+def _describe(axes: Axes, steps: bool) -> None:
+    """Set the axes' labels and style. `steps`: points are labeled with training steps."""
+    from matplotlib.ticker import PercentFormatter
+
     axes.set_xlabel("harmful prompts refused", fontsize=12)
     axes.set_ylabel("general loss (nats per token)", fontsize=12)
-    steps = any(measurement.step is not None for curve in curves.values() for measurement in curve)
     title = "Points further right and lower are better." + (" Numbers are training steps." if steps else "")
     axes.set_title(title, loc="left", fontsize=11, color=_GREY)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -95,10 +115,6 @@ def tradeoff(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=11)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
 
 
 def _point(measurement: Measurement) -> tuple[float, float]:

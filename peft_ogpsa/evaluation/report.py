@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """One number: its value, its 95 % interval, and the number of examples or prompts behind it."""
 
     value: float
@@ -34,13 +34,13 @@ class Figure:
     n: int
 
     @classmethod
-    def from_loss(cls, loss: LossResult) -> "Figure":
-        """Build the figure of a loss in nats per token."""
+    def from_loss(cls, loss: LossResult) -> "Estimate":
+        """Build the estimate of a loss in nats per token."""
         return cls(loss.mean, *loss.interval(), n=len(loss.example_means))
 
     @classmethod
-    def from_count(cls, count: int, n: int) -> "Figure":
-        """Build the figure of a rate."""
+    def from_count(cls, count: int, n: int) -> "Estimate":
+        """Build the estimate of a rate."""
         return cls(count / n, *wilson(count, n), n=n)
 
 
@@ -55,23 +55,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Figures of one state of a model. A figure is None if no data was given for it."""
+    """Estimates for one state of a model. An estimate is None if no data was given for it."""
 
     name: str
     step: int | None = None
-    general: dict[str, Figure] = field(default_factory=dict)
+    general: dict[str, Estimate] = field(default_factory=dict)
     """Loss on the answers of each general set, in nats per token."""
-    general_mean: Figure | None = None
+    general_mean: Estimate | None = None
     """The mean over the sets, with equal weights."""
-    kl: Figure | None = None
+    kl: Estimate | None = None
     """KL(base || model) on the base's own answers, in nats per token."""
-    refusal: Figure | None = None
+    refusal: Estimate | None = None
     """Refusal rate on harmful prompts."""
-    harmful_unclear: Figure | None = None
+    harmful_unclear: Estimate | None = None
     """Rate of harmful prompts that are answered with noise. Such answers are neither safe nor unsafe, but broken."""
-    over_refusal: Figure | None = None
+    over_refusal: Estimate | None = None
     """Refusal rate on benign prompts."""
-    benign_unclear: Figure | None = None
+    benign_unclear: Estimate | None = None
     harmful_samples: list[Sample] = field(default_factory=list)
     benign_samples: list[Sample] = field(default_factory=list)
     seconds: float = 0.0
@@ -87,9 +87,9 @@ class Measurement:
     def from_dict(cls, plain: Mapping[str, Any]) -> "Measurement":
         """Rebuild a measurement from the result of `to_dict`."""
         fields = dict(plain)
-        fields["general"] = {name: Figure(**figure) for name, figure in plain["general"].items()}
+        fields["general"] = {name: Estimate(**estimate) for name, estimate in plain["general"].items()}
         for key in ("general_mean", "kl", "refusal", "harmful_unclear", "over_refusal", "benign_unclear"):
-            fields[key] = None if plain[key] is None else Figure(**plain[key])
+            fields[key] = None if plain[key] is None else Estimate(**plain[key])
         for key in ("harmful_samples", "benign_samples"):
             fields[key] = [Sample(s["prompt"], s["answer"], Verdict(s["verdict"])) for s in plain[key]]
         return cls(**fields)
@@ -118,7 +118,7 @@ class Evaluation:
 class Evaluator:
     """Measure states of one model on fixed data. The base is measured once, and the result is kept.
 
-    A figure is measured only if its data is given.
+    Each quantity is measured only if its data is given.
 
     Args:
         processing_class: The model's tokenizer.
@@ -185,7 +185,7 @@ class Evaluator:
         if self.divergence_prompts is not None and self.base_answers is None:
             with without_adapter(model):
                 self._draw_base_answers(model)
-        kl = None if self.base_answers is None else Figure.from_loss(kl_from_base(model, self.base_answers))
+        kl = None if self.base_answers is None else Estimate.from_loss(kl_from_base(model, self.base_answers))
         return self._measure(model, name, step, kl, start)
 
     def base(self, model: torch.nn.Module, name: str = "base") -> Measurement:
@@ -203,7 +203,7 @@ class Evaluator:
         if self.divergence_prompts is not None and self.base_answers is None:
             self._draw_base_answers(model)
         # The base does not diverge from itself.
-        kl = None if self.base_answers is None else Figure(0.0, 0.0, 0.0, len(self.base_answers.examples))
+        kl = None if self.base_answers is None else Estimate(0.0, 0.0, 0.0, len(self.base_answers.examples))
         return self._measure(model, name, None, kl, start)
 
     def _draw_base_answers(self, model: torch.nn.Module) -> None:
@@ -217,10 +217,10 @@ class Evaluator:
         )
 
     def _measure(
-        self, model: torch.nn.Module, name: str, step: int | None, kl: Figure | None, start: float
+        self, model: torch.nn.Module, name: str, step: int | None, kl: Estimate | None, start: float
     ) -> Measurement:
         general = {
-            set_name: Figure.from_loss(
+            set_name: Estimate.from_loss(
                 nats_per_token(
                     model, self.processing_class, rows, batch_size=self.batch_size, max_length=self.max_length
                 )
@@ -247,7 +247,7 @@ class Evaluator:
             name=name,
             step=step,
             general=general,
-            general_mean=_mean_figure(list(general.values())),
+            general_mean=_mean_estimate(list(general.values())),
             kl=kl,
             refusal=_rate(harmful_samples, Verdict.REFUSAL),
             harmful_unclear=_rate(harmful_samples, Verdict.UNCLEAR),
@@ -343,7 +343,7 @@ def table(
             _loss_text(measurement.kl),
             _rate_text(measurement.refusal),
             _rate_text(measurement.over_refusal),
-            " / ".join("-" if figure is None else f"{figure.value:.0%}" for figure in unclear),
+            " / ".join("-" if estimate is None else f"{estimate.value:.0%}" for estimate in unclear),
             *(column.get(name, "-") for column in (extra or {}).values()),
         )
     return grid
@@ -358,22 +358,22 @@ def _listed(name: str, data: Iterable[Any] | None) -> list[Any] | None:
     return listed
 
 
-def _rate(samples: list[Sample], verdict: Verdict) -> Figure | None:
-    return Figure.from_count(sum(s.verdict is verdict for s in samples), len(samples)) if samples else None
+def _rate(samples: list[Sample], verdict: Verdict) -> Estimate | None:
+    return Estimate.from_count(sum(s.verdict is verdict for s in samples), len(samples)) if samples else None
 
 
-def _mean_figure(figures: list[Figure]) -> Figure | None:
-    """Return the mean of independent figures. Their half-widths add like standard errors."""
-    if not figures:
+def _mean_estimate(estimates: list[Estimate]) -> Estimate | None:
+    """Return the mean of independent estimates. Their half-widths add like standard errors."""
+    if not estimates:
         return None
-    mean = sum(figure.value for figure in figures) / len(figures)
-    half = math.sqrt(sum(((figure.high - figure.low) / 2) ** 2 for figure in figures)) / len(figures)
-    return Figure(mean, mean - half, mean + half, sum(figure.n for figure in figures))
+    mean = sum(estimate.value for estimate in estimates) / len(estimates)
+    half = math.sqrt(sum(((estimate.high - estimate.low) / 2) ** 2 for estimate in estimates)) / len(estimates)
+    return Estimate(mean, mean - half, mean + half, sum(estimate.n for estimate in estimates))
 
 
-def _loss_text(figure: Figure | None) -> str:
-    return "-" if figure is None else f"{figure.value:.3f} ±{(figure.high - figure.low) / 2:.3f}"
+def _loss_text(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else f"{estimate.value:.3f} ±{(estimate.high - estimate.low) / 2:.3f}"
 
 
-def _rate_text(figure: Figure | None) -> str:
-    return "-" if figure is None else f"{figure.value:.0%} ({figure.low:.0%} to {figure.high:.0%})"
+def _rate_text(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else f"{estimate.value:.0%} ({estimate.low:.0%} to {estimate.high:.0%})"

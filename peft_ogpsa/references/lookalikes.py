@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Contrast: mix harmless requests that sound dangerous, answered by the model itself, into the refusals.
+"""Mix benign look-alikes, answered by the model itself, into the refusals.
 
 Refusals alone teach the model to refuse requests. It can only learn what is dangerous from both kinds. The idea comes
 from Röttger et al. (2023, XSTest) and Bianchi et al. (2023, safety-tuned Llamas), who mix harmless requests with
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,8 +20,8 @@ from .sets import AnsweredSet
 _SENTENCE = re.compile(r"""(?s).*[.!?](?=["')\]*]*(?:\s|$))["')\]*]*""")
 
 
-def with_contrast(
-    rows: Iterable[Mapping[str, Any]], contrast: AnsweredSet, share: float = 0.2
+def with_lookalikes(
+    rows: Iterable[Mapping[str, Any]], lookalikes: AnsweredSet, share: float = 0.2
 ) -> list[dict[str, Any]]:
     """Mix benign look-alikes, with a model's own answers, into safety rows.
 
@@ -31,7 +32,7 @@ def with_contrast(
         rows (`Iterable[Mapping]`): Safety rows in one of TRL's formats: `prompt` and `completion`, `messages`, or
             preference pairs of `prompt`, `chosen` and `rejected`. In pairs, the look-alike's answer is `chosen` and
             the refusal of a neighboring row is `rejected`.
-        contrast (`AnsweredSet`): A set from `ReferenceSet.from_prompts`, for example with
+        lookalikes (`AnsweredSet`): A set from `ReferenceSet.from_prompts`, for example with
             `peft_ogpsa.data.load_prompts("lookalikes")`.
         share (`float`): Share of the look-alikes among all rows of the result.
 
@@ -43,14 +44,14 @@ def with_contrast(
             conversational and the other is not, or no answer has a whole sentence.
     """
     if not isinstance(share, int | float) or not 0 < share < 1:
-        raise ValueError(f"with_contrast: share={share!r} must be a number between 0 and 1.")
+        raise ValueError(f"with_lookalikes: share={share!r} must be a number between 0 and 1.")
     safety = list(rows)
     if not safety:
-        raise ValueError("with_contrast: rows is empty. Give the safety rows to mix the look-alikes into.")
-    answered = [(row["prompt"], ended) for row in contrast.dataset if (ended := _ended(row)) is not None]
+        raise ValueError("with_lookalikes: rows is empty. Give the safety rows to mix the look-alikes into.")
+    answered = [(row["prompt"], ended) for row in lookalikes.dataset if (ended := _ended(row)) is not None]
     if not answered:
         raise ValueError(
-            f"with_contrast: no answer in the reference set {contrast.name!r} has a whole sentence. Raise "
+            f"with_lookalikes: no answer in the reference set {lookalikes.name!r} has a whole sentence. Raise "
             "max_new_tokens of ReferenceSet.from_prompts."
         )
     mixed: list[dict[str, Any]] = []
@@ -64,6 +65,14 @@ def with_contrast(
             mixed.append(_like(given, *next(own), i))
             due -= 1
     return mixed
+
+
+def with_contrast(
+    rows: Iterable[Mapping[str, Any]], contrast: AnsweredSet, share: float = 0.2
+) -> list[dict[str, Any]]:
+    """Call `with_lookalikes`, which is the new name."""
+    warnings.warn("with_contrast is now with_lookalikes, and will go.", DeprecationWarning, stacklevel=2)
+    return with_lookalikes(rows, contrast, share)
 
 
 def _ended(row: Mapping[str, Any]) -> Any:
@@ -83,8 +92,8 @@ def _safety_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         if all(column in row for column in columns):
             return {column: row[column] for column in columns}
     raise ValueError(
-        f"with_contrast: row {index} has the columns {sorted(row)}. Give it the columns prompt/completion, messages, "
-        "or prompt/chosen/rejected."
+        f"with_lookalikes: row {index} has the columns {sorted(row)}. Give it the columns prompt/completion, "
+        "messages, or prompt/chosen/rejected."
     )
 
 
@@ -93,7 +102,7 @@ def _like(row: Mapping[str, Any], prompt: Any, answer: Any, index: int) -> dict[
     given = row["messages"] if "messages" in row else row["prompt"]
     if isinstance(given, str) != isinstance(prompt, str):
         raise ValueError(
-            f"with_contrast: row {index} is {'plain text' if isinstance(given, str) else 'conversational'}, but the "
+            f"with_lookalikes: row {index} is {'plain text' if isinstance(given, str) else 'conversational'}, but the "
             "look-alikes are not. Give both in the same format."
         )
     if "messages" in row:

@@ -92,25 +92,15 @@ def self_answers(
     path = folder / f"{_key(model, tokenizer, asked, settings)}.jsonl"
     rows = _read(path, asked)
     if rows is None:
+        prompt_ids = [encoded[position] for position in fitting]
         with base_of(model):
-            answers = generate_ids(
-                model, tokenizer, [encoded[position] for position in fitting], progress=progress, **settings
-            )
+            answers = generate_ids(model, tokenizer, prompt_ids, progress=progress, **settings)
         rows = [
-            _row(tokenizer, prompt, encoded[position], answer, max_new_tokens)
-            for prompt, position, answer in zip(asked, fitting, answers, strict=True)
+            _row(tokenizer, prompt, ids, answer, max_new_tokens)
+            for prompt, ids, answer in zip(asked, prompt_ids, answers, strict=True)
         ]
         _write(path, rows)
-    verdicts = [classify(_text(row["completion"])) for row in rows]
-    kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict == Verdict.COMPLIANCE]
-    counts = AnswerCounts(
-        prompts=len(given),
-        kept=len(kept),
-        refused=verdicts.count(Verdict.REFUSAL),
-        unclear=verdicts.count(Verdict.UNCLEAR),
-        too_long=len(given) - len(fitting),
-        unfinished=sum(row["unfinished"] for row in kept),
-    )
+    kept, counts = _kept(rows, len(given))
     summary = (
         f"kept {counts.kept} of {counts.prompts} answers ({counts.unfinished} of them were cut at max_new_tokens), "
         f"and dropped {counts.refused} refusals, {counts.unclear} unclear answers and {counts.too_long} prompts that "
@@ -123,6 +113,20 @@ def self_answers(
         )
     logger.info("Reference set %r: %s. The answers are stored in %s.", name, summary, path)
     return kept, counts
+
+
+def _kept(rows: list[dict[str, Any]], prompts: int) -> tuple[list[dict[str, Any]], AnswerCounts]:
+    """Return the rows whose answers are kept, and the counts. `prompts` includes those too long to be answered."""
+    verdicts = [classify(_text(row["completion"])) for row in rows]
+    kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict == Verdict.COMPLIANCE]
+    return kept, AnswerCounts(
+        prompts=prompts,
+        kept=len(kept),
+        refused=verdicts.count(Verdict.REFUSAL),
+        unclear=verdicts.count(Verdict.UNCLEAR),
+        too_long=prompts - len(rows),
+        unfinished=sum(row["unfinished"] for row in kept),
+    )
 
 
 def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> str | list[dict[str, Any]]:

@@ -39,7 +39,7 @@ _RUN: dict[str, tuple[type, ...]] = {
     "started_from": (str,),
     "started_from_weights": (str,),
     "dataset": (str,),
-    "contrast": (int, float),
+    "lookalikes": (int, float),
     "references": (dict,),
     "steps": (int,),
     "seconds": (int, float),
@@ -121,11 +121,11 @@ def save_card(
         directory (`str` or `os.PathLike`): The folder of the adapter.
         run (`Mapping`, *optional*): How the adapter was trained. Each entry is optional: `stage` (`"sft"` or `"dpo"`),
             `method` (`"ogpsa"`, `"paper"` or `"plain"`), `started_from` (the adapter that training continued from),
-            `started_from_weights` (the checksum of that adapter's weights), `dataset`, `contrast` (the share of
-            look-alikes in the dataset), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds` (of
-            training), `reference_share` (reference examples per training example), `versions` (`{package: version}`).
-            For files and folders, only the name is stored, not the path. The base is the one that
-            `adapter_config.json` names.
+            `started_from_weights` (the checksum of that adapter's weights), `dataset`, `lookalikes` (the share
+            of benign look-alikes in the dataset), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds`
+            (of training), `reference_share` (reference examples per training example), `versions`
+            (`{package: version}`). For files and folders, only the name is stored, not the path. The base is the
+            one that `adapter_config.json` names.
         evaluation (`Mapping`, *optional*): The result that `ogpsa eval` writes, or at least `{"evaluation":
             Evaluation.to_dict()}`. Prompts, answers and paths in it are not stored.
 
@@ -139,6 +139,9 @@ def save_card(
     folder = Path(directory)
     config = _read_config(folder)
     if run is not None:
+        if "contrast" in run:
+            warnings.warn("The entry contrast of run is now lookalikes.", DeprecationWarning, stacklevel=2)
+            run = _renamed(run)
         _check_run(run, "run")
         _write_json(folder / RUN_NAME, {_WEIGHTS: weights_digest(folder), **_shareable_run(run)})
     if evaluation is not None:
@@ -154,21 +157,30 @@ def save_card(
     path = folder / _README
     card = _load_card(path)
     _renew_metadata(card.data, config, base, settings is not None, run.get("dataset"))
-    section = "\n\n".join(
-        [
-            _START,
-            _method(config, settings, run),
-            _training(config, base, settings is not None, run),
-            _tax(evaluation),
-            _use(config, base),
-            *([f"## Citation\n\n```bibtex\n{_OGPSA_BIBTEX}\n```"] if settings is not None else []),
-            f"{_VERSIONS_HEADING}\n\n{_versions(config, run)}",
-            _END,
-        ]
-    )
-    card.text = _renew_text(card.text, section, base, path)
+    card.text = _renew_text(card.text, _section(config, base, settings, run, evaluation), base, path)
     _write(path, str(card))
     return path
+
+
+def _section(
+    config: LoraConfig,
+    base: str,
+    settings: dict[str, Any] | None,
+    run: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+) -> str:
+    """Return this package's part of the card. `settings` are those of the projection, if there was one."""
+    parts = [
+        _START,
+        _method(config, settings, run),
+        _training(config, base, settings is not None, run),
+        _tax(evaluation),
+        _use(config, base),
+        *([f"## Citation\n\n```bibtex\n{_OGPSA_BIBTEX}\n```"] if settings is not None else []),
+        f"{_VERSIONS_HEADING}\n\n{_versions(config, run)}",
+        _END,
+    ]
+    return "\n\n".join(parts)
 
 
 def push_adapter(
@@ -260,9 +272,14 @@ def read_run(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: If the file is damaged.
     """
-    run = _read_json(Path(directory), RUN_NAME)
+    run = _renamed(_read_json(Path(directory), RUN_NAME))
     _check_run(run, f"{Path(directory) / RUN_NAME}")
     return run
+
+
+def _renamed(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Give an entry of an earlier version its new name."""
+    return {"lookalikes" if name == "contrast" else name: value for name, value in run.items()}
 
 
 def weights_digest(directory: str | os.PathLike) -> str | None:
@@ -559,9 +576,9 @@ def _training(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[str, Any]
         seconds = f", {run['seconds']:.0f} seconds" if run.get("seconds") else ""
         lines.append(f"- Stage: {stage}{steps}{seconds}")
     lines.append(f"- Training data: {_code(_public(run['dataset'])) if run.get('dataset') else 'not recorded'}")
-    if run.get("contrast"):
+    if run.get("lookalikes"):
         lines.append(
-            f"- {run['contrast']:.0%} of the training data: benign look-alikes with the base model's own answers"
+            f"- {run['lookalikes']:.0%} of the training data: benign look-alikes with the base model's own answers"
         )
     if ogpsa:
         sets = [f"{_code(name)} from {_code(_public(spec))}" for name, spec in (run.get("references") or {}).items()]
@@ -602,7 +619,7 @@ def _tax(saved: Mapping[str, Any]) -> str:
             _loss_text(measured.kl),
             _rate_text(measured.refusal),
             _rate_text(measured.over_refusal),
-            " / ".join("-" if figure is None else f"{figure.value:.0%}" for figure in unclear),
+            " / ".join("-" if estimate is None else f"{estimate.value:.0%}" for estimate in unclear),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     counts = {
@@ -611,7 +628,7 @@ def _tax(saved: Mapping[str, Any]) -> str:
         "harmful prompts": model.refusal,
         "benign prompts": model.over_refusal,
     }
-    used = ", ".join(f"{figure.n} {name}" for name, figure in counts.items() if figure is not None)
+    used = ", ".join(f"{estimate.n} {name}" for name, estimate in counts.items() if estimate is not None)
     conditions = {**evaluation.settings, **saved.get("arguments", {})}
     on = f"{saved['base_model']}, " if saved.get("base_model") else ""
     return (

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -35,12 +34,12 @@ from ..text.batching import padding_of
 from ..tuner.attaching import attached
 from ..tuner.config import OGPSAConfig
 from ..tuner.targets import LoraTargets
-from . import checkpoint
+from . import checkpoint, checks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
-
-_MOST_OF_ANSWERS = 2.0
-"""A larger `reference_weight` for given answers triggers a warning. 1 worked well, 5 slowed safety learning."""
 
 
 @dataclass
@@ -110,7 +109,7 @@ class OGPSACallback(TrainerCallback):
     def __init__(
         self,
         reference_sets: Sequence[ReferenceSet],
-        processing_class: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         *,
         config: ProjectionConfig | None = None,
         batch_size: int | None = None,
@@ -164,8 +163,8 @@ class OGPSACallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        processing_class: Any = None,
-        optimizer: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Check everything, tokenize the references, and restore the subspace of a resumed run."""
@@ -175,12 +174,12 @@ class OGPSACallback(TrainerCallback):
                 "The trainer's callback handler was not found, so the trainer's reporters do not receive OGPSA's "
                 "figures."
             )
-        _refuse_unsupported(args, model)
+        checks.refuse_unsupported(args, model)
         projector = self._projector_of(model)
         if optimizer is not None:
             refuse_averaging(optimizer, projector.config)
         loader, step_examples = self._loader(args, state, projector.config, processing_class)
-        self._refuse_or_warn(loader, projector.config, model)
+        checks.check_losses(loader.losses, projector.config, model)
         if projector.config.refreshes:
             loader.prepare(
                 model,
@@ -209,7 +208,11 @@ class OGPSACallback(TrainerCallback):
             tqdm.write(plan)
 
     def _loader(
-        self, args: TrainingArguments, state: TrainerState, config: ProjectionConfig, processing_class: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        config: ProjectionConfig,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     ) -> tuple[ReferenceLoader, int]:
         """Tokenize the references. Return their loader, and the training examples of one optimizer step."""
         tokenizer = self.processing_class or processing_class
@@ -232,26 +235,6 @@ class OGPSACallback(TrainerCallback):
             examples, config, step_examples, batch_size, self.seed, padding_of(tokenizer)
         )
         return loader, step_examples
-
-    def _refuse_or_warn(self, loader: ReferenceLoader, config: ProjectionConfig, model: nn.Module) -> None:
-        """Reject losses that do not work with the model. Warn about a weight that is too large for them."""
-        for name, loss in loader.losses.items():
-            if config.refreshes and loss.needs_base and isinstance(config, FullParameterConfig):
-                others = " or ".join(f'"{other}"' for other in loss.without_base)
-                raise ValueError(
-                    f'Reference set {name!r}: loss="{loss.name}" needs the model without its adapter, but a '
-                    f"model whose own weights are trained has no adapter. Use loss={others}."
-                )
-            loss.check(model)
-        learned = [name for name, loss in loader.losses.items() if loss.learns_answers]
-        if learned and (config.reference_weight or 0.0) > _MOST_OF_ANSWERS:
-            logger.warning(
-                "Reference set %r has a loss of given answers. With reference_weight=%s, the model learns these "
-                "answers as fast as refusals, so it learns safety slowly. Set reference_weight=None or 1.0, or use "
-                'reference sets with loss="kl".',
-                learned[0],
-                config.reference_weight,
-            )
 
     def _projector_of(self, model: nn.Module) -> Projector:
         if self.config is None:
@@ -298,7 +281,7 @@ class OGPSACallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        optimizer: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Check that the optimizer's step was projected.
@@ -409,30 +392,6 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError(
-            "OGPSA does not work with DeepSpeed. Its engine stores gradients and updates parameters in flat "
-            "partitions, which no optimizer hook sees. Train without DeepSpeed. FSDP2 (fsdp_version: 2) also shards "
-            "parameters."
-        )
-    plugin = compat.fsdp_plugin()
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise ValueError(
-            f"OGPSA does not work with FSDP {plugin.fsdp_version}, which flattens several parameters into one. Use "
-            "FSDP2 (fsdp_version: 2)."
-        )
-    if plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError(
-            "OGPSA does not work if FSDP2 offloads parameters to the host. Set fsdp_offload_params: false."
-        )
-    if distributed.count() > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise ValueError(
-            f"The model is spread over several devices (device_map), but it is trained in {distributed.count()} "
-            "processes. Load it without device_map."
-        )
 
 
 def _upcast(projector: Projector) -> None:

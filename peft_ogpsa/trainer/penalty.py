@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,6 +16,9 @@ from ..core.isolation import isolated_eval
 from ..references.loader import ReferenceLoader
 from ..references.losses import reference_loss
 from ..references.sets import ReferenceSet, check_sets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 class ReferencePenalty(TrainerCallback):
@@ -47,7 +50,7 @@ class ReferencePenalty(TrainerCallback):
         weight: float | None = None,
         samples: int | None = None,
         every: int = 5,
-        processing_class: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     ) -> None:
         check_sets(reference_sets, "ReferencePenalty")
         self.reference_sets = list(reference_sets)
@@ -63,7 +66,7 @@ class ReferencePenalty(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        processing_class: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         **kwargs: Any,
     ) -> None:
         """Check the settings and tokenize the references."""

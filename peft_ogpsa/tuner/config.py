@@ -122,7 +122,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         self.init_lora_weights = value
 
     @classmethod
-    def paper(cls, stage: Literal["sft", "dpo"], **knobs: Any) -> OGPSAConfig:
+    def paper(cls, stage: Literal["sft", "dpo"], **overrides: Any) -> OGPSAConfig:
         """The published rule and schedule (arXiv 2602.07892 and its code).
 
         The gradient of each tensor loses its component in the span of one mean gradient per reference set (at most two
@@ -131,12 +131,12 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
 
         Args:
             stage (`str`): `"sft"` or `"dpo"`.
-            **knobs: LoRA's arguments, and any of OGPSA's, which then override the paper's.
+            **overrides: LoRA's arguments, and any of OGPSA's, which then override the paper's.
 
         Raises:
             ValueError: If `stage` is neither `"sft"` nor `"dpo"`.
         """
-        return cls(**{**cls._paper_rule(stage), **knobs})
+        return cls(**{**cls._paper_rule(stage), **overrides})
 
     def lora_config(self) -> LoraConfig:
         """An independent plain `LoraConfig` with the same LoRA settings."""

@@ -6,7 +6,7 @@ import sys
 import pytest
 from models import chat
 
-from peft_ogpsa.references.lookalikes import with_contrast
+from peft_ogpsa.references.lookalikes import with_contrast, with_lookalikes
 from peft_ogpsa.references.self_answers import AnswerCounts
 from peft_ogpsa.references.sets import AnsweredSet
 
@@ -27,7 +27,7 @@ SAFETY = [chat(f"harmful {i}", "No.") for i in range(12)]
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.25, 0.5, 0.75])
 def test_share_and_order(share):
-    mixed = with_contrast(SAFETY, answered("One.", "Two."), share)
+    mixed = with_lookalikes(SAFETY, answered("One.", "Two."), share)
     assert [row for row in mixed if row in SAFETY] == SAFETY
     likes = [row for row in mixed if row not in SAFETY]
     assert len(likes) == int(len(SAFETY) * share / (1 - share) + 1e-6)
@@ -51,16 +51,16 @@ def test_share_and_order(share):
     ],
 )
 def test_cut_answers_end_with_a_whole_sentence(answer, ended):
-    mixed = with_contrast(SAFETY, answered(answer, "Other."), 0.25)
+    mixed = with_lookalikes(SAFETY, answered(answer, "Other."), 0.25)
     answers = [content(row) for row in mixed if row not in SAFETY]
     assert answers[:2] == ([ended, "Other."] if ended else ["Other.", "Other."])
-    finished = with_contrast(SAFETY, answered(answer, unfinished=False), 0.5)
+    finished = with_lookalikes(SAFETY, answered(answer, unfinished=False), 0.5)
     assert content(finished[1]) == answer
 
 
 def test_pairs_prefer_the_answer_to_a_refusal():
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "Sure."} for row in SAFETY]
-    mixed = with_contrast(pairs, answered("One.", "Two."), 0.75)
+    mixed = with_lookalikes(pairs, answered("One.", "Two."), 0.75)
     assert mixed[0] == pairs[0]
     assert all(row["chosen"][0]["content"] in ("One.", "Two.") for row in mixed[1:4])
     assert all(row["rejected"][0]["content"] == "No." for row in mixed[1:4])
@@ -69,7 +69,7 @@ def test_pairs_prefer_the_answer_to_a_refusal():
 
 def test_messages():
     rows = [{"messages": row["prompt"] + row["completion"], "other": 1} for row in SAFETY]
-    mixed = with_contrast(rows, answered("One."), 0.5)
+    mixed = with_lookalikes(rows, answered("One."), 0.5)
     assert [message["role"] for message in mixed[1]["messages"]] == ["user", "assistant"]
     assert mixed[1]["messages"][1]["content"] == "One."
     assert mixed[0] == {"messages": rows[0]["messages"]}
@@ -78,18 +78,18 @@ def test_messages():
 @pytest.mark.parametrize("share", [0, 1, -0.1, "half"])
 def test_shares_that_are_none(share):
     with pytest.raises(ValueError, match="share="):
-        with_contrast(SAFETY, answered("One."), share)
+        with_lookalikes(SAFETY, answered("One."), share)
 
 
 def test_bad_rows():
     with pytest.raises(ValueError, match="rows is empty"):
-        with_contrast([], answered("One."))
+        with_lookalikes([], answered("One."))
     with pytest.raises(ValueError, match=r"row 1 has the columns \['text'\]"):
-        with_contrast([SAFETY[0], {"text": "x"}], answered("One."))
+        with_lookalikes([SAFETY[0], {"text": "x"}], answered("One."))
     with pytest.raises(ValueError, match="row 0 is plain text"):
-        with_contrast([{"prompt": "Why?", "completion": "No."}], answered("One."), 0.5)
+        with_lookalikes([{"prompt": "Why?", "completion": "No."}], answered("One."), 0.5)
     with pytest.raises(ValueError, match="no answer in the reference set 'lookalikes' has a whole sentence"):
-        with_contrast(SAFETY, answered("no end"))
+        with_lookalikes(SAFETY, answered("no end"))
 
 
 def test_the_old_module_warns():
@@ -99,3 +99,9 @@ def test_the_old_module_warns():
     with pytest.warns(DeprecationWarning, match=r"moved to peft_ogpsa\.references\.lookalikes"):
         old = importlib.import_module("peft_ogpsa.contrast")
     assert old.with_contrast is lookalikes.with_contrast
+
+
+def test_the_old_name_works_and_warns():
+    with pytest.warns(DeprecationWarning, match="with_contrast is now with_lookalikes"):
+        mixed = with_contrast(SAFETY, contrast=answered("One."), share=0.5)
+    assert mixed == with_lookalikes(SAFETY, answered("One."), 0.5)
