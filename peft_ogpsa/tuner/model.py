@@ -92,7 +92,7 @@ class OGPSAModel(LoraModel):
         return _without_projector(super().unload())
 
 
-def _first_tuner(base: nn.Module) -> OGPSAModel | None:
+def _first_tuner(base: nn.Module) -> LoraModel | None:
     projector = attachment.attached_to(base)
     return projector.targets.tuner if projector and isinstance(projector.targets, AdapterTargets) else None
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft import PeftConfig
+from peft import LoraModel, PeftConfig
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -18,9 +18,6 @@ from ..core.activation_subspace import InputMatrix
 from ..core.config import ProjectionConfig
 from .adapters import refuse_merged, without_adapter
 from .config import OGPSAConfig
-
-if TYPE_CHECKING:
-    from .model import OGPSAModel
 
 _LORA_WEIGHT = re.compile(
     r"(?P<owner>.*)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(?:\.weight)?"
@@ -125,7 +122,7 @@ class AdapterTargets(LoraTargets):
 
     what = "an OGPSA adapter"
 
-    def __init__(self, model: OGPSAModel) -> None:
+    def __init__(self, model: LoraModel) -> None:
         super().__init__(model)
         self.tuner = model
 
