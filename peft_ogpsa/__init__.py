@@ -13,6 +13,8 @@ from .tuner.config import AFTER_SAVING, OGPSAConfig
 from .tuner.merge import merge_adapter
 from .tuner.model import OGPSAModel, projector_of
 
+__version__ = "0.1.0.dev0"
+
 AFTER_SAVING["model card"] = save_card
 
 __all__ = [

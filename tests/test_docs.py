@@ -147,3 +147,7 @@ def test_configuration_has_one_row_for_each_field():
     tables = text[: text.index("## The paper's rule")]
     explained = re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)
     assert sorted(explained) == sorted(field.name for field in fields(FullParameterConfig))
+
+
+def test_the_citation_names_the_version():
+    assert f"\nversion: {peft_ogpsa.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

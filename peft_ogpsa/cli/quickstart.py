@@ -38,7 +38,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from .. import data
+from .. import __version__, data
+from ..core.files import json_lines
 from ..evaluation import Evaluation, Evaluator, Measurement, table, tradeoff
 from ..references.sets import ReferenceSet
 from ..sharing.card import save_card
@@ -296,7 +297,7 @@ def _record(arguments: QuickstartArguments, result: MethodResult) -> dict[str, A
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "peft", "peft-ogpsa")}
+    return {name: version(name) for name in ("torch", "transformers", "peft")} | {"peft-ogpsa": __version__}
 
 
 def references(
@@ -329,17 +330,10 @@ def load_rows(folder: str | None) -> tuple[Rows, Rows]:
                     f"data={folder!r} does not contain {path.name}. Add it, or leave out `data` to use the built-in "
                     "rows."
                 )
-            of_split[name] = []
-            # Do not use splitlines(): it also splits at rare Unicode line breaks, which JSON allows inside a string.
-            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-                if not line.strip():
-                    continue
-                try:
-                    of_split[name].append(dict(json.loads(line)))
-                except (ValueError, TypeError) as error:
-                    raise ValueError(
-                        f"{path}, line {number}, is not a JSON object: {error}. Correct this line."
-                    ) from error
+            try:
+                of_split[name] = list(json_lines(path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise ValueError(f"{path}, {error}. Correct this line.") from error
             if not of_split[name]:
                 raise ValueError(
                     f"{path} has no rows. Add at least one row, or leave out `data` to use the built-in rows."

@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import nn
 from trl import ModelConfig, get_peft_config
 
+from .. import __version__
 from ..core.config import ProjectionConfig
 from ..core.full_parameter import FullParameterConfig
 from ..references.lookalikes import with_lookalikes
@@ -186,7 +187,8 @@ def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodC
         "dataset": data.dataset,
         **({"lookalikes": data.lookalikes} if data.lookalikes else {}),
         "steps": trainer.state.global_step,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "peft-ogpsa")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
+        | {"peft-ogpsa": __version__},
     }
     summary = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
     if summary:

@@ -1,13 +1,15 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Write files so that a failure leaves the old file, and nothing half-written."""
+"""Write files so that a failure leaves the old file, and nothing half-written. Read JSON lines."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 
@@ -25,3 +27,19 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def json_lines(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a text that has one per line. Empty lines are skipped.
+
+    Raises:
+        ValueError: If a line is not a JSON object. The message names the line.
+    """
+    # Do not use splitlines(): it also splits at rare Unicode line breaks, which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield dict(json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"line {number}, is not a JSON object: {error}") from error

@@ -8,9 +8,10 @@ this folder is the data card. `load_prompts` reads prompts without answers, for 
 has readers for public data sets.
 """
 
-import json
 from importlib import resources
 from typing import Any
+
+from ..core.files import json_lines
 
 NAMES = ("harmful", "benign", "general")
 SPLITS = ("train", "test")
@@ -91,5 +92,4 @@ def load_prompts(name: str) -> list[str]:
 
 def _lines(file: str) -> list[dict[str, Any]]:
     text = resources.files(__name__).joinpath(file).read_text(encoding="utf-8")
-    # Do not use splitlines(): it also splits at rare Unicode line breaks, which JSON allows inside a string.
-    return [json.loads(line) for line in text.split("\n") if line]
+    return list(json_lines(text))

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..core.files import replacing
+from ..core.files import json_lines, replacing
 from ..text.access import language_model
 from ..text.cache import cache_dir as default_cache
 from ..text.generation import generate_ids
@@ -214,8 +214,7 @@ def _read(path: Path, prompts: Sequence[Any]) -> list[dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
-        # Do not use splitlines(): it also splits at rare Unicode line breaks, which JSON allows inside a string.
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        rows = list(json_lines(path.read_text(encoding="utf-8")))
         if [row["prompt"] for row in rows] != list(prompts):
             raise ValueError("its prompts are not the requested ones")
         for row in rows:
