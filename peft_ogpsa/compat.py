@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel, PeftConfig, PeftType
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 # PEFT
 
@@ -164,6 +164,14 @@ def move_to_front(callback: TrainerCallback) -> bool:
     return False
 
 
+def end(trainer: Trainer) -> None:
+    """Tell a trainer's callbacks that everything is done.
+
+    Relies on: `Trainer.end`, which came after transformers 5.17. Before, there was nothing to end.
+    """
+    getattr(trainer, "end", lambda: None)()
+
+
 def checkpointing(module: Any) -> Callable | None:
     """The function that checkpoints a layer's activations, if it is a layer of transformers and checkpointing is on.
 
@@ -222,6 +230,14 @@ def create_model(source: str, **options: Any) -> PreTrainedModel:
     from trl.trainer.utils import create_model_from_path
 
     return create_model_from_path(source, **options)
+
+
+def trusts_remote_code(*configs: Any) -> bool:
+    """Whether one of TRL's configurations allows code that comes with a model.
+
+    Relies on: the field `trust_remote_code`. It moved from `ModelConfig` to the trainers' configurations.
+    """
+    return any(getattr(config, "trust_remote_code", False) for config in configs)
 
 
 # bitsandbytes

@@ -174,7 +174,7 @@ def test_other_settings_replace_the_projector():
 def test_a_trained_adapter_is_refused_with_the_remedy(tmp_path):
     model = randomize(plain())
     before = weights(model)
-    with pytest.raises(ValueError, match=r"not trained in the complement .*merge_adapter"):
+    with pytest.raises(ValueError, match=r"not trained in the null space .*merge_adapter"):
         sft(tmp_path, model, [OGPSACallback(sets(), config=OGPSAConfig(**ACTIVATIONS))]).train()
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
 

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, se
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from trl import ModelConfig, SFTConfig
 
 import peft_ogpsa
 from peft_ogpsa import OGPSAConfig, OGPSAModel, compat
@@ -266,3 +267,20 @@ def test_a_scaler_leaves_its_marks_on_fused_optimizers_alone(fused, overflows):
     assert torch.equal(parameter, before) == overflows
     assert compat.gradient_scale(optimizer) is None
     assert not compat.skips_step(optimizer)
+
+
+def test_the_end_of_training_is_told_where_trainers_know_one():
+    told = []
+    compat.end(SimpleNamespace(end=lambda: told.append(1)))
+    assert told == [1]
+    compat.end(SimpleNamespace())
+    assert callable(Trainer.end)
+
+
+def test_code_of_a_model_runs_only_if_the_user_allows_it(tmp_path):
+    configs = [ModelConfig(), SFTConfig(str(tmp_path), bf16=False, use_cpu=True)]
+    assert not compat.trusts_remote_code(*configs)
+    known = [own for own in configs if hasattr(own, "trust_remote_code")]
+    assert known
+    known[0].trust_remote_code = True
+    assert compat.trusts_remote_code(*configs)

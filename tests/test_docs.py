@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from models import tiny_llama, tiny_tokenizer
 
+import peft_ogpsa
 from peft_ogpsa import FullParameterConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 from trl import ModelConfig, get_peft_config
 
-from .. import __version__
+from .. import __version__, compat
 from ..core.config import ProjectionConfig
 from ..core.full_parameter import FullParameterConfig
 from ..references.lookalikes import with_lookalikes
@@ -109,7 +109,7 @@ def train(
         console.print(f"Saved the model: {Path(_folder(training)).resolve()}", soft_wrap=True)
     else:
         _save_adapter(options, trainer, config, started_from, console)
-    trainer.end()
+    compat.end(trainer)
 
 
 def _check_launch(options: _Options) -> None:
@@ -297,7 +297,7 @@ def _load(
     run, training = options.run, options.training
     init_kwargs = cast(dict[str, Any] | None, training.model_init_kwargs)  # TRL has parsed a string
     loading: dict[str, Any] = {
-        "trust_remote_code": training.trust_remote_code,
+        "trust_remote_code": compat.trusts_remote_code(training, options.model),
         "init_kwargs": init_kwargs,
         "random": None
         if run.random_layers is None
