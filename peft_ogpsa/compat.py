@@ -1,9 +1,10 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every use of the internals of PEFT, transformers, accelerate, TRL and bitsandbytes, one function each.
+"""The uses of internals of PEFT, transformers, accelerate, TRL and bitsandbytes, one function each.
 
 Internals may change in any release. Each function says what it relies on, and `tests/test_compat.py` has a test for
-each that fails when a library changes it. Libraries are imported inside the functions, because `core` uses this module
+each that fails when a library changes it. What `OGPSAModel` overrides of PEFT's classes stands there, with tests here too.
+Libraries are imported inside the functions, because `core` uses this module
 and works with torch alone.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +121,53 @@ def converted_for_transformers(
     Relies on: PEFT's tuners get a state dict to convert in `_remap_adapter_state_dict_for_load` before it is loaded,
     and `peft.utils.transformers_weight_conversion` converts it for configurations of the type LORA alone.
     """
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:  # before PEFT 0.19, which knows no version of transformers that needs it
+        return state_dict
     return convert_peft_adapter_state_dict_for_transformers(model, config, state_dict, adapter_name)
+
+
+def state_dicts_like_lora(name: str) -> None:
+    """Make PEFT's functions for state dicts treat a LoRA-like type as LoRA where they compare types: before PEFT 0.21.
+
+    Without this, older versions would lose DoRA's magnitudes when they load, and save them under other names.
+
+    Relies on: from 0.21 on, tuners have `_remap_adapter_state_dict_for_load`, and `save_and_load` asks the tuner.
+    Before, `get_peft_model_state_dict` and `set_peft_model_state_dict` read the type in
+    `model.peft_config[adapter_name]`, and other modules import these functions by name.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import save_and_load
+
+    if hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+        return
+    for function in ("get_peft_model_state_dict", "set_peft_model_state_dict"):
+        original = getattr(save_and_load, function)
+        if not hasattr(original, "_without_ogpsa"):
+            _replace_everywhere(function, original, _treating_as_lora(original, name.upper()))
+
+
+def _treating_as_lora(original: Callable, name: str) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def treating(*arguments: Any, **options: Any) -> Any:
+        given = signature.bind(*arguments, **options)
+        given.apply_defaults()
+        config = given.arguments["model"].peft_config[given.arguments["adapter_name"]]
+        with treated_as_lora(config) if config.peft_type == name else contextlib.nullcontext():
+            return original(*arguments, **options)
+
+    treating._without_ogpsa = original  # type: ignore[attr-defined]
+    return treating
+
+
+def _replace_everywhere(name: str, old: Callable, new: Callable) -> None:
+    for module in list(sys.modules.values()):
+        library = getattr(module, "__name__", "").partition(".")[0]
+        if library in ("peft", "transformers", "trl", "accelerate") and vars(module).get(name) is old:
+            setattr(module, name, new)
 
 
 def is_adapter_layer(module: nn.Module) -> bool:
@@ -134,6 +180,14 @@ def is_adapter_layer(module: nn.Module) -> bool:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
+def adapter_names(layer: Any) -> list[str]:
+    """The names of a layer's adapters.
+
+    Relies on: `BaseTunerLayer._all_available_adapter_names`, which also finds those without trainable weights.
+    """
+    return layer._all_available_adapter_names()
 
 
 # transformers

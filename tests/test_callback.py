@@ -16,7 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from loops import LORA, parameters_of
 from models import chat, tiny_llama, tiny_tokenizer
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     BitsAndBytesConfig,
@@ -630,7 +630,6 @@ def test_bad_sets_stop_before_the_first_step(tmp_path):
 
 
 def test_model_without_ogpsa_adapter(tmp_path):
-    from peft import LoraConfig
 
     model = get_peft_model(tiny_llama(vocab_size=259, max_position_embeddings=256), LoraConfig(**LORA))
     with pytest.raises(ValueError, match="has no OGPSA adapter"):
@@ -707,7 +706,9 @@ def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
         sft(tmp_path, callbacks=[OGPSACallback(sets(), config=config)]).train()
     with pytest.raises(ValueError, match="config=FullParameterConfig"):
         sft(tmp_path, bare_model()).train()
-    with pytest.raises(ValueError, match="must be a FullParameterConfig"):
+    with pytest.raises(
+        ValueError, match=r"must be an OGPSAConfig, for a plain LoRA adapter, or a FullParameterConfig"
+    ):
         OGPSACallback(sets(), config=OGPSAConfig())
     pairs = [{**row, "chosen": row["completion"], "rejected": row["completion"]} for row in GENERAL]
     with pytest.raises(ValueError, match='loss="dpo"'):

@@ -13,7 +13,15 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from models import tiny_llama, tokens
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -284,3 +292,26 @@ def test_code_of_a_model_runs_only_if_the_user_allows_it(tmp_path):
     assert known
     known[0].trust_remote_code = True
     assert compat.trusts_remote_code(*configs)
+
+
+def test_the_names_of_a_layers_adapters():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj", "v_proj"]))
+    layers = model.base_model.model.model.layers[0].self_attn
+    assert compat.adapter_names(layers.q_proj) == ["default", "other"]
+    assert compat.adapter_names(layers.v_proj) == ["other"]
+
+
+def test_state_dicts_of_dora_are_those_of_lora():
+    states = []
+    for config_cls, options in ((LoraConfig, {}), (OGPSAConfig, {"subspace": "gradients"})):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), config_cls(target_modules=["q_proj"], use_dora=True, **options))
+        states.append(get_peft_model_state_dict(model))
+        changed = {name: value + 1 for name, value in states[-1].items()}
+        set_peft_model_state_dict(model, changed)
+        assert all(torch.equal(get_peft_model_state_dict(model)[name], value) for name, value in changed.items())
+        assert model.peft_config["default"].peft_type == ("OGPSA" if options else "LORA")
+    assert any("magnitude" in name for name in states[0])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())

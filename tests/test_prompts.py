@@ -131,7 +131,7 @@ def test_without_a_template_rows_are_plain(taught, tmp_path, answered, monkeypat
         " four, of course.</s>",
         said["Once"][:MAX_NEW_TOKENS],
     ]
-    with pytest.raises(ValueError, match=r"'own': prompt 0 is conversational, and the tokenizer has no chat template"):
+    with pytest.raises(ValueError, match=r"'own': prompt 0 is conversational, but the tokenizer has no chat template"):
         answered([[{"role": "user", "content": "Hi"}]], tokenizer=tokenizer)
 
 

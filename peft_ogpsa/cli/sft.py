@@ -1,6 +1,9 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`ogpsa sft`: SFT with TRL's trainer, and reference sets for the abilities to preserve."""
+"""`ogpsa sft`: SFT with TRL's trainer, and reference sets for the abilities to preserve.
+
+Its options are in `arguments.py`.
+"""
 
 from __future__ import annotations
 

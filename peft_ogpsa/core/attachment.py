@@ -84,6 +84,7 @@ def none_attached(model: nn.Module) -> ValueError:
     """The error for a model without a projector."""
     return ValueError(
         f"This {type(model).__name__} has no OGPSA adapter. Add one with get_peft_model(model, OGPSAConfig(...)). For "
-        "a plain LoRA adapter, use attach(model, OGPSAConfig(...)) or OGPSACallback(..., config=OGPSAConfig(...)). To "
-        "train the model's own weights, use a FullParameterConfig there."
+        "a plain LoRA adapter, use OGPSACallback(..., config=OGPSAConfig(...)) or attach(model, OGPSAConfig(...)). To "
+        "train the model's own weights, use OGPSACallback(..., config=FullParameterConfig(...)) or attach(model, "
+        "FullParameterConfig(...))."
     )

@@ -30,7 +30,7 @@ _PAPER_REFRESH_STEPS = {"sft": 30, "dpo": 5}
 class ProjectionConfig:
     """How to keep reference losses from rising: the fields that `OGPSAConfig` and `FullParameterConfig` share.
 
-    Both classes document the fields.
+    Both classes document the fields. `FullParameterConfig` changes some of the defaults.
 
     Raises:
         ValueError: If a value is not allowed, or if two values contradict each other.

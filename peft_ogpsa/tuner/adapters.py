@@ -63,7 +63,7 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
     Otherwise it is the model without its adapter.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if not any("ref" in layer._all_available_adapter_names() for layer in layers):
+    if not any("ref" in compat.adapter_names(layer) for layer in layers):
         with _adapter_off(model):
             yield
         return

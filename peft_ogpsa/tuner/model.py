@@ -106,7 +106,7 @@ def _refuse_other_adapters(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     configs = getattr(model, "peft_config", {})
     others = []
-    for name in sorted({name for layer in layers for name in layer._all_available_adapter_names()}):
+    for name in sorted({name for layer in layers for name in compat.adapter_names(layer)}):
         config = configs.get(name)
         if not isinstance(config, OGPSAConfig):
             others.append(f"{name!r} ({'type unknown' if config is None else config.peft_type.value})")

@@ -22,6 +22,7 @@ def register(config_cls: type[OGPSAConfig], model_cls: type[LoraModel]) -> None:
     It is not compatible with `PeftMixedModel`, whose own tuner would train OGPSA adapters as plain LoRA.
     """
     compat.register_lora_like("ogpsa", config_cls, model_cls)
+    compat.state_dicts_like_lora("ogpsa")
 
     # The saved type is LORA, so without the sidecar nothing distinguishes an OGPSA adapter from another.
     def with_sidecar(

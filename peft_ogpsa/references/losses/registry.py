@@ -1,6 +1,9 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The reference losses by name, and the functions that find the loss of examples and of batches."""
+"""The reference losses by name, and the functions that find the loss of examples and of batches.
+
+`base.py` says how to add a loss.
+"""
 
 from __future__ import annotations
 
