@@ -3,9 +3,8 @@
 """The uses of internals of PEFT, transformers, accelerate, TRL and bitsandbytes, one function each.
 
 Internals may change in any release. Each function says what it relies on, and `tests/test_compat.py` has a test for
-each that fails when a library changes it. What `OGPSAModel` overrides of PEFT's classes stands there, with tests here too.
-Libraries are imported inside the functions, because `core` uses this module
-and works with torch alone.
+each that fails when a library changes it. Methods of PEFT's classes that `OGPSAModel` overrides stay in `OGPSAModel`.
+Libraries are imported inside the functions, because `core` uses this module and works with torch alone.
 """
 
 from __future__ import annotations

@@ -706,10 +706,10 @@ def test_a_configuration_for_the_wrong_model_is_refused(tmp_path):
         sft(tmp_path, callbacks=[OGPSACallback(sets(), config=config)]).train()
     with pytest.raises(ValueError, match="config=FullParameterConfig"):
         sft(tmp_path, bare_model()).train()
-    with pytest.raises(
-        ValueError, match=r"must be an OGPSAConfig, for a plain LoRA adapter, or a FullParameterConfig"
-    ):
-        OGPSACallback(sets(), config=OGPSAConfig())
+    with pytest.raises(ValueError, match="must be an OGPSAConfig, for a plain LoRA adapter, or a FullParameterConfig"):
+        OGPSACallback(sets(), config=LoraConfig())
+    with pytest.raises(ValueError, match="has no LoRA adapter"):
+        sft(tmp_path, bare_model(), [OGPSACallback(sets(), config=OGPSAConfig())]).train()
     pairs = [{**row, "chosen": row["completion"], "rejected": row["completion"]} for row in GENERAL]
     with pytest.raises(ValueError, match='loss="dpo"'):
         sft(tmp_path, bare_model(), [OGPSACallback([ReferenceSet("pairs", pairs, loss="dpo")], config=config)]).train()

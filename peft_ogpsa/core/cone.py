@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cone: find the closest update along which no reference loss rises, for many blocks at once.
 
-Nothing reads a value back from the device, except `cone_coefficients` on a CPU. `kernels.py` solves the same problem in
-a Triton kernel, if it is switched on.
+Nothing reads a value back from the device, except `cone_coefficients` on a CPU. `kernels.py` solves the same problem
+in a Triton kernel, if it is switched on.
 """
 
 from typing import NamedTuple
