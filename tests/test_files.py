@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from peft_ogpsa.core.files import replacing
+from peft_ogpsa.core.files import json_lines, replacing
 
 
 def test_the_new_file_replaces_the_old_one(tmp_path):
@@ -52,3 +52,15 @@ def test_two_writers_do_not_meet(tmp_path):
         one.write_text("one")
         other.write_text("other")
     assert path.read_text() == "one"  # the last to end
+
+
+def test_json_lines_split_at_newlines_alone():
+    text = '{"a": "one\u2028two\x85three"}\n\n  \n{"a": 2}\n'
+    assert list(json_lines(text)) == [{"a": "one\u2028two\x85three"}, {"a": 2}]
+    assert list(json_lines("")) == []
+
+
+@pytest.mark.parametrize("line", ["{", "1", "[1]", '"a"', "nonsense"])
+def test_a_line_that_is_no_object_is_named(line):
+    with pytest.raises(ValueError, match=r"^line 3, is not a JSON object: "):
+        list(json_lines(f'{{"a": 1}}\n\n{line}\n'))
