@@ -257,7 +257,7 @@ def fsdp_plugin() -> Any:
     return AcceleratorState._shared_state.get("fsdp_plugin")
 
 
-def shard_on_cpu(trainer: Any) -> None:
+def shard_on_cpu(trainer: Trainer) -> None:
     """Make a trainer on CPUs use FSDP2. accelerate itself supports FSDP2 only on accelerators.
 
     Relies on: accelerate's state has `distributed_type` and `fsdp_plugin`, which `Accelerator.prepare` reads anew, and
