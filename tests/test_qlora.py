@@ -16,7 +16,7 @@ from test_trainers import COMMON, GENERAL, PAIRS, ROWS, TOLERANCE, Violations
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
+from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -317,3 +317,29 @@ def test_float16_scaled_gradients_meet_unscaled_rows(saved):
     plain, scaled = trained.values()
     assert plain.norm() > 0.01
     assert (plain - scaled).norm() < 1e-2 * plain.norm()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("subspace", ["activations", "gradients"])
+def test_a_plain_adapter_over_a_4_bit_base_is_trained_as_an_ogpsa_adapter_is(stage, subspace, saved, tmp_path):
+    settings = {"subspace": "activations", "subspace_rank": 8}
+    if subspace == "gradients":
+        settings = {"subspace": "gradients", "rows": 8, "refresh_steps": 2, "refresh_samples": 4}
+    sets = [ReferenceSet("general", GENERAL)]
+    found = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        callback = OGPSACallback(sets, config=None if own else OGPSAConfig(**settings))
+        trainer = trainer_of(
+            stage,
+            four_bit(saved),
+            tmp_path / str(own),
+            ogpsa=False,
+            peft_config=OGPSAConfig(**LORA, **settings) if own else LoraConfig(**LORA),
+            callbacks=[callback],
+        )
+        trainer.train()
+        assert projector_of(trainer.model).steps == 3
+        found.append(adapter(trainer.model))
+    assert {value.dtype for value in found[1].values()} == {torch.float32}
+    assert same(*found)
