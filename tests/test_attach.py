@@ -192,6 +192,30 @@ def test_adapters_that_peft_adds_after_unloading_are_not_projected():
     assert projector_of(own) is own.projector is not projector
 
 
+@SUBSPACES
+def test_a_second_adapter_on_the_same_base_is_projected_too(tmp_path, settings):
+    """The projector of the first adapter, which PEFT has unloaded, must not stand in for it."""
+    config = OGPSAConfig(**settings)
+    model = plain()
+    sft(tmp_path / "first", model, [OGPSACallback(sets(), config=config)]).train()
+    first = projector_of(model)
+    base_model = model.unload()
+    torch.manual_seed(0)
+    base()  # draws what `plain` draws before the adapter
+    again = get_peft_model(base_model, LoraConfig(**LORA))
+    sft(tmp_path / "second", again, [OGPSACallback(sets(), config=config)]).train()
+    assert projector_of(again) is not first
+    assert projector_of(again).steps == 6
+    expected = weights(model_trained_alone(tmp_path, settings))
+    assert all(torch.equal(value, expected[name]) for name, value in weights(again).items())
+
+
+def model_trained_alone(tmp_path, settings):
+    model = plain()
+    sft(tmp_path / "alone", model, [OGPSACallback(sets(), config=OGPSAConfig(**settings))]).train()
+    return model
+
+
 def test_an_attached_model_can_be_copied():
     model = MADE["wrapped"]()
     projector = attach(model, OGPSAConfig(subspace="gradients", rows=8))

@@ -68,9 +68,15 @@ def attached(model: nn.Module, config: ProjectionConfig) -> Projector:
     """Like `attach`, but keep a projector that is attached with the same settings, and with it its subspace."""
     if not isinstance(config, FullParameterConfig):
         projector = attachment.attached_to(_base_with_adapters(model))
-        if projector is not None and projector.config.ogpsa_dict() == config.ogpsa_dict():
+        targets = None if projector is None else projector.targets
+        if isinstance(targets, AttachedTargets) and targets.current and _same(targets.projection, config):
+            assert projector is not None
             return projector
     return attach(model, config)
+
+
+def _same(first: ProjectionConfig, second: ProjectionConfig) -> bool:
+    return first.ogpsa_dict() == second.ogpsa_dict()
 
 
 def _base_with_adapters(model: nn.Module) -> nn.Module:

@@ -148,14 +148,19 @@ class AttachedTargets(LoraTargets):
         self.projection = projection
         self._combined: dict[str, tuple[PeftConfig, OGPSAConfig]] = {}
 
+    @property
+    def current(self) -> bool:
+        """Whether PEFT still has these adapters. Adapters that it adds to the base after unloading them are others."""
+        return self.model.__dict__.get("peft_config") is self._adapters
+
     def configs(self) -> dict[str, OGPSAConfig]:
         """The adapters, with LoRA's settings of their own and the projection's settings.
 
         Raises:
             ValueError: If an adapter is not LoRA, or its settings do not allow this projection.
         """
-        if self.model.__dict__.get("peft_config") is not self._adapters:
-            return {}  # PEFT has unloaded the adapters; those that it adds to the same base later are not ours
+        if not self.current:
+            return {}
         for name, config in self._adapters.items():
             known = self._combined.get(name)
             if known is None or known[0] is not config:
