@@ -15,6 +15,7 @@ from models import tiny_llama, tiny_tokenizer
 from benchmarks.tax import data, plots, report, training
 from benchmarks.tax.facts import known
 from benchmarks.tax.grid import Grid
+from benchmarks.tax.held_b import HeldB
 from benchmarks.tax.methods import DEFAULT, GRADIENTS, METHODS, WHOLE
 from benchmarks.tax.training import LORA, Settings, Workbench, run
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
@@ -242,6 +243,36 @@ def test_a_run(bench, name, stages):
     after = bench.base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_run_of_whole_weights(bench):
+    bench.settings = replace(bench.settings, stages=("sft",))
+    points = run(bench, "null space", WHOLE["null space"], 0)["train_info"]["metrics"]
+    assert [point["step"] for point in points] == [2, 4]
+    assert points[-1]["kl"] > 0
+
+
+@pytest.mark.slow
+def test_b_is_held_where_its_inputs_lead(bench, monkeypatch):
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, stages=("sft",)))
+    shares = []
+
+    class Watched(HeldB):
+        def _project(self):
+            before = self._before
+            super()._project()
+            for layer, directions in self._held.items():
+                change = layer.weight.detach() - before[layer]
+                assert directions.shape == (16, 8)
+                torch.testing.assert_close(directions.T @ directions, torch.eye(8))
+                shares.append(float((change @ directions).norm() / change.norm()))
+
+    monkeypatch.setattr("benchmarks.tax.training.HeldB", Watched)
+    result = run(bench, "null space, B held", METHODS["null space, B held"], 0)
+    assert len(shares) == 4 * 2 * 7  # steps, blocks, layers of a block
+    assert max(shares) < 1e-5
+    assert result["train_info"]["references"] > 0
 
 
 @pytest.mark.slow

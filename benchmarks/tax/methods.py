@@ -28,10 +28,12 @@ class Method:
         learning_rate: Times that of the others.
         optimizer: Of transformers' names.
         whole: Train all weights instead of an adapter.
+        linear: Of whole weights, train those of the blocks' linear layers alone.
         osf: Train them outside their leading singular directions, with PEFT's OSF.
         start: Plain LoRA that OGPSA with these overrides has put into the complement of its subspace: A is then
             trained (`"free"`), or not (`"frozen"`).
         gain: Whether A's start and steps are enlarged by what the activation subspace leaves of the inputs.
+        held_b: Whether B, too, is held: see `held_b.HeldB`.
     """
 
     overrides: dict[str, Any] | None = None
@@ -46,9 +48,11 @@ class Method:
     learning_rate: float = 1.0
     optimizer: str = "adamw_torch_fused"
     whole: bool = False
+    linear: bool = False
     osf: bool = False
     start: Literal["free", "frozen"] | None = None
     gain: bool = True
+    held_b: bool = False
 
     @property
     def references(self) -> bool:
@@ -92,6 +96,8 @@ WHOLE: dict[str, Method] = {
     "cone, weight 1": Method(
         BARE | {"rows": 8, "rows_dtype": "bfloat16", "reference_weight": 1.0}, answers="given", whole=True
     ),
+    "plain, linear layers": Method(whole=True, linear=True),
+    "null space": Method({"subspace": "activations"}, whole=True, linear=True),
 }
 """Of all weights, as the paper trains. A reference weight with the paper's rule is what its published code does under
 ZeRO-2, where reference gradients are left over in the step that follows a refresh."""
@@ -172,6 +178,7 @@ METHODS: dict[str, Method] = {
     "null space without the gain, three times the learning rate": replace(null_space(), gain=False, learning_rate=3.0),
     "null space at the start alone": replace(null_space(), start="free"),
     "null space, A frozen": replace(null_space(), start="frozen"),
+    "null space, B held": replace(null_space(), held_b=True),
     "null space, contrast": null_space(subspace_energy=1.0, lookalikes=0.2),
     "plain, contrast": Method(lookalikes=0.2),
     "plain, half contrast": Method(lookalikes=0.5),

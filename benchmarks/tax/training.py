@@ -40,6 +40,7 @@ from peft_ogpsa.trainer.penalty import ReferencePenalty
 from peft_ogpsa.tuner.model import projector_of
 
 from .data import TaxData
+from .held_b import HeldB
 from .measurement import MAX_LENGTH, Meter
 from .methods import Method
 
@@ -175,7 +176,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
     }
     if isinstance(config, ProjectionConfig):
         diagnostics = projector_of(model).diagnostics
-        info["references"] = diagnostics.reference_examples / (settings.steps * settings.batch)
+        info["references"] += diagnostics.reference_examples / (settings.steps * settings.batch)
         info["removed"] = trainer.state.log_history[0].get("ogpsa/removed")
         info["seconds_by_part"] = diagnostics.stopwatch.totals()
     if not (method.whole or method.osf):
@@ -279,6 +280,8 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
         sets = [ReferenceSet("all", rows, None, MAX_LENGTH, method.loss)]
     if method.whole:
         whole = copy.deepcopy(bench.base).float()
+        if method.linear:
+            _freeze_all_but_linear(whole)
         if method.overrides is None:
             return None, whole, []
         build = partial(FullParameterConfig.paper, "sft") if method.paper else FullParameterConfig
@@ -297,11 +300,21 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
     if method.start:
         return _started(bench, model, sets, frozen=method.start == "frozen")
     if isinstance(config, OGPSAConfig):
-        return config, model, [OGPSACallback(sets, seed=seed)]
+        held = [HeldB(sets)] if method.held_b else []
+        return config, model, [OGPSACallback(sets, seed=seed), *held]
     if method.replay:
         samples = round(method.budget * 5 * settings.batch)
         return config, model, [ReferencePenalty(sets, method.replay, samples, processing_class=bench.tokenizer)]
     return config, model, []
+
+
+def _freeze_all_but_linear(model: Any) -> None:
+    """And the output layer, which often is the embedding."""
+    output = model.get_output_embeddings()
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not output:
+            module.weight.requires_grad_(True)
 
 
 def _started(
