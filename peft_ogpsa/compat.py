@@ -11,16 +11,63 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.abc
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from peft import LoraConfig, LoraModel, PeftConfig, PeftType
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+# Python
+
+
+def when_imported(library: str, act: Callable[[], object]) -> None:
+    """Call a function as soon as a library is imported: at once if it has been.
+
+    So `import peft_ogpsa` takes no seconds, and a program that imports PEFT after it knows OGPSA adapters.
+
+    Relies on: the finders in `sys.meta_path` are asked in their order, and a module is created by its loader's
+    `exec_module`.
+    """
+    if sys.modules.get(library) is not None:
+        act()
+    else:
+        sys.meta_path.insert(0, _Finder(library, act))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, library: str, act: Callable[[], object]) -> None:
+        self.library, self.act = library, act
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Find the library as if this finder were not there, and add the call."""
+        if name != self.library:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)  # who asks may only want to know whether the library is there
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_act(module: ModuleType) -> None:
+            execute(module)
+            sys.meta_path.remove(self)
+            self.act()
+
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
+
 
 # PEFT
 

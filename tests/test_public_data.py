@@ -8,7 +8,6 @@ import pytest
 from datasets import Dataset
 
 from peft_ogpsa import ReferenceSet
-from peft_ogpsa.data import public
 from peft_ogpsa.data.public import PUBLIC, load_public, read_public
 
 
@@ -197,7 +196,7 @@ def test_the_hub_is_asked_for_the_right_set(name, samples, streaming, monkeypatc
         dataset = Dataset.from_list(CASES[name][0])
         return dataset.to_iterable_dataset() if options["streaming"] else dataset
 
-    monkeypatch.setattr(public, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert load_public(name, samples=samples, split="other") == CASES[name][1]
     assert asked == [((PUBLIC[name].hub_id, PUBLIC[name].config), {"split": "other", "streaming": streaming})]
 

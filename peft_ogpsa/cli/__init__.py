@@ -7,6 +7,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from .. import extras
+
 _COMMANDS = {
     "quickstart": "train a small model with plain LoRA, with the published rule and with OGPSA, and compare them",
     "sft": "supervised fine-tuning (SFT) that preserves the abilities in the reference sets",
@@ -26,5 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
         lines += [f"  {name:<12}{summary}" for name, summary in _COMMANDS.items()]
         print("\n".join(lines), file=sys.stderr if wanted else sys.stdout)
         raise SystemExit(2 if wanted or not arguments else 0)
+    try:
+        extras.check("cli", f"ogpsa {arguments[0]}")
+    except ImportError as error:
+        raise SystemExit(f"ogpsa: {error}") from error
     # Import the command only now, because its libraries take seconds to load.
     importlib.import_module(f".{arguments[0]}", __name__).run(arguments[1:])

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 
-from .. import compat
+from .. import compat, extras
 from .models import local_source
 from .random_weights import RandomWeights
 
@@ -40,7 +40,7 @@ def load_base(
     Raises:
         ValueError: If no name is given, the model or its tokenizer cannot be loaded, or random weights are requested
             together with quantization or for a model that cannot be shrunk this way.
-        ImportError: If quantization is requested and bitsandbytes is not installed.
+        ImportError: If quantization is requested and bitsandbytes is not installed, or too old.
     """
     name = model.model_name_or_path
     if not name:
@@ -52,6 +52,7 @@ def load_base(
         "dtype": model.dtype,
     }
     if (quantization := get_quantization_config(model)) is not None:
+        extras.check("qlora", "A quantized base")
         options["quantization_config"] = quantization
     options |= init_kwargs or {}
     if random is not None and "quantization_config" in options:

@@ -368,7 +368,8 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()
     console.print(f"Loading [bold]{arguments.model}[/bold] ...")
-    base, tokenizer, source = load_model(arguments.model, device=arguments.device or "cpu")
+    with input_errors("quickstart"):
+        base, tokenizer, source = load_model(arguments.model, device=arguments.device or "cpu")
     evaluator = _evaluator(tokenizer, test_rows, arguments)
     console.print(f"Measuring the base model ({source}) ...")
     measured_base = evaluator.base(base)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from .. import extras
 
 RawRow = Mapping[str, Any]
 Row = dict[str, Any]
@@ -171,6 +171,9 @@ def load_public(name: str, samples: int | None = None, split: str | None = None,
     """
     public = _named(name)
     _check_samples(samples)
+    extras.check("cli", "Reading public data sets")
+    from datasets import load_dataset
+
     streaming = public.large and samples is not None
     split = split or public.split
 
@@ -212,6 +215,9 @@ def read_public(name: str, path: str | Path, samples: int | None = None, seed: i
         )
     if path.suffix not in _BUILDERS:
         raise ValueError(f"The set {name!r}: path={str(path)!r} must end in one of {', '.join(_BUILDERS)}.")
+    extras.check("cli", "Reading public data sets")
+    from datasets import load_dataset
+
     # Use streaming: a plain load would copy the file into the cache of `datasets`.
     dataset = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
     return _converted(name, public.read, _shuffled(dataset, True, samples, seed), samples)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import extras
 from .report import Measurement
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def tradeoff(
     Raises:
         ValueError: If a measurement lacks the general loss or the refusal rate.
     """
+    extras.check("eval", "The plot of refusal and general loss")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from .. import extras
 from ..text.generation import generate
 from ..text.refusal import Verdict, classify
 from ..text.tokenization import Prompt, Row, prompt_text
@@ -308,6 +309,7 @@ def table(
     Returns:
         A `rich` table; print it with `rich.print`.
     """
+    extras.check("eval", "The table of an evaluation")
     from rich.table import Table
     from rich.text import Text
 

@@ -1,0 +1,123 @@
+"""What is imported when, and the library without the libraries that only its command line needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+import peft_ogpsa
+from peft_ogpsa import cli, extras
+
+OPTIONAL = ("trl", "datasets", "rich", "matplotlib", "bitsandbytes", "pandas")
+WITHOUT = f"import sys\nfor name in {OPTIONAL}: sys.modules[name] = None\n"
+TRAINING = """
+from models import tiny_llama, tiny_tokenizer
+from peft import get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from peft_ogpsa import *
+from peft_ogpsa import data
+
+tokenizer = tiny_tokenizer()
+rows = data.load("general")[:4]
+ids = [tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"][:64] for row in rows]
+base = tiny_llama(vocab_size=259, max_position_embeddings=512)
+model = get_peft_model(base, OGPSAConfig(target_modules="all-linear"))
+arguments = TrainingArguments(output_dir=sys.argv[1], max_steps=2, save_steps=1, report_to="none", use_cpu=True)
+callback = OGPSACallback([ReferenceSet("general", rows)], processing_class=tokenizer)
+examples = [{"input_ids": own, "labels": own} for own in ids]
+trainer = Trainer(
+    model, arguments, DataCollatorForSeq2Seq(tokenizer), examples, processing_class=tokenizer, callbacks=[callback]
+)
+trainer.train()
+assert projector_of(model).steps == 2
+model.save_pretrained(sys.argv[1] + "/adapter")
+"""
+
+
+def python(code: str, *arguments: str) -> str:
+    """What a fresh process prints."""
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder.parent), str(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_loads_nothing_heavy():
+    libraries = ("torch", "peft", "transformers", *OPTIONAL)
+    assert (
+        python(f"import sys, peft_ogpsa, peft_ogpsa.cli; print(sorted(set(sys.modules) & {set(libraries)}))") == "[]"
+    )
+    assert set(peft_ogpsa.__all__) <= set(dir(peft_ogpsa))
+    assert peft_ogpsa.__all__ == sorted(peft_ogpsa._HOMES)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        peft_ogpsa.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import peft_ogpsa, peft",
+        "import peft, peft_ogpsa",
+        "import peft_ogpsa, importlib.util; importlib.util.find_spec('peft'); import peft",
+        "import peft_ogpsa, transformers; transformers.utils.is_peft_available(); import peft",
+        "from peft_ogpsa import ReferenceSet",
+        "from peft_ogpsa.tuner.config import OGPSAConfig",
+        "from peft_ogpsa.tuner.attaching import attach",
+        "from peft_ogpsa.trainer.callback import OGPSACallback",
+        "from peft_ogpsa import *",
+    ],
+)
+def test_peft_knows_the_type_however_it_is_imported(imports):
+    after = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as mapping; import peft, sys\n"
+    after += (
+        "print(mapping[peft.PeftType.OGPSA].__name__, [f for f in sys.meta_path if 'ogpsa' in type(f).__module__])"
+    )
+    assert python(f"{imports}\n{after}") == "OGPSAConfig []"
+
+
+def test_the_projection_needs_torch_alone():
+    others = "('peft', 'transformers', 'accelerate', 'safetensors', 'huggingface_hub', 'tqdm', 'yaml')"
+    blocked = WITHOUT + f"for name in {others}: sys.modules[name] = None\n"
+    assert python(f"{blocked}import peft_ogpsa.core.projector as own\nprint(own.Projector.__name__)") == "Projector"
+
+
+def test_the_library_needs_no_extra(tmp_path):
+    python(WITHOUT + TRAINING, str(tmp_path))
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "ogpsa_config.json", "README.md"}
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+    extras.check("cli", "This test")
+
+    def versions(name):
+        if name == "trl":
+            raise PackageNotFoundError(name)
+        return "0.1" if name == "bitsandbytes" else "99"
+
+    monkeypatch.setattr(extras, "version", versions)
+    with pytest.raises(
+        ImportError, match=r'^This test needs trl>=\S+, and trl is not installed\. Run: .*"peft-ogpsa\[cli'
+    ):
+        extras.check("cli", "This test")
+    with pytest.raises(
+        ImportError, match=r"needs bitsandbytes>=\S+, and bitsandbytes 0\.1 is installed\. .*\[qlora\]"
+    ):
+        extras.check("qlora", "This test")
+    with pytest.raises(SystemExit, match=r"^ogpsa: ogpsa sft needs trl"):
+        cli.main(["sft"])
+
+
+def test_without_an_installed_package_there_is_nothing_to_check(monkeypatch):
+    def requires(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(extras, "requires", requires)
+    extras.check("cli", "This test")
