@@ -5,16 +5,29 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
+# A quickstart that shows only that everything works.
+SHORT = --steps 2 --measurements 1 --reference_samples 8 --test_samples 4
 
-.PHONY: quickstart test lint docs clean
+# Extras for the tests, and the versions for `test-stack`.
+TEST ?= test,test-kernels,lint,docs
+STACK ?= newest
+
+.PHONY: quickstart test test-quick test-stack lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ogpsa quickstart $(ARGS)
 
-test: $(VENV)/.installed-test
+test: test-quick
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-quick: $(VENV)/.installed-test
 	# Tiny models are fastest one thread a process; the real one wants all cores to itself.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 $(ARGS)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Beside other versions: STACK is a file of constraints/, PYTHON the Python that it names.
+test-stack:
+	PIP_CONSTRAINT=$(CURDIR)/constraints/$(STACK).txt $(MAKE) VENV=.venv-$(STACK) TEST=test test-quick
+	$(MAKE) VENV=.venv-$(STACK) quickstart ARGS="$(SHORT) --output_dir .cache/quickstart-$(STACK)"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -35,8 +48,8 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable ".[test,lint,docs,qlora]"
+	$(BIN)/pip install --quiet --editable ".[$(TEST)]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
