@@ -228,6 +228,18 @@ def test_a_plain_run_is_plain_whatever_an_earlier_one_left(tmp_path):
     assert "ogpsa" not in ModelCard(text).data.tags
 
 
+def test_a_plain_lora_that_was_trained_with_a_projection(tmp_path):
+    save(tmp_path, LoraConfig(**LORA))
+    text = save_card(tmp_path, run={"projection": OGPSAConfig(subspace_rank=64).ogpsa_dict()}).read_text()
+    assert "OGPSA (Orthogonal Gradient Projection for Safety Alignment" in text
+    assert "Number of directions per layer: 64." in text
+    assert "ogpsa" in ModelCard(text).data.tags
+    assert save_card(tmp_path).read_text() == text
+    text = save_card(tmp_path, run={"projection": None}).read_text()
+    assert "Plain LoRA, as far as the files in this folder show" in text
+    assert "ogpsa" not in ModelCard(text).data.tags
+
+
 def test_the_tax_is_the_evaluations(tmp_path):
     saved = measured(samples=29, output="x.json")
     text = save_card(save(tmp_path), evaluation=saved).read_text()
@@ -451,6 +463,12 @@ WRONG = {
     "kind": ({"run": {"steps": "many"}}, "steps='many'. Give a value of type int"),
     "reference": ({"run": {"references": {"a": 1}}}, "Give a value of type dict of strings"),
     "evaluation": ({"evaluation": {"evaluation": {"model": 1}}}, "not a result of `ogpsa eval`"),
+    "no projection": ({"run": {"projection": "activations"}}, "projection='activations'. Give a value of type dict"),
+    "half a projection": ({"run": {"projection": {"rows": 8}}}, "Give all settings, as OGPSAConfig(...).ogpsa_dict()"),
+    "a wrong projection": (
+        {"run": {"projection": OGPSAConfig().ogpsa_dict() | {"subspace": "none"}}},
+        "settings in projection that do not work: subspace='none'",
+    ),
 }
 
 

@@ -45,6 +45,7 @@ _RUN: dict[str, tuple[type, ...]] = {
     "seconds": (int, float),
     "reference_share": (int, float),
     "versions": (dict,),
+    "projection": (dict,),
 }
 _MEASURED_WITH = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "batch_size", "max_length", "seed")
 
@@ -124,8 +125,9 @@ def save_card(
             `started_from_weights` (the checksum of that adapter's weights), `dataset`, `lookalikes` (the share
             of benign look-alikes in the dataset), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds`
             (of training), `reference_share` (reference examples per training example), `versions`
-            (`{package: version}`). For files and folders, only the name is stored, not the path. The base is the
-            one that `adapter_config.json` names.
+            (`{package: version}`), `projection` (the settings of the projection, `OGPSAConfig(...).ogpsa_dict()`, if
+            the adapter is plain LoRA that was trained with `attach`). For files and folders, only the name is
+            stored, not the path. The base is the one that `adapter_config.json` names.
         evaluation (`Mapping`, *optional*): The result that `ogpsa eval` writes, or at least `{"evaluation":
             Evaluation.to_dict()}`. Prompts, answers and paths in it are not stored.
 
@@ -153,7 +155,8 @@ def save_card(
         _check_evaluation(evaluation, f"{folder / EVALUATION_NAME}")
 
     base = config.base_model_name_or_path or ""
-    settings = config.ogpsa_dict() if isinstance(config, OGPSAConfig) and run.get("method") != "plain" else None
+    settings = config.ogpsa_dict() if isinstance(config, OGPSAConfig) else run.get("projection")
+    settings = None if run.get("method") == "plain" else settings
     path = folder / _README
     card = _load_card(path)
     _renew_metadata(card.data, config, base, settings is not None, run.get("dataset"))
@@ -300,10 +303,24 @@ def _check_run(run: Mapping[str, Any], where: str) -> None:
         if name not in _RUN:
             raise ValueError(f"{where} has the unknown entry {name!r}. Use: {', '.join(_RUN)}.")
         kinds = _RUN[name]
+        if name == "projection" and isinstance(value, dict):
+            _check_projection(value, where)
+            continue
         strings = list(value.values()) if isinstance(value, dict) else []
         if value is not None and not (isinstance(value, kinds) and all(isinstance(s, str) for s in strings)):
             wanted = " or ".join("dict of strings" if kind is dict else kind.__name__ for kind in kinds)
             raise ValueError(f"{where} has {name}={value!r}. Give a value of type {wanted}, or leave it out.")
+
+
+def _check_projection(settings: dict[str, Any], where: str) -> None:
+    if settings.keys() != OGPSAConfig().ogpsa_dict().keys():
+        raise ValueError(
+            f"{where} has projection={settings!r}. Give all settings, as OGPSAConfig(...).ogpsa_dict() returns them."
+        )
+    try:
+        OGPSAConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} has settings in projection that do not work: {error}") from error
 
 
 def _check_evaluation(evaluation: Mapping[str, Any], where: str) -> None:
