@@ -9,8 +9,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 import random
 
 import numpy as np
+import needs
 import pytest
 import torch
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if reason := needs.missing(item.nodeid):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
