@@ -133,7 +133,9 @@ def build(config: PretrainedConfig, device: str) -> nn.Module:
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.is_loaded_in_4bit = True  # PEFT asks for it
     model.tie_weights()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # Its name before transformers 5.23, which warns of it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     model.enable_input_require_grads()
     return model.train()
 

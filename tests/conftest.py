@@ -8,8 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import random
 
-import numpy as np
 import needs
+import numpy as np
 import pytest
 import torch
 

@@ -113,6 +113,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         chat_template=TEMPLATE,
         padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

@@ -7,7 +7,35 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.requirements import Requirement
 
-NEEDS: list[tuple[str, str, str]] = []
+_8_BIT = "8-bit optimizers on a CPU"
+_DELETE = "before, transformers' delete_adapter takes the type's name for the prefix of its weights"
+_TRAINER = "the trainer, or the setting, is newer"
+
+NEEDS = [
+    (r"bnb-(paged-)?adamw8bit|bnb-paged-adamw\b", "bitsandbytes>=0.50", _8_BIT),
+    (r"test_paged_8_bit_optimizer|accumulation\[options0|test_code_runs\[qlora\]", "bitsandbytes>=0.50", _8_BIT),
+    (r"\[MonteCLoRA\]", "peft>=0.21", "MonteCLoRA"),
+    (r"pass_through_the_tuner_before_they_are_loaded", "peft>=0.21", "before, compat.state_dicts_like_lora does it"),
+    (r"test_adapters_in_one_memory_are_refused", "peft>=0.19", "before, PEFT does not tie adapters"),
+    (r"test_experts_of_transformers_4", "peft>=0.20", "0.19 with transformers 5 cannot load it as plain LoRA either"),
+    (r"test_transformers_hotswap", "transformers>=5.0", "transformers' own hotswap"),
+    (r"test_card.*(push|hub)", "transformers>=5.0", "the stand-in for the hub replaces a part of transformers 5"),
+    (r"test_transformers_(add_set|may_delete)", "transformers>=5.6", _DELETE),
+    (r"test_the_end_of_training_is_told", "transformers>=5.18", "Trainer.end"),
+    (
+        r"test_checkpointing_and_preparation_leave_the_gradients_whole",
+        "transformers>=5.0",
+        "before, checkpointing changes the gradients of plain LoRA, too: the base rounds otherwise",
+    ),
+    (r"test_random_states_are_put_back\[npu\]", "torch>=2.10", "before, torch does not know the device"),
+    (r"test_trainer.*\[(TPO|GMPO|A2PO|SDPO|Distillation)|test_moving_average_teacher", "trl>=1.16", _TRAINER),
+    (r"test_resumed_run_equals_one_that_never_stopped\[DPO\]", "trl>=1.16", "see docs/compatibility.md"),
+    (
+        r"test_geometry.*non_negative_least_squares",
+        "scipy>=1.16",
+        "before, SciPy's own nnls is wrong for some problems",
+    ),
+]
 """(pattern in a test's name, requirement, reason)"""
 
 

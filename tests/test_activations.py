@@ -373,7 +373,7 @@ def test_a_learning_rate_of_0(lr):
     optimizer = torch.optim.AdamW(parameters_of(model), lr=lr)
     train(model, optimizer, range(3))
     for parameter, was in zip(parameters_of(model), before, strict=True):
-        torch.testing.assert_close(parameter.detach(), was, rtol=0, atol=1e-7)
+        assert float((parameter.detach() - was).norm()) <= 1e-7 * float(was.norm())  # the projection rounds A
     optimizer.param_groups[0]["lr"] = 1e-2
     train(model, optimizer, range(3, 6))
     assert leak(model, held(projector)) <= TOLERANCE
@@ -487,7 +487,8 @@ def test_four_bit_base(saved):
     projector.refresh(few(), loss_of)
     for number in range(10):
         with torch.autocast("cpu", torch.bfloat16):
-            loss_of(model, batch(number)).backward()
+            loss = loss_of(model, batch(number))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert leak(model, held(projector)) <= TOLERANCE

@@ -128,7 +128,10 @@ def test_tensorboard_gets_the_figures(tmp_path):
 
 def test_plain_trainer(tmp_path):
     tokenizer = tiny_tokenizer()
-    ids = [tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"] for row in TRAINING]
+    ids = [
+        tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+        for row in TRAINING
+    ]
     trainer = Trainer(
         model_of(),
         args=TrainingArguments(
@@ -473,7 +476,10 @@ def test_the_reference_batch_shrinks_with_the_batch_that_the_trainer_finds(tmp_p
 
     monkeypatch.setattr("peft_ogpsa.trainer.callback.reference_loss", limited)
     tokenizer = tiny_tokenizer()
-    ids = [tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"] for row in TRAINING]
+    ids = [
+        tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+        for row in TRAINING
+    ]
     trainer = Small(
         model_of(refresh_samples=8),
         args=TrainingArguments(

@@ -15,6 +15,7 @@ from models import tiny_llama, tiny_tokenizer
 import peft_ogpsa
 from peft_ogpsa import FullParameterConfig
 
+pytest.importorskip("mkdocs")  # of the extra docs
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 import hooks
 

@@ -24,7 +24,8 @@ from peft_ogpsa import data
 
 tokenizer = tiny_tokenizer()
 rows = data.load("general")[:4]
-ids = [tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"][:64] for row in rows]
+messages = [row["prompt"] + row["completion"] for row in rows]
+ids = [own[:64] for own in tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]]
 base = tiny_llama(vocab_size=259, max_position_embeddings=512)
 model = get_peft_model(base, OGPSAConfig(target_modules="all-linear"))
 arguments = TrainingArguments(output_dir=sys.argv[1], max_steps=2, save_steps=1, report_to="none", use_cpu=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import peft
 import pytest
 import torch
 from loops import LORA, batch, loss_of, ogpsa_model, parameters_of
 from models import VOCABULARY, tiny_llama, tiny_mixtral, tokens
-from peft import MontecloraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     BitsAndBytesConfig,
     LlamaForCausalLM,
@@ -274,7 +275,7 @@ def mixtral(**overrides):
         ),
         lambda: model_with_random_adapter(tiny_llama(), target_modules=[], target_parameters=["q_proj.weight"]),
         lambda: model_with_random_adapter(
-            tiny_llama(), target_modules=["q_proj", "v_proj"], monteclora_config=MontecloraConfig()
+            tiny_llama(), target_modules=["q_proj", "v_proj"], monteclora_config=peft.MontecloraConfig()
         ),
     ],
     ids=["experts by their old names", "experts", "a parameter", "MonteCLoRA"],

@@ -170,13 +170,20 @@ def test_without_the_package_it_is_a_lora_bit_for_bit(tmp_path):
 # What is read
 
 
+def without_base(config: OGPSAConfig) -> OGPSAConfig:
+    """Without the name of a tiny model, which is None or, before transformers 5, empty."""
+    assert not config.base_model_name_or_path
+    config.base_model_name_or_path = None
+    return config
+
+
 @pytest.mark.parametrize("config_cls", [PeftConfig, LoraConfig, OGPSAConfig])
 @pytest.mark.parametrize("kind", [str, Path])
 def test_configurations_come_back_whole(saved, config_cls, kind):
     config = config_cls.from_pretrained(kind(saved[0]))
     expected = OGPSAConfig(**OVERRIDES, **LORA, inference_mode=True)
     assert type(config) is OGPSAConfig
-    assert config == expected
+    assert without_base(config) == expected
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -358,6 +365,7 @@ def test_experts_of_transformers_4_load_as_loras(tmp_path):
             weights[f"{prefix}.lora_B.weight"] = torch.randn(outputs, 2)
     save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     ogpsa = PeftModel.from_pretrained(factory(), tmp_path)
+    ogpsa = PeftModel.from_pretrained(factory(), tmp_path)
     lora = PeftModel.from_pretrained(factory(), tmp_path, config=config.lora_config())
     assert isinstance(ogpsa.base_model, OGPSAModel)
     assert type(lora.base_model) is LoraModel
@@ -477,6 +485,5 @@ def test_a_sidecar_that_is_no_text(saved):
 def test_settings_that_the_sidecar_lacks_are_defaults(saved):
     folder, _ = saved
     (folder / SIDECAR_NAME).write_text('{"format_version": 1, "rows": 3}')
-    assert OGPSAConfig.from_pretrained(folder) == OGPSAConfig(
-        subspace="gradients", rows=3, **LORA, inference_mode=True
-    )
+    config = without_base(OGPSAConfig.from_pretrained(folder))
+    assert config == OGPSAConfig(subspace="gradients", rows=3, **LORA, inference_mode=True)

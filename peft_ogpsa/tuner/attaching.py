@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..core import attachment, full_parameter
@@ -84,6 +84,8 @@ def _base_with_adapters(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if "peft_config" not in module.__dict__ or isinstance(module, BaseTuner):
             continue
+        if not any(isinstance(layer, BaseTunerLayer) for layer in module.modules()):
+            continue  # unloaded: before PEFT 0.19, the dictionary stays
         projector = attachment.attached_to(module)
         if projector is not None and isinstance(projector.targets, AdapterTargets):
             raise ValueError(

@@ -145,13 +145,20 @@ class AttachedTargets(LoraTargets):
     def __init__(self, model: nn.Module, adapters: dict[str, PeftConfig], projection: ProjectionConfig) -> None:
         super().__init__(model)
         self._adapters = adapters
+        self._first_layer = next(own for own in model.named_modules() if isinstance(own[1], BaseTunerLayer))
         self.projection = projection
         self._combined: dict[str, tuple[PeftConfig, OGPSAConfig]] = {}
 
     @property
     def current(self) -> bool:
         """Whether PEFT still has these adapters. Adapters that it adds to the base after unloading them are others."""
-        return self.model.__dict__.get("peft_config") is self._adapters
+        path, layer = self._first_layer
+        try:
+            found = self.model.get_submodule(path)
+        except AttributeError:
+            return False
+        # Before PEFT 0.19, the dictionary stays when the layers are unloaded.
+        return found is layer and self.model.__dict__.get("peft_config") is self._adapters
 
     def configs(self) -> dict[str, OGPSAConfig]:
         """The adapters, with LoRA's settings of their own and the projection's settings.
