@@ -22,7 +22,7 @@ from .callback import ToolCallback
 from .settings import Settings
 
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
-"""Options that make axolotl read LoRA's weights without calling the layers. It turns them on by itself."""
+"""Options that make axolotl read LoRA's weights without calling the layers. Unless they are set, it turns them on."""
 
 
 class OGPSAArguments(BaseModel):
@@ -70,5 +70,4 @@ def _settings(cfg: Any) -> Settings:
             "plugins names OGPSAPlugin, but there is no `ogpsa`. Add it, for example ogpsa: {references: {general: "
             "'prompts:general'}}, or remove the plugin."
         )
-    options = {name: value for name, value in options.items() if value is not None}
     return Settings.read(options, beta=cfg.get("rl_beta") or cfg.get("dpo_beta") or 0.1)
