@@ -14,6 +14,7 @@ import yaml
 from loops import step_violations
 from models import randomize, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from test_activations_callback import LORA, base, leak
 from test_callback import sets, sft, weights
 from test_guides import one_sentence
@@ -36,6 +37,10 @@ PROMPTS = {"general": "prompts:general"}
 def plain(**overrides):
     torch.manual_seed(0)
     return get_peft_model(base(), LoraConfig(**{**LORA, **overrides}))
+
+
+def adapters_off(model) -> list[bool]:
+    return [layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 # Settings
@@ -90,7 +95,7 @@ def test_references_may_be_written_as_a_mapping_or_as_a_list(references):
         ({"references": {"general": None}}, "general='None' cannot be loaded"),
         ({"references": {"general": "builtin:generel"}}, "ogpsa: references: general='builtin:generel' cannot be"),
         ({"references": ROWS, "subspace_rnk": 3}, r"ogpsa: subspace_rnk is not an option. Did you mean subspace_rank"),
-        ({"references": ROWS, "refrence_samples": 3}, r"Did you mean reference_samples or references"),
+        ({"references": ROWS, "refrence_samples": 3}, r"Did you mean reference_samples or "),
         ({"references": ROWS, "lora_alpha": 3}, "lora_alpha is not an option. LoRA's settings are those of the tool"),
         ({"references": ROWS, "xyz": 3}, "xyz is not an option. The options are: subspace, "),
         ({"references": ROWS, 3: 3}, "3 is not an option. The options are"),
@@ -128,7 +133,7 @@ def test_the_base_answers_the_prompts_when_training_starts(tmp_path, monkeypatch
     seen = []
 
     def answer(model, tokenizer, prompts, **settings):
-        seen.extend(layer.disable_adapters for layer in model.modules() if hasattr(layer, "disable_adapters"))
+        seen.extend(adapters_off(model))
         return one_sentence(model, tokenizer, prompts)
 
     monkeypatch.setattr(self_answers, "generate_ids", answer)
@@ -143,7 +148,7 @@ def test_the_base_answers_the_prompts_when_training_starts(tmp_path, monkeypatch
     assert all(seen)
     assert [len(list(own.dataset)) for own in callback.reference_sets] == [3]
     assert leak(model) < 1e-6
-    assert not any(layer.disable_adapters for layer in model.modules() if hasattr(layer, "disable_adapters"))
+    assert not any(adapters_off(model))
 
 
 @pytest.mark.parametrize("event", ["on_init_end", "on_train_begin"])
@@ -203,6 +208,11 @@ def test_llamafactory_says_what_is_wrong(tmp_path, config, words, message):
     path = write(tmp_path / "run.yaml", config)
     with pytest.raises(SystemExit, match=message):
         llamafactory.main([path, *words])
+
+
+def test_llamafactory_may_use_unsloth_with_reference_gradients(tmp_path):
+    config = {"use_unsloth": True, "ogpsa": {"references": ROWS, "subspace": "gradients"}}
+    assert llamafactory.read([write(tmp_path / "run.yaml", config)])[0] == {"use_unsloth": True}
 
 
 @pytest.mark.parametrize("words", [[], ["stage=sft"], ["missing.yaml"]])
@@ -304,6 +314,12 @@ def test_axolotl_gets_the_callback(plugin):
     (callback,) = plugin.add_callbacks_pre_trainer(config, plain())
     assert type(callback) is ToolCallback
     assert (callback.seed, callback.config.subspace_rank, callback.reference_sets[0].beta) == (5, 3, 0.3)
+
+
+def test_axolotl_may_use_its_kernels_with_reference_gradients(plugin):
+    config = axolotl_config(ogpsa={"references": ROWS, "subspace": "gradients"}, lora_mlp_kernel=True)
+    plugin.register(config)
+    assert [config[name] for name in KERNELS] == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from .callback import ToolCallback
 from .settings import Settings
 
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
-"""Options that make axolotl read LoRA's weights without calling the layers. Unless they are set, it turns them on."""
+"""Options that make axolotl read LoRA's weights without calling the layers. It turns them on if they are not set."""
 
 
 class OGPSAArguments(BaseModel):
@@ -42,21 +42,24 @@ class OGPSAPlugin(BasePlugin):
         """Check the options before axolotl loads anything.
 
         Raises:
-            ValueError: If `ogpsa` is missing or not allowed, or if axolotl's fused LoRA kernels are on.
+            ValueError: If `ogpsa` is missing or not allowed, if there is no LoRA adapter, or if axolotl's fused LoRA
+                kernels are on with an activation subspace.
         """
         if cfg.get("adapter") not in ("lora", "qlora"):
             raise ValueError(
-                f"adapter={cfg.get('adapter')!r}: OGPSA needs a LoRA adapter. Set adapter: lora or qlora."
+                f"adapter={cfg.get('adapter')!r} makes no LoRA adapter, which OGPSA needs here. Set adapter: lora or "
+                "adapter: qlora."
             )
-        _settings(cfg)
+        settings = _settings(cfg)
         on = [name for name in KERNELS if cfg.get(name)]
-        if on:
+        if on and settings.config.uses_activations:
             raise ValueError(
                 f"{', '.join(on)}: axolotl's fused LoRA kernels do not call the adapted layers, so OGPSA cannot see "
-                f"their inputs. Set {', '.join(f'{name}: false' for name in on)}."
+                f"their inputs. Set {', '.join(f'{name}: false' for name in on)}, or use subspace: gradients."
             )
-        for name in KERNELS:  # axolotl would turn them on
-            cfg[name] = False
+        for name in KERNELS:
+            if cfg.get(name) is None:  # axolotl would turn it on
+                cfg[name] = False
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: nn.Module) -> list[ToolCallback]:
         """Return the callback of the trainer."""

@@ -61,9 +61,9 @@ def read(arguments: Sequence[str]) -> tuple[dict[str, Any], Settings]:
             f"{arguments[0]} has no `ogpsa`. Add it, for example ogpsa: {{references: {{general: 'prompts:general'}}}}"
             ", or train without OGPSA: llamafactory-cli train."
         )
-    options = config.pop("ogpsa")
-    _check(config)
-    return config, Settings.read(options, beta=config.get("pref_beta", 0.1))
+    settings = Settings.read(config.pop("ogpsa"), beta=config.get("pref_beta", 0.1))
+    _check(config, settings)
+    return config, settings
 
 
 def _set(config: dict[str, Any], word: str) -> None:
@@ -79,7 +79,7 @@ def _set(config: dict[str, Any], word: str) -> None:
     config[last] = yaml.safe_load(value)
 
 
-def _check(config: dict[str, Any]) -> None:
+def _check(config: dict[str, Any], settings: Settings) -> None:
     """Reject what OGPSA cannot project, before the model is loaded."""
     stage, kind = config.get("stage", "sft"), config.get("finetuning_type", "lora")
     if stage not in STAGES:
@@ -88,10 +88,10 @@ def _check(config: dict[str, Any]) -> None:
         raise ValueError(
             f"finetuning_type={kind!r} makes no LoRA adapter, which OGPSA needs here. Set finetuning_type: lora."
         )
-    if config.get("use_unsloth"):
+    if config.get("use_unsloth") and settings.config.uses_activations:
         raise ValueError(
             "use_unsloth: unsloth's fused kernels do not call the adapted layers, so OGPSA cannot see their inputs. "
-            "Set use_unsloth: false."
+            "Set use_unsloth: false, or use subspace: gradients."
         )
 
 
