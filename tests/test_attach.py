@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -169,6 +170,19 @@ def test_other_settings_replace_the_projector():
     second = attach(model, OGPSAConfig(**GRADIENTS))
     assert projector_of(model) is second is not first
     assert second.config.rows == 8
+
+
+def test_a_class_that_a_tool_derives_from_loraconfig(tmp_path):
+    @dataclass
+    class ToolConfig(LoraConfig):  # like that of ms-swift
+        lora_dtype: str | None = None
+
+    torch.manual_seed(0)
+    model = get_peft_model(base(), ToolConfig(**LORA, lora_dtype="float32"))
+    sft(tmp_path / "tool", model, [OGPSACallback(sets(), config=OGPSAConfig(**ACTIVATIONS))]).train()
+    expected = plain()
+    sft(tmp_path / "peft", expected, [OGPSACallback(sets(), config=OGPSAConfig(**ACTIVATIONS))]).train()
+    assert all(torch.equal(value, weights(expected)[name]) for name, value in weights(model).items())
 
 
 def test_a_trained_adapter_is_refused_with_the_remedy(tmp_path):

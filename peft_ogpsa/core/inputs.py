@@ -296,8 +296,9 @@ class _Watcher:
         if missing:
             raise ValueError(
                 f"{len(missing)} adapted layers are not called when the model processes a reference example. One of "
-                f"them is {missing[0]}. Their inputs are not known. Leave these layers out of target_modules, or use "
-                "subspace='gradients'."
+                f"them is {missing[0]}. Their inputs are not known. If a tool computes them with fused kernels "
+                "(unsloth, axolotl's lora_*_kernel), turn the kernels off. Otherwise leave these layers out of "
+                "target_modules. Or use subspace='gradients'."
             )
 
     def take(self, forward: LossFn, model: nn.Module, part: _Part, take: Take) -> None:

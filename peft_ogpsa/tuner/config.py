@@ -220,7 +220,8 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             )
         if isinstance(projection, LoraConfig):
             _refuse_contradictions(name, lora, projection)
-        return cls(**{f.name: getattr(lora, f.name) for f in fields(lora)}, **projection.ogpsa_dict())
+        # Tools derive classes from LoraConfig (ms-swift), which have fields of their own.
+        return cls(**{f.name: getattr(lora, f.name) for f in fields(LoraConfig)}, **projection.ogpsa_dict())
 
 
 # Not settings of the adapter's mathematics, or written in another form once the adapter is made.

@@ -1,0 +1,76 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The callback for training tools, in which model and tokenizer exist only when training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from ..cli.datasets import PromptSet
+from ..references.sets import ReferenceSet
+from ..trainer.callback import OGPSACallback
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+
+
+class ToolCallback(OGPSACallback):
+    """`OGPSACallback` whose reference sets may be prompts that the base model answers when training starts.
+
+    Args:
+        reference_sets: The abilities to preserve.
+        **options: Arguments of `OGPSACallback`.
+    """
+
+    def __init__(self, reference_sets: Sequence[ReferenceSet | PromptSet], **options: Any) -> None:
+        # The names, which both kinds have, are all that is needed before training.
+        super().__init__(cast("Sequence[ReferenceSet]", reference_sets), **options)
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check what can be checked before training."""
+        self._refuse_prompts_in_several_processes(args)
+        super().on_init_end(args, state, control, model=model, **kwargs)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Let the base model answer the prompts, with its adapter disabled. Then do what `OGPSACallback` does."""
+        self._refuse_prompts_in_several_processes(args)
+        tokenizer = self.processing_class or processing_class
+        if tokenizer is not None:  # OGPSACallback reports a missing one
+            base = cast("PreTrainedModel", model)
+            self.reference_sets = [
+                own.answered(base, tokenizer) if isinstance(own, PromptSet) else own for own in self.reference_sets
+            ]
+        super().on_train_begin(args, state, control, model, processing_class, optimizer, **kwargs)
+
+    def _refuse_prompts_in_several_processes(self, args: TrainingArguments) -> None:
+        if args.world_size > 1 and any(isinstance(own, PromptSet) for own in self.reference_sets):
+            raise ValueError(
+                "references has prompts without answers. The base model can answer them only in a single process. "
+                "Give references with answers, or train in a single process."
+            )
