@@ -8,6 +8,7 @@ from typing import Any
 from ..text.generation import generate
 from ..text.refusal import Verdict, classify
 from .divergence import BaseAnswers, kl_from_base, own_answers
+from .exact import correct
 from .intervals import mean_interval, wilson
 from .losses import LossResult, nats_per_token
 from .plots import tradeoff
@@ -23,6 +24,7 @@ __all__ = [
     "Sample",
     "Verdict",
     "classify",
+    "correct",
     "evaluate",
     "generate",
     "kl_from_base",
