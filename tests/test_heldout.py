@@ -55,7 +55,7 @@ def test_there_are_enough_rows_with_the_columns_of_the_card(name):
     for row in rows:
         assert set(row) == {"prompt"} | COLUMNS[name]
         assert row["prompt"] == row["prompt"].strip()
-        assert 2 <= len(row["prompt"].split()) <= 40, row["prompt"]
+        assert 2 <= len(row["prompt"].split()) <= 45, row["prompt"]
 
 
 def test_every_file_is_read():
