@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from peft_ogpsa import data
+from peft_ogpsa.cli.eval import load_test_rows
 from peft_ogpsa.data import HELDOUT, NAMES, PROMPTS, SPLITS, arithmetic, load, load_heldout, load_prompts
 from peft_ogpsa.evaluation import correct
 
@@ -180,6 +181,15 @@ def test_facts_have_three_grades_and_questions_that_do_not_give_the_answer_away(
 )
 def test_short_answers_are_scored(row, answer, expected):
     assert correct(row, answer) is expected
+
+
+def test_eval_reads_them():
+    rows = load_test_rows("heldout", None)
+    assert {name: len(own) for name, own in rows.items()} == {"harmful": 162, "benign": 164, "general": 65}
+    assert rows["general"] == load("general", "test")
+    assert [len(own) for own in load_test_rows("heldout", 7).values()] == [7, 7, 7]
+    with pytest.raises(ValueError, match="builtin, or heldout"):
+        load_test_rows("nowhere", None)
 
 
 def test_errors_name_what_is_allowed():
