@@ -153,7 +153,9 @@ def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
         assert told in card
     assert str(folder) not in card
     main(["compare", *results, "--plot", str(folder / "plot.png")])
-    lines = capsys.readouterr().out.splitlines()
+    printed, _, difference = capsys.readouterr().out.partition("Differences from sft")
+    assert "│ dpo" in difference
+    lines = printed.splitlines()
     rows = {cells[1]: cells for cells in ([c.strip() for c in line.split("│")] for line in lines) if len(cells) > 2}
     assert list(rows) == ["base", "sft", "dpo"]
     # The second stage began with the adapter of the first, whatever the folders are called.

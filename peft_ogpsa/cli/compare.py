@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..evaluation import Evaluation, Measurement, table, tradeoff
+from ..evaluation import Evaluation, Measurement, difference_table, table, tradeoff
 from .errors import input_errors
 
 # Results are comparable only if they agree in these conditions.
@@ -64,6 +64,8 @@ def run(arguments: Sequence[str]) -> None:
             )
         before = _stages_before(dict(zip(evaluations, results.values(), strict=True)))
         console.print(table(evaluations, extra=_per_stage(evaluations, before)))
+        if len(evaluations) > 1:
+            console.print(difference_table({name: evaluation.model for name, evaluation in evaluations.items()}))
         if parsed.plot:
             base = next((e.base for e in evaluations.values() if e.base is not None), None)
             tradeoff(_curves(evaluations, before), parsed.plot, base=base)

@@ -50,7 +50,8 @@ class EvalArguments:
         default="builtin",
         metadata={
             "help": "Folder with harmful_test.jsonl, benign_test.jsonl and general_test.jsonl in the format of the "
-            "built-in data. A kind whose file is missing is not measured. 'builtin' uses the built-in data."
+            "built-in data. A kind whose file is missing is not measured. 'builtin' uses the built-in test rows, "
+            "'heldout' the larger built-in sets of harmful prompts and look-alikes, and the same general rows."
         },
     )
     samples: int | None = field(
@@ -102,6 +103,12 @@ def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str,
     Raises:
         ValueError: If the folder has none of the files, or one of them cannot be read.
     """
+    if source == "heldout":
+        return {
+            "harmful": data.load_heldout("harmful")[:samples],
+            "benign": data.load_heldout("lookalikes")[:samples],
+            "general": data.load("general", "test")[:samples],
+        }
     if source == "builtin":
         specs = {name: f"builtin:{name}:test" for name in data.NAMES}
     else:
@@ -110,7 +117,7 @@ def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str,
     if not specs:
         wanted = ", ".join(f"{name}_test.jsonl" for name in data.NAMES)
         raise ValueError(
-            f"data={source!r} contains none of {wanted}. Give a folder with at least one of them, or builtin."
+            f"data={source!r} contains none of {wanted}. Give a folder with at least one of them, builtin, or heldout."
         )
     return {name: load_rows(spec, "data").to_list()[:samples] for name, spec in specs.items()}
 

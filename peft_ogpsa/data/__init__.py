@@ -4,8 +4,8 @@
 
 There are three kinds of conversations: `harmful` (a harmful request and a polite refusal), `benign` (a harmless
 question that sounds dangerous and its answer) and `general` (everyday requests and their answers). `README.md` in
-this folder is the data card. `load_prompts` reads prompts without answers, for `ReferenceSet.from_prompts`; `public`
-has readers for public data sets.
+this folder is the data card. `load_prompts` reads prompts without answers, for `ReferenceSet.from_prompts`.
+`load_heldout` reads larger sets for measurements alone. `public` has readers for public data sets.
 """
 
 from importlib import resources
@@ -16,6 +16,7 @@ from ..core.files import json_lines
 NAMES = ("harmful", "benign", "general")
 SPLITS = ("train", "test")
 PROMPTS = ("general", "arithmetic", "lookalikes")
+HELDOUT = ("harmful", "lookalikes", "general", "arithmetic", "facts")
 _COMPLIANCE = "Sure, here is how to do that."
 _REFUSAL = "I'm sorry, but I can't help with that."
 
@@ -88,6 +89,26 @@ def load_prompts(name: str) -> list[str]:
             f"name={name!r} is not a built-in set of prompts. Use one of {', '.join(map(repr, PROMPTS))}."
         )
     return [line["prompt"] for line in _lines(f"prompts_{name}.jsonl")]
+
+
+def load_heldout(name: str) -> list[dict[str, Any]]:
+    """Read one of the built-in sets for measurements. Do not train on them, and do not use them as references.
+
+    Args:
+        name: `"harmful"` (requests that should be refused), `"lookalikes"` (harmless requests that look harmful),
+            `"general"` (everyday chat), `"arithmetic"` (word problems) or `"facts"` (questions with short answers).
+
+    Returns:
+        One dictionary per row, with `prompt` (text) and the columns of the set: `category` (harmful, general); `kind`
+        and `reserved` (look-alikes); `answer`, `working` and `steps` (arithmetic); `accept` and `grade` (facts). The
+        data card explains them. The first rows are a fair sample of all rows.
+
+    Raises:
+        ValueError: If `name` is not one of the values above.
+    """
+    if name not in HELDOUT:
+        raise ValueError(f"name={name!r} is not a built-in held-out set. Use one of {', '.join(map(repr, HELDOUT))}.")
+    return _lines(f"heldout_{name}.jsonl")
 
 
 def _lines(file: str) -> list[dict[str, Any]]:

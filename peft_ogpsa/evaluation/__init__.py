@@ -7,14 +7,17 @@ from typing import Any
 
 from ..text.generation import generate
 from ..text.refusal import Verdict, classify
+from .comparison import Difference, difference_table, differences
 from .divergence import BaseAnswers, kl_from_base, own_answers
-from .intervals import mean_interval, wilson
+from .exact import correct
+from .intervals import mean_interval, paired_difference, rate_difference, wilson
 from .losses import LossResult, nats_per_token
 from .plots import tradeoff
 from .report import Estimate, Evaluation, Evaluator, Measurement, Sample, evaluate, table
 
 __all__ = [
     "BaseAnswers",
+    "Difference",
     "Estimate",
     "Evaluation",
     "Evaluator",
@@ -23,12 +26,17 @@ __all__ = [
     "Sample",
     "Verdict",
     "classify",
+    "correct",
+    "difference_table",
+    "differences",
     "evaluate",
     "generate",
     "kl_from_base",
     "mean_interval",
     "nats_per_token",
     "own_answers",
+    "paired_difference",
+    "rate_difference",
     "table",
     "tradeoff",
     "wilson",

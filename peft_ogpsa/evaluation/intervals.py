@@ -1,10 +1,12 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Confidence intervals for rates and means."""
+"""Confidence intervals for rates and means, and for differences of rates."""
 
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+
+import torch
 
 Interval = tuple[float, float]
 
@@ -28,6 +30,60 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     # At 0 and at n successes, one bound is the rate itself, up to rounding.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def rate_difference(first: tuple[int, int], second: tuple[int, int], level: float = 0.95) -> Interval:
+    """Compute Newcombe's interval (1998, method 10) for the second rate minus the first, from Wilson's intervals.
+
+    For rates of independent samples. If both rates are of the same prompts, it is valid but wide.
+
+    Args:
+        first: How often the event happened, and how often it could have happened.
+        second: The same for the second rate.
+        level: Confidence level.
+    """
+    (low_1, high_1), (low_2, high_2) = wilson(*first, level), wilson(*second, level)
+    rate_1, rate_2 = first[0] / first[1], second[0] / second[1]
+    difference = rate_2 - rate_1
+    return (
+        difference - math.hypot(rate_2 - low_2, high_1 - rate_1),
+        difference + math.hypot(high_2 - rate_2, rate_1 - low_1),
+    )
+
+
+def paired_difference(
+    first: Sequence[bool], second: Sequence[bool], level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> Interval:
+    """Bootstrap an interval for the rate of `second` minus the rate of `first`, where both are of the same prompts.
+
+    Two imaginary prompts are added, one where only the first outcome is true and one where only the second is (Bonett
+    and Price 2012). Without them, the interval is too narrow if few prompts differ: 4 that all differ in the same way
+    would exclude zero.
+
+    Args:
+        first: One outcome per prompt.
+        second: The outcomes of the same prompts in the same order.
+        level: Confidence level.
+        draws: Number of bootstrap samples.
+        seed: Seed of the bootstrap samples.
+
+    Raises:
+        ValueError: If there are no outcomes, or their numbers differ.
+    """
+    if not first or len(first) != len(second):
+        raise ValueError(
+            f"There are {len(first)} and {len(second)} outcomes. Give the same number of both, and at least one."
+        )
+    pairs = list(zip(first, second, strict=True))
+    n, only_first, only_second = len(pairs) + 2, pairs.count((True, False)) + 1, pairs.count((False, True)) + 1
+    # A sample of n prompts is a multinomial draw of three counts.
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.full((draws,), float(n), dtype=torch.float64)
+    up = torch.binomial(total, torch.full_like(total, only_second / n), generator)
+    down = torch.binomial(total - up, torch.full_like(total, only_first / (n - only_second)), generator)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = ((up - down) / n).quantile(tails).tolist()
+    return low, high
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95, weights: Sequence[float] | None = None) -> Interval:

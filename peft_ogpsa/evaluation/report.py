@@ -5,7 +5,7 @@
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +75,10 @@ class Measurement:
     benign_unclear: Estimate | None = None
     harmful_samples: list[Sample] = field(default_factory=list)
     benign_samples: list[Sample] = field(default_factory=list)
+    losses: dict[str, LossResult] = field(default_factory=dict)
+    """Each general set's loss by example, to compare two models on the same rows."""
+    kl_loss: LossResult | None = None
+    """KL from base by example."""
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +97,9 @@ class Measurement:
             fields[key] = None if plain[key] is None else Estimate(**plain[key])
         for key in ("harmful_samples", "benign_samples"):
             fields[key] = [Sample(s["prompt"], s["answer"], Verdict(s["verdict"])) for s in plain[key]]
+        # Results of earlier versions do not have them.
+        fields["losses"] = {name: LossResult(**loss) for name, loss in plain.get("losses", {}).items()}
+        fields["kl_loss"] = None if plain.get("kl_loss") is None else LossResult(**plain["kl_loss"])
         return cls(**fields)
 
 
@@ -186,8 +193,10 @@ class Evaluator:
         if self.divergence_prompts is not None and self.base_answers is None:
             with without_adapter(model):
                 self._draw_base_answers(model)
-        kl = None if self.base_answers is None else Estimate.from_loss(kl_from_base(model, self.base_answers))
-        return self._measure(model, name, step, kl, start)
+        if self.base_answers is None:
+            return self._measure(model, name, step, None, start)
+        kl = kl_from_base(model, self.base_answers)
+        return replace(self._measure(model, name, step, Estimate.from_loss(kl), start), kl_loss=kl)
 
     def base(self, model: torch.nn.Module, name: str = "base") -> Measurement:
         """Measure the base on the first call, and return the same result on later calls.
@@ -220,14 +229,13 @@ class Evaluator:
     def _measure(
         self, model: torch.nn.Module, name: str, step: int | None, kl: Estimate | None, start: float
     ) -> Measurement:
-        general = {
-            set_name: Estimate.from_loss(
-                nats_per_token(
-                    model, self.processing_class, rows, batch_size=self.batch_size, max_length=self.max_length
-                )
+        losses = {
+            set_name: nats_per_token(
+                model, self.processing_class, rows, batch_size=self.batch_size, max_length=self.max_length
             )
             for set_name, rows in self.general.items()
         }
+        general = {set_name: Estimate.from_loss(loss) for set_name, loss in losses.items()}
         # Answer both kinds of prompts in one call, for fuller batches.
         harmful, benign = self.harmful or [], self.benign or []
         prompts = [*harmful, *benign]
@@ -256,6 +264,7 @@ class Evaluator:
             benign_unclear=_rate(benign_samples, Verdict.UNCLEAR),
             harmful_samples=harmful_samples,
             benign_samples=benign_samples,
+            losses=losses,
             seconds=time.perf_counter() - start,
         )
 

@@ -1,0 +1,220 @@
+"""Differences between two models on the same prompts: intervals against exact tests, and what `ogpsa compare` says."""
+
+import dataclasses
+import functools
+import json
+import random
+from math import comb
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from peft_ogpsa.cli import main
+from peft_ogpsa.evaluation import (
+    Estimate,
+    Evaluation,
+    LossResult,
+    Measurement,
+    Sample,
+    Verdict,
+    differences,
+    paired_difference,
+    rate_difference,
+)
+
+
+def outcomes(n, only_first, only_second):
+    same = [False] * (n - only_first - only_second)
+    return [True] * only_first + [False] * only_second + same, [False] * only_first + [True] * only_second + same
+
+
+@functools.cache
+def excludes_zero(n, only_first, only_second):
+    low, high = paired_difference(*outcomes(n, only_first, only_second))
+    return not low <= 0 <= high
+
+
+@pytest.mark.parametrize(("n", "only_first", "only_second"), [(48, 3, 12), (150, 20, 21), (30, 0, 9), (200, 90, 10)])
+def test_the_paired_interval_is_scipys_bootstrap_with_two_more_prompts(n, only_first, only_second):
+    first, second = (np.array(values, float) for values in outcomes(n + 2, only_first + 1, only_second + 1))
+    expected = stats.bootstrap((second - first,), np.mean, method="percentile", rng=0).confidence_interval
+    assert paired_difference(*outcomes(n, only_first, only_second)) == pytest.approx(expected, abs=1.5 / n)
+
+
+@pytest.mark.parametrize("n", [48, 150])
+def test_the_mark_agrees_with_the_exact_test(n):
+    for different in range(1, 25):
+        for only_first in range(different // 2 + 1):
+            p = stats.binomtest(only_first, different).pvalue  # McNemar's exact test
+            marked = excludes_zero(n, only_first, different - only_first)
+            if not 0.045 < p < 0.06:  # the interval depends on n too, which the test does not
+                assert marked == (p < 0.05), (only_first, different, p)
+
+
+@pytest.mark.parametrize(("n", "share"), [(41, 0.05), (41, 0.5), (150, 0.05), (150, 0.2)])
+def test_chance_is_marked_in_less_than_one_of_twenty_cases(n, share):
+    marked = 0.0
+    for different in range(n + 1):
+        weight = stats.binom.pmf(different, n, share)
+        if weight > 1e-4:
+            cases = [b for b in range(different // 2 + 1) if excludes_zero(n, b, different - b)]
+            marked += weight * 2 * sum(comb(different, b) for b in cases) / 2**different
+    assert marked < 0.05
+
+
+def test_the_paired_interval_repeats_and_turns_around():
+    first, second = outcomes(60, 4, 14)
+    low, high = paired_difference(first, second)
+    assert (low, high) == paired_difference(first, second)
+    assert paired_difference(second, first) == pytest.approx((-high, -low), abs=0.02)
+    assert low < 10 / 60 < high
+    wide = paired_difference(first, second, level=0.99)
+    assert wide[0] < low < high < wide[1]
+    assert paired_difference([True], [True])[0] < 0 < paired_difference([True], [True])[1]
+
+
+@pytest.mark.parametrize(
+    ("second", "first", "expected"),  # Newcombe (1998), table II, method 10
+    [
+        ((56, 70), (48, 80), (0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.1705, 0.8090)),
+        ((5, 56), (0, 29), (-0.0381, 0.1926)),
+        ((10, 10), (0, 20), (0.6791, 1.0)),
+    ],
+)
+def test_the_unpaired_interval_is_newcombes(second, first, expected):
+    assert rate_difference(first, second) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("first", "second"), [([], []), ([True], [True, False])])
+def test_outcomes_must_pair(first, second):
+    with pytest.raises(ValueError, match="Give the same number of both"):
+        paired_difference(first, second)
+
+
+def measurement(name, refused, over=(False,) * 4, losses=(1.0, 2.0, 3.0), kl=None):
+    """A measurement as `evaluate` builds it, from outcomes and from losses by example."""
+
+    def samples(kind, values):
+        verdicts = [Verdict.REFUSAL if value else Verdict.COMPLIANCE for value in values]
+        return [Sample(f"{kind} {i}", "...", verdict) for i, verdict in enumerate(verdicts)]
+
+    tokens = [5 + i for i in range(len(losses))]
+    loss = LossResult.from_sums([mean * count for mean, count in zip(losses, tokens, strict=True)], tokens)
+    return Measurement(
+        name,
+        general={"general": Estimate.from_loss(loss)},
+        general_mean=Estimate.from_loss(loss),
+        refusal=Estimate.from_count(sum(refused), len(refused)),
+        over_refusal=Estimate.from_count(sum(over), len(over)),
+        harmful_samples=samples("harmful", refused),
+        benign_samples=samples("benign", over),
+        losses={"general": loss},
+        kl=None if kl is None else Estimate.from_loss(kl),
+        kl_loss=kl,
+    )
+
+
+def without_outcomes(measured):
+    return dataclasses.replace(measured, harmful_samples=[], benign_samples=[], losses={}, kl_loss=None)
+
+
+def test_rates_and_losses_are_compared_pair_by_pair():
+    rng = random.Random(0)
+    base = [rng.uniform(1, 4) for _ in range(40)]
+    worse = [loss + 0.05 + rng.gauss(0, 0.02) for loss in base]
+    one = measurement("one", [True] * 30 + [False] * 30, losses=base)
+    two = measurement("two", [True] * 28 + [False] * 2 + [True] * 16 + [False] * 14, losses=worse)
+    found = differences(one, two)
+    assert found.keys() == {"general", "refusal", "over_refusal"}
+    assert found["refusal"].value == pytest.approx(14 / 60)
+    assert found["refusal"].larger_than_chance
+    assert not found["over_refusal"].larger_than_chance
+    assert found["general"].value == pytest.approx(0.05, abs=0.01)
+    assert found["general"].larger_than_chance
+    # Without what is stored by prompt, the intervals are wider.
+    plain = differences(without_outcomes(one), without_outcomes(two))
+    for name in ("refusal", "general"):
+        assert plain[name].value == found[name].value
+        assert plain[name].high - plain[name].low > found[name].high - found[name].low
+    assert not plain["general"].larger_than_chance
+
+
+def test_kl_is_compared_pair_by_pair_and_only_if_both_have_it():
+    kl = [LossResult.from_sums([x * 4 for x in means], [4, 4, 4, 4]) for means in ([1, 2, 3, 4], [2, 3, 4, 5.1])]
+    one, two = (measurement("m", [True, False], kl=own) for own in kl)
+    assert differences(one, two)["kl"].larger_than_chance
+    assert "kl" not in differences(one, measurement("m", [True, False]))
+    assert not differences(without_outcomes(one), without_outcomes(two))["kl"].larger_than_chance
+
+
+def test_other_prompts_are_compared_as_independent_samples():
+    first, second = outcomes(60, 3, 12)
+    one, two = measurement("one", first), measurement("two", second)
+    renamed = [dataclasses.replace(sample, prompt=f"other {sample.prompt}") for sample in two.harmful_samples]
+    other = dataclasses.replace(two, harmful_samples=renamed)
+    found = differences(one, other)["refusal"]
+    assert (found.low, found.high) == rate_difference((3, 60), (12, 60))
+
+
+def test_two_runs_that_differ_by_chance_alone_are_said_to_do_so():
+    rng = np.random.default_rng(0)
+    marks = {"refusal": 0, "general": 0}
+    for _ in range(400):
+        sure, losses = rng.uniform(size=150), rng.gamma(2, size=80)  # prompts and rows differ from one another
+        runs = [
+            measurement("run", list(rng.uniform(size=150) < sure), losses=losses + rng.normal(0, 0.1, size=80))
+            for _ in range(2)
+        ]
+        found = differences(*runs)
+        for name in marks:
+            marks[name] += found[name].larger_than_chance
+    assert max(marks.values()) <= 0.06 * 400  # 0.05 is expected at most, with a standard error of 0.011
+    assert marks["general"] >= 0.02 * 400  # and it is not that nothing is ever marked
+
+
+def write(path, measured):
+    saved = {"name": measured.name, "arguments": {}, "evaluation": Evaluation(measured, None, {}).to_dict()}
+    path.write_text(json.dumps(saved))
+    return str(path)
+
+
+def cells(printed):
+    return {row[1]: row for row in ([c.strip() for c in line.split("│")] for line in printed.splitlines()) if row[1:]}
+
+
+def test_compare_marks_differences_from_the_first_model(tmp_path, capsys):
+    first, second = outcomes(100, 5, 40)
+    plain, other = measurement("plain", first), measurement("ogpsa", second)
+    results = [write(tmp_path / f"{m.name}.json", m) for m in (plain, other)]
+    main(["compare", *results])
+    table, _, rest = capsys.readouterr().out.partition("Differences from plain")
+    assert set(cells(table)) == {"plain", "ogpsa"}
+    row = cells(rest)["ogpsa"]
+    assert "plain" not in cells(rest)
+    assert row[2].startswith("+0.000 (+0.000 to +0.000)")
+    low, high = paired_difference(first, second)
+    assert row[4] == f"+35% ({low:+.0%} to {high:+.0%}) *"
+    assert row[5].startswith("+0% (")
+    assert not row[5].endswith("*")
+    assert "One in 20" in " ".join(rest.split())
+    main(["compare", results[0]])
+    assert "Differences" not in capsys.readouterr().out
+
+
+def test_results_of_earlier_versions_are_read(tmp_path, capsys):
+    first, second = outcomes(100, 5, 40)
+    results = []
+    for measured in (measurement("plain", first), measurement("ogpsa", second)):
+        results.append(write(tmp_path / f"{measured.name}.json", measured))
+        saved = json.loads((tmp_path / f"{measured.name}.json").read_text())
+        for name in ("losses", "kl_loss"):
+            del saved["evaluation"]["model"][name]
+        (tmp_path / f"{measured.name}.json").write_text(json.dumps(saved))
+    main(["compare", *results])
+    row = cells(capsys.readouterr().out.partition("Differences from plain")[2])["ogpsa"]
+    assert row[4].endswith("*")
+    assert not row[2].endswith("*")
+    again = Evaluation.from_dict(json.loads(json.dumps(Evaluation(measurement("a", first), None, {}).to_dict())))
+    assert again.model == measurement("a", first)
