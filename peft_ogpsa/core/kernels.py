@@ -410,8 +410,8 @@ def refuse_old_triton() -> None:
     if _numbers(triton.__version__) < _numbers(OLDEST_TRITON):
         raise ImportError(
             f"The Triton kernels need triton>={OLDEST_TRITON}, but triton {triton.__version__} is installed. torch "
-            "2.10 and later come with a new enough Triton. Or do not ask for the kernels: unset PEFT_OGPSA_KERNELS, or "
-            "set projector.kernels = False. torch then does the same work."
+            "2.10 and later come with a new enough Triton. Or do not ask for the kernels: unset PEFT_OGPSA_KERNELS, "
+            "or set projector.kernels = False. torch then does the same work."
         )
 
 
