@@ -264,6 +264,34 @@ def move_to_front(callback: TrainerCallback) -> bool:
     return False
 
 
+def trainer_of(callback: TrainerCallback) -> Trainer | None:
+    """The trainer whose event a callback is handling, from within that event; `None` if it is not found.
+
+    Relies on: a trainer does not give itself to its callbacks. Its own methods cause their events, with the trainer as
+    `self`, and its `callback_handler.callbacks` holds them.
+    """
+    from transformers import Trainer
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer) and callback in trainer.callback_handler.callbacks:
+            return trainer
+        frame = frame.f_back
+    return None
+
+
+def forgets_default_adapter() -> bool:
+    """Whether a resumed trainer does not load the adapter `default` of a checkpoint with others, such as TRL's `ref`.
+
+    Relies on: PEFT saves `default` in the checkpoint's own folder, and every other adapter in a subfolder. If there
+    are subfolders, `Trainer._load_from_checkpoint` loads them alone, without a warning, before transformers 5.23.
+    """
+    import transformers
+
+    return _release(transformers.__version__) < (5, 23)
+
+
 def end(trainer: Trainer) -> None:
     """Tell a trainer's callbacks that everything is done.
 
@@ -340,6 +368,21 @@ def trusts_remote_code(*configs: Any) -> bool:
     return any(getattr(config, "trust_remote_code", False) for config in configs)
 
 
+def takes_base_as_reference(trainer: Any) -> bool:
+    """Whether a trainer's reference policy is the base, also if the adapter that it trains is trained already.
+
+    Relies on: before TRL 0.29, `DPOTrainer` turns the adapter off for the reference policy, unless it has a
+    `ref_model` or a `ref_adapter_name`. From 0.29 on, it copies the adapter that it gets to the adapter `ref`. unsloth
+    renames its copy of the class. LLaMA-Factory has a subclass, which also serves the losses `orpo` and `simpo`; like
+    `reference_free`, they use no reference policy.
+    """
+    names = [cls.__name__.removeprefix("_").removeprefix("Unsloth") for cls in type(trainer).__mro__]
+    if "DPOTrainer" not in names or _release(sys.modules["trl"].__version__) >= (0, 29):
+        return False
+    explicit = any(getattr(trainer, name, None) for name in ("ref_model", "ref_adapter_name", "reference_free"))
+    return not explicit and getattr(trainer, "loss_type", None) not in ("orpo", "simpo")
+
+
 # bitsandbytes
 
 
@@ -370,3 +413,8 @@ def gradient_scale(optimizer: Any) -> Tensor | None:
     Relies on: `GradScaler.step` sets `grad_scale` on such an optimizer, and on no other.
     """
     return getattr(optimizer, "grad_scale", None)
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)

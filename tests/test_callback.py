@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from loops import LORA, parameters_of
-from models import chat, tiny_llama, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from models import chat, randomize, tiny_llama, tiny_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     BitsAndBytesConfig,
@@ -234,6 +234,83 @@ def test_dpo_trainer(tmp_path, given, precompute):
     assert all(torch.equal(p, reference[n]) for n, p in trainer.model.named_parameters() if n in reference)
     assert "default" in policy
     assert "ogpsa/removed" in trainer.state.log_history[0]
+
+
+PAIRS = [
+    {"prompt": row["prompt"], "chosen": row["completion"], "rejected": chat("", "Sure, here is how.")["completion"]}
+    for row in TRAINING
+]
+
+
+def dpo(tmp_path, model, callback=None, **options):
+    settings = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+    return DPOTrainer(
+        model,
+        args=DPOConfig(output_dir=str(tmp_path), **settings),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tiny_tokenizer(),
+        callbacks=[callback or OGPSACallback(sets())],
+    )
+
+
+@pytest.mark.parametrize("given", ["trained", "trained, with ref", "fresh"])
+@pytest.mark.parametrize("version", ["0.28.0", "0.29.0"])
+def test_dpo_of_a_trained_adapter_needs_its_copy_as_reference_policy(tmp_path, monkeypatch, version, given):
+    model = model_of() if given == "fresh" else randomize(model_of())
+    trainer = dpo(tmp_path, model)
+    trainer.ref_adapter_name = "ref" if "ref" in given else None  # set by an old trainer alone
+    monkeypatch.setattr("trl.__version__", version)
+    if given == "trained" and version == "0.28.0":
+        before = weights(model)
+        with pytest.raises(ValueError, match=r"reference policy is the base model.*trl>=1\.0.*ref_adapter_name="):
+            trainer.train()
+        assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    else:
+        trainer.train()
+        assert model.projector.steps == 1
+
+
+def forgetful(monkeypatch):
+    """Make the trainer load adapters as before transformers 5.23: those in subfolders alone, if there are any."""
+
+    def load(self, checkpoint, model=None):
+        for name in set(self.model.peft_config) - {"default"}:
+            self.model.load_adapter(f"{checkpoint}/{name}", name, is_trainable=False)
+        self.model.set_adapter("default")
+
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", load)
+    monkeypatch.setattr("transformers.__version__", "5.22.2")
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_a_resumed_run_without_its_adapter_is_refused(tmp_path, monkeypatch, rebuild):
+    straight = dpo(tmp_path, model_of(), max_steps=3, save_strategy="steps", save_steps=1)
+    straight.train()
+    forgetful(monkeypatch)
+    checkpoint = str(tmp_path / "checkpoint-1")
+    callback = OGPSACallback(sets(), rebuild_subspace=rebuild)
+    resumed = dpo(tmp_path, randomize(model_of()), callback, max_steps=3)
+    with pytest.raises(
+        ValueError, match=r"'default' does not have the weights of .*checkpoint-1.*transformers>=5\.23"
+    ):
+        resumed.train(resume_from_checkpoint=checkpoint)
+    # The remedy: then TRL's reference policy is the checkpoint's, and the trained adapter too.
+    loaded = PeftModel.from_pretrained(model_of().unload(), checkpoint, is_trainable=True)
+    resumed = dpo(tmp_path, loaded, OGPSACallback(sets(), rebuild_subspace=rebuild), max_steps=3)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    if not rebuild:
+        expected = dict(straight.model.named_parameters())
+        assert all(torch.equal(p, expected[name]) for name, p in resumed.model.named_parameters())
 
 
 def test_four_bit_base_keeps_its_adapters_in_float32(tmp_path):

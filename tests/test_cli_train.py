@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from peft_ogpsa import OGPSAConfig, ReferenceSet
-from peft_ogpsa.cli import loading, main
+from peft_ogpsa.cli import dryrun, loading, main
 from peft_ogpsa.cli.arguments import METHODS, OGPSAArguments, adapter_config, parser
 from peft_ogpsa.cli.datasets import load_rows, reference_sets
 from peft_ogpsa.cli.dryrun import planned_refreshes
@@ -313,6 +313,13 @@ def test_dry_run(folder, capsys, method):
     )
     assert figures["reference rows"].startswith(f"{8 * lora * 4:,} bytes")
     assert "8 rows" in figures["reference rows"]
+
+
+def test_memory_is_not_measured_where_python_cannot(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "MiB" in dryrun._peak_memory()
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows, where importing it fails
+    assert dryrun._peak_memory() == "not measured on this system"
 
 
 def test_dry_run_plans_the_whole_run(folder, capsys):

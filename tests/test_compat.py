@@ -10,9 +10,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+import trl
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from models import tiny_llama, tokens
+from datasets import Dataset
+from models import randomize, tiny_llama, tiny_tokenizer, tokens
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -25,7 +27,7 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from trl import ModelConfig, SFTConfig
+from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig
 
 import peft_ogpsa
 from peft_ogpsa import OGPSAConfig, OGPSAModel, compat
@@ -275,6 +277,94 @@ def test_a_scaler_leaves_its_marks_on_fused_optimizers_alone(fused, overflows):
     assert torch.equal(parameter, before) == overflows
     assert compat.gradient_scale(optimizer) is None
     assert not compat.skips_step(optimizer)
+
+
+class _Finder(TrainerCallback):
+    def __init__(self):
+        self.found = []
+
+    def on_init_end(self, *arguments, **options):
+        self.found.append(compat.trainer_of(self))
+
+
+def test_a_callback_finds_its_trainer(tmp_path):
+    finder = _Finder()
+    trainer = Trainer(
+        tiny_llama(), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True), callbacks=[finder]
+    )
+    assert finder.found == [trainer]
+    assert compat.trainer_of(finder) is None  # outside of its events
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.22.2", "5.23.0", "5.100.0.dev0", "6.0.0"])
+def test_versions_of_transformers_that_forget_an_adapter(version, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", version)
+    assert compat.forgets_default_adapter() == version.startswith(("4", "5.22"))
+
+
+def test_a_resumed_trainer_loads_every_adapter_unless_we_say_that_it_forgets_one(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    model.add_adapter("ref", LoraConfig(target_modules=["q_proj"]))
+    randomize(model).save_pretrained(tmp_path / "checkpoint-1")
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "checkpoint-1" / "ref" / "adapter_model.safetensors").is_file()
+    saved = {name: get_peft_model_state_dict(model, adapter_name=name) for name in ("default", "ref")}
+    fresh = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    fresh.add_adapter("ref", LoraConfig(target_modules=["q_proj"]))
+    trainer = Trainer(fresh, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    for name, state in saved.items():
+        loaded = get_peft_model_state_dict(fresh, adapter_name=name)
+        same = all(torch.equal(value, state[key]) for key, value in loaded.items())
+        assert same == (name == "ref" or not compat.forgets_default_adapter())
+
+
+def _preference_trainer(folder, adapter):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    return DPOTrainer(
+        adapter,
+        args=DPOConfig(str(folder), report_to="none", use_cpu=True, bf16=False),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def test_the_reference_policy_of_preference_training(tmp_path, monkeypatch):
+    model = get_peft_model(tiny_llama(vocab_size=259), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    trainer = _preference_trainer(tmp_path, randomize(model))
+    # TRL copies what it gets, and takes the copy.
+    assert trainer.ref_model is None
+    copied = {n: p for n, p in trainer.model.named_parameters() if ".ref." in n}
+    own = dict(trainer.model.named_parameters())
+    assert copied
+    assert all(torch.equal(p, own[name.replace(".ref.", ".default.")]) for name, p in copied.items())
+    assert not compat.takes_base_as_reference(trainer)
+    monkeypatch.setattr(trl, "__version__", "0.28.0")
+    assert compat.takes_base_as_reference(trainer)
+
+
+def test_trainers_that_take_the_base_as_reference_policy(monkeypatch):
+    class _UnslothDPOTrainer: ...
+
+    class DPOTrainer: ...
+
+    class CustomDPOTrainer(DPOTrainer): ...  # LLaMA-Factory's
+
+    def takes(cls, **attributes):
+        trainer = cls()
+        vars(trainer).update({"ref_model": None, "ref_adapter_name": None, "loss_type": ["sigmoid"], **attributes})
+        return compat.takes_base_as_reference(trainer)
+
+    for version, old in {"0.12.0": True, "0.28.2": True, "0.29.0": False, "1.0.0": False, "1.16.0": False}.items():
+        monkeypatch.setattr(trl, "__version__", version)
+        for cls in (DPOTrainer, CustomDPOTrainer, _UnslothDPOTrainer):
+            assert takes(cls) == old
+            assert not takes(cls, ref_model=object())
+            assert not takes(cls, ref_adapter_name="ref")
+            assert not takes(cls, reference_free=True)
+            assert not takes(cls, loss_type="simpo")
+            assert not takes(cls, loss_type="orpo")
+        assert not takes(type("OnlineDPOTrainer", (), {}))
 
 
 def test_the_end_of_training_is_told_where_trainers_know_one():

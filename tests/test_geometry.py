@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy
 import torch
 from scipy.optimize import nnls
 from torch.nn.functional import normalize as unit
@@ -192,6 +193,10 @@ def test_span_of_nothing_is_nothing():
 # --- cone ---
 
 
+@pytest.mark.skipif(
+    tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 16),  # the last one for Python 3.10 is 1.15
+    reason="nnls of SciPy before 1.16 is wrong for some of these rows",
+)
 @pytest.mark.parametrize("seed", range(2))
 @cases
 def test_cone_against_non_negative_least_squares(kind, shape, seed):

@@ -7,6 +7,7 @@ triton is imported: `test_all_of_this_in_the_interpreter` runs this file again s
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -44,6 +45,29 @@ def test_all_of_this_in_the_interpreter():
     )
     assert result.returncode == 0, result.stdout[-5000:]
     assert "passed" in result.stdout
+
+
+# The version
+
+
+@pytest.mark.parametrize("version", ["2.3.1", "3.5.1", "3.5.1+git1b0418a9"])
+@pytest.mark.parametrize("way", ["environment", "attribute"])
+def test_a_triton_that_cannot_compile_the_kernels_is_an_error(way, version, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    model = ogpsa_model()  # who does not ask for the kernels may have any Triton
+    assert model.projector.kernels is False
+    monkeypatch.setenv("PEFT_OGPSA_KERNELS", "1")
+    ask = ogpsa_model if way == "environment" else lambda: setattr(model.projector, "kernels", True)
+    with pytest.raises(ImportError, match=rf"need triton>=3\.6, but triton {re.escape(version)} is installed"):
+        ask()
+    assert model.projector.kernels is False
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.0+git1", "4.0"])
+def test_later_versions_of_triton_are_accepted(version, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setenv("PEFT_OGPSA_KERNELS", "1")
+    assert ogpsa_model().projector.kernels is True
 
 
 # The kernels one by one

@@ -142,8 +142,10 @@ def planned_refreshes(steps: int, refresh_steps: int) -> int:
 def _peak_memory() -> str:
     if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
         return f"{_mebibytes(peak)} on the GPU"
-    import resource  # not available on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return "not measured on this system"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return f"{_mebibytes(peak if sys.platform == 'darwin' else peak * 1024)} of main memory for the whole process"

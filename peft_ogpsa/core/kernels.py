@@ -12,7 +12,8 @@ The kernels are:
     correct    per group: subtracts the rows' combination from the parameters
 
 A program of a kernel handles one *chunk* of one piece. No value is added up with atomics, so a run repeats to the bit.
-Parameters are separate tensors, so the kernels find them by their addresses. This module needs `triton`.
+Parameters are separate tensors, so the kernels find them by their addresses. This module needs `triton`, of version
+3.6 or later (`refuse_old_triton`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from torch import Tensor
 
 from .gradient_subspace import Subspace
 from .layout import Blocks, Stack
+
+OLDEST_TRITON = "3.6"
+"""The first version whose compiler accepts `_solve`. 3.4 and 3.5 fail in a pass of theirs that removes layouts."""
 
 MOST_ROWS = 64
 """Maximum rows per block. The block's Gram matrix must fit into the registers of one program."""
@@ -395,6 +399,25 @@ def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
         and all(address % 16 == 0 for own in addresses for address in own)
     )
     return Launcher(blocks, addresses) if fits else None
+
+
+def refuse_old_triton() -> None:
+    """Reject a Triton that cannot compile the kernels.
+
+    Raises:
+        ImportError: If the installed version is older than `OLDEST_TRITON`.
+    """
+    if _numbers(triton.__version__) < _numbers(OLDEST_TRITON):
+        raise ImportError(
+            f"The Triton kernels need triton>={OLDEST_TRITON}, but triton {triton.__version__} is installed. torch "
+            "2.10 and later come with a new enough Triton. Or do not ask for the kernels: unset PEFT_OGPSA_KERNELS, "
+            "or set projector.kernels = False. torch then does the same work."
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _on(device: torch.device) -> AbstractContextManager:

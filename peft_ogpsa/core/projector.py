@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,8 +56,8 @@ class Projector:
         diagnostics (`Diagnostics`): What was done and what it cost.
         kernels (`bool`): Set to `True`, or set the environment variable `PEFT_OGPSA_KERNELS=1`, to use the Triton
             kernels of `kernels.py` where they apply: the cone on the update of float32 parameters on CUDA, with up to
-            64 rows in float32 or bfloat16. Experimental: the kernels have been compiled for GPUs and run in Triton's
-            interpreter, but not on a GPU yet.
+            64 rows in float32 or bfloat16. They need Triton 3.6. Experimental: the kernels have been compiled for GPUs
+            and run in Triton's interpreter, but not on a GPU yet.
         max_grad_norm (`float`, *optional*): The norm that the training gradient is clipped to. The callback takes it
             from the trainer's arguments. The mean reference gradient is clipped to the same norm, before it is
             multiplied by `reference_weight`. `None`: no clipping.
@@ -113,6 +114,23 @@ class Projector:
     def skipped(self) -> int:
         """Number of steps that a gradient scaler has skipped. `steps` does not count them."""
         return self._schedule.skipped
+
+    @property
+    def kernels(self) -> bool:
+        """Whether the Triton kernels are used where they apply.
+
+        Raises:
+            ImportError: If it is set to `True` and the installed Triton is too old for them.
+        """
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, wanted: bool) -> None:
+        if wanted and find_spec("triton") is not None:
+            from .kernels import refuse_old_triton
+
+            refuse_old_triton()
+        self._kernels = wanted
 
     def projected(self) -> dict[str, Tensor]:
         """The parameters that a subspace was made for, by name; empty before there is one."""

@@ -101,7 +101,8 @@ class OGPSACallback(TrainerCallback):
             `config` is not given (or both are), training is distributed in an unsupported way (DeepSpeed, FSDP 1,
             parameters offloaded to the host), the optimizer is schedule-free, a refresh would draw more reference
             examples than `rows` holds, or the subspace of a resumed checkpoint is missing, is damaged, belongs to
-            other weights, or does not fit.
+            other weights, or does not fit; if an old transformers has not loaded the adapter of a resumed checkpoint;
+            if DPO of an already trained adapter would take the base as its reference policy (an old TRL).
         RuntimeError: During training, if a step was not projected, because torch has no hooks for the optimizer or the
             optimizer trains other parameters.
     """
@@ -176,6 +177,9 @@ class OGPSACallback(TrainerCallback):
             )
         checks.refuse_unsupported(args, model)
         projector = self._projector_of(model)
+        checks.refuse_base_as_reference(compat.trainer_of(self), projector)
+        if state.global_step > 0:
+            checks.refuse_forgotten_adapter(model, self._checkpoint(args, state))
         if optimizer is not None:
             refuse_averaging(optimizer, projector.config)
         loader, step_examples = self._loader(args, state, projector.config, processing_class)
@@ -336,8 +340,12 @@ class OGPSACallback(TrainerCallback):
         if state.is_world_process_zero:
             checkpoint.save(_checkpoint_directory(args, state), saved)
 
+    def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """The directory of the checkpoint that a run resumes from."""
+        return Path(self.resume_from) if self.resume_from else _checkpoint_directory(args, state)
+
     def _resume(self, args: TrainingArguments, state: TrainerState, run: _Run) -> None:
-        directory = Path(self.resume_from) if self.resume_from else _checkpoint_directory(args, state)
+        directory = self._checkpoint(args, state)
         try:
             saved = checkpoint.load(directory)
             try:

@@ -7,15 +7,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
-from torch import nn
+import torch
+from peft import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from .. import compat
 from ..core import distributed
 from ..core.config import ProjectionConfig
 from ..core.full_parameter import FullParameterConfig
+from ..core.projector import Projector
 from ..references.losses import ReferenceLoss
 
 logger = logging.getLogger(__name__)
@@ -47,6 +53,48 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             f"The model is spread over several devices (device_map), but it is trained in {distributed.count()} "
             "processes. Load it without device_map."
         )
+
+
+def refuse_base_as_reference(trainer: Trainer | None, projector: Projector) -> None:
+    """Reject preference training of a trained adapter if its reference policy is the base: before TRL 0.29."""
+    if trainer is None or trainer.state.global_step > 0 or not compat.takes_base_as_reference(trainer):
+        return
+    for name, _, parameter in projector.targets.trained():
+        if (".lora_B." in name or ".lora_embedding_B." in name) and parameter.any():
+            raise ValueError(
+                f"{type(trainer).__name__} trains an adapter that is already trained, but its reference policy is the "
+                "base model, because TRL before 0.29 turns the adapter off for it. DPO then starts with a wrong loss. "
+                "Install trl>=1.0. Or load the adapter a second time under the name 'ref' and set "
+                'DPOConfig(model_adapter_name="default", ref_adapter_name="ref"), or give ref_model. Or merge the '
+                "adapter into the base (peft_ogpsa.merge_adapter) and train a new one; in LLaMA-Factory, set "
+                "create_new_adapter: true."
+            )
+
+
+def refuse_forgotten_adapter(model: nn.Module, checkpoint: Path) -> None:
+    """Reject a resumed run whose trainer has not loaded the trained adapter: before transformers 5.23."""
+    adapters = getattr(model, "peft_config", {})
+    if "default" not in adapters or len(adapters) == 1 or not compat.forgets_default_adapter():
+        return
+    file = checkpoint / SAFETENSORS_WEIGHTS_NAME
+    if compat.fsdp_plugin() is not None or (file.is_file() and _has_weights(model, load_file(file))):
+        return
+    raise ValueError(
+        f"The run is resumed, but the adapter 'default' does not have the weights of {checkpoint}. transformers "
+        "before 5.23 does not load this adapter if the checkpoint holds a second one, such as the adapter 'ref' of "
+        "TRL's DPOTrainer. Install transformers>=5.23. Or load the checkpoint's adapter yourself before you create "
+        "the trainer: PeftModel.from_pretrained(base, CHECKPOINT, is_trainable=True). If the checkpoint is in another "
+        "directory, give OGPSACallback(resume_from=DIRECTORY)."
+    )
+
+
+def _has_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> bool:
+    own = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    rounding = 2**-8  # TRL may have rounded the adapter to bfloat16
+    return all(
+        name in saved and torch.allclose(value.float().cpu(), saved[name].float(), rtol=rounding, atol=0)
+        for name, value in own.items()
+    )
 
 
 def check_losses(losses: Mapping[str, ReferenceLoss], config: ProjectionConfig, model: nn.Module) -> None:
