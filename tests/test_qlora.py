@@ -100,11 +100,6 @@ def logits(model) -> torch.Tensor:
         return model.train()(input_ids=batch(0)["input_ids"]).logits.float()
 
 
-def norms(model) -> list[torch.nn.Parameter]:
-    """They are in float32 where the base was prepared: by the test, or by TRL before 1.16."""
-    return [p for n, p in model.named_parameters() if "norm" in n]
-
-
 @pytest.mark.parametrize("given", ["prepared peft model", "base and config", "folder and config"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_trainer(stage, given, saved, tmp_path):
@@ -139,10 +134,12 @@ def test_trainer(stage, given, saved, tmp_path):
     trainer.save_model(str(tmp_path / "adapter"))
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     (tmp_path / "adapter" / "ogpsa_config.json").unlink()
-    fresh = prepared(saved) if any(p.dtype == torch.float32 for p in norms(model)) else four_bit(saved)
+    fresh = prepared(saved) if given == "prepared peft model" else four_bit(saved)
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
     assert type(loaded.peft_config["default"]) is LoraConfig
     assert same(adapter(loaded), trained)
+    for own in (loaded, model):  # before transformers 5, the base rounds otherwise with checkpointing
+        own.gradient_checkpointing_disable()
     assert torch.equal(logits(loaded), logits(model))
     with loaded.disable_adapter():
         assert not torch.equal(logits(loaded), logits(model))
