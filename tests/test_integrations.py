@@ -252,16 +252,17 @@ def test_with_llamafactory_itself(tmp_path, stage, monkeypatch):
         "output_dir": "out",
         "ogpsa": {"references": ROWS, "reference_samples": 4, "reference_max_length": 128, "subspace_rank": 8},
     }
-    trained = []
+    steps, at_step_end = [], ToolCallback.on_step_end
 
-    def at_end(self, args, state, control, model, **others):
-        trained.append((projector_of(model).steps, leak(model), weights(model)))
+    def measured(self, args, state, control, model, **others):
+        steps.append((projector_of(model).steps, leak(model), weights(model)))
+        return at_step_end(self, args, state, control, model=model, **others)
 
-    monkeypatch.setattr(ToolCallback, "on_train_end", at_end)
+    monkeypatch.setattr(ToolCallback, "on_step_end", measured)
     llamafactory.main([write(tmp_path / "run.yaml", config)])
-    ((steps, leaked, values),) = trained
-    assert steps == 3
-    assert leaked < 1e-6
+    assert [count for count, _, _ in steps] == [1, 2, 3]
+    assert max(leaked for _, leaked, _ in steps) < 1e-6
+    values = steps[-1][2]
     assert any(value.abs().sum() > 0 for name, value in values.items() if "lora_B" in name)
     assert json.loads(Path("out/adapter_config.json").read_text())["peft_type"] == "LORA"
 
