@@ -125,6 +125,11 @@ def test_bad_options(options, message):
         main(["quickstart", *options])
 
 
+def test_a_model_that_cannot_be_found(tmp_path):
+    with pytest.raises(SystemExit, match=r"^ogpsa quickstart: model='no/model' cannot be loaded: .* Give a folder"):
+        main(["quickstart", "--model", "no/model", "--output_dir", str(tmp_path)])
+
+
 def test_bad_data(folders):
     model, data = folders
     (data / "benign_test.jsonl").write_text('{"prompt": "a"}\nnot json\n')
