@@ -126,7 +126,9 @@ def test_bad_options(options, message):
 
 
 def test_a_model_that_cannot_be_found(tmp_path):
-    with pytest.raises(SystemExit, match=r"(?s)^ogpsa quickstart: model='no/model' cannot be loaded: .* Give a folder"):
+    with pytest.raises(
+        SystemExit, match=r"(?s)^ogpsa quickstart: model='no/model' cannot be loaded: .* Give a folder"
+    ):
         main(["quickstart", "--model", "no/model", "--output_dir", str(tmp_path)])
 
 

@@ -28,7 +28,9 @@ from peft_ogpsa.data import load_prompts, pairs
 from peft_ogpsa.evaluation import Verdict
 from peft_ogpsa.references.lookalikes import with_lookalikes
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("sft_*.yaml")) + sorted(
+    (Path(__file__).parents[1] / "examples").glob("dpo_*.yaml")
+)
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 
 
