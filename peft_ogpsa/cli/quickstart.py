@@ -373,8 +373,8 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
             base, tokenizer, source = load_model(arguments.model, device=arguments.device or "cpu")
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"model={arguments.model!r} cannot be loaded: {error} Give a folder with a model and its tokenizer, or "
-                "a name on the Hugging Face hub that this machine can reach."
+                f"model={arguments.model!r} cannot be loaded: {error} Give a folder with a model and its tokenizer, "
+                "or a name on the Hugging Face hub that this machine can reach."
             ) from error
     evaluator = _evaluator(tokenizer, test_rows, arguments)
     console.print(f"Measuring the base model ({source}) ...")
