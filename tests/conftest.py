@@ -21,7 +21,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _same_start(monkeypatch):
+    # Before transformers 5, TrainingArguments(bf16=True) sets it for the whole process.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -32,6 +32,11 @@ NEEDS = [
         "torch>=2.9",
         "before, a step on a CPU takes less memory than the estimate says",
     ),
+    (
+        r"test_compiles\[.*_solve|test_they_are_off_unless_asked_for",
+        "triton>=3.6",
+        "its compiler fails on the kernels",
+    ),
     (r"test_random_states_are_put_back\[npu\]", "torch>=2.10", "before, torch does not know the device"),
     (r"test_trainer.*\[(TPO|GMPO|A2PO|SDPO|Distillation)|test_moving_average_teacher", "trl>=1.16", _TRAINER),
     (r"test_resumed_run_equals_one_that_never_stopped\[DPO\]", "transformers>=5.23", "before, it is an error"),
