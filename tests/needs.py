@@ -20,7 +20,7 @@ NEEDS = [
     (r"test_experts_of_transformers_4", "peft>=0.20", "0.19 with transformers 5 cannot load it as plain LoRA either"),
     (r"test_transformers_hotswap", "transformers>=5.0", "transformers' own hotswap"),
     (r"test_card.*(push|hub)", "transformers>=5.0", "the stand-in for the hub replaces a part of transformers 5"),
-    (r"test_transformers_(add_set|may_delete)", "transformers>=5.6", _DELETE),
+    (r"test_transformers_(add_set|may_delete)", "transformers>=5.15", _DELETE),
     (r"test_the_end_of_training_is_told", "transformers>=5.18", "Trainer.end"),
     (
         r"test_checkpointing_and_preparation_leave_the_gradients_whole",
@@ -37,7 +37,7 @@ NEEDS = [
         "triton>=3.6",
         "its compiler fails on the kernels",
     ),
-    (r"test_random_states_are_put_back\[npu\]", "torch>=2.10", "before, torch does not know the device"),
+    (r"test_random_states_are_put_back\[npu\]", "torch>=2.12", "before, torch does not know the device"),
     (r"test_trainer.*\[(TPO|GMPO|A2PO|SDPO|Distillation)|test_moving_average_teacher", "trl>=1.16", _TRAINER),
     (r"test_resumed_run_equals_one_that_never_stopped\[DPO\]", "transformers>=5.23", "before, it is an error"),
 ]

@@ -55,7 +55,9 @@ def test_sft_then_dpo_in_4_bits(subspace, second, tmp_path, capsys):
         main(["eval", "--adapter", str(tmp_path / name), "--output", results[-1], *options])
     capsys.readouterr()
     main(["compare", *results, "--plot", str(tmp_path / "tradeoff.png")])
-    lines = capsys.readouterr().out.splitlines()
+    printed, _, differences = capsys.readouterr().out.partition("Differences from plain")
+    assert "dpo" in differences
+    lines = printed.splitlines()
     rows = {cells[1]: cells for cells in ([c.strip() for c in line.split("│")] for line in lines) if len(cells) > 2}
     assert list(rows) == ["base", "plain", "sft", "dpo"]
     assert rows["dpo"][-3] == "sft"
