@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +17,9 @@ from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from .. import data
-from ..evaluation import evaluate, table
+from ..evaluation import Evaluation, TaskRunner, evaluate, table, task_table
 from ..sharing.card import read_run, save_card, weights_digest
+from ..tuner.adapters import without_adapter
 from .datasets import load_rows
 from .errors import input_errors
 from .loading import load_adapter, load_base, read_adapter_config
@@ -81,8 +82,28 @@ class EvalArguments:
         default=0, metadata={"help": "Random seed for the base's answers. KL from base is measured on these answers."}
     )
 
+    tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "lm-eval tasks, groups or tags, separated by commas: for example gsm8k,ifeval,arc_easy. "
+            "ogpsa_refusal, ogpsa_over_refusal, ogpsa_facts and ogpsa_arithmetic come with this package. Needs the "
+            "extra lm-eval."
+        },
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "Maximum number of examples per lm-eval task. By default, all are used."}
+    )
+    include_path: str | None = field(default=None, metadata={"help": "Folder with your own lm-eval task files."})
+    chat_template: bool = field(
+        default=True,
+        metadata={
+            "help": "Apply the chat template in lm-eval tasks. lm-eval's own command does so only with "
+            "--apply_chat_template."
+        },
+    )
+
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "batch_size", "max_length"):
+        for name in ("samples", "limit", "max_new_tokens", "batch_size", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
@@ -93,6 +114,11 @@ class EvalArguments:
                 f"card needs the folder of an adapter, but adapter={self.adapter!r} is not a folder. Give a folder as "
                 "adapter, or leave out card."
             )
+        for name in ("limit", "include_path"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect without tasks. Give tasks, or leave out {name}."
+                )
         if Path(self.output).suffix != ".json":
             raise ValueError(f"output={self.output!r} must be a .json file. Change the end of its name to .json.")
 
@@ -122,12 +148,35 @@ def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str,
     return {name: load_rows(spec, "data").to_list()[:samples] for name, spec in specs.items()}
 
 
+def _task_runner(parsed: EvalArguments) -> TaskRunner | None:
+    if not parsed.tasks:
+        return None
+    return TaskRunner(
+        [name.strip() for name in parsed.tasks.split(",") if name.strip()],
+        include_path=parsed.include_path,
+        limit=parsed.limit,
+        chat_template=parsed.chat_template,
+        batch_size=parsed.batch_size,
+    )
+
+
+def _with_tasks(evaluation: Evaluation, runner: TaskRunner, model: Any, tokenizer: Any) -> Evaluation:
+    """Add the tasks' scores of the model and, with its adapter off, of its base."""
+    base = evaluation.base
+    if base is not None:
+        with without_adapter(model):
+            base = replace(base, tasks=runner.run(model, tokenizer))
+    measured = replace(evaluation.model, tasks=runner.run(model, tokenizer))
+    return replace(evaluation, model=measured, base=base)
+
+
 def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     with input_errors("eval"):
         argument_parser = HfArgumentParser(cast(Any, EvalArguments), prog="ogpsa eval")
         (parsed,) = argument_parser.parse_args_into_dataclasses(list(arguments))
         parsed.dtype = parsed.dtype or str(compute_dtype()).removeprefix("torch.")
+        runner = _task_runner(parsed)
         rows = load_test_rows(parsed.data, parsed.samples)
         config = read_adapter_config(parsed.adapter) if parsed.adapter else None
         name = parsed.model or (config.base_model_name_or_path if config else None)
@@ -152,6 +201,8 @@ def run(arguments: Sequence[str]) -> None:
         seed=parsed.seed,
         progress=sys.stderr.isatty(),
     )
+    if runner is not None:
+        evaluation = _with_tasks(evaluation, runner, model, tokenizer)
     title = parsed.name or Path(str(parsed.adapter or name)).name
     saved = {
         "name": title,
@@ -159,6 +210,8 @@ def run(arguments: Sequence[str]) -> None:
         "arguments": asdict(parsed),
         "evaluation": evaluation.to_dict(),
     }
+    if runner is not None:
+        saved["lm_eval"] = runner.version
     if parsed.adapter:  # `compare` uses them to find the adapter that a stage continued
         saved["weights"] = weights_digest(parsed.adapter)
         saved["started_from"] = read_run(parsed.adapter).get("started_from_weights")
@@ -167,4 +220,7 @@ def run(arguments: Sequence[str]) -> None:
         save_card(parsed.adapter, evaluation=saved)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table({title: evaluation}))
+    if runner is not None:
+        base_column = {} if evaluation.base is None else {evaluation.base.name: evaluation.base}
+        console.print(task_table({**base_column, title: evaluation.model}))
     console.print(f"Saved the result: {output.resolve()}", soft_wrap=True)
