@@ -24,6 +24,7 @@ from peft_ogpsa.evaluation import (
     Measurement,
     TaskRunner,
     TaskScore,
+    accuracy,
     evaluate,
     paired_difference,
     task_difference,
@@ -206,7 +207,10 @@ def test_the_real_model(lm_eval, local_tasks, smollm2):
     found = {(score.task, score.metric): score for score in scores}
     expected = evaluate(model, tokenizer, harmful=data.load_heldout("harmful")[:4], base=False).model
     assert found["ogpsa_refusal", "refusal"].value == expected.refusal.value
-    assert found["ogpsa_facts", "acc"].value > 0
+    facts = accuracy(model, tokenizer, "facts", data.load_heldout("facts")[:4])
+    assert found["ogpsa_facts", "acc"].values == facts.values
+    assert found["ogpsa_facts", "acc"].stderr == pytest.approx(facts.stderr)
+    assert facts.value > 0
     assert found["ogpsa_over_refusal", "unclear"].value == 0
     assert found["local_pairs", "acc"].n == 4
 
@@ -252,7 +256,7 @@ def test_the_command_scores_the_adapter_and_its_base(lm_eval, saved, local_tasks
     compared = capsys.readouterr().out
     assert "limit is 4, 5." in compared
     assert f"lm_eval is {lm_eval.__version__}, 0.1." in compared
-    assert "lm-eval tasks, and differences from adapter" in compared
+    assert "Task scores, and differences from adapter" in compared
     assert "chat_template is" not in compared
 
 
@@ -292,6 +296,42 @@ def test_a_missing_harness_is_named_with_its_extra(monkeypatch):
 
 
 # Without lm-eval
+
+
+def test_accuracy_counts_the_right_answers(monkeypatch):
+    rows = [*data.load_heldout("facts")[:2], *data.load_heldout("arithmetic")[:2]]
+    seen = {}
+
+    def generate(model, tokenizer, prompts, **options):
+        seen.update(options)
+        assert list(prompts) == rows
+        return [f"It is {rows[0]['accept'][0]}.", "No idea.", f"So {rows[2]['answer']}", "So 1"]
+
+    monkeypatch.setattr("peft_ogpsa.evaluation.scores.generate", generate)
+    found = accuracy(None, None, "mixed", rows, max_new_tokens=7, batch_size=2)
+    assert (found.task, found.metric, found.value, found.n) == ("mixed", "acc", 0.5, 4)
+    assert found.values == [1, 0, 1, 0]
+    assert found.stderr == pytest.approx(np.std(found.values, ddof=1) / 2)
+    assert (seen["max_new_tokens"], seen["batch_size"]) == (7, 2)
+    other = accuracy(None, None, "mixed", rows)
+    assert other.examples == found.examples
+    assert other.examples != TaskScore("mixed", "acc", 0.5, None, 4).examples
+
+
+def test_the_command_scores_facts_and_arithmetic_of_the_heldout_data(saved, capsys):
+    options = ["--adapter", str(saved / "adapter"), "--output", str(saved / "result.json"), "--card"]
+    main(["eval", *options, "--data", "heldout", "--samples", "2", "--max_new_tokens", "4"])
+    printed = capsys.readouterr().out
+    evaluation = Evaluation.from_dict(json.loads((saved / "result.json").read_text())["evaluation"])
+    card = (saved / "adapter" / "README.md").read_text(encoding="utf-8")
+    for measured in (evaluation.base, evaluation.model):
+        assert [(score.task, score.metric, score.n) for score in measured.tasks] == [
+            ("facts", "acc", 2),
+            ("arithmetic", "acc", 2),
+        ]
+    for text in (printed, card):
+        assert "arithmetic" in text
+        assert "0.000 (0.000 to 0.658)" in text  # Wilson's interval, of a model that is never right
 
 
 def score(values, task="arc", metric="acc", examples="a", **changes):

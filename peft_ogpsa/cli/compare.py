@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _tasks(evaluations: Mapping[str, Evaluation], base: Measurement | None) -> Table:
-    """Build the table of lm-eval tasks. Differences are from the first result, or from the base of a single one."""
+    """Build the table of tasks. Differences are from the first result, or from the base of a single one."""
     models = {name: evaluation.model for name, evaluation in evaluations.items()}
     reference = next(iter(models)) if len(models) > 1 or base is None else base.name
     return task_table(models if base is None else {base.name: base, **models}, reference)
@@ -119,7 +119,7 @@ def _differences(results: Sequence[dict[str, Any]]) -> list[str]:
     """List the conditions in which the results differ."""
     conditions = {"base_model": [saved.get("base_model") for saved in results]}
     conditions |= {name: [saved["arguments"].get(name) for saved in results] for name in _CONDITIONS}
-    with_tasks = [saved for saved in results if saved["evaluation"].model.tasks]
+    with_tasks = [saved for saved in results if saved["arguments"].get("tasks")]
     conditions |= {name: [saved["arguments"].get(name) for saved in with_tasks] for name in _TASK_CONDITIONS}
     conditions["lm_eval"] = [saved.get("lm_eval") for saved in with_tasks]
     return [

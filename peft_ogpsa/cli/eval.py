@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +17,16 @@ from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from .. import data
-from ..evaluation import Evaluation, TaskRunner, evaluate, table, task_table
+from ..evaluation import Evaluation, TaskRunner, TaskScore, accuracy, evaluate, table, task_table
 from ..sharing.card import read_run, save_card, weights_digest
 from ..tuner.adapters import without_adapter
 from .datasets import load_rows
 from .errors import input_errors
 from .loading import load_adapter, load_base, read_adapter_config
 from .models import compute_dtype
+
+_ANSWER_TOKENS = {"facts": 32, "arithmetic": 128}
+"""Held-out sets with right answers, and the maximum number of tokens in an answer. Word problems need a few steps."""
 
 
 @dataclass
@@ -52,7 +55,8 @@ class EvalArguments:
         metadata={
             "help": "Folder with harmful_test.jsonl, benign_test.jsonl and general_test.jsonl in the format of the "
             "built-in data. A kind whose file is missing is not measured. 'builtin' uses the built-in test rows, "
-            "'heldout' the larger built-in sets of harmful prompts and look-alikes, and the same general rows."
+            "'heldout' the larger built-in sets of harmful prompts and look-alikes, the same general rows, and "
+            "facts and arithmetic."
         },
     )
     samples: int | None = field(
@@ -124,7 +128,7 @@ class EvalArguments:
 
 
 def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str, Any]]]:
-    """Load the held-out rows by kind: harmful, benign and general.
+    """Load the held-out rows by kind: harmful, benign and general, and for `heldout` also facts and arithmetic.
 
     Raises:
         ValueError: If the folder has none of the files, or one of them cannot be read.
@@ -134,6 +138,7 @@ def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str,
             "harmful": data.load_heldout("harmful")[:samples],
             "benign": data.load_heldout("lookalikes")[:samples],
             "general": data.load("general", "test")[:samples],
+            **{name: data.load_heldout(name)[:samples] for name in _ANSWER_TOKENS},
         }
     if source == "builtin":
         specs = {name: f"builtin:{name}:test" for name in data.NAMES}
@@ -160,14 +165,33 @@ def _task_runner(parsed: EvalArguments) -> TaskRunner | None:
     )
 
 
-def _with_tasks(evaluation: Evaluation, runner: TaskRunner, model: Any, tokenizer: Any) -> Evaluation:
-    """Add the tasks' scores of the model and, with its adapter off, of its base."""
+def _with_tasks(evaluation: Evaluation, model: Any, score: Callable[[], list[TaskScore]]) -> Evaluation:
+    """Add the scores of the model and, with its adapter off, of its base."""
     base = evaluation.base
     if base is not None:
         with without_adapter(model):
-            base = replace(base, tasks=runner.run(model, tokenizer))
-    measured = replace(evaluation.model, tasks=runner.run(model, tokenizer))
-    return replace(evaluation, model=measured, base=base)
+            base = replace(base, tasks=score())
+    return replace(evaluation, model=replace(evaluation.model, tasks=score()), base=base)
+
+
+def _scores(
+    parsed: EvalArguments, rows: dict[str, list[dict[str, Any]]], runner: TaskRunner | None, model: Any, tokenizer: Any
+) -> list[TaskScore]:
+    """Score the model in its current state on the rows with right answers, and on lm-eval's tasks."""
+    scores = [
+        accuracy(
+            model,
+            tokenizer,
+            name,
+            rows[name],
+            max_new_tokens=tokens,
+            batch_size=parsed.batch_size,
+            progress=sys.stderr.isatty(),
+        )
+        for name, tokens in _ANSWER_TOKENS.items()
+        if name in rows
+    ]
+    return scores + (runner.run(model, tokenizer) if runner else [])
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -201,8 +225,7 @@ def run(arguments: Sequence[str]) -> None:
         seed=parsed.seed,
         progress=sys.stderr.isatty(),
     )
-    if runner is not None:
-        evaluation = _with_tasks(evaluation, runner, model, tokenizer)
+    evaluation = _with_tasks(evaluation, model, lambda: _scores(parsed, rows, runner, model, tokenizer))
     title = parsed.name or Path(str(parsed.adapter or name)).name
     saved = {
         "name": title,
@@ -220,7 +243,7 @@ def run(arguments: Sequence[str]) -> None:
         save_card(parsed.adapter, evaluation=saved)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table({title: evaluation}))
-    if runner is not None:
+    if evaluation.model.tasks:
         base_column = {} if evaluation.base is None else {evaluation.base.name: evaluation.base}
         console.print(task_table({**base_column, title: evaluation.model}))
     console.print(f"Saved the result: {output.resolve()}", soft_wrap=True)

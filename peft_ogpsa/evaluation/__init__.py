@@ -14,8 +14,9 @@ from .intervals import mean_interval, paired_difference, rate_difference, wilson
 from .losses import LossResult, nats_per_token
 from .plots import tradeoff
 from .report import Estimate, Evaluation, Evaluator, Measurement, Sample, evaluate, table
+from .scores import TaskScore, accuracy
 from .task_table import task_table
-from .tasks import TASKS, TaskRunner, TaskScore
+from .tasks import TASKS, TaskRunner
 
 __all__ = [
     "TASKS",
@@ -30,6 +31,7 @@ __all__ = [
     "TaskRunner",
     "TaskScore",
     "Verdict",
+    "accuracy",
     "classify",
     "correct",
     "difference_table",

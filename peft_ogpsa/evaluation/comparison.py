@@ -12,7 +12,7 @@ from ..text.refusal import Verdict
 from .intervals import mean_interval, paired_difference, rate_difference
 from .losses import LossResult
 from .report import Estimate, Measurement, Sample
-from .tasks import TaskScore
+from .scores import TaskScore
 
 if TYPE_CHECKING:
     from rich.table import Table

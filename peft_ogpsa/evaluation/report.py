@@ -20,7 +20,7 @@ from ..tuner.adapters import base_of, without_adapter
 from .divergence import BaseAnswers, kl_from_base, own_answers
 from .intervals import wilson
 from .losses import LossResult, nats_per_token
-from .tasks import TaskScore
+from .scores import TaskScore
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,7 +81,7 @@ class Measurement:
     kl_loss: LossResult | None = None
     """KL from base by example."""
     tasks: list[TaskScore] = field(default_factory=list)
-    """Scores of lm-eval tasks."""
+    """Scores of tasks: of the held-out sets, and of lm-eval."""
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:

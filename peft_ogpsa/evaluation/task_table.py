@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Table of the scores of lm-eval tasks, for the terminal and the model card."""
+"""Table of the scores of tasks, for the terminal and the model card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import extras
 from .comparison import Difference, task_difference
 from .report import Measurement
-from .tasks import TaskScore
+from .scores import TaskScore
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,13 +47,13 @@ def task_rows(measurements: Mapping[str, Measurement], reference: str | None = N
 
 
 def task_table(measurements: Mapping[str, Measurement], reference: str | None = None) -> Table:
-    """Build a table of the scores of lm-eval tasks for the terminal. The arguments are those of `task_rows`."""
+    """Build a table of the scores of tasks for the terminal. The arguments are those of `task_rows`."""
     extras.check("eval", "The table of tasks")
     from rich.table import Table
     from rich.text import Text
 
     reference = reference or next(iter(measurements), None)
-    grid = Table(title=Text(f"lm-eval tasks, and differences from {reference}"), caption=NOTE)
+    grid = Table(title=Text(f"Task scores, and differences from {reference}"), caption=NOTE)
     for heading in HEADINGS:
         grid.add_column(heading, justify="right" if heading in ("examples", "score", "difference") else "left")
     for row in task_rows(measurements, reference):

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import logging
 import math
 import numbers
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from .. import extras
 from ..core.isolation import isolated_eval
 from ..text.access import language_model
-from .intervals import Interval, wilson
+from .scores import TaskScore, checksum
 
 TASKS = str(Path(__file__).with_name("lm_eval_tasks"))
 """The folder with this package's probes as lm-eval tasks. Give it to lm-eval as `--include_path`."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One metric of one lm-eval task or group of tasks."""
-
-    task: str
-    metric: str
-    """The metric's name. If the task has several filters, the filter follows after a comma."""
-    value: float
-    stderr: float | None
-    """lm-eval's standard error. None: lm-eval has none for this metric."""
-    n: int
-    """Number of examples."""
-    higher_is_better: bool | None = None
-    values: list[float] = field(default_factory=list)
-    """The score of each example, to compare two models example by example. Empty if `value` is not their mean."""
-    examples: str = ""
-    """A checksum of the examples. Two scores with the same checksum can be compared example by example."""
-
-    @property
-    def is_rate(self) -> bool:
-        """Whether each example is either right or wrong."""
-        return bool(self.values) and set(self.values) <= {0.0, 1.0}
-
-    @property
-    def interval(self) -> Interval | None:
-        """The 95 % interval: Wilson's for a rate, otherwise from the standard error. None without a standard error."""
-        if self.is_rate:
-            return wilson(round(sum(self.values)), self.n)
-        if self.stderr is None:
-            return None
-        return self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr
 
 
 class TaskRunner:
@@ -190,7 +155,7 @@ def _scores(results: Mapping[str, Any]) -> list[TaskScore]:
                     n=int(row["sample_len"]),
                     higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
                     values=_by_example(mine, metric, number),
-                    examples=hashlib.sha256("".join(sample["doc_hash"] for sample in mine).encode()).hexdigest(),
+                    examples=checksum(sample["doc_hash"] for sample in mine),
                 )
             )
     return scores

@@ -670,7 +670,7 @@ def _tax(saved: Mapping[str, Any]) -> str:
 
 
 def _tasks(model: Measurement, base: Measurement | None) -> str:
-    """Return the table of lm-eval tasks, or nothing if none were run."""
+    """Return the table of tasks, or nothing if none were run."""
     from ..evaluation.task_table import HEADINGS, NOTE, task_rows
 
     measured = {"this adapter": model} if base is None else {"base": base, "this adapter": model}
@@ -679,8 +679,9 @@ def _tasks(model: Measurement, base: Measurement | None) -> str:
         return ""
     lines = [f"| {' | '.join(row)} |" for row in (HEADINGS, ["---"] * len(HEADINGS), *rows)]
     return (
-        "Tasks of [lm-eval](https://github.com/EleutherAI/lm-evaluation-harness), with 95 % intervals. Differences "
-        f"are from the base. {NOTE}\n\n" + "\n".join(lines) + "\n\n"
+        "Scores of tasks, with 95 % intervals. `facts` and `arithmetic` are built-in sets of peft_ogpsa. The others "
+        "are tasks of [lm-eval](https://github.com/EleutherAI/lm-evaluation-harness). Differences are from the base. "
+        f"{NOTE}\n\n" + "\n".join(lines) + "\n\n"
     )
 
 
