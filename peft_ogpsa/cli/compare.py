@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
-from ..evaluation import Evaluation, Measurement, difference_table, table, tradeoff
+from ..evaluation import Evaluation, Measurement, difference_table, table, task_table, tradeoff
 from .errors import input_errors
 
 # Results are comparable only if they agree in these conditions.
 _CONDITIONS = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "max_length", "seed")
+_TASK_CONDITIONS = ("limit", "chat_template")
 
 
 def read(path: str) -> dict[str, Any]:
@@ -62,14 +64,23 @@ def run(arguments: Sequence[str]) -> None:
             console.print(
                 f"The results were measured differently: {difference}", style="yellow", soft_wrap=True, markup=False
             )
+        base = next((e.base for e in evaluations.values() if e.base is not None), None)
         before = _stages_before(dict(zip(evaluations, results.values(), strict=True)))
         console.print(table(evaluations, extra=_per_stage(evaluations, before)))
         if len(evaluations) > 1:
             console.print(difference_table({name: evaluation.model for name, evaluation in evaluations.items()}))
+        if any(evaluation.model.tasks for evaluation in evaluations.values()):
+            console.print(_tasks(evaluations, base))
         if parsed.plot:
-            base = next((e.base for e in evaluations.values() if e.base is not None), None)
             tradeoff(_curves(evaluations, before), parsed.plot, base=base)
             console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True)
+
+
+def _tasks(evaluations: Mapping[str, Evaluation], base: Measurement | None) -> Table:
+    """Build the table of tasks. Differences are from the first result, or from the base of a single one."""
+    models = {name: evaluation.model for name, evaluation in evaluations.items()}
+    reference = next(iter(models)) if len(models) > 1 or base is None else base.name
+    return task_table(models if base is None else {base.name: base, **models}, reference)
 
 
 def _stages_before(results: Mapping[str, dict[str, Any]]) -> dict[str, str]:
@@ -108,6 +119,9 @@ def _differences(results: Sequence[dict[str, Any]]) -> list[str]:
     """List the conditions in which the results differ."""
     conditions = {"base_model": [saved.get("base_model") for saved in results]}
     conditions |= {name: [saved["arguments"].get(name) for saved in results] for name in _CONDITIONS}
+    with_tasks = [saved for saved in results if saved["arguments"].get("tasks")]
+    conditions |= {name: [saved["arguments"].get(name) for saved in with_tasks] for name in _TASK_CONDITIONS}
+    conditions["lm_eval"] = [saved.get("lm_eval") for saved in with_tasks]
     return [
         f"{name} is {', '.join(map(str, values))}."
         for name, values in conditions.items()

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +17,16 @@ from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from .. import data
-from ..evaluation import evaluate, table
+from ..evaluation import Evaluation, TaskRunner, TaskScore, accuracy, evaluate, table, task_table
 from ..sharing.card import read_run, save_card, weights_digest
+from ..tuner.adapters import without_adapter
 from .datasets import load_rows
 from .errors import input_errors
 from .loading import load_adapter, load_base, read_adapter_config
 from .models import compute_dtype
+
+_ANSWER_TOKENS = {"facts": 32, "arithmetic": 128}
+"""Held-out sets with right answers, and the maximum number of tokens in an answer. Word problems need a few steps."""
 
 
 @dataclass
@@ -51,7 +55,8 @@ class EvalArguments:
         metadata={
             "help": "Folder with harmful_test.jsonl, benign_test.jsonl and general_test.jsonl in the format of the "
             "built-in data. A kind whose file is missing is not measured. 'builtin' uses the built-in test rows, "
-            "'heldout' the larger built-in sets of harmful prompts and look-alikes, and the same general rows."
+            "'heldout' the larger built-in sets of harmful prompts and look-alikes, the same general rows, and "
+            "facts and arithmetic."
         },
     )
     samples: int | None = field(
@@ -81,8 +86,28 @@ class EvalArguments:
         default=0, metadata={"help": "Random seed for the base's answers. KL from base is measured on these answers."}
     )
 
+    tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "lm-eval tasks, groups or tags, separated by commas: for example gsm8k,ifeval,arc_easy. "
+            "ogpsa_refusal, ogpsa_over_refusal, ogpsa_facts and ogpsa_arithmetic come with this package. Needs the "
+            "extra lm-eval."
+        },
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "Maximum number of examples per lm-eval task. By default, all are used."}
+    )
+    include_path: str | None = field(default=None, metadata={"help": "Folder with your own lm-eval task files."})
+    chat_template: bool = field(
+        default=True,
+        metadata={
+            "help": "Apply the chat template in lm-eval tasks. lm-eval's own command does so only with "
+            "--apply_chat_template."
+        },
+    )
+
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "batch_size", "max_length"):
+        for name in ("samples", "limit", "max_new_tokens", "batch_size", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
@@ -93,12 +118,17 @@ class EvalArguments:
                 f"card needs the folder of an adapter, but adapter={self.adapter!r} is not a folder. Give a folder as "
                 "adapter, or leave out card."
             )
+        for name in ("limit", "include_path"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect without tasks. Give tasks, or leave out {name}."
+                )
         if Path(self.output).suffix != ".json":
             raise ValueError(f"output={self.output!r} must be a .json file. Change the end of its name to .json.")
 
 
 def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str, Any]]]:
-    """Load the held-out rows by kind: harmful, benign and general.
+    """Load the held-out rows by kind: harmful, benign and general, and for `heldout` also facts and arithmetic.
 
     Raises:
         ValueError: If the folder has none of the files, or one of them cannot be read.
@@ -108,6 +138,7 @@ def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str,
             "harmful": data.load_heldout("harmful")[:samples],
             "benign": data.load_heldout("lookalikes")[:samples],
             "general": data.load("general", "test")[:samples],
+            **{name: data.load_heldout(name)[:samples] for name in _ANSWER_TOKENS},
         }
     if source == "builtin":
         specs = {name: f"builtin:{name}:test" for name in data.NAMES}
@@ -122,12 +153,54 @@ def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str,
     return {name: load_rows(spec, "data").to_list()[:samples] for name, spec in specs.items()}
 
 
+def _task_runner(parsed: EvalArguments) -> TaskRunner | None:
+    if not parsed.tasks:
+        return None
+    return TaskRunner(
+        [name.strip() for name in parsed.tasks.split(",") if name.strip()],
+        include_path=parsed.include_path,
+        limit=parsed.limit,
+        chat_template=parsed.chat_template,
+        batch_size=parsed.batch_size,
+    )
+
+
+def _with_tasks(evaluation: Evaluation, model: Any, score: Callable[[], list[TaskScore]]) -> Evaluation:
+    """Add the scores of the model and, with its adapter off, of its base."""
+    base = evaluation.base
+    if base is not None:
+        with without_adapter(model):
+            base = replace(base, tasks=score())
+    return replace(evaluation, model=replace(evaluation.model, tasks=score()), base=base)
+
+
+def _scores(
+    parsed: EvalArguments, rows: dict[str, list[dict[str, Any]]], runner: TaskRunner | None, model: Any, tokenizer: Any
+) -> list[TaskScore]:
+    """Score the model in its current state on the rows with right answers, and on lm-eval's tasks."""
+    scores = [
+        accuracy(
+            model,
+            tokenizer,
+            name,
+            rows[name],
+            max_new_tokens=tokens,
+            batch_size=parsed.batch_size,
+            progress=sys.stderr.isatty(),
+        )
+        for name, tokens in _ANSWER_TOKENS.items()
+        if name in rows
+    ]
+    return scores + (runner.run(model, tokenizer) if runner else [])
+
+
 def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     with input_errors("eval"):
         argument_parser = HfArgumentParser(cast(Any, EvalArguments), prog="ogpsa eval")
         (parsed,) = argument_parser.parse_args_into_dataclasses(list(arguments))
         parsed.dtype = parsed.dtype or str(compute_dtype()).removeprefix("torch.")
+        runner = _task_runner(parsed)
         rows = load_test_rows(parsed.data, parsed.samples)
         config = read_adapter_config(parsed.adapter) if parsed.adapter else None
         name = parsed.model or (config.base_model_name_or_path if config else None)
@@ -152,6 +225,7 @@ def run(arguments: Sequence[str]) -> None:
         seed=parsed.seed,
         progress=sys.stderr.isatty(),
     )
+    evaluation = _with_tasks(evaluation, model, lambda: _scores(parsed, rows, runner, model, tokenizer))
     title = parsed.name or Path(str(parsed.adapter or name)).name
     saved = {
         "name": title,
@@ -159,6 +233,8 @@ def run(arguments: Sequence[str]) -> None:
         "arguments": asdict(parsed),
         "evaluation": evaluation.to_dict(),
     }
+    if runner is not None:
+        saved["lm_eval"] = runner.version
     if parsed.adapter:  # `compare` uses them to find the adapter that a stage continued
         saved["weights"] = weights_digest(parsed.adapter)
         saved["started_from"] = read_run(parsed.adapter).get("started_from_weights")
@@ -167,4 +243,7 @@ def run(arguments: Sequence[str]) -> None:
         save_card(parsed.adapter, evaluation=saved)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table({title: evaluation}))
+    if evaluation.model.tasks:
+        base_column = {} if evaluation.base is None else {evaluation.base.name: evaluation.base}
+        console.print(task_table({**base_column, title: evaluation.model}))
     console.print(f"Saved the result: {output.resolve()}", soft_wrap=True)

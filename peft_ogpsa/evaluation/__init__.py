@@ -7,15 +7,19 @@ from typing import Any
 
 from ..text.generation import generate
 from ..text.refusal import Verdict, classify
-from .comparison import Difference, difference_table, differences
+from .comparison import Difference, difference_table, differences, task_difference
 from .divergence import BaseAnswers, kl_from_base, own_answers
 from .exact import correct
 from .intervals import mean_interval, paired_difference, rate_difference, wilson
 from .losses import LossResult, nats_per_token
 from .plots import tradeoff
 from .report import Estimate, Evaluation, Evaluator, Measurement, Sample, evaluate, table
+from .scores import TaskScore, accuracy
+from .task_table import task_table
+from .tasks import TASKS, TaskRunner
 
 __all__ = [
+    "TASKS",
     "BaseAnswers",
     "Difference",
     "Estimate",
@@ -24,7 +28,10 @@ __all__ = [
     "LossResult",
     "Measurement",
     "Sample",
+    "TaskRunner",
+    "TaskScore",
     "Verdict",
+    "accuracy",
     "classify",
     "correct",
     "difference_table",
@@ -38,6 +45,8 @@ __all__ = [
     "paired_difference",
     "rate_difference",
     "table",
+    "task_difference",
+    "task_table",
     "tradeoff",
     "wilson",
 ]

@@ -12,6 +12,7 @@ from ..text.refusal import Verdict
 from .intervals import mean_interval, paired_difference, rate_difference
 from .losses import LossResult
 from .report import Estimate, Measurement, Sample
+from .scores import TaskScore
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,6 +61,23 @@ def differences(first: Measurement, second: Measurement) -> dict[str, Difference
     return {name: difference for name, difference in found.items() if difference is not None}
 
 
+def task_difference(first: TaskScore, second: TaskScore) -> Difference | None:
+    """Compare two scores in one metric. Scores of the same examples are compared example by example.
+
+    Returns:
+        The difference. None if one of the scores has no standard error.
+    """
+    value = second.value - first.value
+    if first.values and second.values and first.examples == second.examples:
+        if first.is_rate and second.is_rate:
+            return Difference(value, *paired_difference(_right(first), _right(second)))
+        return Difference(value, *mean_interval([b - a for a, b in zip(first.values, second.values, strict=True)]))
+    if first.stderr is None or second.stderr is None:
+        return None
+    half = 1.96 * math.hypot(first.stderr, second.stderr)
+    return Difference(value, value - half, value + half)
+
+
 def difference_table(measurements: Mapping[str, Measurement]) -> "Table":
     """Build a table of the differences from the first measurement. A star marks those that are larger than chance.
 
@@ -94,6 +112,10 @@ def _rate_difference(
     else:
         interval = rate_difference(_count(first), _count(second))
     return Difference(second.value - first.value, *interval)
+
+
+def _right(score: TaskScore) -> list[bool]:
+    return [value == 1 for value in score.values]
 
 
 def _refused(samples: list[Sample]) -> list[bool]:

@@ -20,6 +20,7 @@ from ..tuner.adapters import base_of, without_adapter
 from .divergence import BaseAnswers, kl_from_base, own_answers
 from .intervals import wilson
 from .losses import LossResult, nats_per_token
+from .scores import TaskScore
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,6 +80,8 @@ class Measurement:
     """Each general set's loss by example, to compare two models on the same rows."""
     kl_loss: LossResult | None = None
     """KL from base by example."""
+    tasks: list[TaskScore] = field(default_factory=list)
+    """Scores of tasks: of the held-out sets, and of lm-eval."""
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +103,7 @@ class Measurement:
         # Results of earlier versions do not have them.
         fields["losses"] = {name: LossResult(**loss) for name, loss in plain.get("losses", {}).items()}
         fields["kl_loss"] = None if plain.get("kl_loss") is None else LossResult(**plain["kl_loss"])
+        fields["tasks"] = [TaskScore(**score) for score in plain.get("tasks", [])]
         return cls(**fields)
 
 

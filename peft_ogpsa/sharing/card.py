@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from huggingface_hub import CardData, HfApi, ModelCard, ModelCardData
@@ -24,6 +24,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..core.files import replacing
 from ..trainer.checkpoint import STATE_NAME, TENSORS_NAME
 from ..tuner.config import OGPSAConfig
+
+if TYPE_CHECKING:
+    from ..evaluation import Measurement
 
 RUN_NAME = "ogpsa_run.json"
 EVALUATION_NAME = "ogpsa_eval.json"
@@ -48,6 +51,7 @@ _RUN: dict[str, tuple[type, ...]] = {
     "projection": (dict,),
 }
 _MEASURED_WITH = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "batch_size", "max_length", "seed")
+_TASKS_MEASURED_WITH = ("tasks", "limit", "chat_template")
 
 # Training state and other files that a trainer leaves in its output folder. `training_args.bin` is a pickle and holds
 # the machine's paths.
@@ -357,6 +361,9 @@ def _shareable_run(run: Mapping[str, Any]) -> dict[str, Any]:
 def _shareable_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     told = dict(evaluation.get("arguments") or {})
     arguments = {name: told[name] for name in _MEASURED_WITH if told.get(name) is not None}
+    if evaluation.get("lm_eval"):
+        arguments |= {name: told[name] for name in _TASKS_MEASURED_WITH if told.get(name) is not None}
+        arguments["lm_eval"] = evaluation["lm_eval"]
     if arguments.get("data"):
         arguments["data"] = _public(arguments["data"])
     measured = json.loads(json.dumps(evaluation["evaluation"]))
@@ -657,7 +664,24 @@ def _tax(saved: Mapping[str, Any]) -> str:
         "far the adapter has moved the model from its base. Refusals are found by matching phrases. For harmful "
         "prompts, more refusals are safer. For benign prompts that look harmful, more refusals are worse. Unclear "
         "(harmful / benign) is the share of answers that are noise. The 95 % intervals are over examples.\n\n"
+        f"{_tasks(model, base)}"
         f"Measured on {used or 'nothing'}: {_code(on + ', '.join(f'{k}={v}' for k, v in conditions.items()))}"
+    )
+
+
+def _tasks(model: Measurement, base: Measurement | None) -> str:
+    """Return the table of tasks, or nothing if none were run."""
+    from ..evaluation.task_table import HEADINGS, NOTE, task_rows
+
+    measured = {"this adapter": model} if base is None else {"base": base, "this adapter": model}
+    rows = task_rows(measured)
+    if not rows:
+        return ""
+    lines = [f"| {' | '.join(row)} |" for row in (HEADINGS, ["---"] * len(HEADINGS), *rows)]
+    return (
+        "Scores of tasks, with 95 % intervals. `facts` and `arithmetic` are built-in sets of peft_ogpsa. The others "
+        "are tasks of [lm-eval](https://github.com/EleutherAI/lm-evaluation-harness). Differences are from the base. "
+        f"{NOTE}\n\n" + "\n".join(lines) + "\n\n"
     )
 
 

@@ -1,0 +1,75 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Table of the scores of tasks, for the terminal and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .. import extras
+from .comparison import Difference, task_difference
+from .report import Measurement
+from .scores import TaskScore
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEADINGS = ("task", "metric", "examples", "model", "score", "difference")
+NOTE = (
+    "The arrow shows which direction is better. * is larger than chance: the 95 % interval excludes 0. One in 20 does "
+    "so by chance alone."
+)
+_ARROWS = {True: " ↑", False: " ↓", None: ""}
+
+
+def task_rows(measurements: Mapping[str, Measurement], reference: str | None = None) -> list[list[str]]:
+    """Return one row of texts for each task, metric and model, under `HEADINGS`.
+
+    Args:
+        measurements: Measurements by the name to print.
+        reference: Name of the measurement from which differences are computed. Default: the first one.
+    """
+    reference = reference or next(iter(measurements), None)
+    by_key: dict[tuple[str, str], dict[str, TaskScore]] = {}
+    for name, measurement in measurements.items():
+        for score in measurement.tasks:
+            by_key.setdefault((score.task, score.metric), {})[name] = score
+    rows = []
+    for (task, metric), scores in by_key.items():
+        for name, score in scores.items():
+            difference = None
+            if name != reference and reference in scores:
+                difference = task_difference(scores[reference], score)
+            metric_text = metric + _ARROWS[score.higher_is_better]
+            rows.append([task, metric_text, f"{score.n}", name, _score_text(score), _difference_text(difference)])
+    return rows
+
+
+def task_table(measurements: Mapping[str, Measurement], reference: str | None = None) -> Table:
+    """Build a table of the scores of tasks for the terminal. The arguments are those of `task_rows`."""
+    extras.check("eval", "The table of tasks")
+    from rich.table import Table
+    from rich.text import Text
+
+    reference = reference or next(iter(measurements), None)
+    grid = Table(title=Text(f"Task scores, and differences from {reference}"), caption=NOTE)
+    for heading in HEADINGS:
+        grid.add_column(heading, justify="right" if heading in ("examples", "score", "difference") else "left")
+    for row in task_rows(measurements, reference):
+        grid.add_row(*map(Text, row))
+    return grid
+
+
+def _score_text(score: TaskScore) -> str:
+    if score.interval is None:
+        return f"{score.value:.3f}"
+    low, high = score.interval
+    return f"{score.value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _difference_text(difference: Difference | None) -> str:
+    if difference is None:
+        return "-"
+    mark = " *" if difference.larger_than_chance else ""
+    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f}){mark}"
