@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -81,7 +82,8 @@ def local_source(name: str, dtype: torch.dtype) -> str:
     if name != SMOLLM2 or _hub_has(name):
         return name
     kind = str(dtype).removeprefix("torch.")
-    folder = cache_dir() / f"{name.rpartition('/')[2]}-{kind}"
+    release = transformers.__version__.partition(".")[0]  # 4 cannot read the tokenizer that 5 has written
+    folder = cache_dir() / f"{name.rpartition('/')[2]}-{kind}-transformers{release}"
     made = folder / "config.json"
     if distributed.rank():  # in several processes, transformers saves models only from the first one
         _wait_for(made)
