@@ -6,6 +6,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.requirements import Requirement
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 _8_BIT = "8-bit optimizers on a CPU"
 _DELETE = "before, transformers' delete_adapter takes the type's name for the prefix of its weights"
@@ -26,6 +27,11 @@ NEEDS = [
         "before, plain LoRA may fail it, too",
     ),
     (r"test_transformers_(add_set|may_delete)", "transformers>=5.15", _DELETE),
+    (
+        r"test_injected_adapter_is_projected|test_transformers_(saves|refuses|may|add)|every_way_.*-transformers\]",
+        f"peft>={MIN_PEFT_VERSION}",
+        "transformers' own add_adapter and load_adapter ask for it",
+    ),
     (r"test_the_end_of_training_is_told", "transformers>=5.18", "Trainer.end"),
     (
         r"test_checkpointing_and_preparation_leave_the_gradients_whole",

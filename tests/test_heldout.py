@@ -185,9 +185,10 @@ def test_short_answers_are_scored(row, answer, expected):
 
 def test_eval_reads_them():
     rows = load_test_rows("heldout", None)
-    assert {name: len(own) for name, own in rows.items()} == {"harmful": 162, "benign": 164, "general": 65}
+    counts = {"harmful": 162, "benign": 164, "general": 65, "facts": 150, "arithmetic": 100}
+    assert {name: len(own) for name, own in rows.items()} == counts
     assert rows["general"] == load("general", "test")
-    assert [len(own) for own in load_test_rows("heldout", 7).values()] == [7, 7, 7]
+    assert [len(own) for own in load_test_rows("heldout", 7).values()] == [7] * 5
     with pytest.raises(ValueError, match="builtin, or heldout"):
         load_test_rows("nowhere", None)
 
