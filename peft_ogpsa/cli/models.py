@@ -95,7 +95,9 @@ def local_source(name: str, dtype: torch.dtype) -> str:
             model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
             part = Path(scratch) / "model"  # renamed when it is complete
             _without_gguf(model).to(dtype).save_pretrained(part)
-            AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(part)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # transformers 4 does not read it
+            tokenizer.save_pretrained(part)
             if folder.is_dir() and not made.is_file():  # damaged: a complete folder appears in one rename
                 shutil.rmtree(folder)
             with contextlib.suppress(OSError):  # another process was first
