@@ -309,7 +309,7 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
 
 
 def _freeze_all_but_linear(model: Any) -> None:
-    """And the output layer, which often is the embedding."""
+    """Leave only the weights of linear layers in training, without the output layer, which often is the embedding."""
     output = model.get_output_embeddings()
     model.requires_grad_(False)
     for module in model.modules():
