@@ -1,5 +1,7 @@
 # The `ogpsa` command in a container. `--build-arg TORCH_BUILD=cu130` takes a torch for NVIDIA GPUs.
 #
+# It was checked with hadolint. It was never built.
+#
 #   docker build -t peft_ogpsa .
 #   docker run --rm -v "$PWD:/work" -v ogpsa-cache:/cache peft_ogpsa quickstart
 FROM python:3.12-slim-bookworm

@@ -253,14 +253,11 @@ def move_to_front(callback: TrainerCallback) -> bool:
     """
     from transformers.trainer_callback import CallbackHandler
 
-    frame = inspect.currentframe()
-    while frame is not None:
-        handler = frame.f_locals.get("self")
+    for handler in _callers():
         if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
             # Create a new list, because the handler is iterating over the old one.
             handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
             return True
-        frame = frame.f_back
     return False
 
 
@@ -272,13 +269,18 @@ def trainer_of(callback: TrainerCallback) -> Trainer | None:
     """
     from transformers import Trainer
 
-    frame = inspect.currentframe()
-    while frame is not None:
-        trainer = frame.f_locals.get("self")
+    for trainer in _callers():
         if isinstance(trainer, Trainer) and callback in trainer.callback_handler.callbacks:
             return trainer
-        frame = frame.f_back
     return None
+
+
+def _callers() -> Iterator[Any]:
+    """The `self` of every method that is being called, the innermost first."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame.f_locals.get("self")
+        frame = frame.f_back
 
 
 def forgets_default_adapter() -> bool:
