@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from datasets import Dataset, DatasetDict
 from models import chat, tiny_llama, tiny_tokenizer
@@ -248,11 +249,14 @@ def test_smollm2_is_made_from_the_wheel_once(tmp_path, monkeypatch):
     assert model.dtype == torch.bfloat16
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert tokenizer.chat_template
+    assert tokenizer("The capital of France is 12").input_ids == [504, 3575, 282, 4649, 314, 216, 33, 34]
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    assert special == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
     (folder,) = (tmp_path / "peft_ogpsa").iterdir()  # and no scratch beside it
     monkeypatch.setattr("peft_ogpsa.cli.models._wheel_file", lambda: pytest.fail("read again"))
     again, _, _ = load_model(dtype=torch.bfloat16)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    assert folder.name.endswith("-bfloat16")
+    assert folder.name.endswith(f"-bfloat16-transformers{transformers.__version__}")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from ..core import distributed
 from ..text.cache import cache_dir
@@ -82,8 +88,8 @@ def local_source(name: str, dtype: torch.dtype) -> str:
     if name != SMOLLM2 or _hub_has(name):
         return name
     kind = str(dtype).removeprefix("torch.")
-    release = transformers.__version__.partition(".")[0]  # 4 cannot read the tokenizer that 5 has written
-    folder = cache_dir() / f"{name.rpartition('/')[2]}-{kind}-transformers{release}"
+    # One folder a release: 4 cannot read a tokenizer that 5 has written, and each reads the GGUF file in its own way.
+    folder = cache_dir() / f"{name.rpartition('/')[2]}-{kind}-transformers{transformers.__version__}"
     made = folder / "config.json"
     if distributed.rank():  # in several processes, transformers saves models only from the first one
         _wait_for(made)
@@ -95,8 +101,10 @@ def local_source(name: str, dtype: torch.dtype) -> str:
             model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
             part = Path(scratch) / "model"  # renamed when it is complete
             _without_gguf(model).to(dtype).save_pretrained(part)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # transformers 4 does not read it
+            # Not AutoTokenizer: before 5.15 it takes Llama's class, which puts a token before every text. And not the
+            # file's special tokens: before 5.23 they are read one place off.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, **options)
+            tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
             tokenizer.save_pretrained(part)
             if folder.is_dir() and not made.is_file():  # damaged: a complete folder appears in one rename
                 shutil.rmtree(folder)
