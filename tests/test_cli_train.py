@@ -249,7 +249,8 @@ def test_smollm2_is_made_from_the_wheel_once(tmp_path, monkeypatch):
     assert model.dtype == torch.bfloat16
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert tokenizer.chat_template
-    assert tokenizer("The capital of France is 12").input_ids == [504, 3575, 282, 4649, 314, 216, 33, 34]
+    encoded = tokenizer("The capital of France is 12")
+    assert encoded == {"input_ids": [504, 3575, 282, 4649, 314, 216, 33, 34], "attention_mask": [1] * 8}
     special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     assert special == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
     (folder,) = (tmp_path / "peft_ogpsa").iterdir()  # and no scratch beside it

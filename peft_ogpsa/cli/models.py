@@ -103,7 +103,8 @@ def local_source(name: str, dtype: torch.dtype) -> str:
             _without_gguf(model).to(dtype).save_pretrained(part)
             # Not AutoTokenizer: before 5.15 it takes Llama's class, which puts a token before every text. And not the
             # file's special tokens: before 5.23 they are read one place off.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, **options)
+            inputs = ["input_ids", "attention_mask"]  # transformers 4 adds token_type_ids, which generate() refuses
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, model_input_names=inputs, **options)
             tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
             tokenizer.save_pretrained(part)
             if folder.is_dir() and not made.is_file():  # damaged: a complete folder appears in one rename
