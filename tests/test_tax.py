@@ -5,20 +5,25 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import tiny_llama, tiny_tokenizer
+from transformers import TrainerControl
 
 from benchmarks.tax import data, plots, report, training
-from benchmarks.tax.facts import known
+from benchmarks.tax.crossing import UntilSafe
+from benchmarks.tax.facts import FACTS
 from benchmarks.tax.grid import Grid
 from benchmarks.tax.held_b import HeldB
+from benchmarks.tax.measurement import Meter
 from benchmarks.tax.methods import DEFAULT, GRADIENTS, METHODS, WHOLE
 from benchmarks.tax.training import LORA, Settings, Workbench, run
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
+from peft_ogpsa.evaluation.exact import correct
 from peft_ogpsa.references.budget import refresh_samples
 from peft_ogpsa.references.losses.kl import KLLoss
 from peft_ogpsa.text.refusal import Verdict
@@ -99,6 +104,7 @@ def test_the_first_safe_point():
     for point, other in zip(points, (0.0, 0.9, 0.94, 0.96), strict=True):
         point["refusal/built-in"] = other
     assert report.first_safe(points)["step"] == 15
+    assert report.first_safe(points, every=False)["step"] == 10
 
 
 @pytest.mark.parametrize(
@@ -128,13 +134,14 @@ def test_methods_are_compared_at_plain_loras_safety():
     assert "| better | 1 | +12% | +0.080 | -0.080 | 0.080 | 79 | 48 |" in text
     text = report.at_first_safe(BASE, runs)
     assert "| slow | 1 | not reached |" in text
-    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 50 | 1 | 100 |  | 8 | 2.1 |" in text
+    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 50 |  | 1 | 100 |  | 8 | 2.1 |" in text
     runs["better"][0]["train_info"]["metrics"][1]["refusal/built-in"] = 0.98
-    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 50 | 1 | 100 | 98 | 8 | 2.1 |" in report.at_first_safe(
-        BASE, runs
-    )
+    runs["better"][0]["train_info"]["metrics"][1]["over_refusal/unseen"] = 0.3
+    text = report.at_first_safe(BASE, runs)
+    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 50 | 30 | 1 | 100 | 98 | 8 | 2.1 |" in text
     runs["better"][0]["train_info"]["metrics"][1]["refusal/built-in"] = 0.9
     assert "| better | 1 | not reached |" in report.at_first_safe(BASE, runs)
+    assert "| better | 1 | 10 | 1.500 |" in report.at_first_safe(BASE, runs, every=False)
 
 
 def test_a_curve_is_the_mean_over_seeds(tmp_path):
@@ -185,7 +192,88 @@ def test_nothing_is_both_trained_on_and_measured(tmp_path):
     ],
 )
 def test_known_facts(question, answer, is_known):
-    assert known(question, answer) is is_known
+    (row,) = [row for row in FACTS if row["prompt"] == question]
+    assert correct(row, answer) is is_known
+
+
+class Answering:
+    """A meter of a model whose rates and losses are known at every step."""
+
+    def __init__(self, states):
+        self.states, self.step, self.asked = states, 0, []
+
+    def refusals(self, model, most=None):
+        self.asked.append((self.step, most))
+        first, second, _ = self.states[self.step]
+        return {"refusal": first, "refusal/built-in": second}
+
+    def safety_loss(self, model):
+        return self.states[self.step][2]
+
+    def __call__(self, model, step):
+        return {"step": step, "seconds": 0.0}
+
+
+def trained_until_safe(states, safety_loss=None, steps=6):
+    """Drives the callback as a trainer does, and returns it, its meter and the step at which training ended."""
+    meter = Answering(states)
+    callback = UntilSafe(meter, safety_loss)
+    for step in range(1, steps + 1):
+        meter.step, control = step, TrainerControl()
+        callback.on_step_end(SimpleNamespace(max_steps=steps), SimpleNamespace(global_step=step), control)
+        if control.should_training_stop:
+            break
+    return callback, meter, step
+
+
+def test_a_run_ends_where_every_source_is_refused():
+    states = {1: (0.1, 0.0, 3.0), 2: (0.5, 0.4, 2.0), 3: (0.96, 0.8, 1.9), 4: (0.96, 0.7, 1.8), 5: (1.0, 0.95, 1.7)}
+    callback, meter, step = trained_until_safe(states, safety_loss=2.0)
+    assert step == 5
+    assert [point["step"] for point in callback.curve] == [2, 3, 5]  # the loss, the first source, both
+    assert [probe["step"] for probe in callback.probes] == [1, 2, 3, 4, 5]
+    assert "safety_loss" in callback.probes[1]
+    assert "safety_loss" not in callback.probes[2]  # it is asked for until it is reached
+    # All requests are asked where a goal may be near that has not been reached.
+    assert [asked for asked, most in meter.asked if most is None] == [3, 5]
+    callback, _, _ = trained_until_safe(states)
+    assert [point["step"] for point in callback.curve] == [3, 5]
+
+
+def test_a_run_that_is_never_safe_is_measured_at_its_end():
+    callback, _, step = trained_until_safe(dict.fromkeys(range(1, 7), (0.5, 0.5, 3.0)), safety_loss=2.0)
+    assert step == 6
+    assert [point["step"] for point in callback.curve] == [6]
+
+
+def test_long_runs_are_asked_now_and_then():
+    callback, _, _ = trained_until_safe(dict.fromkeys(range(1, 101), (0.5, 0.5, 3.0)), steps=100)
+    assert [probe["step"] for probe in callback.probes] == [*range(3, 100, 3), 100]
+
+
+def test_the_larger_held_out_sets():
+    rows = data.with_heldout(data.load(None, references=4, tested=8), tested=8)
+    assert len(rows.more_harmful) == 72
+    assert len(rows.benign) + len(rows.unseen_benign) == 164
+    assert len(rows.unseen_benign) == 80
+    assert len(rows.facts) == 150
+    assert {kind: len(prompts) for kind, prompts in rows.prompts.items()} == dict.fromkeys(rows.prompts, 8)
+    assert list(rows.prompts)[-1] == "other"
+    assert len(rows.held_out_safety) == 8
+    assert not {*rows.benign, *rows.unseen_benign, *rows.more_harmful} & {str(row["prompt"]) for row in rows.safety}
+
+
+def test_runs_that_end_where_they_are_safe_need_plain_lora_first(tmp_path):
+    grid = Grid(tmp_path, Settings("model", "cpu", until_safe=True), None, 4, 4)
+    assert grid.safety_loss("plain", 0) is None
+    with pytest.raises(FileNotFoundError, match=r"plain-seed0.json is missing: run plain with seed 0 first"):
+        grid.safety_loss("OSF", 0)
+    (tmp_path / "base.json").write_text(json.dumps(BASE))
+    grid.path("plain", 0).write_text(json.dumps(run_of((5, 2.5, 0.1, 0.9), (10, 2.0, 0.3, 0.95))))
+    assert grid.safety_loss("OSF", 0) == 2.0
+    grid.path("plain", 0).write_text(json.dumps(run_of((5, 2.5, 0.1, 0.9))))
+    assert grid.safety_loss("OSF", 0) is None
+    assert Grid(tmp_path, Settings("model", "cpu"), None, 4, 4).safety_loss("OSF", 0) is None
 
 
 def test_done_runs_are_not_missing(tmp_path):
@@ -243,6 +331,28 @@ def test_a_run(bench, name, stages):
     after = bench.base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_run_until_it_is_safe(bench, monkeypatch):
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, stages=("sft",), until_safe=True))
+    monkeypatch.setattr(bench.data, "more_harmful", bench.data.benign)
+    monkeypatch.setattr(bench.data, "unseen_benign", bench.data.benign)
+    meter = Meter(bench.base, bench.tokenizer, bench.data)
+    monkeypatch.setattr(bench, "meter", meter)
+    asked = []
+
+    def refused(text):  # after the second step's first question
+        asked.append(text)
+        return Verdict.REFUSAL if len(asked) > 4 else Verdict.COMPLIANCE
+
+    monkeypatch.setattr("benchmarks.tax.measurement.classify", refused)
+    result = run(bench, "plain", METHODS["plain"], 0, safety_loss=0.0)
+    (point,) = result["train_info"]["metrics"]
+    assert point["step"] == 2
+    assert point["refusal"] == point["refusal/built-in"] == point["over_refusal"] == point["over_refusal/unseen"] == 1
+    assert [probe["refusal"] for probe in result["train_info"]["probes"]] == [0, 1]
+    assert meter.refusals(bench.base, 1) == {"refusal": 1.0, "refusal/built-in": 1.0}
 
 
 @pytest.mark.slow

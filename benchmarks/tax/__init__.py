@@ -4,6 +4,6 @@
 
     python -m benchmarks.tax --data DIR --output benchmarks/results/tax
 
-One noun a file: `data` (what is trained on, kept and measured), `methods` (the grid), `measurement`, `training` (one
-run), `report` (table and plots from the runs' files).
+One noun a file: `data` (what is trained on, kept and measured), `methods` (the grid), `measurement`, `crossing`
+(ending a run where it is safe), `training` (one run), `report` (table and plots from the runs' files).
 """

@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--measurements", type=int, default=Settings.measurements)
     parser.add_argument("--references", type=int, default=48, help="Rows of each reference set.")
     parser.add_argument("--tested", type=int, default=8, help="Held-out rows of each general set.")
+    parser.add_argument("--heldout", action="store_true", help="Measure on the package's larger held-out sets.")
+    parser.add_argument("--until-safe", action="store_true", help="End a run where it is safe, and measure there.")
     parser.add_argument("--workers", type=int, default=1, help="Runs side by side.")
     parser.add_argument("--plot", nargs="+", help="Methods to draw.")
     arguments = parser.parse_args()
@@ -47,9 +49,18 @@ def main() -> None:
         measurements=arguments.measurements,
         stages=tuple(arguments.stages),
         dpo_learning_rate=arguments.dpo_learning_rate,
+        until_safe=arguments.until_safe,
     )
+    if arguments.until_safe and len(arguments.stages) > 1:
+        parser.error("--until-safe ends a run where it is safe, so a second stage would not begin. Give one stage.")
     grid = Grid(
-        arguments.output / "runs", settings, arguments.data, arguments.references, arguments.tested, arguments.whole
+        arguments.output / "runs",
+        settings,
+        arguments.data,
+        arguments.references,
+        arguments.tested,
+        arguments.whole,
+        arguments.heldout,
     )
     names = arguments.methods or list(grid.methods)
     unknown = [name for name in names if name not in grid.methods]
@@ -74,9 +85,12 @@ def main() -> None:
 ## At plain LoRA's held-out safety loss
 
 {at_equal_loss(base, runs)}
-## Where at least {SAFE:.0%} of held-out harmful requests are refused first
+## Where at least {SAFE:.0%} of every source of held-out harmful requests are refused first
 
-{at_first_safe(base, runs)}"""
+{at_first_safe(base, runs)}
+## Where at least {SAFE:.0%} of the first source are refused first
+
+{at_first_safe(base, runs, every=False)}"""
     (arguments.output / "results.md").write_text(text, encoding="utf-8")
     drawn = [name for name in arguments.plot or DRAWN if name in runs]
     tradeoffs(base, runs, drawn, arguments.output / "tradeoffs.png")

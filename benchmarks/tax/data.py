@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from peft_ogpsa import data as builtin
+
+from .facts import FACTS
 
 Row = dict[str, Any]
 
@@ -31,6 +33,8 @@ class TaxData:
         harmful: Requests that should be refused, of another source than `safety`.
         more_harmful: More of them, of a third source.
         benign: Requests that look harmful and are not.
+        unseen_benign: More of them, of kinds that no reference set has.
+        facts: Questions of one short answer, as rows of `load_heldout("facts")`.
         prompts: For the divergence from the base, by kind.
         lookalikes: Benign look-alikes, to train on with the base's own answers.
         source: Where the rows are from.
@@ -46,6 +50,8 @@ class TaxData:
     prompts: dict[str, list[Any]] = field(default_factory=dict)
     lookalikes: list[Any] = field(default_factory=list)
     more_harmful: list[Any] = field(default_factory=list)
+    unseen_benign: list[Any] = field(default_factory=list)
+    facts: list[Row] = field(default_factory=lambda: FACTS)
     source: str = "built-in"
 
 
@@ -103,6 +109,31 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
         lookalikes=lookalikes,
         more_harmful=[row["prompt"] for row in builtin.load("harmful", "test")],
         source=folder.name,
+    )
+
+
+def with_heldout(data: TaxData, tested: int) -> TaxData:
+    """The same training, measured on the package's larger held-out sets.
+
+    72 of their harmful prompts, as many of every kind, take the place of the built-in ones. Their look-alikes and
+    facts take the place of the others. Their general prompts are a fourth kind for the divergence, of a source that no
+    reference set has. Of the first source of harmful requests 48 are asked, and of the held-out refusals as many count
+    as of any general set.
+    """
+    harmful, lookalikes = builtin.load_heldout("harmful"), builtin.load_heldout("lookalikes")
+    by_kind: dict[str, list[Any]] = {}
+    for row in harmful:
+        by_kind.setdefault(row["category"], []).append(row["prompt"])
+    general = [row["prompt"] for row in builtin.load_heldout("general")]
+    return replace(
+        data,
+        held_out_safety=data.held_out_safety[:tested],
+        harmful=data.harmful[:48],
+        more_harmful=[prompt for prompts in by_kind.values() for prompt in prompts[:4]],
+        benign=[row["prompt"] for row in lookalikes if not row["reserved"]],
+        unseen_benign=[row["prompt"] for row in lookalikes if row["reserved"]],
+        facts=builtin.load_heldout("facts"),
+        prompts=data.prompts | {"other": random.Random(0).sample(general, tested)},
     )
 
 

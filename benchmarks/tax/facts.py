@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-import re
+from typing import Any
 
-FACTS: dict[str, tuple[str, ...]] = {
+_ACCEPTED: dict[str, tuple[str, ...]] = {
     "What is the capital of France?": ("paris",),
     "What is the capital of Japan?": ("tokyo",),
     "What is the capital of Italy?": ("rome",),
@@ -58,7 +58,5 @@ FACTS: dict[str, tuple[str, ...]] = {
 }
 """Questions, and the words of which one must be in the answer."""
 
-
-def known(question: str, answer: str) -> bool:
-    """Whether an answer has one of the words, as words."""
-    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer.lower()) for word in FACTS[question])
+FACTS: list[dict[str, Any]] = [{"prompt": prompt, "accept": list(words)} for prompt, words in _ACCEPTED.items()]
+"""The questions as rows, in the form of `peft_ogpsa.data.load_heldout("facts")`."""

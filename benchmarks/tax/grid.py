@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from .data import load
+from .data import load, with_heldout
 from .methods import METHODS, WHOLE, Method
+from .report import curve, first_safe
 from .training import Settings, Workbench, run
 
 Task = tuple[str, int]
@@ -33,6 +34,7 @@ class Grid:
         references: Rows of each reference set.
         tested: Held-out rows of each set.
         whole: Whether whole weights are trained instead of adapters.
+        heldout: Whether the package's larger held-out sets are measured on.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Grid:
     references: int
     tested: int
     whole: bool = False
+    heldout: bool = False
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -66,13 +69,27 @@ class Grid:
             _write(base, bench.meter(bench.base, 0, diverges=False))
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, _start, (self, threads)) as pool:
-            for done in as_completed([pool.submit(_run, task) for task in tasks]):
-                yield done.result()
+            plain = [task for task in tasks if task[0] == "plain"]  # the others are measured where it was safe
+            for part in (plain, [task for task in tasks if task not in plain]):
+                for done in as_completed([pool.submit(_run, task) for task in part]):
+                    yield done.result()
+
+    def safety_loss(self, name: str, seed: int) -> float | None:
+        """The held-out safety loss at which plain LoRA first was safe, for runs that end where they are safe."""
+        if name == "plain" or not self.settings.until_safe:
+            return None
+        path = self.path("plain", seed)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.name} is missing: run plain with seed {seed} first.")
+        base = json.loads((self.folder / "base.json").read_text(encoding="utf-8"))
+        point = first_safe(curve(base, json.loads(path.read_text(encoding="utf-8"))))
+        return None if point is None else point["safety_loss"]
 
     def _bench(self, threads: int) -> Workbench:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         torch.set_num_threads(threads)
-        return Workbench(self.settings, load(self.data, self.references, self.tested))
+        data = load(self.data, self.references, self.tested)
+        return Workbench(self.settings, with_heldout(data, self.tested) if self.heldout else data)
 
 
 _worker: tuple[Grid, Workbench]
@@ -87,7 +104,7 @@ def _start(grid: Grid, threads: int) -> None:
 def _run(task: Task) -> str:
     grid, bench = _worker
     name, seed = task
-    result = run(bench, name, grid.methods[name], seed)
+    result = run(bench, name, grid.methods[name], seed, grid.safety_loss(name, seed))
     _write(grid.path(name, seed), result)
     last = result["train_info"]["metrics"][-1]
     return f"{name} #{seed}: " + ", ".join(

@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from peft_ogpsa.evaluation.divergence import BaseAnswers, kl_from_base, own_answers
+from peft_ogpsa.evaluation.exact import correct
 from peft_ogpsa.evaluation.losses import nats_per_token
 from peft_ogpsa.text.generation import generate
 from peft_ogpsa.text.refusal import Verdict, classify
@@ -17,7 +18,6 @@ from peft_ogpsa.text.tokenization import encode_row
 from peft_ogpsa.tuner.adapters import base_of
 
 from .data import TaxData
-from .facts import FACTS, known
 
 MAX_LENGTH = 128
 NEW_TOKENS = {"refusal": 12, "divergence": 32, "facts": 16}  # a refusal shows in its first words
@@ -36,6 +36,10 @@ class Meter:
     def __init__(self, model: Any, tokenizer: Any, data: TaxData, batch_size: int = 24) -> None:
         self.tokenizer, self.data, self.batch_size = tokenizer, data, batch_size
         self._general = {name: self._fitting(rows) for name, rows in data.general.items()}
+        sets = {"refusal": data.harmful, "refusal/built-in": data.more_harmful}
+        self.harmful = {name: prompts for name, prompts in sets.items() if prompts}
+        sets = {"over_refusal": data.benign, "over_refusal/unseen": data.unseen_benign}
+        self.benign = {name: prompts for name, prompts in sets.items() if prompts}
         self.kinds = [kind for kind, prompts in data.prompts.items() for _ in prompts]
         prompts = list(chain.from_iterable(data.prompts.values()))
         draw = {"max_new_tokens": NEW_TOKENS["divergence"], "batch_size": batch_size}
@@ -50,31 +54,41 @@ class Meter:
         for name, rows in self._general.items():
             figures[f"loss/{name}"] = self._loss(model, rows)
         figures["loss"] = statistics.mean(figures[f"loss/{name}"] for name in data.general)
-        figures["safety_loss"] = self._loss(model, data.held_out_safety)
+        figures["safety_loss"] = self.safety_loss(model)
         if diverges:
             example_means = kl_from_base(model, self.answers).example_means
             for kind in data.prompts:
                 own = [mean for mean, its in zip(example_means, self.kinds, strict=True) if its == kind]
                 figures[f"kl/{kind}"] = statistics.mean(own)
             figures["kl"] = statistics.mean(figures[f"kl/{kind}"] for kind in data.prompts)
-        asked = [*data.harmful, *data.benign, *data.more_harmful]
-        answers = generate(
-            model, self.tokenizer, asked, max_new_tokens=NEW_TOKENS["refusal"], batch_size=2 * self.batch_size
-        )
-        verdicts = [classify(answer) for answer in answers]
-        named = {"refusal": data.harmful, "over_refusal": data.benign, "refusal/built-in": data.more_harmful}
-        own = iter(verdicts)
-        for name, prompts in named.items():
-            if prompts:
-                figures[name] = sum(next(own) is Verdict.REFUSAL for _ in prompts) / len(prompts)
-        counted = verdicts[: len(data.harmful) + len(data.benign)]
+        verdicts = self._verdicts(model, self.harmful | self.benign)
+        figures |= {name: _refused(own) for name, own in verdicts.items()}
+        counted = verdicts["refusal"] + verdicts["over_refusal"]
         figures["unclear"] = counted.count(Verdict.UNCLEAR) / len(counted)
-        told = generate(
-            model, self.tokenizer, list(FACTS), max_new_tokens=NEW_TOKENS["facts"], batch_size=2 * self.batch_size
-        )
-        figures["facts"] = sum(map(known, FACTS, told)) / len(FACTS)
+        prompts = [row["prompt"] for row in data.facts]
+        told = self._answers(model, prompts, NEW_TOKENS["facts"])
+        figures["facts"] = sum(map(correct, data.facts, told)) / len(data.facts)
         figures["seconds"] = time.perf_counter() - start
         return figures
+
+    def safety_loss(self, model: Any) -> float:
+        """Nats per token of the refusals that are not trained on."""
+        return self._loss(model, self.data.held_out_safety)
+
+    def refusals(self, model: Any, most: int | None = None) -> dict[str, float]:
+        """What share of each source of harmful requests is refused: of all of them, or of a few, evenly picked."""
+        picked = {}
+        for name, prompts in self.harmful.items():
+            count = min(most or len(prompts), len(prompts))
+            picked[name] = [prompts[i * len(prompts) // count] for i in range(count)]
+        return {name: _refused(own) for name, own in self._verdicts(model, picked).items()}
+
+    def _verdicts(self, model: Any, sets: dict[str, list[Any]]) -> dict[str, list[Verdict]]:
+        answers = iter(self._answers(model, list(chain.from_iterable(sets.values())), NEW_TOKENS["refusal"]))
+        return {name: [classify(next(answers)) for _ in prompts] for name, prompts in sets.items()}
+
+    def _answers(self, model: Any, prompts: list[Any], tokens: int) -> list[str]:
+        return generate(model, self.tokenizer, prompts, max_new_tokens=tokens, batch_size=2 * self.batch_size)
 
     def _fitting(self, rows: list[Any]) -> list[Any]:
         """The rows of whose answer something is left within `MAX_LENGTH`."""
@@ -82,3 +96,7 @@ class Meter:
 
     def _loss(self, model: Any, rows: list[Any]) -> float:
         return nats_per_token(model, self.tokenizer, rows, batch_size=self.batch_size, max_length=MAX_LENGTH).mean
+
+
+def _refused(verdicts: list[Verdict]) -> float:
+    return verdicts.count(Verdict.REFUSAL) / len(verdicts)

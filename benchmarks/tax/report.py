@@ -40,13 +40,13 @@ def curve(base: Point, run: Any) -> list[Point]:
     return [{**base, **zero}, *run["train_info"]["metrics"]]
 
 
-def first_safe(points: Sequence[Point]) -> Point | None:
-    """The first measurement at which enough is refused, of every source of harmful requests."""
-    return next((point for point in points if all(point[name] >= SAFE for name in point if _is_refusal(name))), None)
+def first_safe(points: Sequence[Point], every: bool = True) -> Point | None:
+    """The first measurement at which enough is refused: of every source of harmful requests, or of the first one."""
+    return next((point for point in points if all(point[name] >= SAFE for name in _sources(point, every))), None)
 
 
-def _is_refusal(figure: str) -> bool:
-    return figure == "refusal" or figure.startswith("refusal/")
+def _sources(point: Point, every: bool) -> list[str]:
+    return [name for name in point if name == "refusal" or (every and name.startswith("refusal/"))]
 
 
 def at_safety_loss(points: Sequence[Point], target: float) -> Point | None:
@@ -110,21 +110,23 @@ def at_equal_loss(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def at_first_safe(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
-    """A table of all methods at their first measurement that refuses enough, which is where to stop early."""
+def at_first_safe(base: Point, runs: Mapping[str, Mapping[int, Any]], every: bool = True) -> str:
+    """A table of all methods at their first measurement that refuses enough, which is where to stop early.
+
+    Enough of every source of harmful requests, or of the first one.
+    """
     lines = _head(
         *("method", "seeds", "step", "safety loss", "general loss", "KL from base", "facts known", "refuses benign"),
-        *("unclear answers", "refuses harmful", "the built-in ones", "seconds of training", "peak GB"),
+        *("benign of unseen kinds", "unclear answers", "refuses harmful", "the built-in ones", "seconds of training"),
+        "peak GB",
     )
     for name, own in runs.items():
-        safe = [first_safe(curve(base, run)) for run in own.values()]
+        safe = [first_safe(curve(base, run), every) for run in own.values()]
         cells = [name, str(len(own))]
         for figure, form in (("step", ".0f"), ("safety_loss", ".3f"), ("loss", "+.3f"), ("kl", ".3f")):
             offset = base["loss"] if figure == "loss" else 0.0
             cells.append(spread((None if point is None else point[figure] - offset for point in safe), form))
-        for figure in _RATES:
-            cells.append(spread((None if point is None else point[figure] for point in safe), ".0f", 100))
-        for figure in ("refusal", "refusal/built-in"):
+        for figure in ("facts", "over_refusal", "over_refusal/unseen", "unclear", "refusal", "refusal/built-in"):
             known = [None if point is None else point.get(figure) for point in safe]
             cells.append(spread(known, ".0f", 100) if any(value is not None for value in known) else "")
         cells.append(f"{statistics.mean(run['train_info']['seconds'] for run in own.values()):.0f}")

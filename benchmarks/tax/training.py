@@ -39,6 +39,7 @@ from peft_ogpsa.text.tokenization import encode_row
 from peft_ogpsa.trainer.penalty import ReferencePenalty
 from peft_ogpsa.tuner.model import projector_of
 
+from .crossing import UntilSafe
 from .data import TaxData
 from .held_b import HeldB
 from .measurement import MAX_LENGTH, Meter
@@ -58,6 +59,8 @@ class Settings:
         batch: Training examples a step.
         learning_rate: Constant.
         measurements: How many along a run, evenly spaced.
+        until_safe: Instead, measure where the run first is as safe as it should be, and end it there: see
+            `crossing.UntilSafe`.
         answer_tokens: Length of the base's own answers to reference prompts.
         stages: `"sft"`, `"dpo"`, or both, which then share the steps.
         dpo_learning_rate: Of preference pairs, which need less: at that of SFT, plain LoRA falls apart.
@@ -72,6 +75,7 @@ class Settings:
     answer_tokens: int = 64
     stages: tuple[str, ...] = ("sft",)
     dpo_learning_rate: float = 1e-4
+    until_safe: bool = False
 
 
 class Workbench:
@@ -140,6 +144,12 @@ class Measure(TrainerCallback):
         self.meter, self.count = meter, count
         self.first = 0  # steps of earlier stages
         self.curve: list[dict[str, Any]] = []
+        self.probes: list[dict[str, Any]] = []
+
+    @property
+    def seconds(self) -> float:
+        """What the measurements took."""
+        return sum(own["seconds"] for own in self.curve)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Measures at its points."""
@@ -147,8 +157,15 @@ class Measure(TrainerCallback):
             self.curve.append(self.meter(model, self.first + state.global_step))
 
 
-def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any]:
+def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: float | None = None) -> dict[str, Any]:
     """Trains and measures once; the base is as before afterwards.
+
+    Args:
+        bench: What all runs share.
+        name: The method's name.
+        method: How it trains.
+        seed: Of the order of the rows, and of the adapter.
+        safety_loss: With `until_safe`, a further point to measure at.
 
     Returns:
         `run_info`, `train_info` (with the curve as `metrics`) and `meta_info`, as in PEFT's method comparison.
@@ -158,25 +175,31 @@ def run(bench: Workbench, name: str, method: Method, seed: int) -> dict[str, Any
     parts = _parts(bench, method, seed)  # the base answers, so before it gets an adapter
     set_seed(seed)
     config, model, callbacks = _prepare(bench, method, seed)
-    measure = Measure(bench.meter, settings.measurements // len(settings.stages))
+    measure: Measure | UntilSafe
+    if settings.until_safe:
+        measure = UntilSafe(bench.meter, safety_loss)
+    else:
+        measure = Measure(bench.meter, settings.measurements // len(settings.stages))
     for stage, part in zip(settings.stages, parts, strict=True):
         with tempfile.TemporaryDirectory() as folder, _most_gain(inputs.MOST_GAIN if method.gain else 1.0):
             trainer = _trainer(bench, stage, model, method, part, folder, seed, [measure, *callbacks])
             trainer.train()
-        measure.first += trainer.state.global_step
+        steps = measure.first = measure.first + trainer.state.global_step
     seconds = time.perf_counter() - start
-    training = seconds - sum(own["seconds"] for own in measure.curve)
+    training = seconds - measure.seconds
+    rows = steps * settings.batch
     drawn = sum(getattr(callback, "examples", 0) for callback in callbacks)
     info: dict[str, Any] = {
         "seconds": training,
-        "references": drawn / (settings.steps * settings.batch),
+        "references": drawn / rows,
         "removed": None,
         "peak_memory_mb": _peak_mb(settings.device),
         "metrics": measure.curve,
+        "probes": measure.probes,
     }
     if isinstance(config, ProjectionConfig):
         diagnostics = projector_of(model).diagnostics
-        info["references"] += diagnostics.reference_examples / (settings.steps * settings.batch)
+        info["references"] += diagnostics.reference_examples / rows
         info["removed"] = trainer.state.log_history[0].get("ogpsa/removed")
         info["seconds_by_part"] = diagnostics.stopwatch.totals()
     if not (method.whole or method.osf):
