@@ -54,7 +54,8 @@ def xstest(row: RawRow, split: str) -> PromptRow:
 
 def or_bench_hard(row: RawRow, split: str) -> PromptRow:
     """Read a row of OR-Bench-Hard."""
-    return _row(*values(row, "prompt"), "benign", row.get("category"))
+    (prompt,) = values(row, "prompt")
+    return _row(prompt, "benign", row.get("category"))
 
 
 def sorry_bench(row: RawRow, split: str) -> PromptRow | None:
