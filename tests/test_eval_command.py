@@ -249,7 +249,7 @@ def test_a_fast_look_says_what_its_intervals_are(folder, capsys):
         (["--data", "xstest=FOLDER/xstest.jsonl,xstest"], "contains xstest twice"),
         (["--data", "xstest"], "'xstest' .* cannot be loaded from the hub.*give xstest=FILE"),
         (["--data", "xstest=FOLDER/xstest.jsonl", "--plot", "a.png"], "plot='a.png' needs harmful and general rows"),
-        (["--data", "xtest"], "data='xtest' contains none of .* public set .xstest"),
+        (["--data", "xtest"], "data='xtest' contains none of .* Public sets are xstest"),
         (["--adapter", "FOLDER/plain", "FOLDER/plain"], "names an adapter twice"),
         (["--adapter", "FOLDER/plain", "FOLDER/ogpsa", "--name", "one"], "must be 2 different names"),
         (["--adapter", "FOLDER/plain", "FOLDER/other"], "names adapters of different bases"),

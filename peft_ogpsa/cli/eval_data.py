@@ -78,7 +78,7 @@ def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str,
     if not specs:
         wanted = ", ".join(f"{name}_test.jsonl" for name in data.NAMES)
         raise ValueError(
-            f"data={source!r} contains none of {wanted}. Give a folder with at least one of them, builtin, heldout, "
-            f"or a public set ({', '.join(PROMPT_SETS)})."
+            f"data={source!r} contains none of {wanted}. Give a folder with at least one of them, builtin, or "
+            f"heldout. Public sets are {', '.join(PROMPT_SETS)}."
         )
     return {name: load_rows(spec, "data").to_list()[:samples] for name, spec in specs.items()}
