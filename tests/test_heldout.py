@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from peft_ogpsa import data
-from peft_ogpsa.cli.eval import load_test_rows
+from peft_ogpsa.cli.eval_data import load_test_rows
 from peft_ogpsa.data import HELDOUT, NAMES, PROMPTS, SPLITS, arithmetic, load, load_heldout, load_prompts
 from peft_ogpsa.evaluation import correct
 

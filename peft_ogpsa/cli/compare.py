@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from ..evaluation import Evaluation, Measurement, difference_table, table, task_table, tradeoff
+from ..evaluation import Evaluation, Measurement, difference_table, set_table, table, task_table, tradeoff
 from .errors import input_errors
 
 # Results are comparable only if they agree in these conditions.
@@ -23,8 +22,8 @@ _CONDITIONS = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "ma
 _TASK_CONDITIONS = ("limit", "chat_template")
 
 
-def read(path: str) -> dict[str, Any]:
-    """Read one result of `ogpsa eval`, with its `evaluation` as an `Evaluation`.
+def read(path: str) -> list[dict[str, Any]]:
+    """Read the results in a file of `ogpsa eval`, each with its `evaluation` as an `Evaluation`.
 
     Raises:
         ValueError: If the file is not a result of `ogpsa eval`.
@@ -32,12 +31,15 @@ def read(path: str) -> dict[str, Any]:
     """
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {
-            **saved,
-            "evaluation": Evaluation.from_dict(saved["evaluation"]),
-            "arguments": dict(saved["arguments"]),
-        }
-    except (ValueError, KeyError, TypeError) as error:
+        return [
+            {
+                **result,
+                "evaluation": Evaluation.from_dict(result["evaluation"]),
+                "arguments": dict(result["arguments"]),
+            }
+            for result in saved.get("results", [saved])
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a result of `ogpsa eval` ({error!r}). Run `ogpsa eval` again.") from error
 
 
@@ -52,35 +54,47 @@ def run(arguments: Sequence[str]) -> None:
     )
     parsed = parser.parse_args(list(arguments))
     with input_errors("compare"):
-        results = {path: read(path) for path in parsed.results}
-        names = [saved["name"] for saved in results.values()]
-        # If two runs have the same name, use their file paths instead.
-        evaluations: dict[str, Evaluation] = {
-            saved["name"] if names.count(saved["name"]) == 1 else path: saved["evaluation"]
-            for path, saved in results.items()
-        }
+        results = _named({path: read(path) for path in parsed.results})
+        evaluations: dict[str, Evaluation] = {name: saved["evaluation"] for name, saved in results.items()}
         console = Console(width=None if sys.stdout.isatty() else 150)
         for difference in _differences(list(results.values())):
             console.print(
                 f"The results were measured differently: {difference}", style="yellow", soft_wrap=True, markup=False
             )
         base = next((e.base for e in evaluations.values() if e.base is not None), None)
-        before = _stages_before(dict(zip(evaluations, results.values(), strict=True)))
-        console.print(table(evaluations, extra=_per_stage(evaluations, before)))
-        if len(evaluations) > 1:
-            console.print(difference_table({name: evaluation.model for name, evaluation in evaluations.items()}))
+        before = _stages_before(results)
+        if any(evaluation.model.has_own_data for evaluation in evaluations.values()):
+            console.print(table(evaluations, extra=_per_stage(evaluations, before)))
+            if len(evaluations) > 1:
+                console.print(difference_table({name: evaluation.model for name, evaluation in evaluations.items()}))
+        if any(evaluation.model.sets for evaluation in evaluations.values()):
+            console.print(set_table(*_with_base(evaluations, base)))
         if any(evaluation.model.tasks for evaluation in evaluations.values()):
-            console.print(_tasks(evaluations, base))
+            console.print(task_table(*_with_base(evaluations, base)))
         if parsed.plot:
             tradeoff(_curves(evaluations, before), parsed.plot, base=base)
             console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True)
 
 
-def _tasks(evaluations: Mapping[str, Evaluation], base: Measurement | None) -> Table:
-    """Build the table of tasks. Differences are from the first result, or from the base of a single one."""
+def _named(files: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the results by name. If two have the same name, use their file paths instead."""
+    names = [saved["name"] for results in files.values() for saved in results]
+    named = {}
+    for path, results in files.items():
+        for saved in results:
+            place = path if len(results) == 1 else f"{path}: {saved['name']}"
+            named[saved["name"] if names.count(saved["name"]) == 1 else place] = saved
+    return named
+
+
+def _with_base(evaluations: Mapping[str, Evaluation], base: Measurement | None) -> tuple[dict[str, Measurement], str]:
+    """Return the measurements of a table, and the one from which it shows differences.
+
+    This is the first result, or the base of a single one.
+    """
     models = {name: evaluation.model for name, evaluation in evaluations.items()}
     reference = next(iter(models)) if len(models) > 1 or base is None else base.name
-    return task_table(models if base is None else {base.name: base, **models}, reference)
+    return (models if base is None else {base.name: base, **models}), reference
 
 
 def _stages_before(results: Mapping[str, dict[str, Any]]) -> dict[str, str]:

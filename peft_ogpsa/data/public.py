@@ -10,15 +10,16 @@ some sets, you must accept the terms there first.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .. import extras
+from .raw_rows import RawRow, check_samples, converted, from_file, from_hub
+from .raw_rows import values as _values
 
-RawRow = Mapping[str, Any]
 Row = dict[str, Any]
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _SHUFFLE_BUFFER = 10_000
 
 
@@ -170,16 +171,14 @@ def load_public(name: str, samples: int | None = None, split: str | None = None,
         ValueError: If `name` or `samples` is out of range, a column is missing, or no row is left.
     """
     public = _named(name)
-    _check_samples(samples)
+    check_samples(samples)
     extras.check("cli", "Reading public data sets")
-    from datasets import load_dataset
-
     streaming = public.large and samples is not None
     split = split or public.split
 
     def raw_rows() -> Iterable[RawRow]:
         try:
-            dataset = load_dataset(public.hub_id, public.config, split=split, streaming=streaming)
+            dataset = from_hub(public.hub_id, public.config, split, streaming=streaming)
             yield from _shuffled(dataset, streaming, samples, seed)
         except Exception as error:  # many possible causes: offline, gated, removed, another split
             raise OSError(
@@ -208,19 +207,8 @@ def read_public(name: str, path: str | Path, samples: int | None = None, seed: i
         ValueError: If `name`, `samples` or the kind of file is not allowed, a column is missing, or no row is left.
     """
     public, path = _named(name), Path(path)
-    _check_samples(samples)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"The set {name!r}: path={str(path)!r} is not a file. Give the path of a downloaded file."
-        )
-    if path.suffix not in _BUILDERS:
-        raise ValueError(f"The set {name!r}: path={str(path)!r} must end in one of {', '.join(_BUILDERS)}.")
-    extras.check("cli", "Reading public data sets")
-    from datasets import load_dataset
-
-    # Use streaming: a plain load would copy the file into the cache of `datasets`.
-    dataset = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
-    return _converted(name, public.read, _shuffled(dataset, True, samples, seed), samples)
+    check_samples(samples)
+    return _converted(name, public.read, _shuffled(from_file(name, path), True, samples, seed), samples)
 
 
 def _named(name: str) -> PublicSet:
@@ -229,11 +217,6 @@ def _named(name: str) -> PublicSet:
             f"name={name!r} is not a public set that peft_ogpsa knows. Use one of {', '.join(map(repr, PUBLIC))}."
         )
     return PUBLIC[name]
-
-
-def _check_samples(samples: int | None) -> None:
-    if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
-        raise ValueError(f"samples={samples!r} must be an integer of at least 1, or None to use all rows.")
 
 
 def _shuffled(dataset: Any, streaming: bool, samples: int | None, seed: int) -> Iterable[RawRow]:
@@ -245,26 +228,10 @@ def _shuffled(dataset: Any, streaming: bool, samples: int | None, seed: int) -> 
 def _converted(
     name: str, read: Callable[[RawRow], Row | None], raw_rows: Iterable[RawRow], samples: int | None
 ) -> list[Row]:
-    rows: list[Row] = []
-    for number, raw in enumerate(raw_rows):
-        try:
-            row = read(raw)
-        except ValueError as error:
-            raise ValueError(f"The set {name!r}: row {number}: {error}.") from error
-        if row is not None:
-            rows.append(row)
-        if len(rows) == samples:
-            break
+    rows = list(islice(converted(name, raw_rows, read), samples))
     if not rows:
         raise ValueError(f"The set {name!r} has no row that can be used. Check that this is the right file or split.")
     return rows
-
-
-def _values(row: RawRow, *columns: str) -> list[Any]:
-    missing = [column for column in columns if row.get(column) is None]
-    if missing:
-        raise ValueError(f"the columns {missing} are missing or empty. The row has the columns {sorted(row)}")
-    return [row[column] for column in columns]
 
 
 def _user(text: str) -> list[dict[str, str]]:

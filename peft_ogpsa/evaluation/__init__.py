@@ -15,6 +15,7 @@ from .losses import LossResult, nats_per_token
 from .plots import tradeoff
 from .report import Estimate, Evaluation, Evaluator, Measurement, Sample, evaluate, table
 from .scores import TaskScore, accuracy
+from .set_table import set_table
 from .task_table import task_table
 from .tasks import TASKS, TaskRunner
 
@@ -44,6 +45,7 @@ __all__ = [
     "own_answers",
     "paired_difference",
     "rate_difference",
+    "set_table",
     "table",
     "task_difference",
     "task_table",

@@ -98,7 +98,9 @@ def difference_table(measurements: Mapping[str, Measurement]) -> "Table":
         grid.add_column(heading, justify="right")
     for name, measurement in others:
         found = differences(first, measurement)
-        grid.add_row(Text(name), *(_text(found.get(column), "refusal" in column) for column in _HEADINGS))
+        grid.add_row(
+            Text(name), *(difference_text(found.get(column), rate="refusal" in column) for column in _HEADINGS)
+        )
     return grid
 
 
@@ -153,7 +155,8 @@ def _mean_difference(first: Measurement, second: Measurement) -> Difference | No
     return Difference(value, value - half, value + half)
 
 
-def _text(difference: Difference | None, rate: bool) -> str:
+def difference_text(difference: Difference | None, *, rate: bool) -> str:
+    """Format a difference for a table, with its interval and, if it is larger than chance, a star."""
     if difference is None:
         return "-"
     style = "+.0%" if rate else "+.3f"

@@ -82,14 +82,22 @@ class Measurement:
     """KL from base by example."""
     tasks: list[TaskScore] = field(default_factory=list)
     """Scores of tasks: of the held-out sets, and of lm-eval."""
+    sets: dict[str, "Measurement"] = field(default_factory=dict)
+    """Refusal and over-refusal on further sets of prompts, such as public ones, by the set's name."""
     seconds: float = 0.0
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether there are estimates other than those of sets and tasks."""
+        return any((self.general_mean, self.kl, self.refusal, self.over_refusal))
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain types, ready for JSON."""
-        plain = asdict(self)
+        plain = asdict(replace(self, sets={}))
         for sample in plain["harmful_samples"] + plain["benign_samples"]:
             sample["verdict"] = sample["verdict"].value
-        return plain
+        del plain["sets"]
+        return plain | ({"sets": {name: own.to_dict() for name, own in self.sets.items()}} if self.sets else {})
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Measurement":
@@ -104,6 +112,7 @@ class Measurement:
         fields["losses"] = {name: LossResult(**loss) for name, loss in plain.get("losses", {}).items()}
         fields["kl_loss"] = None if plain.get("kl_loss") is None else LossResult(**plain["kl_loss"])
         fields["tasks"] = [TaskScore(**score) for score in plain.get("tasks", [])]
+        fields["sets"] = {name: cls.from_dict(own) for name, own in plain.get("sets", {}).items()}
         return cls(**fields)
 
 
@@ -353,11 +362,11 @@ def table(
         unclear = [measurement.harmful_unclear, measurement.benign_unclear]
         grid.add_row(
             Text(name),
-            _loss_text(measurement.general_mean),
+            loss_text(measurement.general_mean),
             change,
-            _loss_text(measurement.kl),
-            _rate_text(measurement.refusal),
-            _rate_text(measurement.over_refusal),
+            loss_text(measurement.kl),
+            rate_text(measurement.refusal),
+            rate_text(measurement.over_refusal),
             " / ".join("-" if estimate is None else f"{estimate.value:.0%}" for estimate in unclear),
             *(column.get(name, "-") for column in (extra or {}).values()),
         )
@@ -386,9 +395,11 @@ def _mean_estimate(estimates: list[Estimate]) -> Estimate | None:
     return Estimate(mean, mean - half, mean + half, sum(estimate.n for estimate in estimates))
 
 
-def _loss_text(estimate: Estimate | None) -> str:
+def loss_text(estimate: Estimate | None) -> str:
+    """Format a loss for a table, with its interval."""
     return "-" if estimate is None else f"{estimate.value:.3f} ±{(estimate.high - estimate.low) / 2:.3f}"
 
 
-def _rate_text(estimate: Estimate | None) -> str:
+def rate_text(estimate: Estimate | None) -> str:
+    """Format a rate for a table, with its interval."""
     return "-" if estimate is None else f"{estimate.value:.0%} ({estimate.low:.0%} to {estimate.high:.0%})"

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import json
 import logging
 import math
 import numbers
@@ -71,8 +73,16 @@ class TaskRunner:
 
         return str(lm_eval.__version__)
 
-    def run(self, model: torch.nn.Module, processing_class: PreTrainedTokenizerBase) -> list[TaskScore]:
-        """Score a model in its current state. Training can continue afterwards as if nothing had happened."""
+    def run(
+        self, model: torch.nn.Module, processing_class: PreTrainedTokenizerBase, names: Sequence[str] | None = None
+    ) -> list[TaskScore]:
+        """Score a model in its current state. Training can continue afterwards as if nothing had happened.
+
+        Args:
+            model: A causal language model, with or without adapter.
+            processing_class: Its tokenizer.
+            names: Some of the runner's names. Default: all.
+        """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
@@ -86,12 +96,21 @@ class TaskRunner:
                 )
             results = lm_eval.simple_evaluate(
                 wrapped,
-                tasks=self.names,
+                tasks=list(names or self.names),
                 task_manager=self._manager,
                 limit=self.limit,
                 apply_chat_template=self.chat_template and processing_class.chat_template is not None,
             )
         return _scores(results)
+
+    def digest(self, name: str) -> str:
+        """Return a checksum of a task, or of a group's tasks: of their settings, and of the examples that are used."""
+        tasks = self._manager.load([name])["tasks"]
+        return checksum(
+            json.dumps(entry, sort_keys=True, default=str)
+            for task_name, task in sorted(tasks.items())
+            for entry in (task_name, task.dump_config(), *itertools.islice(task.eval_docs, self.limit))
+        )
 
     def _load(self) -> None:
         shown = ",".join(self.names)

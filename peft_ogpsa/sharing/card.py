@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -365,10 +365,11 @@ def _shareable_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         arguments |= {name: told[name] for name in _TASKS_MEASURED_WITH if told.get(name) is not None}
         arguments["lm_eval"] = evaluation["lm_eval"]
     if arguments.get("data"):
-        arguments["data"] = _public(arguments["data"])
+        arguments["data"] = ",".join(map(_public_source, arguments["data"].split(",")))
     measured = json.loads(json.dumps(evaluation["evaluation"]))
     for measurement in filter(None, (measured["model"], measured["base"])):
-        measurement["harmful_samples"] = measurement["benign_samples"] = []
+        for own in (measurement, *measurement.get("sets", {}).values()):
+            own["harmful_samples"] = own["benign_samples"] = []
     return {
         "name": evaluation.get("name"),
         "base_model": _public(evaluation.get("base_model") or "") or None,
@@ -406,6 +407,12 @@ def _public(name: str) -> str:
     if not re.search(r"[\\]|^/|:.*/", source) and not os.path.exists(source) and _on_hub(source.partition(":")[0]):
         return name
     return prefix + re.split(r"[\\/]", source.rstrip("\\/"))[-1] + bracket + split
+
+
+def _public_source(source: str) -> str:
+    """Return what others may read of one part of `ogpsa eval --data`."""
+    name, equals, path = source.strip().rpartition("=")
+    return name + equals + _public(path)
 
 
 def _code(text: str) -> str:
@@ -622,7 +629,7 @@ def _tax(saved: Mapping[str, Any]) -> str:
             "--adapter DIR --output FILE.json --card`."
         )
     from ..evaluation import Evaluation
-    from ..evaluation.report import _loss_text, _rate_text
+    from ..evaluation.report import loss_text, rate_text
 
     evaluation = Evaluation.from_dict(saved["evaluation"])
     model, base = evaluation.model, evaluation.base
@@ -638,11 +645,11 @@ def _tax(saved: Mapping[str, Any]) -> str:
             change = f"{model.general_mean.value - base.general_mean.value:+.3f}"
         unclear = (measured.harmful_unclear, measured.benign_unclear)
         cells = [
-            _loss_text(measured.general_mean),
+            loss_text(measured.general_mean),
             change,
-            _loss_text(measured.kl),
-            _rate_text(measured.refusal),
-            _rate_text(measured.over_refusal),
+            loss_text(measured.kl),
+            rate_text(measured.refusal),
+            rate_text(measured.over_refusal),
             " / ".join("-" if estimate is None else f"{estimate.value:.0%}" for estimate in unclear),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -664,9 +671,25 @@ def _tax(saved: Mapping[str, Any]) -> str:
         "far the adapter has moved the model from its base. Refusals are found by matching phrases. For harmful "
         "prompts, more refusals are safer. For benign prompts that look harmful, more refusals are worse. Unclear "
         "(harmful / benign) is the share of answers that are noise. The 95 % intervals are over examples.\n\n"
-        f"{_tasks(model, base)}"
+        f"{_sets(model, base)}{_tasks(model, base)}"
         f"Measured on {used or 'nothing'}: {_code(on + ', '.join(f'{k}={v}' for k, v in conditions.items()))}"
     )
+
+
+def _sets(model: Measurement, base: Measurement | None) -> str:
+    """Return the table of public sets, or nothing if none was measured."""
+    from ..evaluation.set_table import HEADINGS, NOTE, set_rows
+
+    rows = set_rows({"this adapter": model} if base is None else {"base": base, "this adapter": model})
+    if not rows:
+        return ""
+    return (
+        f"Refusal on public sets of prompts. Differences are from the base. {NOTE}\n\n{_markdown(HEADINGS, rows)}\n\n"
+    )
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows))
 
 
 def _tasks(model: Measurement, base: Measurement | None) -> str:
@@ -677,11 +700,10 @@ def _tasks(model: Measurement, base: Measurement | None) -> str:
     rows = task_rows(measured)
     if not rows:
         return ""
-    lines = [f"| {' | '.join(row)} |" for row in (HEADINGS, ["---"] * len(HEADINGS), *rows)]
     return (
         "Scores of tasks, with 95 % intervals. `facts` and `arithmetic` are built-in sets of peft_ogpsa. The others "
         "are tasks of [lm-eval](https://github.com/EleutherAI/lm-evaluation-harness). Differences are from the base. "
-        f"{NOTE}\n\n" + "\n".join(lines) + "\n\n"
+        f"{NOTE}\n\n{_markdown(HEADINGS, rows)}\n\n"
     )
 
 

@@ -1,0 +1,84 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The data of `ogpsa eval`: rows of the built-in kinds, and public sets of prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import data
+from ..data.prompt_sets import PROMPT_SETS, PromptRow, load_prompt_set, read_prompt_set
+from .datasets import load_rows
+
+ANSWER_TOKENS = {"facts": 32, "arithmetic": 128}
+"""Held-out sets with right answers, and the maximum number of tokens in an answer. Word problems need a few steps."""
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """What a model is measured on."""
+
+    name: str
+    """Where the rows come from."""
+    rows: dict[str, list[dict[str, Any]]]
+    """Rows by kind, as in `load_test_rows`. Empty if only public sets are measured."""
+    sets: dict[str, list[PromptRow]]
+    """Public sets of prompts, by name."""
+
+
+def load_eval_data(source: str, samples: int | None) -> EvalData:
+    """Load the data that `--data` names.
+
+    Args:
+        source: `builtin`, `heldout` or a folder, and public sets as NAME or NAME=FILE, separated by commas.
+        samples: Maximum number of rows of each kind. `None`: all rows.
+
+    Raises:
+        ValueError: If a source cannot be read, or there is more than one of the first three.
+        OSError: If a public set cannot be reached, or its file does not exist.
+    """
+    sources = [part.strip() for part in source.split(",") if part.strip()]
+    public = [part for part in sources if part.partition("=")[0] in PROMPT_SETS]
+    own = [part for part in sources if part not in public]
+    if len(own) > 1:
+        raise ValueError(
+            f"data={source!r} contains {' and '.join(own)}. Of builtin, heldout and a folder, give only one. "
+            f"Public sets are {', '.join(PROMPT_SETS)}."
+        )
+    sets = {}
+    for part in public:
+        name, _, path = part.partition("=")
+        if name in sets:
+            raise ValueError(f"data={source!r} contains {name} twice. Give each set once.")
+        sets[name] = read_prompt_set(name, path, samples) if path else load_prompt_set(name, samples)
+    rows = load_test_rows(own[0] if own else source, samples) if own or not public else {}
+    return EvalData(own[0] if own else "", rows, sets)
+
+
+def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str, Any]]]:
+    """Load the held-out rows by kind: harmful, benign and general, and for `heldout` also facts and arithmetic.
+
+    Raises:
+        ValueError: If the folder has none of the files, or one of them cannot be read.
+    """
+    if source == "heldout":
+        return {
+            "harmful": data.load_heldout("harmful")[:samples],
+            "benign": data.load_heldout("lookalikes")[:samples],
+            "general": data.load("general", "test")[:samples],
+            **{name: data.load_heldout(name)[:samples] for name in ANSWER_TOKENS},
+        }
+    if source == "builtin":
+        specs = {name: f"builtin:{name}:test" for name in data.NAMES}
+    else:
+        paths = {name: Path(source) / f"{name}_test.jsonl" for name in data.NAMES}
+        specs = {name: str(path) for name, path in paths.items() if path.is_file()}
+    if not specs:
+        wanted = ", ".join(f"{name}_test.jsonl" for name in data.NAMES)
+        raise ValueError(
+            f"data={source!r} contains none of {wanted}. Give a folder with at least one of them, builtin, or "
+            f"heldout. Public sets are {', '.join(PROMPT_SETS)}."
+        )
+    return {name: load_rows(spec, "data").to_list()[:samples] for name, spec in specs.items()}

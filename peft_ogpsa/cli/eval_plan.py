@@ -1,0 +1,106 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces that `ogpsa eval` measures on every model, as its options ask for."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from .. import __version__
+from ..data.prompt_sets import PromptRow
+from ..evaluation import Evaluator, TaskRunner, fingerprint
+from ..evaluation.pieces import Piece
+from ..evaluation.store import Conditions
+from .eval_arguments import EvalArguments
+from .eval_data import ANSWER_TOKENS, EvalData
+
+
+def task_runner(parsed: EvalArguments) -> TaskRunner | None:
+    """Load the lm-eval tasks, if there are any.
+
+    Raises:
+        ImportError: If lm-eval is not installed, or too old.
+        ValueError: If a task cannot be loaded.
+    """
+    if not parsed.tasks:
+        return None
+    return TaskRunner(
+        [name.strip() for name in parsed.tasks.split(",") if name.strip()],
+        include_path=parsed.include_path,
+        limit=parsed.limit,
+        chat_template=parsed.chat_template,
+        batch_size=parsed.batch_size,
+    )
+
+
+def evaluator(parsed: EvalArguments, tokenizer: Any, **data: Any) -> Evaluator:
+    """Build an evaluator of some data, with the settings of the command."""
+    return Evaluator(
+        tokenizer,
+        **data,
+        max_new_tokens=parsed.max_new_tokens,
+        batch_size=parsed.batch_size,
+        max_length=parsed.max_length,
+        seed=parsed.seed,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def plan(
+    parsed: EvalArguments, data: EvalData, runner: TaskRunner | None, tokenizer: Any, *, divergence: bool
+) -> list[Piece]:
+    """List the pieces in their order.
+
+    Args:
+        parsed: The options.
+        data: The rows and the sets.
+        runner: The lm-eval tasks.
+        tokenizer: The base's tokenizer.
+        divergence: Measure the KL from base on the general rows. A model without an adapter is the base itself.
+    """
+    rows = data.rows
+    pieces = []
+    if rows.keys() - ANSWER_TOKENS.keys():
+        own = evaluator(
+            parsed,
+            tokenizer,
+            harmful=rows.get("harmful"),
+            benign=rows.get("benign"),
+            general={"general": rows["general"]} if "general" in rows else None,
+            divergence_prompts=rows.get("general") if divergence else None,
+        )
+        pieces.append(Piece.of_data(data.name, own))
+    pieces += [
+        Piece.of_set(name, evaluator(parsed, tokenizer, harmful=_of(own, "harmful"), benign=_of(own, "benign")))
+        for name, own in data.sets.items()
+    ]
+    answers = {"batch_size": parsed.batch_size, "progress": sys.stderr.isatty()}
+    pieces += [
+        Piece.of_answers(name, tokenizer, rows[name], max_new_tokens=tokens, **answers)
+        for name, tokens in ANSWER_TOKENS.items()
+        if name in rows
+    ]
+    if runner is not None:
+        pieces += [Piece.of_task(name, tokenizer, runner) for name in runner.names]
+    return pieces
+
+
+def common_conditions(parsed: EvalArguments, base_model: str, tokenizer: Any) -> Conditions:
+    """Return what the results of all pieces depend on, apart from the weights."""
+    versions = {"peft_ogpsa": __version__} | {own.__name__: own.__version__ for own in (peft, torch, transformers)}
+    return {
+        "base_model": base_model,
+        "dtype": parsed.dtype,
+        "load_in_4bit": parsed.load_in_4bit,
+        "tokenizer": fingerprint.of_data(tokenizer.chat_template, len(tokenizer)),
+        **versions,
+    }
+
+
+def _of(rows: list[PromptRow], kind: str) -> list[str] | None:
+    return [row["prompt"] for row in rows if row["kind"] == kind] or None

@@ -1,0 +1,102 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Read the raw rows of a data set from the Hugging Face hub or from a local file, and name missing columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import extras
+
+RawRow = Mapping[str, Any]
+_Row = TypeVar("_Row")
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def from_hub(hub_id: str, config: str | None, split: str, *, streaming: bool = False) -> Any:
+    """Open a split of a data set on the hub.
+
+    Returns:
+        The data set of `datasets`. With `streaming`, its rows are downloaded while they are read.
+    """
+    from datasets import load_dataset
+
+    return load_dataset(hub_id, config, split=split, streaming=streaming)
+
+
+def from_file(name: str, path: Path) -> Any:
+    """Open a local file.
+
+    Args:
+        name: Name of the set, for error messages.
+        path: A `.jsonl`, `.json`, `.csv` or `.parquet` file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of another kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The set {name!r}: path={str(path)!r} is not a file. Give the path of a downloaded file."
+        )
+    if path.suffix not in _BUILDERS:
+        raise ValueError(f"The set {name!r}: path={str(path)!r} must end in one of {', '.join(_BUILDERS)}.")
+    extras.check("cli", "Reading public data sets")
+    from datasets import load_dataset
+
+    # Use streaming: a plain load would copy the file into the cache of `datasets`.
+    return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+
+
+def values(row: RawRow, *columns: str) -> list[Any]:
+    """Return the values of columns that must be there.
+
+    Raises:
+        ValueError: If a column is missing or empty. The message names it.
+    """
+    missing = [column for column in columns if row.get(column) is None]
+    if missing:
+        raise ValueError(f"the columns {missing} are missing or empty. The row has the columns {sorted(row)}")
+    return [row[column] for column in columns]
+
+
+def first_value(row: RawRow, *columns: str) -> Any:
+    """Return the value of the first of these columns that is there: copies of a set name their columns differently.
+
+    Raises:
+        ValueError: If none of the columns is there.
+    """
+    for column in columns:
+        if row.get(column) is not None:
+            return row[column]
+    raise ValueError(
+        f"the column {' or '.join(map(repr, columns))} is missing or empty. The row has the columns {sorted(row)}"
+    )
+
+
+def check_samples(samples: int | None) -> None:
+    """Check a maximum number of rows.
+
+    Raises:
+        ValueError: If it is not a positive integer or None.
+    """
+    if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+        raise ValueError(f"samples={samples!r} must be an integer of at least 1, or None to use all rows.")
+
+
+def converted(name: str, rows: Iterable[RawRow], read: Callable[[RawRow], _Row | None]) -> Iterator[_Row]:
+    """Yield what `read` makes of each row, without `None`.
+
+    Raises:
+        ValueError: If a row cannot be read. The message names the set and the row.
+    """
+    for number, raw in enumerate(rows):
+        try:
+            row = read(raw)
+        except ValueError as error:
+            raise ValueError(f"The set {name!r}: row {number}: {error}.") from error
+        if row is not None:
+            yield row

@@ -1,0 +1,410 @@
+"""`ogpsa eval`: public sets, several adapters in one call, runs that are stopped and continue, and a fast look."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from models import chat, randomize, tiny_llama, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+
+from peft_ogpsa import OGPSAConfig, merge_adapter
+from peft_ogpsa.cli import main
+from peft_ogpsa.evaluation import Estimate, Evaluation, Evaluator, Measurement, Sample, Verdict, fingerprint, wilson
+from peft_ogpsa.evaluation.set_table import set_rows
+from peft_ogpsa.evaluation.store import PieceStore
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def base_model(seed=0):
+    return tiny_llama(seed, vocab_size=259, max_position_embeddings=1024)
+
+
+def save_adapter(folder, path, config, seed):
+    model = randomize(get_peft_model(base_model(), config), seed)
+    model.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    model.save_pretrained(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A base, a plain and an OGPSA adapter, test rows, and a file with the columns of XSTest."""
+    base_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    options = {"task_type": "CAUSAL_LM", "target_modules": TARGETS}
+    save_adapter(tmp_path, tmp_path / "plain", LoraConfig(**options), 1)
+    save_adapter(tmp_path, tmp_path / "ogpsa", OGPSAConfig(r=4, **options), 2)
+    (tmp_path / "data").mkdir()
+    for name in ("harmful", "benign", "general"):
+        rows = [chat(f"{name} {i}?", "It is so.") for i in range(6)]
+        (tmp_path / "data" / f"{name}_test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    rows = [{"type": ("contrast_" if i < 4 else "") + "x", "prompt": f"Secret {i}?"} for i in range(9)]
+    (tmp_path / "xstest.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return tmp_path
+
+
+def evaluate(folder, output, *options, adapters=(), data=None):
+    arguments = ["--adapter", *(str(folder / name) for name in adapters)] if adapters else []
+    data = data or f"{folder / 'data'},xstest={folder / 'xstest.jsonl'}"
+    main(["eval", "--output", str(folder / output), "--data", data, "--max_new_tokens", "4", *arguments, *options])
+    return json.loads((folder / output).read_text())
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {key: without_seconds(own) for key, own in value.items() if key != "seconds"}
+    return [without_seconds(own) for own in value] if isinstance(value, list) else value
+
+
+def measured(result):
+    return without_seconds(result["evaluation"])
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The names under which an evaluator measures, in order. `stop_at` stops it like a kill."""
+
+    class Passes(list):
+        stop_at = None
+
+    seen = Passes()
+    for method in ("measure", "base"):
+        original = getattr(Evaluator, method)
+
+        def counted(self, model, name="model", *rest, original=original, method=method):
+            if len(seen) == seen.stop_at:
+                raise KeyboardInterrupt
+            seen.append((method, len(self.harmful or [])))
+            return original(self, model, name, *rest)
+
+        monkeypatch.setattr(Evaluator, method, counted)
+    return seen
+
+
+def test_several_adapters_are_measured_as_each_alone(folder, passes, capsys):
+    alone = [evaluate(folder, f"{name}.json", adapters=[name]) for name in ("plain", "ogpsa")]
+    passes.clear()
+    capsys.readouterr()
+    options = ["--card", "--plot", str(folder / "plot.png")]
+    both = evaluate(folder, "both.json", *options, adapters=["plain", "ogpsa"])
+    printed = capsys.readouterr().out
+    # The base once, then each adapter: its own data, then the set.
+    assert passes == [("base", 6), ("base", 4), *[("measure", 6), ("measure", 4)] * 2]
+    assert [result["name"] for result in both["results"]] == ["plain", "ogpsa"]
+    for single, result in zip(alone, both["results"], strict=True):
+        assert measured(result) == measured(single)
+        assert result.keys() == single.keys()
+        assert (result["weights"], result["arguments"]["adapter"]) == (
+            single["weights"],
+            single["arguments"]["adapter"],
+        )
+    assert measured(alone[0])["model"] != measured(alone[1])["model"]  # otherwise this test could not see the adapters
+    rows = [[cell.strip() for cell in line.split("│")][1:-1] for line in printed.splitlines() if "│" in line]
+    assert [row[0] for row in rows if len(row) == 7] == ["base", "plain", "ogpsa"]
+    assert [row[:3] for row in rows if row[0] == "xstest"] == [
+        ["xstest", name, "4 / 5"] for name in ("base", "plain", "ogpsa")
+    ]
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("plain", "ogpsa"):
+        card = (folder / name / "README.md").read_text(encoding="utf-8")
+        assert "| xstest | this adapter | 4 / 5 |" in card
+        assert "data=data,xstest=xstest.jsonl," in card
+        shared = (folder / name / "ogpsa_eval.json").read_text(encoding="utf-8")
+        assert "Secret" not in card + shared
+        assert str(folder) not in card + shared
+
+    main(["compare", str(folder / "both.json"), "--plot", str(folder / "compared.png")])
+    compared = capsys.readouterr().out
+    assert "measured differently" not in compared
+    assert "Differences from plain" in compared
+    assert "Refusal by set of prompts, and differences from plain" in compared
+    # Two files, in which a name occurs twice.
+    main(["compare", str(folder / "both.json"), str(folder / "plain.json")])
+    compared = capsys.readouterr().out
+    assert "both.json:" in "".join(compared.split())
+
+
+def test_a_stopped_run_continues(folder, passes, capsys):
+    whole = evaluate(folder, "whole.json", adapters=["plain", "ogpsa"])
+    for stop in range(1, 6):
+        (folder / "run.json").unlink(missing_ok=True)
+        (folder / "run.json.pieces").unlink(missing_ok=True)
+        passes.clear()
+        passes.stop_at = stop
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(folder, "run.json", adapters=["plain", "ogpsa"])
+        assert not (folder / "run.json").exists()
+        passes.stop_at = None
+        capsys.readouterr()
+        result = evaluate(folder, "run.json", adapters=["plain", "ogpsa"])
+        assert len(passes) == 6  # none was measured twice
+        assert "base: already measured in an earlier run: " in capsys.readouterr().out
+        assert [measured(own) for own in result["results"]] == [measured(own) for own in whole["results"]]
+
+
+def test_an_adapter_is_added_to_a_finished_run(folder, passes, capsys):
+    evaluate(folder, "run.json", adapters=["plain"])
+    passes.clear()
+    evaluate(folder, "run.json", adapters=["plain", "ogpsa"])
+    assert passes == [("measure", 6), ("measure", 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "anew"),
+    [
+        ("setting", "max_length was 1024 and is 512", 4),
+        ("seed", "seed was 0 and is 1", 4),
+        ("weights", "other weights", 2),
+        ("base", "other weights", 4),
+        ("template", "other tokenizer", 4),
+        ("set", "other data", 2),
+        ("rows", "other data", 2),
+    ],
+)
+def test_what_has_changed_is_measured_again(folder, passes, capsys, change, reason, anew):
+    evaluate(folder, "run.json", adapters=["plain"])
+    passes.clear()
+    capsys.readouterr()
+    options = {"setting": ["--max_length", "512"], "seed": ["--seed", "1"]}.get(change, [])
+    if change == "weights":
+        save_adapter(folder, folder / "plain", LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS), 7)
+    elif change == "base":
+        base_model(3).save_pretrained(folder / "model")
+    elif change == "template":
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template += " "
+        tokenizer.save_pretrained(folder / "model")
+    elif change in ("set", "rows"):
+        path = folder / ("xstest.jsonl" if change == "set" else "data/harmful_test.jsonl")
+        path.write_text(path.read_text().replace("3?", "33?"), encoding="utf-8")
+    result = evaluate(folder, "run.json", *options, adapters=["plain"])
+    printed = capsys.readouterr().out
+    assert len(passes) == anew
+    assert reason in printed
+    assert ("already measured" in printed) == (anew < 4)
+    (folder / "run.json.pieces").unlink()
+    assert measured(evaluate(folder, "run.json", *options, adapters=["plain"])) == measured(result)
+
+
+def test_a_merged_model_is_measured_like_its_adapter(folder):
+    of_adapter = measured(evaluate(folder, "adapter.json", adapters=["plain"]))["model"]
+    merge_adapter(folder / "plain", folder / "merged", dtype=torch.float32)
+    result = evaluate(folder, "merged.json", "--model", str(folder / "merged"))
+    merged = measured(result)["model"]
+    assert measured(result)["base"] is merged["kl"] is None
+    assert merged["general_mean"]["value"] == pytest.approx(of_adapter["general_mean"]["value"], abs=1e-5)
+    assert merged["refusal"] == of_adapter["refusal"]
+    assert merged["sets"].keys() == {"xstest"}
+    assert result["name"] == "merged"
+
+
+def test_public_sets_alone(folder, capsys):
+    result = evaluate(
+        folder, "run.json", "--samples", "2", adapters=["plain"], data=f"xstest={folder / 'xstest.jsonl'}"
+    )
+    printed = capsys.readouterr().out
+    evaluation = Evaluation.from_dict(result["evaluation"])
+    assert not evaluation.model.has_own_data
+    own = evaluation.model.sets["xstest"]
+    assert (own.refusal.n, own.over_refusal.n) == (2, 2)
+    assert "KL from base" not in printed
+    low, high = wilson(0, 2)
+    assert f"0% ({low:.0%} to {high:.0%})" in printed
+    assert evaluation.to_dict() == result["evaluation"]
+    main(["compare", str(folder / "run.json")])
+    compared = capsys.readouterr().out
+    assert "Refusal by set of prompts, and differences from base" in compared
+    assert "KL from base" not in compared
+
+
+def test_a_fast_look_says_what_its_intervals_are(folder, capsys):
+    result = evaluate(folder, "fast.json", "--fast", "--model", str(folder / "model"), data="builtin")
+    assert result["arguments"]["samples"] == 24
+    assert result["evaluation"]["model"]["refusal"]["n"] == 24
+    low, high = wilson(12, 24)
+    told = f"With 24 harmful prompts, a rate of 50% has the 95 % interval {low:.0%} to {high:.0%}."
+    assert told in capsys.readouterr().out
+    given = evaluate(
+        folder, "given.json", "--fast", "--samples", "3", "--model", str(folder / "model"), data="builtin"
+    )
+    assert given["evaluation"]["model"]["refusal"]["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--data", "builtin,heldout"],
+            "contains builtin and heldout. Of builtin, heldout and a folder, give only one",
+        ),
+        (["--data", "xstest=a.csv,xstest=b.csv"], "a.csv' is not a file"),
+        (["--data", "xstest=FOLDER/xstest.jsonl,xstest"], "contains xstest twice"),
+        (["--data", "xstest"], "'xstest' .* cannot be loaded from the hub.*give xstest=FILE"),
+        (["--data", "xstest=FOLDER/xstest.jsonl", "--plot", "a.png"], "plot='a.png' needs harmful and general rows"),
+        (["--data", "xtest"], "data='xtest' contains none of .* Public sets are xstest"),
+        (["--adapter", "FOLDER/plain", "FOLDER/plain"], "names an adapter twice"),
+        (["--adapter", "FOLDER/plain", "FOLDER/ogpsa", "--name", "one"], "must be 2 different names"),
+        (["--adapter", "FOLDER/plain", "FOLDER/other"], "names adapters of different bases"),
+        (["--adapter", "FOLDER/plain", "FOLDER/wide", "--data", "builtin"], "wide' does not fit the model"),
+    ],
+)
+def test_errors_come_before_anything_is_measured(folder, passes, options, message):
+    save_adapter(folder / "elsewhere", folder / "other", LoraConfig(target_modules=TARGETS), 1)
+    wide = get_peft_model(
+        tiny_llama(0, vocab_size=259, hidden_size=64), LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS)
+    )
+    wide.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    wide.save_pretrained(folder / "wide")
+    options = [option.replace("FOLDER", str(folder)) for option in options]
+    model = [] if "--adapter" in options else ["--model", str(folder / "model")]
+    with pytest.raises(SystemExit, match=f"(?s)^ogpsa eval: .*{message}"):
+        main(["eval", "--output", str(folder / "out.json"), *model, *options])
+    assert passes == []
+    assert not (folder / "out.json").exists()
+
+
+def test_a_damaged_store_is_named(folder):
+    (folder / "run.json.pieces").write_text('{"pieces": [{"model"')
+    with pytest.raises(SystemExit, match=r"run\.json\.pieces cannot be read .*Delete it to measure everything again"):
+        evaluate(folder, "run.json", adapters=["plain"])
+
+
+def test_help_says_what_is_the_default():
+    command = [sys.executable, "-m", "peft_ogpsa.cli", "eval", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "500"})
+    (line,) = [line for line in done.stdout.splitlines() if "Do not apply the chat template" in line]
+    assert "default" not in line
+
+
+# The parts
+
+
+def test_the_store_keeps_measurements_and_their_conditions(tmp_path):
+    path = tmp_path / "run.json.pieces"
+    inner = Measurement("m", harmful_samples=[Sample("a", "b", Verdict.REFUSAL)])
+    store = PieceStore(path)
+    store.add("base", "xstest", {"seed": 0, "data": "a"}, Measurement("m", sets={"xstest": inner}))
+    store.add("base", "builtin", {"seed": 0}, Measurement("m"))
+    found = PieceStore(path).get("base", "xstest")
+    assert found.measurement == Measurement("m", sets={"xstest": inner})
+    assert found.changes({"seed": 0, "data": "a"}) == []
+    assert found.changes({"seed": 1, "data": "b", "limit": 3}) == [
+        "other data",
+        "limit was None and is 3",
+        "seed was 0 and is 1",
+    ]
+    assert PieceStore(path).get("other", "xstest") is None
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json.pieces"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_have_a_checksum(dtype):
+    model = base_model().to(dtype)
+    before = fingerprint.of_weights(model)
+    assert before == fingerprint.of_weights(base_model().to(dtype))
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = torch.nextafter(model.lm_head.weight[3, 5], torch.tensor(9, dtype=dtype))
+    assert fingerprint.of_weights(model) != before
+
+
+def rates(refused, prompts="p"):
+    samples = [
+        Sample(f"{prompts}{i}", "", Verdict.REFUSAL if r else Verdict.COMPLIANCE) for i, r in enumerate(refused)
+    ]
+    return Measurement("m", refusal=Estimate.from_count(sum(refused), len(refused)), harmful_samples=samples)
+
+
+def test_sets_are_compared_prompt_by_prompt():
+    one = Measurement("one", sets={"advbench": rates([True] * 10 + [False] * 30)})
+    two = Measurement("two", sets={"advbench": rates([True] * 30 + [False] * 10), "xstest": rates([True])})
+    rows = set_rows({"one": one, "two": two})
+    assert [row[:4] for row in rows] == [
+        ["advbench", "one", "40 / -", "25% (14% to 40%)"],
+        ["advbench", "two", "40 / -", "75% (60% to 86%)"],
+        ["xstest", "two", "1 / -", "100% (21% to 100%)"],
+    ]
+    assert rows[0][4] == rows[2][4] == "-"
+    assert rows[1][4].startswith("+50% (")
+    assert rows[1][4].endswith("*")
+
+
+# Everything at once
+
+
+@pytest.fixture
+def local_tasks(folder):
+    """Two multiple-choice tasks over a local file."""
+    pairs = ("am", "do"), ("go", "is"), ("no", "we"), ("by", "up")
+    rows = [{"question": f"{number}?", "choices": pair, "gold": number % 2} for number, pair in enumerate(pairs)]
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for name in ("local_pairs", "local_others"):
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / "tasks" / "pairs.jsonl")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "question",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+        }
+        (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    return folder / "tasks"
+
+
+def pieces(path):
+    return json.loads(path.read_text())["pieces"] if path.is_file() else []
+
+
+@pytest.mark.slow
+def test_one_command_measures_everything_and_continues_after_a_kill(folder, local_tasks):
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+
+    def command(output):
+        data = f"{folder / 'data'},xstest={folder / 'xstest.jsonl'}"
+        options = ["--adapter", str(folder / "plain"), str(folder / "ogpsa"), "--data", data, "--max_new_tokens", "4"]
+        options += ["--tasks", "local_pairs,local_others", "--include_path", str(local_tasks), "--card"]
+        options += ["--plot", str(folder / f"{output}.png"), "--output", str(folder / output)]
+        return [sys.executable, "-m", "peft_ogpsa.cli", "eval", *options]
+
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    whole = subprocess.run(command("whole.json"), capture_output=True, text=True, env=environment)
+    assert whole.returncode == 0, whole.stderr
+
+    store = folder / "killed.json.pieces"
+    process = subprocess.Popen(
+        command("killed.json"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    end = time.monotonic() + 300
+    while len(pieces(store)) < 5 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 5 <= len(pieces(store)) < 12
+    assert not (folder / "killed.json").exists()
+
+    again = subprocess.run(command("killed.json"), capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "base: already measured in an earlier run: " in again.stdout
+    assert "measured again" not in again.stdout
+    results = [json.loads((folder / name).read_text())["results"] for name in ("whole.json", "killed.json")]
+    assert [measured(own) for own in results[0]] == [measured(own) for own in results[1]]
+    assert len(pieces(store)) == 12  # base, plain, ogpsa: rows, set, two tasks
+    assert [score["task"] for score in results[1][1]["evaluation"]["model"]["tasks"][::2]] == [
+        "local_pairs",
+        "local_others",
+    ]
+    assert (folder / "killed.json.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("plain", "ogpsa"):
+        card = (folder / name / "README.md").read_text(encoding="utf-8")
+        assert "| xstest | this adapter |" in card
+        assert "| local_others | acc" in card
