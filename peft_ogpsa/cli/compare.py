@@ -15,12 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluation import Evaluation, Measurement, difference_table, table, task_table, tradeoff
+from ..evaluation import Evaluation, Measurement, difference_table, judge_tables, table, task_table, tradeoff
 from .errors import input_errors
 
 # Results are comparable only if they agree in these conditions.
 _CONDITIONS = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "max_length", "seed")
 _TASK_CONDITIONS = ("limit", "chat_template")
+_JUDGE_CONDITIONS = ("judges_in_4bit",)
 
 
 def read(path: str) -> dict[str, Any]:
@@ -71,16 +72,23 @@ def run(arguments: Sequence[str]) -> None:
             console.print(difference_table({name: evaluation.model for name, evaluation in evaluations.items()}))
         if any(evaluation.model.tasks for evaluation in evaluations.values()):
             console.print(_tasks(evaluations, base))
+        for judge_table in judge_tables(*_with_base(evaluations, base)):
+            console.print(judge_table)
         if parsed.plot:
             tradeoff(_curves(evaluations, before), parsed.plot, base=base)
             console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True)
 
 
 def _tasks(evaluations: Mapping[str, Evaluation], base: Measurement | None) -> Table:
-    """Build the table of tasks. Differences are from the first result, or from the base of a single one."""
+    """Build the table of tasks."""
+    return task_table(*_with_base(evaluations, base))
+
+
+def _with_base(evaluations: Mapping[str, Evaluation], base: Measurement | None) -> tuple[dict[str, Measurement], str]:
+    """Return the measurements, and which one differences are from: the first result, or the base of a single one."""
     models = {name: evaluation.model for name, evaluation in evaluations.items()}
     reference = next(iter(models)) if len(models) > 1 or base is None else base.name
-    return task_table(models if base is None else {base.name: base, **models}, reference)
+    return models if base is None else {base.name: base, **models}, reference
 
 
 def _stages_before(results: Mapping[str, dict[str, Any]]) -> dict[str, str]:
@@ -121,6 +129,8 @@ def _differences(results: Sequence[dict[str, Any]]) -> list[str]:
     conditions |= {name: [saved["arguments"].get(name) for saved in results] for name in _CONDITIONS}
     with_tasks = [saved for saved in results if saved["arguments"].get("tasks")]
     conditions |= {name: [saved["arguments"].get(name) for saved in with_tasks] for name in _TASK_CONDITIONS}
+    with_judges = [saved for saved in results if saved["arguments"].get("judges", "matcher") != "matcher"]
+    conditions |= {name: [saved["arguments"].get(name) for saved in with_judges] for name in _JUDGE_CONDITIONS}
     conditions["lm_eval"] = [saved.get("lm_eval") for saved in with_tasks]
     return [
         f"{name} is {', '.join(map(str, values))}."

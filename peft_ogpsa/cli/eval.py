@@ -17,7 +17,18 @@ from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from .. import data
-from ..evaluation import Evaluation, TaskRunner, TaskScore, accuracy, evaluate, table, task_table
+from ..evaluation import (
+    Evaluation,
+    TaskRunner,
+    TaskScore,
+    accuracy,
+    answer_length,
+    evaluate,
+    judge_tables,
+    load_judges,
+    table,
+    task_table,
+)
 from ..sharing.card import read_run, save_card, weights_digest
 from ..tuner.adapters import without_adapter
 from .datasets import load_rows
@@ -73,9 +84,22 @@ class EvalArguments:
         default=False,
         metadata={"help": "Load the base in 4 bits (nf4). This needs less memory and raises losses a little."},
     )
-    max_new_tokens: int = field(
-        default=32, metadata={"help": "Maximum number of tokens in an answer. A refusal shows in its first words."}
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of tokens in an answer. By default, 32 for the matcher, as a refusal shows in its "
+            "first words, and what the other judges recommend."
+        },
     )
+    judges: str = field(
+        default="matcher",
+        metadata={
+            "help": "Who judges the answers, separated by commas: matcher, model:NAME (harmbench, wildguard, "
+            "llama-guard-3-8b, strongreject, ...), model:NAME=FOLDER, or openai:MODEL with OPENAI_BASE_URL and "
+            "OPENAI_API_KEY in the environment."
+        },
+    )
+    judges_in_4bit: bool = field(default=False, metadata={"help": "Load judge models in 4 bits (nf4)."})
     batch_size: int = field(
         default=16, metadata={"help": "Rows or prompts per batch. Larger batches are faster and need more memory."}
     )
@@ -201,6 +225,10 @@ def run(arguments: Sequence[str]) -> None:
         (parsed,) = argument_parser.parse_args_into_dataclasses(list(arguments))
         parsed.dtype = parsed.dtype or str(compute_dtype()).removeprefix("torch.")
         runner = _task_runner(parsed)
+        judges = load_judges(parsed.judges, load_in_4bit=parsed.judges_in_4bit, progress=sys.stderr.isatty())
+        parsed.max_new_tokens = answer_length(parsed.max_new_tokens, judges)
+        for judge in judges:
+            judge.prepare()
         rows = load_test_rows(parsed.data, parsed.samples)
         config = read_adapter_config(parsed.adapter) if parsed.adapter else None
         name = parsed.model or (config.base_model_name_or_path if config else None)
@@ -223,6 +251,7 @@ def run(arguments: Sequence[str]) -> None:
         batch_size=parsed.batch_size,
         max_length=parsed.max_length,
         seed=parsed.seed,
+        judges=judges,
         progress=sys.stderr.isatty(),
     )
     evaluation = _with_tasks(evaluation, model, lambda: _scores(parsed, rows, runner, model, tokenizer))
@@ -243,7 +272,10 @@ def run(arguments: Sequence[str]) -> None:
         save_card(parsed.adapter, evaluation=saved)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table({title: evaluation}))
+    measurements = {} if evaluation.base is None else {evaluation.base.name: evaluation.base}
+    measurements[title] = evaluation.model
     if evaluation.model.tasks:
-        base_column = {} if evaluation.base is None else {evaluation.base.name: evaluation.base}
-        console.print(task_table({**base_column, title: evaluation.model}))
+        console.print(task_table(measurements))
+    for judge_table in judge_tables(measurements):
+        console.print(judge_table)
     console.print(f"Saved the result: {output.resolve()}", soft_wrap=True)
