@@ -144,6 +144,6 @@ class ModelJudge(Judge):
             return load(self.source, **options)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{self.name}: {self.source!r} cannot be loaded: {str(error).rstrip('.')}. Accept the model's terms "
-                f"on the Hugging Face hub and log in, or give a local folder: model:{self.format.name}=/path/to/folder."
+                f"{self.name}: {self.source!r} cannot be loaded: {str(error).rstrip('.')}. Accept its terms on the "
+                f"Hugging Face hub and log in, or give a local folder: model:{self.format.name}=/path/to/folder."
             ) from error
