@@ -22,7 +22,6 @@ from ..evaluation import (
     TaskRunner,
     TaskScore,
     accuracy,
-    answer_length,
     evaluate,
     judge_tables,
     load_judges,
@@ -226,7 +225,6 @@ def run(arguments: Sequence[str]) -> None:
         parsed.dtype = parsed.dtype or str(compute_dtype()).removeprefix("torch.")
         runner = _task_runner(parsed)
         judges = load_judges(parsed.judges, load_in_4bit=parsed.judges_in_4bit, progress=sys.stderr.isatty())
-        parsed.max_new_tokens = answer_length(parsed.max_new_tokens, judges)
         for judge in judges:
             judge.prepare()
         rows = load_test_rows(parsed.data, parsed.samples)
@@ -254,6 +252,7 @@ def run(arguments: Sequence[str]) -> None:
         judges=judges,
         progress=sys.stderr.isatty(),
     )
+    parsed.max_new_tokens = evaluation.settings["max_new_tokens"]  # the judges may have chosen it
     evaluation = _with_tasks(evaluation, model, lambda: _scores(parsed, rows, runner, model, tokenizer))
     title = parsed.name or Path(str(parsed.adapter or name)).name
     saved = {
