@@ -14,12 +14,22 @@ from typing import Any
 
 from rich.console import Console
 
-from ..evaluation import Evaluation, Measurement, difference_table, set_table, table, task_table, tradeoff
+from ..evaluation import (
+    Evaluation,
+    Measurement,
+    difference_table,
+    judge_tables,
+    set_table,
+    table,
+    task_table,
+    tradeoff,
+)
 from .errors import input_errors
 
 # Results are comparable only if they agree in these conditions.
 _CONDITIONS = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "max_length", "seed")
 _TASK_CONDITIONS = ("limit", "chat_template")
+_JUDGE_CONDITIONS = ("judges_in_4bit",)
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -71,6 +81,8 @@ def run(arguments: Sequence[str]) -> None:
             console.print(set_table(*_with_base(evaluations, base)))
         if any(evaluation.model.tasks for evaluation in evaluations.values()):
             console.print(task_table(*_with_base(evaluations, base)))
+        for judge_table in judge_tables(*_with_base(evaluations, base)):
+            console.print(judge_table)
         if parsed.plot:
             tradeoff(_curves(evaluations, before), parsed.plot, base=base)
             console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True)
@@ -135,6 +147,8 @@ def _differences(results: Sequence[dict[str, Any]]) -> list[str]:
     conditions |= {name: [saved["arguments"].get(name) for saved in results] for name in _CONDITIONS}
     with_tasks = [saved for saved in results if saved["arguments"].get("tasks")]
     conditions |= {name: [saved["arguments"].get(name) for saved in with_tasks] for name in _TASK_CONDITIONS}
+    with_judges = [saved for saved in results if saved["arguments"].get("judges", "matcher") != "matcher"]
+    conditions |= {name: [saved["arguments"].get(name) for saved in with_judges] for name in _JUDGE_CONDITIONS}
     conditions["lm_eval"] = [saved.get("lm_eval") for saved in with_tasks]
     return [
         f"{name} is {', '.join(map(str, values))}."

@@ -19,7 +19,21 @@ from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from ..core.files import replacing
-from ..evaluation import Evaluation, Measurement, set_table, table, task_table, tradeoff, wilson
+from ..evaluation import (
+    Evaluation,
+    Judge,
+    Measurement,
+    answer_length,
+    judge_tables,
+    judged,
+    load_judges,
+    set_table,
+    table,
+    task_table,
+    tradeoff,
+    wilson,
+)
+from ..evaluation.judgments import only_matcher
 from ..evaluation.pieces import BASE, Piece, run_pieces
 from ..evaluation.store import Conditions, PieceStore
 from ..sharing.card import read_run, save_card, weights_digest
@@ -39,6 +53,10 @@ def run(arguments: Sequence[str]) -> None:
     with input_errors("eval"):
         parsed = parse(arguments)
         runner = task_runner(parsed)
+        judges = load_judges(parsed.judges, load_in_4bit=parsed.judges_in_4bit, progress=sys.stderr.isatty())
+        for judge in judges:
+            judge.prepare()
+        parsed.max_new_tokens = answer_length(parsed.max_new_tokens, judges)
         data = load_eval_data(parsed.data, parsed.samples)
         if parsed.plot and not {"harmful", "general"} <= data.rows.keys():
             raise ValueError(
@@ -61,6 +79,8 @@ def run(arguments: Sequence[str]) -> None:
     pieces = plan(parsed, data, runner, tokenizer, divergence=bool(adapters))
     conditions = common_conditions(parsed, base_model, tokenizer)
     of_base, of_models = _measure(base, adapters, pieces, store, conditions, console)
+    del base, pieces  # a judge may need their memory
+    of_base, of_models = _judged(of_base, of_models, judges)
     titles = [adapter.title for adapter in adapters] or [parsed.name[0] if parsed.name else Path(str(name)).name]
     evaluations = {
         title: Evaluation(measured, of_base, settings) for title, measured in zip(titles, of_models, strict=True)
@@ -108,6 +128,16 @@ def _measure(
             return None, [measure(base, _MODEL, str(base.name_or_path))]
         of_base = measure(base, BASE, BASE)
         return of_base, [measure(model, _MODEL, adapter.path) for adapter, model in each_on(base, adapters)]
+
+
+def _judged(
+    of_base: Measurement | None, of_models: list[Measurement], judges: Sequence[Judge]
+) -> tuple[Measurement | None, list[Measurement]]:
+    """Let the judges judge the answers of all models in one go. The matcher alone has judged them already."""
+    if only_matcher(judges):
+        return of_base, of_models
+    own = judged(of_models if of_base is None else [of_base, *of_models], judges)
+    return (None, own) if of_base is None else (own[0], own[1:])
 
 
 def _results(
@@ -158,6 +188,8 @@ def _show(evaluations: Mapping[str, Evaluation], console: Console) -> None:
         console.print(set_table(with_base))
     if any(model.tasks for model in models.values()):
         console.print(task_table(with_base))
+    for judge_table in judge_tables(with_base):
+        console.print(judge_table)
 
 
 def _precision(measured: Measurement) -> str:

@@ -78,9 +78,22 @@ class EvalArguments:
         default=False,
         metadata={"help": "Load the base in 4 bits (nf4). This needs less memory and raises losses a little."},
     )
-    max_new_tokens: int = field(
-        default=32, metadata={"help": "Maximum number of tokens in an answer. A refusal shows in its first words."}
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of tokens in an answer. By default, 32 for the matcher, as a refusal shows in its "
+            "first words, and what the other judges recommend."
+        },
     )
+    judges: str = field(
+        default="matcher",
+        metadata={
+            "help": "Who judges the answers, separated by commas: matcher, model:NAME (harmbench, wildguard, "
+            "llama-guard-3-8b, strongreject, ...), model:NAME=FOLDER, or openai:MODEL with OPENAI_BASE_URL and "
+            "OPENAI_API_KEY in the environment."
+        },
+    )
+    judges_in_4bit: bool = field(default=False, metadata={"help": "Load judge models in 4 bits (nf4)."})
     batch_size: int = field(
         default=16, metadata={"help": "Rows or prompts per batch. Larger batches are faster and need more memory."}
     )

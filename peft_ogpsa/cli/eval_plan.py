@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -43,7 +43,7 @@ def evaluator(parsed: EvalArguments, tokenizer: Any, **data: Any) -> Evaluator:
     return Evaluator(
         tokenizer,
         **data,
-        max_new_tokens=parsed.max_new_tokens,
+        max_new_tokens=cast(int, parsed.max_new_tokens),  # the judges have chosen it by now
         batch_size=parsed.batch_size,
         max_length=parsed.max_length,
         seed=parsed.seed,

@@ -11,6 +11,9 @@ from .comparison import Difference, difference_table, differences, task_differen
 from .divergence import BaseAnswers, kl_from_base, own_answers
 from .exact import correct
 from .intervals import mean_interval, paired_difference, rate_difference, wilson
+from .judge_table import judge_tables
+from .judges import Agreement, Judge, MatcherJudge, agreement, load_judges
+from .judgments import JudgePair, Judgment, answer_length, judged
 from .losses import LossResult, nats_per_token
 from .plots import tradeoff
 from .report import Estimate, Evaluation, Evaluator, Measurement, Sample, evaluate, table
@@ -21,25 +24,35 @@ from .tasks import TASKS, TaskRunner
 
 __all__ = [
     "TASKS",
+    "Agreement",
     "BaseAnswers",
     "Difference",
     "Estimate",
     "Evaluation",
     "Evaluator",
+    "Judge",
+    "JudgePair",
+    "Judgment",
     "LossResult",
+    "MatcherJudge",
     "Measurement",
     "Sample",
     "TaskRunner",
     "TaskScore",
     "Verdict",
     "accuracy",
+    "agreement",
+    "answer_length",
     "classify",
     "correct",
     "difference_table",
     "differences",
     "evaluate",
     "generate",
+    "judge_tables",
+    "judged",
     "kl_from_base",
+    "load_judges",
     "mean_interval",
     "nats_per_token",
     "own_answers",

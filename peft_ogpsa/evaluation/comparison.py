@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from .. import extras
 from ..text.refusal import Verdict
+from .estimates import Estimate
 from .intervals import mean_interval, paired_difference, rate_difference
 from .losses import LossResult
-from .report import Estimate, Measurement, Sample
+from .report import Measurement, Sample
 from .scores import TaskScore
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,32 +18,14 @@ from ..text.refusal import Verdict, classify
 from ..text.tokenization import Prompt, Row, prompt_text
 from ..tuner.adapters import base_of, without_adapter
 from .divergence import BaseAnswers, kl_from_base, own_answers
-from .intervals import wilson
+from .estimates import Estimate
+from .judges.judge import Judge
+from .judgments import JudgePair, Judgment, answer_length, judged, only_matcher
 from .losses import LossResult, nats_per_token
 from .scores import TaskScore
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One number: its value, its 95 % interval, and the number of examples or prompts behind it."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def from_loss(cls, loss: LossResult) -> "Estimate":
-        """Build the estimate of a loss in nats per token."""
-        return cls(loss.mean, *loss.interval(), n=len(loss.example_means))
-
-    @classmethod
-    def from_count(cls, count: int, n: int) -> "Estimate":
-        """Build the estimate of a rate."""
-        return cls(count / n, *wilson(count, n), n=n)
 
 
 @dataclass(frozen=True)
@@ -84,6 +66,10 @@ class Measurement:
     """Scores of tasks: of the held-out sets, and of lm-eval."""
     sets: dict[str, "Measurement"] = field(default_factory=dict)
     """Refusal and over-refusal on further sets of prompts, such as public ones, by the set's name."""
+    judgments: list[Judgment] = field(default_factory=list)
+    """Verdicts of the judges. Empty if the matcher is the only judge: its verdicts are in the samples."""
+    agreements: list[JudgePair] = field(default_factory=list)
+    """Agreement of every two judges."""
     seconds: float = 0.0
 
     @property
@@ -96,8 +82,12 @@ class Measurement:
         plain = asdict(replace(self, sets={}))
         for sample in plain["harmful_samples"] + plain["benign_samples"]:
             sample["verdict"] = sample["verdict"].value
-        del plain["sets"]
-        return plain | ({"sets": {name: own.to_dict() for name, own in self.sets.items()}} if self.sets else {})
+        plain["agreements"] = [pair.to_dict() for pair in self.agreements]
+        plain["sets"] = {name: own.to_dict() for name, own in self.sets.items()}
+        for key in ("sets", "judgments", "agreements"):
+            if not plain[key]:  # as in results of the matcher alone, without sets
+                del plain[key]
+        return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Measurement":
@@ -113,6 +103,8 @@ class Measurement:
         fields["kl_loss"] = None if plain.get("kl_loss") is None else LossResult(**plain["kl_loss"])
         fields["tasks"] = [TaskScore(**score) for score in plain.get("tasks", [])]
         fields["sets"] = {name: cls.from_dict(own) for name, own in plain.get("sets", {}).items()}
+        fields["judgments"] = [Judgment.from_dict(judgment) for judgment in plain.get("judgments", [])]
+        fields["agreements"] = [JudgePair.from_dict(pair) for pair in plain.get("agreements", [])]
         return cls(**fields)
 
 
@@ -290,25 +282,35 @@ def evaluate(
     benign: Iterable[Prompt] | None = None,
     general: Mapping[str, Iterable[Row]] | None = None,
     divergence_prompts: Iterable[Prompt] | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     batch_size: int = 16,
     max_length: int = 1024,
     seed: int = 0,
     base: bool = True,
     base_answers: BaseAnswers | None = None,
+    judges: Sequence[Judge] | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Measure a model and, if it is a `PeftModel` and `base` is set, the same model with its adapter disabled.
 
+    `judges` are the judges of the answers, for example `load_judges("matcher,model:wildguard")`. The answers are
+    generated once, and the matcher's verdicts are always part of the result. The default of `max_new_tokens` is what
+    the judges recommend: 32 for the matcher alone, 256 for most others.
+
     The other arguments are those of `Evaluator`. To measure many states of one model, use `Evaluator`.
+
+    Raises:
+        ValueError: If a judge cannot be used.
     """
+    for judge in judges or ():
+        judge.prepare()
     evaluator = Evaluator(
         processing_class,
         harmful=harmful,
         benign=benign,
         general=general,
         divergence_prompts=divergence_prompts,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=answer_length(max_new_tokens, judges),
         batch_size=batch_size,
         max_length=max_length,
         seed=seed,
@@ -316,7 +318,12 @@ def evaluate(
         progress=progress,
     )
     base_measurement = evaluator.base(model) if base and isinstance(model, PeftModel) else None
-    return Evaluation(evaluator.measure(model), base_measurement, evaluator.settings)
+    measurement = evaluator.measure(model)
+    if judges and not only_matcher(judges):
+        both = [measurement] if base_measurement is None else [measurement, base_measurement]
+        measurement, *rest = judged(both, judges)
+        base_measurement = rest[0] if rest else None
+    return Evaluation(measurement, base_measurement, evaluator.settings)
 
 
 def table(

@@ -67,8 +67,12 @@ def generate_ids(
     sample: bool,
     seed: int,
     progress: bool = False,
+    description: str = "generating",
 ) -> list[list[int]]:
-    """Generate as `generate` does, but on token ids. Each answer runs up to and including its end token."""
+    """Generate as `generate` does, but on token ids. Each answer runs up to and including its end token.
+
+    `description` is the text before the progress bar.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}. Give at least 1.")
     for index, prompt in enumerate(prompts):
@@ -90,7 +94,7 @@ def generate_ids(
         use_cache=True,
     )
     answers: list[list[int]] = [[] for _ in prompts]
-    bar = tqdm(total=len(prompts), desc="generating", disable=not progress)
+    bar = tqdm(total=len(prompts), desc=description, disable=not progress)
     with isolated_eval(model, seed=seed), bar:
         # `generate` fills gaps in the given settings from the model's own settings.
         lm.generation_config = GenerationConfig()
