@@ -209,7 +209,7 @@ def test_the_fisher_information_is_that_of_the_models_own_distribution():
     model = tiny_llama(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter *= 20 if parameter.dim() == 2 else 1  # unlike tokens
+            parameter *= 5 if parameter.dim() == 2 else 1  # unlike tokens
     sets = {"one": [Example([3, 4, 5, 6, 7], 2), Example([4, 4, 3], 2)], "two": [Example([5, 3, 6], 1)]}
     layers = list(linear_layers(model).values())
     before = copy.deepcopy(model.state_dict())
@@ -222,11 +222,11 @@ def test_the_fisher_information_is_that_of_the_models_own_distribution():
                     gradients = torch.autograd.grad(
                         log_p[place, label], [layer.weight for layer in layers], retain_graph=True
                     )
-                    share = float(log_p[place, label].exp()) / (len(example.answer) * len(own) * len(sets))
+                    share = log_p[place, label].exp().item() / (len(example.answer) * len(own) * len(sets))
                     for total, gradient in zip(expected, gradients, strict=True):
                         total += share * gradient**2
-    many = {name: own * 300 for name, own in sets.items()}
-    found = fisher(model, [layer.weight for layer in layers], many, seed=0)
+    many = {name: own * 400 for name, own in sets.items()}
+    found = fisher(model, [layer.weight for layer in layers], many, seed=0, batch_size=3)
     for layer, total in zip(layers, expected, strict=True):
         assert found[layer.weight].sum() == pytest.approx(float(total.sum()), rel=0.1)
         assert (found[layer.weight] - total).norm() < 0.2 * total.norm()
@@ -296,7 +296,7 @@ def test_corda_preserves_what_the_references_use():
     for plain, layer in zip(linear_layers(base).values(), adapted_layers(model), strict=True):
         directions = torch.linalg.qr(torch.randn(plain.in_features, 4, generator=generator)).Q
         random = plain.weight @ directions @ directions.T
-        used = [float((part @ moments[plain] @ part.T).trace()) for part in (change(layer), random)]
+        used = [(part.double() @ moments[plain] @ part.T.double()).trace().item() for part in (change(layer), random)]
         assert used[0] < used[1]
     assert model.peft_config["default"].corda_config is None
 
@@ -317,7 +317,7 @@ RUNS = [
     ("OSF at 0.05", ("sft",)),
     ("ASFT 0.05", ("sft",)),
     ("KL 0.25 on training rows", ("sft",)),
-    ("EWC 10", ("sft", "dpo")),
+    ("EWC 1000", ("sft", "dpo")),
     ("replay 3, 2 of 40", ("sft",)),
     ("KL 64, 2 of 40", ("sft",)),
 ]
@@ -326,7 +326,8 @@ RUNS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "stages"), RUNS)
 def test_a_run_trains_and_leaves_the_base(bench, name, stages, monkeypatch):
-    monkeypatch.setattr(bench, "settings", replace(bench.settings, stages=stages))
+    batch = 4 if METHODS[name].budget == 0.05 else 2  # of which a draw of 5 steps has a whole example
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, stages=stages, batch=batch))
     before = {name: tensor.clone() for name, tensor in bench.base.state_dict().items()}
     trainers, made = [], training._trainer
 
@@ -353,10 +354,10 @@ def test_a_run_trains_and_leaves_the_base(bench, name, stages, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("plain", "kept"), [("plain", "EWC 100"), ("plain", "KL 1 on training rows"), ("plain", "KL 64, 2 of 40")]
+    ("plain", "kept"), [("plain", "EWC 10000"), ("plain", "KL 1 on training rows"), ("plain", "KL 64, 2 of 40")]
 )
 def test_a_penalty_keeps_the_model_nearer(bench, plain, kept, monkeypatch):
-    monkeypatch.setattr(bench, "settings", replace(bench.settings, stages=("sft",), steps=12, measurements=1))
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, stages=("sft",), steps=8, batch=4, measurements=1))
     first, second = (run(bench, name, METHODS[name], 0)["train_info"]["metrics"][-1]["kl"] for name in (plain, kept))
     assert second < first
 

@@ -42,7 +42,7 @@ from peft_ogpsa.tuner.model import projector_of
 from .baselines import corda, lora_null, mica
 from .baselines.asft import AnchoredTrainer
 from .baselines.ewc import EWC
-from .baselines.fisher import fisher
+from .baselines.fisher import SAMPLES, fisher
 from .baselines.placement import linear_layers, lora_knobs
 from .baselines.scaling import along_scales
 from .data import TaxData
@@ -331,7 +331,8 @@ def _baseline(
     examples = {own.name: own.tokenize(bench.tokenizer) for own in sets}
     if method.ewc:
         weights = [layer.weight for layer in linear_layers(bench.base).values()]
-        penalty = EWC(fisher(bench.base, weights, examples, seed), method.ewc, sum(map(len, examples.values())))
+        few = {name: own[:SAMPLES] for name, own in examples.items()}
+        penalty = EWC(fisher(bench.base, weights, few, seed), method.ewc, sum(map(len, few.values())))
         return None, get_peft_model(bench.base, LoraConfig(**LORA)), [penalty]
     start = {"corda": corda, "lora_null": lora_null, "mica": mica}[method.start]
     base = copy.deepcopy(bench.base).float() if method.moves_base else bench.base

@@ -5,6 +5,10 @@
 The penalty of a change D of the weights is `weight / 2 * sum F D^2`, with F the diagonal Fisher information of the
 base on the reference sets. LoRA's change is `D = scaling * B A`, so the penalty is on its effect, and not on A and B,
 of which the base has none.
+
+The diagonal sees little of what LoRA does, since many weights change together: with SmolLM2-135M, the sum at weight 1
+was 0.0005 where the KL from base was 0.15, and 0.0011 where it was 0.22 (plain LoRA after 5 and 8 steps; 24 examples).
+So the weights of the grid are 100 to 10,000.
 """
 
 from __future__ import annotations
@@ -27,8 +31,7 @@ class EWC(TrainerCallback):
 
     Args:
         fisher: Of the weights under LoRA.
-        weight: Of the penalty. At 1 it is the divergence from the base in nats per token, as far as the diagonal
-            knows it.
+        weight: Of the penalty.
         examples: How many reference examples F has taken.
     """
 

@@ -46,7 +46,7 @@ def adapted(base: Any, knobs: dict[str, Any], sequences: Sequence[Tensor]) -> Pe
 def _start(layer: Any, moment: Tensor) -> None:
     weight, scaling = layer.get_base_layer().weight, layer.scaling["default"]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    null = torch.linalg.eigh(moment.double()).eigenvectors[:, : len(a)]  # of the smallest eigenvalues
+    null = torch.linalg.eigh(moment).eigenvectors[:, : len(a)]  # of the smallest eigenvalues
     left, sizes, right = torch.linalg.svd(weight.double() @ null, full_matrices=False)
     roots = (sizes / scaling).sqrt()
     a.copy_(roots[:, None] * (right @ null.T))
@@ -55,11 +55,14 @@ def _start(layer: Any, moment: Tensor) -> None:
 
 
 def second_moments(model: Any, layers: Sequence[nn.Linear], sequences: Sequence[Tensor]) -> dict[nn.Linear, Tensor]:
-    """Add up `x x^T` over the inputs x of each layer: `(in, in)`."""
-    found = {layer: layer.weight.new_zeros(layer.in_features, layer.in_features) for layer in layers}
+    """Add up `x x^T` over the inputs x of each layer: `(in, in)`, in float64, in which the least energies are not lost."""
+    found = {
+        layer: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=layer.weight.device)
+        for layer in layers
+    }
 
     def add(layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].flatten(0, -2)
+        rows = inputs[0].flatten(0, -2).double()
         found[layer].addmm_(rows.T, rows)
 
     hooks = [layer.register_forward_pre_hook(add) for layer in layers]
