@@ -55,7 +55,7 @@ def _start(layer: Any, moment: Tensor) -> None:
 
 
 def second_moments(model: Any, layers: Sequence[nn.Linear], sequences: Sequence[Tensor]) -> dict[nn.Linear, Tensor]:
-    """Add up `x x^T` over the inputs x of each layer: `(in, in)`, in float64, in which the least energies are not lost."""
+    """Add up `x x^T` over the inputs x of each layer, `(in, in)`, in float64: the least energies must not be lost."""
     found = {
         layer: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=layer.weight.device)
         for layer in layers
