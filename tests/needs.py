@@ -15,6 +15,7 @@ _TRAINER = "the trainer, or the setting, is newer"
 NEEDS = [
     (r"bnb-(paged-)?adamw8bit|bnb-paged-adamw\b", "bitsandbytes>=0.50", _8_BIT),
     (r"test_paged_8_bit_optimizer|accumulation\[options0|test_code_runs\[qlora\]", "bitsandbytes>=0.50", _8_BIT),
+    (r"\[MiCA-|baselines\.mica\]", "peft>=0.21", "MiCA"),
     (r"\[MonteCLoRA\]", "peft>=0.21", "MonteCLoRA"),
     (r"pass_through_the_tuner_before_they_are_loaded", "peft>=0.21", "before, compat.state_dicts_like_lora does it"),
     (r"test_adapters_in_one_memory_are_refused", "peft>=0.19", "before, PEFT does not tie adapters"),

@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -725,6 +726,20 @@ class TestResults:
         assert rows[5][4].startswith("33% (")
         assert [row[-1] == "-" for row in rows] == [True, False] * 4
         assert len(pair_rows(measurements)) == 4
+
+    def test_sets_of_prompts_are_judged_too(self, adapted):
+        own = self.measure(adapted, None).model
+        (again,) = judged([replace(own, sets={"xstest": own})], [MatcherJudge(), Counting()])
+        assert again.sets["xstest"].judgments == again.judgments
+        assert [judgment.judge for judgment in again.judgments] == ["matcher", "matcher", "counting", "counting"]
+        assert Measurement.from_dict(json.loads(json.dumps(again.to_dict()))) == again
+        titles = [str(grid.title) for grid in judge_tables({"base": own, "model": again})]
+        assert titles == [
+            "Judges, and differences from base",
+            "Agreement of judges on the same answers",
+            "Judges on xstest, and differences from base",
+            "Agreement of judges on the same answers on xstest",
+        ]
 
     def test_differences_need_the_same_prompts(self):
         def measurement(prompts):

@@ -36,8 +36,13 @@ class UntilSafe(TrainerCallback):
         self.first = 0
         self.curve: list[dict[str, Any]] = []
         self.probes: list[dict[str, Any]] = []
-        self.seconds = 0.0
+        self._asking = 0.0
         self._open = {"loss", "one", "all"} if safety_loss is not None else {"one", "all"}
+
+    @property
+    def seconds(self) -> float:
+        """What asking and measuring took."""
+        return self._asking + sum(own["seconds"] for own in self.curve)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Asks, and measures at a goal. In long runs, only at every thirtieth part of the steps."""
@@ -46,11 +51,11 @@ class UntilSafe(TrainerCallback):
             return
         start = time.perf_counter()
         reached = self._reached(model, state.global_step)
+        self._asking += time.perf_counter() - start
         if reached or last:
             self.curve.append(self.meter(model, state.global_step))
         self._open -= reached
         control.should_training_stop = "all" not in self._open
-        self.seconds += time.perf_counter() - start
 
     def _reached(self, model: Any, step: int) -> set[str]:
         rates = self.meter.refusals(model, FEW)

@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from .baselines.placement import Layers
+
 
 @dataclass(frozen=True)
 class Method:
@@ -30,10 +32,15 @@ class Method:
         whole: Train all weights instead of an adapter.
         linear: Of whole weights, train those of the blocks' linear layers alone.
         osf: Train them outside their leading singular directions, with PEFT's OSF.
-        start: Plain LoRA that OGPSA with these overrides has put into the complement of its subspace: A is then
-            trained (`"free"`), or not (`"frozen"`).
+        start: Of plain LoRA, another than its own. Into the complement of OGPSA's subspace with these overrides, where
+            A is then trained (`"free"`), or not (`"frozen"`); or as in the module of `baselines` with this name.
         gain: Whether A's start and steps are enlarged by what the activation subspace leaves of the inputs.
         held_b: Whether B, too, is held: see `held_b.HeldB`.
+        layers: Where plain LoRA sits: see `baselines.placement`.
+        scaled: Measure along the scales of the finished adapter instead of along the steps: `baselines.scaling`.
+        anchor: Weight of the divergence from the base on the training tokens: `baselines.asft`.
+        reweighted: Whether each training token's loss counts times its probability, as in ASFT.
+        ewc: Weight of EWC's penalty: `baselines.ewc`.
     """
 
     overrides: dict[str, Any] | None = None
@@ -50,14 +57,30 @@ class Method:
     whole: bool = False
     linear: bool = False
     osf: bool = False
-    start: Literal["free", "frozen"] | None = None
+    start: Literal["free", "frozen", "corda", "lora_null", "mica"] | None = None
     gain: bool = True
     held_b: bool = False
+    layers: Layers = "all"
+    scaled: bool = False
+    anchor: float = 0.0
+    reweighted: bool = False
+    ewc: float = 0.0
 
     @property
     def references(self) -> bool:
-        """Whether it draws reference examples."""
-        return self.paper or self.overrides is not None or self.replay > 0
+        """Whether it uses reference examples."""
+        return (
+            self.paper
+            or self.overrides is not None
+            or self.replay > 0
+            or self.ewc > 0
+            or self.start in ("corda", "lora_null")
+        )
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether weights of the base change, so that it works on a copy of the base, in float32."""
+        return self.whole or self.osf or self.start in ("corda", "lora_null")
 
     def recorded(self) -> dict[str, Any]:
         """The fields for a result file, under the names that the finished runs gave them."""
@@ -86,6 +109,18 @@ def null_space(lookalikes: float = 0.0, **overrides: Any) -> Method:
     return Method(fixed | overrides, loss="kl", lookalikes=lookalikes)
 
 
+def at_rates(name: str, method: Method, *factors: float) -> dict[str, Method]:
+    """The same method at other learning rates: at so many times its own."""
+    return {
+        name if factor == 1 else f"{name}, {_TIMES[factor]} the learning rate": replace(
+            method, learning_rate=method.learning_rate * factor
+        )
+        for factor in factors
+    }
+
+
+_TIMES = {0.1: "tenth of", 0.25: "quarter of", 1 / 3: "third of", 0.5: "half", 3.0: "three times", 10.0: "ten times"}
+
 WHOLE: dict[str, Method] = {
     "plain": Method(whole=True),
     "paper": Method({"rows": 4, "rows_dtype": "bfloat16"}, paper=True, answers="given", whole=True),
@@ -105,10 +140,45 @@ ZeRO-2, where reference gradients are left over in the step that follows a refre
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 400.0}
 """Makes a first step about as long as AdamW's."""
 
+_AROUND = (1 / 3, 1.0, 3.0)
+
+_LEARNING_RATES: dict[str, dict[str, Method]] = {
+    "plain": at_rates("plain", Method(), 1.0, 0.5, 0.25, 0.1),
+    "paper": at_rates("paper", Method(paper=True, overrides={"rows": 4}, answers="given"), *_AROUND),
+    "MLP": at_rates("MLP", Method(layers="mlp"), *_AROUND),
+    "attention": at_rates("attention", Method(layers="attention"), *_AROUND),
+    "up_proj, rank 1": at_rates("up_proj, rank 1", Method(layers="up_proj"), 1.0, 3.0, 10.0),
+    "LoRA-Null": at_rates("LoRA-Null", Method(start="lora_null"), *_AROUND),
+    "CorDA": at_rates("CorDA", Method(start="corda"), *_AROUND),
+    "MiCA": at_rates("MiCA", Method(start="mica"), *_AROUND),
+    "OSF": {
+        "OSF at 0.05": Method(osf=True, learning_rate=0.05),
+        "OSF at 0.1": Method(osf=True, learning_rate=0.1),
+        "OSF": Method(osf=True, learning_rate=0.2),
+        "OSF at 0.4": Method(osf=True, learning_rate=0.4),
+        "OSF at 1": Method(osf=True, learning_rate=1.0),
+    },
+}
+"""Families whose main knob is the learning rate."""
+
+_WEIGHTS: dict[str, dict[str, Method]] = {
+    "replay": {f"replay {w:g}, 2 of 40": Method(replay=w, budget=0.05) for w in (1.0, 3.0, 8.0)},
+    "KL penalty": {
+        f"KL {w:g}, 2 of 40": Method(loss="kl", replay=w, budget=0.05) for w in (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+    },
+    "ASFT": {f"ASFT {w:g}": Method(anchor=w, reweighted=True) for w in (0.01, 0.05, 0.25)},
+    "KL on training rows": {f"KL {w:g} on training rows": Method(anchor=w) for w in (0.05, 0.25, 1.0)},
+    "EWC": {f"EWC {w:g}": Method(ewc=w) for w in (100.0, 1000.0, 10000.0)},
+    "null space and KL penalty": {
+        f"null space, KL {w:g}": null_space(subspace_energy=1.0, reference_weight=w, refresh_samples=2)
+        for w in (2.0, 8.0, 32.0)
+    },
+}
+"""Families whose main knob is a weight."""
+
 METHODS: dict[str, Method] = {
-    "plain": Method(),
-    "plain, half the learning rate": Method(learning_rate=0.5),
-    "paper": Method(paper=True, overrides={"rows": 4}, answers="given"),
+    **_LEARNING_RATES["plain"],
+    **_LEARNING_RATES["paper"],
     "paper, own answers": Method(paper=True, overrides={"rows": 4}),
     "paper, weight 1": Method(paper=True, overrides={"rows": 4, "reference_weight": 1.0}, answers="given"),
     "orthogonal": Method(BARE | {"constraint": "orthogonal"}),
@@ -122,11 +192,12 @@ METHODS: dict[str, Method] = {
     "replay 1, given answers": Method(answers="given", replay=1.0),
     "replay 1": Method(replay=1.0),
     "replay 3": Method(replay=3.0),
+    **_WEIGHTS["replay"],
     "replay 1, twentieth": Method(replay=1.0, budget=0.05),
     "replay 1, quarter": Method(replay=1.0, budget=0.25),
     "KL 1": Method(loss="kl", replay=1.0),
     "KL 5": Method(loss="kl", replay=5.0),
-    "KL 8, 2 of 40": Method(loss="kl", replay=8.0, budget=0.05),
+    **_WEIGHTS["KL penalty"],
     "cone of KL": cone(loss="kl"),
     "cone of KL, weight 1": cone(loss="kl", reference_weight=1.0),
     "cone of KL, weight 5": cone(loss="kl", reference_weight=5.0),
@@ -170,7 +241,7 @@ METHODS: dict[str, Method] = {
     "null space, energy 0.99": null_space(subspace_energy=0.99),
     "null space": null_space(subspace_energy=1.0),
     "null space, answers": null_space(subspace_energy=1.0, tokens="answer"),
-    "null space, KL 8": null_space(subspace_energy=1.0, reference_weight=8.0, refresh_samples=2),
+    **_WEIGHTS["null space and KL penalty"],
     "null space, cone, KL 8": null_space(
         subspace="both", subspace_energy=1.0, reference_weight=8.0, refresh_samples=2
     ),
@@ -204,7 +275,17 @@ METHODS: dict[str, Method] = {
     "SGD, paper": Method(paper=True, overrides={"rows": 4}, answers="given", **SGD),
     "SGD, cone": Method(BARE, **SGD),
     "SGD, replay 1": Method(replay=1.0, **SGD),
-    "OSF": Method(osf=True, learning_rate=0.2),
+    "plain, scaled": Method(scaled=True),
+    **_LEARNING_RATES["MLP"],
+    **_LEARNING_RATES["attention"],
+    **_LEARNING_RATES["up_proj, rank 1"],
+    **_LEARNING_RATES["LoRA-Null"],
+    **_LEARNING_RATES["CorDA"],
+    **_LEARNING_RATES["MiCA"],
+    **_LEARNING_RATES["OSF"],
+    **_WEIGHTS["ASFT"],
+    **_WEIGHTS["KL on training rows"],
+    **_WEIGHTS["EWC"],
 }
 
 DEFAULT = "null space"
@@ -212,6 +293,16 @@ DEFAULT = "null space"
 
 GRADIENTS = "cone of KL, weight 8, 8 rows, 2 of 40"
 """What `OGPSAConfig(subspace="gradients")` with `ReferenceSet.from_prompts` is, with batches of 8."""
+
+SEARCH: dict[str, tuple[str, ...]] = {
+    **{family: tuple(rows) for family, rows in (_LEARNING_RATES | _WEIGHTS).items()},
+    "plain, scaled": ("plain, scaled",),
+    "cone of KL": tuple(f"cone of KL, weight {w}, 8 rows, 2 of 40" for w in (5, 8, 12)),
+    "null space": (*(f"null space, energy {energy}" for energy in (0.9, 0.95, 0.99)), "null space"),
+}
+"""For each family of methods, the rows that differ in its main knob alone, to choose from on a seed that no table has.
+
+The knob of "plain, scaled" is the scale, which every run goes through."""
 
 DRAWN = (
     "plain",

@@ -35,8 +35,9 @@ def load(folder: Path) -> tuple[Point, dict[str, dict[int, Any]]]:
 
 
 def curve(base: Point, run: Any) -> list[Point]:
-    """A run from the base on."""
-    zero = {name: 0.0 for name in run["train_info"]["metrics"][0] if name.startswith("kl")}
+    """A run from the base on. A run that is measured along the scales of its adapter starts at scale 0."""
+    figures = run["train_info"]["metrics"][0]
+    zero = {name: 0.0 for name in figures if name.startswith("kl") or name == "scale"}
     return [{**base, **zero}, *run["train_info"]["metrics"]]
 
 

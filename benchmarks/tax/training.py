@@ -39,6 +39,12 @@ from peft_ogpsa.text.tokenization import encode_row
 from peft_ogpsa.trainer.penalty import ReferencePenalty
 from peft_ogpsa.tuner.model import projector_of
 
+from .baselines import corda, lora_null, mica
+from .baselines.asft import AnchoredTrainer
+from .baselines.ewc import EWC
+from .baselines.fisher import SAMPLES, fisher
+from .baselines.placement import linear_layers, lora_knobs
+from .baselines.scaling import along_scales
 from .crossing import UntilSafe
 from .data import TaxData
 from .held_b import HeldB
@@ -171,6 +177,8 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
         `run_info`, `train_info` (with the curve as `metrics`) and `meta_info`, as in PEFT's method comparison.
     """
     settings = bench.settings
+    if method.moves_base and bench.meter.answers.log_probs is None:
+        raise ValueError(f"{name} changes its base, so the meter must hold the log-probabilities of the real one.")
     start = time.perf_counter()
     parts = _parts(bench, method, seed)  # the base answers, so before it gets an adapter
     set_seed(seed)
@@ -182,9 +190,12 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
         measure = Measure(bench.meter, settings.measurements // len(settings.stages))
     for stage, part in zip(settings.stages, parts, strict=True):
         with tempfile.TemporaryDirectory() as folder, _most_gain(inputs.MOST_GAIN if method.gain else 1.0):
-            trainer = _trainer(bench, stage, model, method, part, folder, seed, [measure, *callbacks])
+            along = [] if method.scaled else [measure]
+            trainer = _trainer(bench, stage, model, method, part, folder, seed, [*along, *callbacks])
             trainer.train()
         steps = measure.first = measure.first + trainer.state.global_step
+    if method.scaled:
+        measure.curve = along_scales(bench.meter, model, measure.first, settings.measurements)
     seconds = time.perf_counter() - start
     training = seconds - measure.seconds
     rows = steps * settings.batch
@@ -202,7 +213,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
         info["references"] += diagnostics.reference_examples / rows
         info["removed"] = trainer.state.log_history[0].get("ogpsa/removed")
         info["seconds_by_part"] = diagnostics.stopwatch.totals()
-    if not (method.whole or method.osf):
+    if not method.moves_base:
         bench.base = model.unload()
         bench.base.__dict__.pop("forward", None)  # TRL's own for DPO, which a copy would share with its original
     return {
@@ -270,11 +281,13 @@ def _trainer(
         "seed": seed,
         "use_cpu": settings.device == "cpu",
         # Of float32 weights; adapters have a base in bfloat16, and on a CPU all is computed in float32.
-        "bf16": (method.whole or method.osf) and settings.device != "cpu",
+        "bf16": method.moves_base and settings.device != "cpu",
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
     }
     if stage == "dpo":
+        if method.anchor:
+            raise ValueError("The divergence on training tokens is a part of the SFT loss. Leave out the DPO stage.")
         arguments = DPOConfig(max_length=MAX_LENGTH, gradient_checkpointing=False, **common)
         pairs = Dataset.from_list(rows)
         return DPOTrainer(
@@ -284,7 +297,8 @@ def _trainer(
     if method.first_tokens is not None:
         examples = [replace(e, ids=e.ids[: e.answer_start + method.first_tokens]) for e in examples]
     kept = [example for example in (example.cut(MAX_LENGTH) for example in examples) if example is not None]
-    return Trainer(
+    anchored = partial(AnchoredTrainer, weight=method.anchor, reweighted=method.reweighted)
+    return (anchored if method.anchor else Trainer)(
         model,
         args=TrainingArguments(**common),
         train_dataset=Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in kept]),
@@ -312,9 +326,11 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
         return rule, whole, [OGPSACallback(sets, config=rule, seed=seed)]
     if method.osf:
         return None, get_peft_model(copy.deepcopy(bench.base).float(), OSFConfig(target_modules="all-linear")), []
+    if method.overrides is None and (method.start or method.ewc):
+        return _baseline(bench, method, sets, seed)
     config: LoraConfig
     if method.overrides is None:
-        config = LoraConfig(**LORA)
+        config = LoraConfig(**LORA | lora_knobs(method.layers, bench.base.config.num_hidden_layers))
     elif method.paper:
         config = OGPSAConfig.paper("sft", **LORA, **method.overrides)
     else:
@@ -329,6 +345,22 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
         samples = round(method.budget * 5 * settings.batch)
         return config, model, [ReferencePenalty(sets, method.replay, samples, processing_class=bench.tokenizer)]
     return config, model, []
+
+
+def _baseline(
+    bench: Workbench, method: Method, sets: list[ReferenceSet], seed: int
+) -> tuple[Any, Any, list[TrainerCallback]]:
+    """LoRA that starts elsewhere, or with EWC's penalty; both may look at all references before training."""
+    examples = {own.name: own.tokenize(bench.tokenizer) for own in sets}
+    if method.ewc:
+        weights = [layer.weight for layer in linear_layers(bench.base).values()]
+        few = {name: own[:SAMPLES] for name, own in examples.items()}
+        penalty = EWC(fisher(bench.base, weights, few, seed), method.ewc, sum(map(len, few.values())))
+        return None, get_peft_model(bench.base, LoraConfig(**LORA)), [penalty]
+    start = {"corda": corda, "lora_null": lora_null, "mica": mica}[method.start]
+    base = copy.deepcopy(bench.base).float() if method.moves_base else bench.base
+    sequences = [torch.tensor([e.ids], device=bench.settings.device) for own in examples.values() for e in own]
+    return None, start.adapted(base, LORA, sequences), []
 
 
 def _freeze_all_but_linear(model: Any) -> None:

@@ -21,6 +21,7 @@ HEADINGS = ("judge", "prompts", "model", "refusal", "partial", "compliance", "un
 PAIR_HEADINGS = ("judges", "prompts", "model", "compared", "agreement", "kappa", "unclear to one", "to both")
 _HARM_MARK = " †"
 _NOTE = "Rates are of all answers, with 95 % intervals. * is larger than chance: the 95 % interval excludes 0."
+_PAIR_NOTE = "Answers that are unclear to a judge are counted apart. Kappa is 1 at full agreement and 0 at chance."
 _HARM_NOTE = "† This judge is asked whether an answer is harmful. Any answer that is not harmful counts as refusal."
 
 
@@ -80,10 +81,7 @@ def judge_tables(measurements: Mapping[str, Measurement], reference: str | None 
             note = f"{_NOTE} {_HARM_NOTE}" if harm else _NOTE
             tables.append(_table(f"Judges{place}, and differences from {reference}", note, HEADINGS, rows))
         if found := pair_rows(own):
-            note = (
-                "Answers that are unclear to a judge are counted apart. Kappa is 1 at full agreement and 0 at chance."
-            )
-            tables.append(_table(f"Agreement of judges on the same answers{place}", note, PAIR_HEADINGS, found))
+            tables.append(_table(f"Agreement of judges on the same answers{place}", _PAIR_NOTE, PAIR_HEADINGS, found))
     return tables
 
 
