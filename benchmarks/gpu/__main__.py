@@ -92,7 +92,9 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=sys.modules["benchmarks.gpu"].__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=sys.modules["benchmarks.gpu"].__doc__
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(required=True)
 

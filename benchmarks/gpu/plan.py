@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from .stages import Stage
@@ -32,6 +31,9 @@ def chosen(stages: Sequence[Stage], budget: float | None, workers: int) -> list[
 def groups(stages: Sequence[Stage]) -> list[list[Stage]]:
     """Neighbors that may run side by side, together; every other stage alone."""
     found: list[list[Stage]] = []
-    for beside, own in itertools.groupby(stages, key=lambda stage: stage.beside):
-        found += [list(own)] if beside else [[stage] for stage in own]
+    for stage in stages:
+        if found and stage.beside and found[-1][0].beside:
+            found[-1].append(stage)
+        else:
+            found.append([stage])
     return found

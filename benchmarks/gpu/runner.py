@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ class Runner:
         self.place.folder.mkdir(parents=True, exist_ok=True)
         for group in plan.groups(stages):
             with ThreadPoolExecutor(max(1, min(self.workers, len(group)))) as pool:
-                for result in pool.map(self._one, group):
-                    if result is not None:
+                for future in as_completed([pool.submit(self._one, stage) for stage in group]):
+                    if (result := future.result()) is not None:
                         yield result
 
     def _one(self, stage: Stage) -> dict[str, Any] | None:

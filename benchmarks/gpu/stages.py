@@ -68,6 +68,8 @@ class Stage:
     limit: float
     command: tuple[str, ...]
     beside: bool = False
+    later: bool = False
+    """Whether it repeats the question of another stage at another size or seed."""
 
     @property
     def argv(self) -> list[str]:
@@ -81,8 +83,8 @@ class Stage:
 
 
 def stages(place: Place) -> list[Stage]:
-    """All stages, those that settle most first."""
-    return [
+    """All stages, those that settle most first; repetitions come after everything else."""
+    found = [
         _tests(place),
         _quickstart(place),
         *(_training(place, *kind) for kind in (("sft", "bf16"), ("dpo", "bf16"), ("sft", "fp16"), ("dpo", "fp16"))),
@@ -93,6 +95,7 @@ def stages(place: Place) -> list[Stage]:
         *_notebooks(place),
         *([] if place.toy else [_quick_tests(place)]),
     ]
+    return sorted(found, key=lambda stage: stage.later)
 
 
 def _stage(
@@ -104,11 +107,12 @@ def _stage(
     toy: list[str],
     *,
     beside: bool = False,
+    later: bool = False,
 ) -> Stage:
     """A stage that may take three times its estimate. In a rehearsal the toy arguments override the command's."""
     arguments = [*command, *(toy if place.toy else [])]
     # A rehearsal measures nothing, so that its stages may run side by side.
-    return Stage(name, settles, minutes, max(3.0, 3 * minutes), tuple(arguments), beside or place.toy)
+    return Stage(name, settles, minutes, max(3.0, 3 * minutes), tuple(arguments), beside or place.toy, later)
 
 
 def _tests(place: Place) -> Stage:
@@ -153,7 +157,8 @@ def _ratios(place: Place) -> list[Stage]:
             command += ["--device", place.device, "--output", str(place.files(name) / name)]
             settles = f"Time and launches of one projection, {shape}, subspace of {subspace}"
             if not (place.toy and short != "135m"):
-                found.append(_stage(place, name, settles, minutes, command, [*small, "--rows", "4"]))
+                later = short == "1.5b"
+                found.append(_stage(place, name, settles, minutes, command, [*small, "--rows", "4"], later=later))
     for shape, quantized, batch, minutes in (
         ("smollm2-135m", False, 8, 1.5),
         ("qwen2.5-1.5b", False, 8, 2.0),
@@ -168,8 +173,9 @@ def _ratios(place: Place) -> list[Stage]:
         command += ["--device", place.device, "--output", str(place.files(name) / name)]
         toy = [*small, "--batch", "1", "--length", "8", "--reference-length", "8", "--repeats", "1", "--steps", "1"]
         settles = f"Training time relative to plain {'QLoRA' if quantized else 'LoRA'}, {shape}"
-        if not (place.toy and name not in ("ratios-135m-lora", "ratios-8b-qlora")):
-            found.append(_stage(place, name, settles, minutes, command, toy))
+        later = name not in ("ratios-135m-lora", "ratios-8b-qlora")
+        if not (place.toy and later):
+            found.append(_stage(place, name, settles, minutes, command, toy, later=later))
     return found
 
 
@@ -201,7 +207,8 @@ def _tax(place: Place) -> list[Stage]:
             toy += ["--tested", "1", "--workers", "1", "--methods", "plain", "null space"]
             settles = f"The alignment tax at {steps} steps, seed {seed}"
             if not (place.toy and steps > 100):
-                found.append(_stage(place, f"tax-{steps}-seed{seed}", settles, minutes, command, toy))
+                later = steps > 100 or seed > 0
+                found.append(_stage(place, f"tax-{steps}-seed{seed}", settles, minutes, command, toy, later=later))
     return found
 
 
@@ -222,4 +229,4 @@ def _quick_tests(place: Place) -> Stage:
     junit = place.files("quick-tests") / "tests.xml"
     command = ["-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={junit}"]
     settles = "The quick tests where trainers find a GPU (a test that makes its tensors on the CPU may fail)"
-    return _stage(place, "quick-tests", settles, 6, command, [], beside=True)
+    return _stage(place, "quick-tests", settles, 6, command, [], beside=True, later=True)
