@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import benchmarks.gpu as package
+
 
 def _run(arguments: argparse.Namespace) -> int:
     from benchmarks.commit import commit
@@ -92,10 +94,8 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=sys.modules["benchmarks.gpu"].__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    about = {"description": package.__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", **about)
     commands = parser.add_subparsers(required=True)
 
     run = commands.add_parser("run", help="Run the stages that are missing.")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ PLACES = (
     "peft_ogpsa/**/*.py",
     "benchmarks/*.py",
 )
-"""Where sentences are looked for, docstrings and comments included."""
+"""Where sentences are looked for; of code, in docstrings."""
 
 _NEVER = r"\b(not?|none|nothing|never|neither|nor)\b"
 _RUN = r"\b(run|ran|tried|measured|tested|timed|executed)\b"
@@ -31,7 +32,7 @@ _DEVICE = r"(\bGPUs?\b|\bCUDA\b|\bT4\b|\bH100\b)"
 PATTERNS = {
     "never run on a GPU": rf"(?is)(?=.*{_NEVER}[^.]*?{_RUN}|.*{_RUN}[^.]*?{_NEVER})(?=.*{_DEVICE})",
     "computed": r"(?is)\bcomputed\b.*\bnot measured\b|\b(is|are|everything about)\b[^.]*\bcomputed, and\b"
-    r"|\b(memory|figures|sums?)\b[^.]*\b(is|are) computed\b|^Computed, not\b",
+    r"|\b(memory|figures)\b[^.]*\b(is|are) computed\b|^Computed, not\b",
     "supposed": rf"(?is)(?=.*{_DEVICE})(?=.*\b(should cost|unknown time|may hold more or less)\b)",
 }
 """What makes a sentence a claim, by kind. A sentence that matches needs a look; it need not be wrong."""
@@ -77,7 +78,8 @@ def claims(root: Path) -> list[Claim]:
     found = []
     for place in PLACES:
         for path in sorted(root.glob(place)):
-            for line, sentence in sentences(path.read_text(encoding="utf-8")):
+            text = path.read_text(encoding="utf-8")
+            for line, sentence in sentences(docstrings(text) if path.suffix == ".py" else text):
                 kind = next((kind for kind, pattern in PATTERNS.items() if re.search(pattern, sentence)), None)
                 if kind is not None:
                     found.append(Claim(path.relative_to(root).as_posix(), line, kind, sentence))
@@ -88,13 +90,32 @@ def sentences(text: str) -> Iterator[tuple[int, str]]:
     """Each sentence with the line where it begins; sentences end with their paragraph, list item or table row."""
     start, words = 1, ""
     for number, line in enumerate([*text.splitlines(), ""], 1):
-        own = re.sub(r"^\s*(#+|[-*>]|\d+\.)?\s*", "", line)
+        own = re.sub(r"^\s*((#+|[-*>]|\d+\.)\s+)?", "", line)
         if not own or line.lstrip().startswith(("|", "- ", "* ", "#")):
             yield from _split(start, words)
-            start, words = number, ""
+            words = ""
         if own:
+            start = start if words else number
             words += ("\n" if words else "") + own
-    yield from _split(start, words)
+
+
+def docstrings(source: str) -> str:
+    """A source file with nothing left but its docstrings, in their lines."""
+    lines = source.splitlines()
+    kept = [""] * len(lines)
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        first = node.body[0] if node.body else None
+        if (
+            isinstance(first, ast.Expr)
+            and isinstance(first.value, ast.Constant)
+            and isinstance(first.value.value, str)
+        ):
+            assert first.end_lineno is not None
+            for number in range(first.lineno - 1, first.end_lineno):
+                kept[number] = lines[number].replace('"""', "")
+    return "\n".join(kept)
 
 
 def _split(start: int, paragraph: str) -> Iterator[tuple[int, str]]:

@@ -43,7 +43,7 @@ TRAINING = (
     "loss",
     "ms a step",
     "peak, GiB",
-    "largest `|A U|/|A|`",
+    "largest leak",
     "resumed differs by",
 )
 

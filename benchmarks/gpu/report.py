@@ -61,9 +61,9 @@ def _machines(results: Iterable[Result]) -> list[tuple[Mapping[str, Any], list[s
     """Each machine with the commits that ran on it."""
     found: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for result in results:
-        machine, commits = found.setdefault(json.dumps(result["machine"]), (result["machine"], []))
-        if result["commit"] not in commits:
-            commits.append(result["commit"])
+        own = found.setdefault(json.dumps(result["machine"]), (result["machine"], []))
+        if result["commit"] not in own[1]:
+            own[1].append(result["commit"])
     return list(found.values())
 
 
@@ -76,10 +76,9 @@ def _tests(folder: Path) -> list[str]:
     for path in sorted((folder / "files").glob("*/tests.xml")):
         suite = next(ElementTree.parse(path).getroot().iter("testsuite"))
         counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-        passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-        rows.append(
-            [path.parent.name, str(passed), str(counts["failures"] + counts["errors"]), str(counts["skipped"])]
-        )
+        failed = counts["failures"] + counts["errors"]
+        passed = counts["tests"] - failed - counts["skipped"]
+        rows.append([path.parent.name, str(passed), str(failed), str(counts["skipped"])])
         for case in suite.iter("testcase"):
             if case.find("failure") is not None or case.find("error") is not None:
                 failures.append(f"- `{case.get('classname')}::{case.get('name')}`")

@@ -17,6 +17,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
 
 def make(folder: Path) -> None:
     """Writes the model and its tokenizer, whose tokens are bytes."""
@@ -39,11 +41,19 @@ def make(folder: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
+        tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        # It says the alphabet, again and again: that passes for an answer, and no shorter cycle would.
+        ids = tokenizer.convert_tokens_to_ids([*LETTERS, "\u0120"])
+        for place, (own, following) in enumerate(zip(ids, ids[1:] + ids[:1], strict=True)):
+            model.get_input_embeddings().weight[own, place] = 1.0
+            model.get_output_embeddings().weight[following, place] = 2.0
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
