@@ -98,7 +98,8 @@ class Runner:
         own = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         own |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         if self.place.toy:
-            own["HF_HUB_OFFLINE"] = "1"
+            # The base's answers are stored by the name of the model, and a toy model may have changed.
+            own |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(self.place.folder / "cache")}
         if self.place.device == "cpu":
             own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         return os.environ | own
