@@ -11,8 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.gpu import claims, figures, plan, process, report, wheels
 from benchmarks.gpu.pack import split
@@ -20,6 +19,7 @@ from benchmarks.gpu.runner import Runner
 from benchmarks.gpu.stages import Place, Stage, stages
 from benchmarks.gpu.unpack import Damaged, install, unpack
 
+ROOT = Path(__file__).parents[1]
 MACHINE = {"device": "A device", "memory": 2**34, "versions": {"torch": "2.11.0"}}
 
 
