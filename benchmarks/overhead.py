@@ -14,8 +14,10 @@ with a step that is not counted: what another method has left in the caches is n
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -67,6 +69,7 @@ class Method:
         samples: Reference examples of a cycle: of a refresh, or with `replay` of extra training examples.
         replay: Whether they are trained on.
         loss: Of the references.
+        kernels: Whether the Triton kernels project.
     """
 
     def __init__(
@@ -76,12 +79,15 @@ class Method:
         samples: float = 0,
         replay: bool = False,
         loss: LossFn = answer_loss,
+        kernels: bool = False,
     ) -> None:
         self.settings, self.samples, self.replay, self.loss = settings, samples, replay, loss
         self.model: Any = get_peft_model(_base(settings), config).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         self.projector = self.model.projector if isinstance(config, OGPSAConfig) else None
+        if kernels:
+            self.projector.kernels = True
         self._generator = torch.Generator().manual_seed(0)
         self.build = 0.0
         if isinstance(config, OGPSAConfig):
@@ -136,6 +142,13 @@ def _now(device: str) -> float:
 
 
 def _base(settings: Settings) -> nn.Module:
+    """A model of its own around frozen weights that all methods share."""
+    base = _weights(settings)
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in itertools.chain(base.parameters(), base.buffers())})
+
+
+@functools.cache
+def _weights(settings: Settings) -> nn.Module:
     if settings.shape == "smollm2-135m" and not settings.quantized:
         return load_model(device=settings.device)[0]
     config = SHAPES[settings.shape]
@@ -145,7 +158,7 @@ def _base(settings: Settings) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def methods(settings: Settings) -> dict[str, Callable[[], Method]]:
+def methods(settings: Settings, kernels: bool = False) -> dict[str, Callable[[], Method]]:
     """The ways of training by name, each made when it is called."""
     lora: dict[str, Any] = {
         "r": settings.rank,
@@ -155,10 +168,12 @@ def methods(settings: Settings) -> dict[str, Callable[[], Method]]:
     }
     cone, paper = OGPSAConfig(subspace="gradients", **lora), OGPSAConfig.paper("sft", **lora)
     samples = (cone.reference_budget or 0) * settings.batch * settings.steps
+    triton = {"OGPSA, cone, Triton kernels": functools.partial(Method, settings, cone, samples, kernels=True)}
     return {
         "plain LoRA": functools.partial(Method, settings, LoraConfig(**lora)),
         "OGPSA, null space (default)": functools.partial(Method, settings, OGPSAConfig(**lora)),
         "OGPSA, cone": functools.partial(Method, settings, cone, samples),
+        **(triton if kernels else {}),
         "OGPSA, cone, divergence from the base": functools.partial(
             Method, settings, cone, round(samples / KLLoss.cost), loss=KLLoss().loss
         ),
@@ -169,15 +184,15 @@ def methods(settings: Settings) -> dict[str, Callable[[], Method]]:
     }
 
 
-def benchmark(settings: Settings) -> dict[str, Any]:
-    """Times all methods in turn.
+def benchmark(settings: Settings, kernels: bool = False) -> dict[str, Any]:
+    """Times all methods in turn; with `kernels` also the cone by the Triton kernels.
 
     Returns:
         By method: `seconds` of a cycle, and ratios to plain LoRA: `total`, `refresh` and `projection` (shares of plain
         LoRA's time), each with median, least and most over the repeats; and `build_steps`, what is built once before
         training, in the time of plain steps.
     """
-    made = {name: make() for name, make in methods(settings).items()}
+    made = {name: make() for name, make in methods(settings, kernels).items()}
     for method in made.values():
         method.cycle()
     rounds: list[dict[str, dict[str, float]]] = []
@@ -226,10 +241,13 @@ def main() -> None:
     for name in ("batch", "length", "reference_length", "rank", "steps", "repeats"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     parser.add_argument("--device", default=default.device)
+    parser.add_argument("--kernels", action="store_true", help="Measure the Triton kernels as well; needs CUDA.")
     arguments = vars(parser.parse_args())
-    output = arguments.pop("output")
+    output, kernels = arguments.pop("output"), arguments.pop("kernels")
     settings = Settings(**arguments)
-    result = benchmark(settings)
+    if kernels and settings.device != "cuda":
+        parser.error(f"--kernels needs --device cuda, not {settings.device!r}.")
+    result = benchmark(settings, kernels)
     report = {
         "settings": asdict(settings),
         "machine": torch.cuda.get_device_name()

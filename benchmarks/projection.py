@@ -4,8 +4,10 @@
 
     python benchmarks/projection.py --output benchmarks/results/projection  # CPU, SmolLM2's shape
     python benchmarks/projection.py --shape llama3.1-8b --rows 8 --output benchmarks/results/projection_8b  # GPU
+    python benchmarks/projection.py --subspace activations --rows 256 --output projection_null_space
 
-With `--kernels`, every case is measured with plain torch and then with the Triton kernels (`peft_ogpsa/kernels.py`).
+With `--kernels`, every case is measured with plain torch and then with the Triton kernels
+(`peft_ogpsa/core/kernels.py`). With `--subspace activations`, `--rows` are the directions of every input.
 
 Only the adapter is made, without its base model, and gradients are random. A projection must read the rows twice, once
 for the products and once for the correction, since every coefficient depends on all products; and it must copy the
@@ -31,25 +33,28 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from peft_ogpsa import OGPSAConfig
+from peft_ogpsa.core.activation_subspace import ActivationSubspace
+from peft_ogpsa.core.inputs import Input
 
 STEPS, WARM_UP = 12, 3
 PARAMETER_PASSES = 6  # float32: the copy reads and writes, the difference reads two, the correction reads and writes
 
 
-def adapter(shape: str, rank: int, layers: int | None, rows: int, rows_dtype: str, device: str) -> PeftModel:
-    """An OGPSA adapter on a model that has a shape and no weights, with rows of random gradients."""
+SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+"""The layers that have an input in common."""
+
+
+def adapter(
+    shape: str, rank: int, layers: int | None, rows: int, rows_dtype: str, device: str, subspace: str = "gradients"
+) -> PeftModel:
+    """An OGPSA adapter on a model that has a shape and no weights, with random gradients or directions."""
     config = copy.deepcopy(SHAPES[shape])
     config.num_hidden_layers = layers or config.num_hidden_layers
-    settings = OGPSAConfig(
-        subspace="gradients",
-        r=rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        rows=rows,
-        rows_dtype=rows_dtype,
-        rows_from="batch",
-        refresh_steps=10**9,
-    )
+    lora = {"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "rows_dtype": rows_dtype}
+    if subspace == "activations":
+        settings = OGPSAConfig(subspace_rank=rows, **lora)
+    else:
+        settings = OGPSAConfig(subspace="gradients", rows=rows, rows_from="batch", refresh_steps=10**9, **lora)
     with torch.device("meta"):
         model: Any = get_peft_model(AutoModelForCausalLM.from_config(config), settings)
     generator = torch.Generator(device).manual_seed(0)
@@ -58,6 +63,9 @@ def adapter(shape: str, rank: int, layers: int | None, rows: int, rows_dtype: st
             if parameter is not None and parameter.requires_grad:
                 values = 0.01 * torch.randn(parameter.shape, generator=generator, device=device)
                 module._parameters[name] = nn.Parameter(values)
+    if subspace == "activations":
+        hold_directions(model, rows, getattr(torch, rows_dtype), generator)
+        return model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     common = [torch.randn(parameter.shape, generator=generator, device=device) for parameter in trained]
 
@@ -68,6 +76,27 @@ def adapter(shape: str, rank: int, layers: int | None, rows: int, rows_dtype: st
 
     model.projector.refresh({"references": [torch.zeros(1)] * rows}, loss)
     return model
+
+
+def hold_directions(model: PeftModel, count: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Gives the projector random orthonormal directions for each input, as if references had been passed."""
+    matrices = model.projector.targets.matrices()
+    layers: dict[tuple[str, str], list[str]] = {}
+    widths: dict[tuple[str, str], int] = {}
+    for matrix in matrices:
+        parent, _, name = matrix.layer.rpartition(".")
+        key = parent, SHARED.get(name, name)
+        layers.setdefault(key, []).append(matrix.layer)
+        widths[key] = matrix.parameter.shape[1]
+    found = []
+    for key, own in layers.items():
+        k = min(count, widths[key] // 2)
+        start = torch.randn(widths[key], k, generator=generator, device=generator.device)
+        energies = torch.ones(k, dtype=torch.float64)
+        found.append(Input(tuple(own), widths[key], energies, torch.linalg.qr(start).Q, 2.0 * k))
+    subspace = ActivationSubspace(matrices, found, dtype)
+    subspace.enter()
+    model.projector._builder.hold(subspace, model.projector.config)
 
 
 def step_seconds(model: PeftModel, device: str) -> list[float]:
@@ -132,8 +161,24 @@ def measured(model: PeftModel, path: str, device: str) -> dict[str, Any]:
     return {"path": path, **figures, "kernels": kernels(model)}
 
 
+def bytes_to_move(model: PeftModel, parameters: int, rows: int, width: int) -> float:
+    """What a projection reads and writes at least: rows or directions twice, and the projected parameters."""
+    directions = model.projector.activations
+    if directions is None:
+        return parameters * (2 * rows * width + 4 * PARAMETER_PASSES)
+    own = sum(matrix.parameter.numel() for matrix in directions.matrices)
+    return 2 * directions.bytes() + own * 4 * PARAMETER_PASSES
+
+
 def benchmark(
-    shape: str, rows: int, rows_dtype: str, rank: int, device: str, paths: tuple[str, ...]
+    shape: str,
+    rows: int,
+    rows_dtype: str,
+    rank: int,
+    device: str,
+    paths: tuple[str, ...],
+    subspace: str = "gradients",
+    first_only: bool = False,
 ) -> list[dict[str, Any]]:
     """The case as asked, and with rows, rank and layers halved and doubled, each by all paths."""
     layers = SHAPES[shape].num_hidden_layers
@@ -147,12 +192,11 @@ def benchmark(
         ("twice the layers", rows, rank, 2 * layers),
     ]
     results = []
-    for name, own_rows, own_rank, own_layers in tqdm(cases, "Cases"):
-        model = adapter(shape, own_rank, own_layers, own_rows, rows_dtype, device)
+    for name, own_rows, own_rank, own_layers in tqdm(cases[:1] if first_only else cases, "Cases"):
+        model = adapter(shape, own_rank, own_layers, own_rows, rows_dtype, device, subspace)
         speed = bandwidth(device)  # beside each case, for a machine that does other things too
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        width = BYTES[rows_dtype]
-        must_move = count * (2 * own_rows * width + 4 * PARAMETER_PASSES)
+        must_move = bytes_to_move(model, count, own_rows, BYTES[rows_dtype])
         for path in paths:
             if path == "triton" and own_rows > 64:  # more than the kernels take
                 continue
@@ -198,13 +242,26 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=OGPSAConfig().rows)
     parser.add_argument("--rows-dtype", default="float32", choices=BYTES)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--subspace", default="gradients", choices=("gradients", "activations"))
+    parser.add_argument("--first-only", action="store_true", help="Leave out the halved and doubled cases.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kernels", action="store_true", help="Measure the Triton kernels as well; needs CUDA.")
     arguments = parser.parse_args()
     if arguments.kernels and arguments.device != "cuda":
         parser.error(f"--kernels needs --device cuda, not {arguments.device!r}.")
+    if arguments.kernels and arguments.subspace == "activations":
+        parser.error("--kernels are of the gradient subspace.")
     paths = ("torch", "triton") if arguments.kernels else ("torch",)
-    results = benchmark(arguments.shape, arguments.rows, arguments.rows_dtype, arguments.rank, arguments.device, paths)
+    results = benchmark(
+        arguments.shape,
+        arguments.rows,
+        arguments.rows_dtype,
+        arguments.rank,
+        arguments.device,
+        paths,
+        arguments.subspace,
+        arguments.first_only,
+    )
     report = {
         "arguments": {**vars(arguments), "output": arguments.output.name},
         "machine": torch.cuda.get_device_name()

@@ -10,7 +10,6 @@ import itertools
 import json
 import platform
 import resource
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +37,7 @@ from peft_ogpsa.text.tokenization import encode_row
 from peft_ogpsa.trainer.penalty import ReferencePenalty
 from peft_ogpsa.tuner.model import projector_of
 
+from ..commit import commit
 from .baselines import corda, lora_null, mica
 from .baselines.asft import AnchoredTrainer
 from .baselines.ewc import EWC
@@ -229,7 +228,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
         "meta_info": {
             "model": bench.source,
             "data": bench.data.source,
-            "commit": _commit(),
+            "commit": commit(),
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "peft-ogpsa")},
             "device": torch.cuda.get_device_name() if settings.device == "cuda" else f"CPU, {platform.machine()}",
             "threads": torch.get_num_threads(),
@@ -394,14 +393,3 @@ def _peak_mb(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
-def _commit() -> str:
-    """Of the code that runs, with a + where it has been changed since."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")

@@ -62,6 +62,8 @@ class Subspace:
         self.active_gram = self.rows.gram
         self.directions = self.rows.stack
         self._matrix: Tensor | cone.Correlations = cone.correlations(self.rows.gram)
+        # Of each set, its rows. On the device, because a step would wait if it moved them there.
+        self._slots: dict[str, Tensor] = {}
 
     def adopt(self, other: Subspace) -> None:
         """Take over the rows of a smaller subspace of the same parameters."""
@@ -86,6 +88,11 @@ class Subspace:
         If a row is far shorter than the longest row of its block, it is a zero gradient with rounding errors. At unit
         length it would count as much as the others, so it constrains nothing.
         """
+        members: dict[str, list[int]] = {}
+        for slot, name in enumerate(self.rows.sets):
+            if name is not None:
+                members.setdefault(name, []).append(slot)
+        self._slots = {name: torch.tensor(own, device=self.blocks.device) for name, own in members.items()}
         active = self.rows.norms > NEGLIGIBLE * self.rows.norms.amax(1, keepdim=True)
         self.active_gram = self.rows.gram * (active.unsqueeze(-1) & active.unsqueeze(-2))
         if self.constraint == "cone":
@@ -169,7 +176,7 @@ class Subspace:
         weights = torch.zeros(self.rows.capacity, dtype=self.rows.norms.dtype)
         for name, own in members.items():
             weights[own] = (1.0 if factors is None else factors[name]) / (len(own) * len(members))
-        return self.rows.norms * weights.to(self.rows.norms.device)
+        return self.rows.norms * weights.to(self.rows.norms.device, non_blocking=True)
 
     def length(self, coefficients: Tensor) -> Tensor:
         """The norm, over all blocks together, of a combination of the unit rows with `(blocks, rows)` coefficients."""
@@ -194,8 +201,7 @@ class Subspace:
         products, length = overlaps[:-1], overlaps[-1].sqrt()
         gram = (self.rows.norms.unsqueeze(-1) * self.rows.gram * self.rows.norms.unsqueeze(-2)).sum(0)
         cosines = {}
-        for name in dict.fromkeys(name for name in self.rows.sets if name is not None):
-            own = [slot for slot, owner in enumerate(self.rows.sets) if owner == name]
+        for name, own in self._slots.items():
             mean_norm = gram[own][:, own].mean().clamp(min=0).sqrt()
             cosines[name] = products[own].mean() / (mean_norm * length).clamp(min=torch.finfo(torch.float32).tiny)
         return cosines

@@ -297,7 +297,7 @@ class Rows:
     def scaled(self, values: Sequence[Tensor], slots: Sequence[int] | None = None) -> list[Tensor]:
         """Values of stored rows, `(pieces, rows)` per group, times the rows' scales: of all rows, or of some slots."""
         return [
-            own * (scales if slots is None else scales[:, slots]).to(own.device)
+            own * (scales if slots is None else scales[:, slots]).to(own.device, non_blocking=True)
             for own, scales in zip(values, self.scales, strict=True)
         ]
 

@@ -1,0 +1,123 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs stages one after the other, or side by side, and writes down each result as soon as it is there."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import plan, process
+from .machine import ROOT
+from .stages import Place, Stage
+
+LOG_END = 40
+"""Lines of a failed stage's log that its result holds."""
+
+
+@dataclass
+class Runner:
+    """Runs stages in one folder.
+
+    Attributes:
+        place: Where they run.
+        machine: From `machine.ask`.
+        code: From `machine.code`.
+        commit: The commit, for people.
+        workers: Stages side by side, where they may.
+        any_code: Whether results of other versions of the code are kept.
+        deadline: In seconds of `time.monotonic`; no stage starts or runs after it.
+    """
+
+    place: Place
+    machine: dict[str, Any]
+    code: str
+    commit: str
+    workers: int = 1
+    any_code: bool = False
+    deadline: float = field(default=float("inf"))
+
+    def path(self, stage: Stage) -> Path:
+        """The file of a stage's result."""
+        return self.place.folder / f"{stage.name}.json"
+
+    def finished(self, stage: Stage) -> bool:
+        """Whether the stage has been done, with the same command and code."""
+        try:
+            found = json.loads(self.path(stage).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        same = found["key"] == stage.key(self.code) or (self.any_code and found["command"] == list(stage.command))
+        return found["status"] == "done" and same
+
+    def run(self, stages: Sequence[Stage]) -> Iterator[dict[str, Any]]:
+        """Runs the stages; yields the result of each. A stage for which no time is left has no result."""
+        self.place.folder.mkdir(parents=True, exist_ok=True)
+        for group in plan.groups(stages):
+            with ThreadPoolExecutor(max(1, min(self.workers, len(group)))) as pool:
+                for future in as_completed([pool.submit(self._one, stage) for stage in group]):
+                    if (result := future.result()) is not None:
+                        yield result
+
+    def _one(self, stage: Stage) -> dict[str, Any] | None:
+        left = self.deadline - time.monotonic()
+        if left < 60 * stage.minutes and left != float("inf"):
+            return None
+        files, log = self.place.files(stage.name), self.place.folder / f"{stage.name}.log"
+        files.mkdir(parents=True, exist_ok=True)
+        started, start = datetime.datetime.now(datetime.timezone.utc), time.monotonic()
+        status = process.run(stage.argv, ROOT, self._environment(), log, min(60 * stage.limit, left))
+        result = {
+            "stage": stage.name,
+            "settles": stage.settles,
+            "status": "out of time" if status is None else "failed" if status else "done",
+            "exit_code": status,
+            "seconds": round(time.monotonic() - start, 1),
+            "estimated_seconds": 60 * stage.minutes,
+            "started": started.isoformat(timespec="seconds"),
+            "toy": self.place.toy,
+            "command": list(stage.command),
+            "key": stage.key(self.code),
+            "commit": self.commit,
+            "code": self.code,
+            "machine": self.machine,
+            "figures": _figures(files),
+            "log_end": [] if status == 0 else log.read_text(errors="replace").splitlines()[-LOG_END:],
+        }
+        write(self.path(stage), result)
+        return result
+
+    def _environment(self) -> dict[str, str]:
+        own = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        own |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if self.place.toy:
+            # The base's answers are stored by the name of the model, and a toy model may have changed.
+            own |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(self.place.folder / "cache")}
+        if self.place.device == "cpu":
+            own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        return os.environ | own
+
+
+def _figures(files: Path) -> dict[str, Any]:
+    """What the stage wrote as JSON, by file name; those of whole runs stay in their folders."""
+    found = {}
+    for path in sorted(files.glob("*.json")):
+        try:
+            found[path.name] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found[path.name] = None  # a killed stage may leave half a file
+    return found
+
+
+def write(path: Path, content: Any) -> None:
+    """Writes JSON so that the file is whole or not there."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
