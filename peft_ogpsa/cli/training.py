@@ -23,12 +23,13 @@ from trl import ModelConfig, get_peft_config
 
 from .. import __version__, compat
 from ..core.config import ProjectionConfig
+from ..core.files import check_writable
 from ..core.full_parameter import FullParameterConfig
 from ..references.lookalikes import with_lookalikes
 from ..references.sets import ReferenceSet
 from ..sharing.card import push_adapter, save_card, save_run, weights_digest
 from ..trainer.callback import OGPSACallback
-from ..trainer.checkpoint import CheckpointError
+from ..trainer.checkpoint import CheckpointError, last_whole
 from ..tuner.config import SIDECAR_NAME, OGPSAConfig
 from ..tuner.model import projector_of
 from .arguments import (
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 LOOKALIKE_TOKENS = 512
 """Maximum number of tokens of a look-alike and its answer."""
+
+_LAST = ("last", "true")  # values of resume_from_checkpoint; transformers takes True for the newest checkpoint
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def train(
             options = _Options(stage, *parser(stage, training_class).parse_args_and_config(list(arguments)))
             run, training = options.run, options.training
             _check_launch(options)
+            _choose_checkpoint(options)
             if training.process_index:  # only one process prints
                 console.quiet = True
             if run.dry_run:
@@ -136,6 +140,23 @@ def _check_launch(options: _Options) -> None:
             f"output_dir={training.output_dir!r} contains a LoRA adapter. transformers would load it on top of the "
             "saved model. Give another folder, or delete the adapter."
         )
+
+
+def _choose_checkpoint(options: _Options) -> None:
+    """Replace `resume_from_checkpoint=last` by the newest whole checkpoint, and check that results can be written."""
+    training, run = options.training, options.run
+    if run.dry_run:
+        return
+    check_writable(_folder(training), "output_dir")
+    if str(training.resume_from_checkpoint).lower() not in _LAST:
+        return
+    whole = last_whole(_folder(training), subspace=options.ogpsa.method != "plain")
+    if whole is None:
+        raise ValueError(
+            f"resume_from_checkpoint={training.resume_from_checkpoint!r}, but output_dir={training.output_dir!r} has "
+            "no whole checkpoint. Leave out resume_from_checkpoint to start from the beginning."
+        )
+    training.resume_from_checkpoint = str(whole)
 
 
 def _folder(training: SFTConfig | DPOConfig) -> str:

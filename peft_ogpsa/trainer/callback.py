@@ -265,6 +265,8 @@ class OGPSACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Refresh the subspace if a refresh is due."""
+        if 0 < state.max_steps <= state.global_step:
+            _hold_still(kwargs.get("optimizer"), state)
         run = self._run_of(state)
         if run.projector.enabled and (run.projector.due or state.global_step == run.first):
             assert model is not None
@@ -358,9 +360,11 @@ class OGPSACallback(TrainerCallback):
                     f"{directory / checkpoint.STATE_NAME} is damaged: {error}."
                 ) from error
         except ValueError as error:
+            whole = checkpoint.last_whole(args.output_dir or ".")
+            instead = "" if whole in (None, directory) else f"The newest whole checkpoint is {whole}. "
             raise checkpoint.CheckpointError(
                 f"The run resumes at step {state.global_step}, but its reference subspace cannot be restored: "
-                f"{error} If the checkpoint is in another directory, give OGPSACallback(resume_from=DIRECTORY). To "
+                f"{error} {instead}If the checkpoint is in another directory, give OGPSACallback(resume_from=DIRECTORY). To "
                 "compute the subspace again, give OGPSACallback(rebuild_subspace=True)."
             ) from error
 
@@ -392,6 +396,18 @@ def _plan(run: _Run, step_examples: int) -> str:
         f"{more / 2**20:,.0f} MiB more."
     )
     return "\n".join(lines)
+
+
+def _hold_still(optimizer: torch.optim.Optimizer | None, state: TrainerState) -> None:
+    """Set the learning rate to 0: transformers takes one more step when it resumes a run that was already finished."""
+    if optimizer is None:
+        return
+    logger.warning(
+        "The run was already finished at step %d. One more step follows, at a learning rate of 0.", state.max_steps
+    )
+    for group in optimizer.param_groups:
+        if group.get("lr") is not None:
+            group["lr"] = group["lr"] * 0
 
 
 def _device_of(model: nn.Module) -> torch.device:
