@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
                 tally[f"{way}: {'killed' if ended < 0 else 'ended before'}"] += 1
                 tally["killed within saving"] += ended < 0 and way != "time"
                 done += 1
-            if run(lambda own=own: _train(kind, own), own / "log.txt"):
+            if run(partial(_train, kind, own), own / "log.txt"):
                 raise RuntimeError(f"{own}: " + (own / "log.txt").read_text())
             tally["checkpoints skipped"] += (own / "log.txt").read_text().count("is skipped, because it is not whole")
             tally["runs resumed"] += 1
@@ -127,7 +128,7 @@ def _kill(kind: str, own: Path, way: str, draw: random.Random, operations: int, 
     log = own / "log.txt"
     (own / "end.safetensors").unlink(missing_ok=True)
     if way == "time":
-        moment = draw.uniform(0.2, 0.95) * seconds
+        moment = draw.uniform(0.15, 0.8) * seconds
         return run(lambda: _train(kind, own), log, kill_after=moment)
     if way == "operation":
         at = draw.randint(1, operations)

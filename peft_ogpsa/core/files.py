@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def check_writable(folder: str | os.PathLike, name: str) -> None:
+def check_writable(folder: str | os.PathLike[str], name: str) -> None:
     """Create a folder if needed, and check that files can be written there, before the work whose result it gets.
 
     Args:
@@ -42,7 +42,7 @@ def check_writable(folder: str | os.PathLike, name: str) -> None:
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=os.fspath(folder)):
             pass
     except OSError as error:
         raise OSError(

@@ -218,9 +218,15 @@ def read_public(name: str, path: str | Path, samples: int | None = None, seed: i
     extras.check("cli", "Reading public data sets")
     from datasets import load_dataset
 
-    # Use streaming: a plain load would copy the file into the cache of `datasets`.
-    dataset = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
-    return _converted(name, public.read, _shuffled(dataset, True, samples, seed), samples)
+    def raw_rows() -> Iterable[RawRow]:
+        try:
+            # Use streaming: a plain load would copy the file into the cache of `datasets`.
+            dataset = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+            yield from _shuffled(dataset, True, samples, seed)
+        except Exception as error:  # each kind of file has its own errors
+            raise ValueError(f"The set {name!r}: {path} cannot be read: {error}") from error
+
+    return _converted(name, public.read, raw_rows(), samples)
 
 
 def _named(name: str) -> PublicSet:
@@ -251,6 +257,10 @@ def _converted(
             row = read(raw)
         except ValueError as error:
             raise ValueError(f"The set {name!r}: row {number}: {error}.") from error
+        except (TypeError, AttributeError, LookupError) as error:
+            raise ValueError(
+                f"The set {name!r}: row {number} has a value of another type than the set's rows have ({error})."
+            ) from error
         if row is not None:
             rows.append(row)
         if len(rows) == samples:

@@ -21,9 +21,9 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..core.files import replacing
+from ..core.files import json_object, replacing
 from ..trainer.checkpoint import STATE_NAME, TENSORS_NAME
-from ..tuner.config import OGPSAConfig
+from ..tuner.config import DAMAGED, SIDECAR_NAME, OGPSAConfig
 
 if TYPE_CHECKING:
     from ..evaluation import Measurement
@@ -145,6 +145,8 @@ def save_card(
     folder = Path(directory)
     config = _read_config(folder)
     if run is not None:
+        if not isinstance(run, Mapping):
+            raise ValueError(f"run={repr(run)[:80]} is not a mapping of facts, such as {{'dataset': 'owner/name'}}.")
         if "contrast" in run:
             warnings.warn("The entry contrast of run is now lookalikes.", DeprecationWarning, stacklevel=2)
             run = _renamed(run)
@@ -252,7 +254,9 @@ def _read_config(folder: Path) -> LoraConfig:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about settings that were already there in training
             config = PeftConfig.from_pretrained(str(folder))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (*DAMAGED, ValueError) as error:
+        if SIDECAR_NAME in str(error):  # it is the other file, and the message says so
+            raise
         raise ValueError(f"{path} is damaged ({error!r}). Save the adapter again.") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{path} has peft_type={config.peft_type!r}. Give the folder of a LoRA adapter.")
@@ -265,9 +269,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(facts, dict):
-            raise ValueError("it is not a JSON object")
+        facts = json_object(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Restore it, or delete it to continue without it.") from error
     return facts if facts.pop(_WEIGHTS, None) == weights_digest(folder) else {}

@@ -31,7 +31,8 @@ class CheckpointError(ValueError):
 def save(directory: str | os.PathLike, state: dict[str, Any]) -> None:
     """Write `{"tensors": {name: Tensor}, "rest": JSON-ready dict}` into a checkpoint directory.
 
-    Each file replaces its predecessor only when it is complete. `STATE_NAME` appears last. It marks a whole checkpoint.
+    Each file replaces its predecessor only when it is complete. `STATE_NAME` appears last: it marks a whole
+    checkpoint.
 
     Raises:
         OSError: If a file cannot be written, for example because the disk is full.
