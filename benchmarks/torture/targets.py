@@ -276,7 +276,12 @@ def _adapters(folder: Path) -> dict[str, Target]:
             names=("adapter_config.json", "adapter="),
         ),
         "adapter_config.json, for a card": files(
-            "card", "adapter_config.json", lora, save_card, names=("adapter_config.json",), share=0.3
+            "card",
+            "adapter_config.json",
+            lora,
+            save_card,
+            names=("adapter_config.json", "ogpsa_config.json"),
+            share=0.3,
         ),
         "run of save_card": files("run", "ogpsa_run.json", run, card_with_run),
         "ogpsa_run.json": files(

@@ -126,8 +126,8 @@ def text_or_messages(part: Any, name: str) -> str | list[Message]:
 def _split(row: Row, name: str) -> tuple[Any, Any]:
     """Return the prompt and the answer of a row, plain or as messages."""
     if "messages" in row:
-        messages = list(text_or_messages(row["messages"], name))
-        if isinstance(row["messages"], str):
+        messages = text_or_messages(row["messages"], name)
+        if isinstance(messages, str):
             raise ValueError(f"{name} has text in the column messages. Give a list of messages.")
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
