@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from .. import data
+from ..core.files import check_writable, replacing
 from ..evaluation import Evaluation, TaskRunner, TaskScore, accuracy, evaluate, table, task_table
 from ..sharing.card import read_run, save_card, weights_digest
 from ..tuner.adapters import without_adapter
@@ -199,6 +200,8 @@ def run(arguments: Sequence[str]) -> None:
     with input_errors("eval"):
         argument_parser = HfArgumentParser(cast(Any, EvalArguments), prog="ogpsa eval")
         (parsed,) = argument_parser.parse_args_into_dataclasses(list(arguments))
+        output = Path(parsed.output)
+        check_writable(output.parent, "output")
         parsed.dtype = parsed.dtype or str(compute_dtype()).removeprefix("torch.")
         runner = _task_runner(parsed)
         rows = load_test_rows(parsed.data, parsed.samples)
@@ -208,8 +211,6 @@ def run(arguments: Sequence[str]) -> None:
             ModelConfig(model_name_or_path=name, dtype=parsed.dtype, load_in_4bit=parsed.load_in_4bit)
         )
         model = base if config is None else load_adapter(base, parsed.adapter, config, trainable=False)
-        output = Path(parsed.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
     evaluation = evaluate(
         model,
@@ -238,7 +239,8 @@ def run(arguments: Sequence[str]) -> None:
     if parsed.adapter:  # `compare` uses them to find the adapter that a stage continued
         saved["weights"] = weights_digest(parsed.adapter)
         saved["started_from"] = read_run(parsed.adapter).get("started_from_weights")
-    output.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    with replacing(output) as part:
+        part.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     if parsed.card:
         save_card(parsed.adapter, evaluation=saved)
     console = Console(width=None if sys.stdout.isatty() else 150)

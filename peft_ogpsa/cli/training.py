@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 from trl import ModelConfig, get_peft_config
 
@@ -108,12 +109,24 @@ def train(
             if trainer.state.global_step and not isinstance(error, CheckpointError):
                 raise
             raise SystemExit(f"ogpsa {stage}: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise SystemExit(f"ogpsa {stage}: {_stopped(error, trainer)}") from error
     if run.full_parameter:
         _save_whole(options, trainer, config)
         console.print(f"Saved the model: {Path(_folder(training)).resolve()}", soft_wrap=True)
     else:
         _save_adapter(options, trainer, config, started_from, console)
     compat.end(trainer)
+
+
+def _stopped(error: Exception, trainer: SFTTrainer | DPOTrainer) -> str:
+    """Say that a file could not be read or written, for example on a full disk, and how to go on."""
+    whole = last_whole(_folder(trainer.args), subspace=False)
+    after = "there is no whole checkpoint" if whole is None else f"the newest whole checkpoint is {whole}"
+    return (
+        f"training stopped after step {trainer.state.global_step}: {error}. Of this run, {after}. To continue from "
+        "it, remove the cause and run the command again with resume_from_checkpoint=last."
+    )
 
 
 def _check_launch(options: _Options) -> None:
