@@ -215,8 +215,8 @@ def test_a_name_in_an_adapters_files_leads_nowhere(name, tmp_path, adapter, monk
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}))
     shutil.copy(path, tmp_path / "before.json")
-    files = {own for own in tmp_path.rglob("*")}
+    files = set(tmp_path.rglob("*"))
     monkeypatch.chdir(adapter)
     text = save_card(adapter, run={"dataset": name, "references": {"../../general": name}}).read_text()
-    assert {own for own in tmp_path.rglob("*")} - files <= {adapter / "README.md", adapter / "ogpsa_run.json"}
+    assert set(tmp_path.rglob("*")) - files <= {adapter / "README.md", adapter / "ogpsa_run.json"}
     assert "'PATH/TO/outside'" in text

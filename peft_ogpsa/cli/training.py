@@ -121,7 +121,7 @@ def train(
 
 def _stopped(error: Exception, trainer: SFTTrainer | DPOTrainer) -> str:
     """Say that a file could not be read or written, for example on a full disk, and how to go on."""
-    whole = last_whole(_folder(trainer.args), subspace=False)
+    whole = last_whole(trainer.args.output_dir or ".", subspace=False)
     after = "there is no whole checkpoint" if whole is None else f"the newest whole checkpoint is {whole}"
     return (
         f"training stopped after step {trainer.state.global_step}: {error}. Of this run, {after}. To continue from "

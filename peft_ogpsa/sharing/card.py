@@ -230,8 +230,8 @@ def push_adapter(
     base = _read_config(Path(directory)).base_model_name_or_path
     if base and not _on_hub(base):
         logger.warning(
-            "In %s, base_model_name_or_path is the local folder %r, which others cannot load. The uploaded file has its "
-            "name without the path. If the base is on the hub, write its hub name there and push again.",
+            "In %s, base_model_name_or_path is the local folder %r, which others cannot load. The uploaded file has "
+            "its name without the path. If the base is on the hub, write its hub name there and push again.",
             CONFIG_NAME,
             base,
         )
