@@ -20,10 +20,13 @@ from test_callback import GENERAL, bare_model, model_of, sets, sft, weights
 from benchmarks.torture import soak
 from benchmarks.torture.fuzz import Target, probe
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, save_card
+from peft_ogpsa.cli.compare import read as read_result
 from peft_ogpsa.cli.loading import load_adapter, read_adapter_config
 from peft_ogpsa.core.files import check_writable, json_lines, read_json
 from peft_ogpsa.core.forms import check_form, fits
 from peft_ogpsa.data.public import read_public
+from peft_ogpsa.evaluation import Estimate, Evaluation, Measurement
+from peft_ogpsa.references.budget import refresh_samples
 from peft_ogpsa.text.tokenization import encode_prompt
 from peft_ogpsa.trainer import checkpoint
 
@@ -205,6 +208,37 @@ def test_prompts_of_wrong_types_are_named(prompt):
 def test_a_reference_set_of_something_else_than_rows(dataset):
     with pytest.raises(ValueError, match=r"'known': dataset is of the type"):
         ReferenceSet("known", dataset)
+
+
+@pytest.mark.parametrize("exclude", [5, 2.5, None, "lm_head", [5], [""]])
+def test_names_to_exclude_must_be_a_list(exclude):
+    with pytest.raises(ValueError, match="exclude="):
+        FullParameterConfig(exclude=exclude)
+    assert FullParameterConfig(exclude=(name for name in ["a", "b"])).exclude == ("a", "b")
+
+
+def test_numbers_beyond_those_of_floats():
+    for name in ("reference_budget", "reference_weight"):
+        with pytest.raises(ValueError, match=f"{name}="):
+            OGPSAConfig(subspace="gradients", **{name: 10**400})
+    config = OGPSAConfig(subspace="gradients", reference_budget=1e308, rows_from="set")
+    assert refresh_samples(config, 4096, 8, 1) == sys.maxsize
+    with pytest.raises(ValueError, match="loss="):
+        ReferenceSet("a", [], loss=[])
+
+
+@pytest.mark.parametrize("change", [{"name": ...}, {"arguments": True}, {"evaluation": []}])
+def test_damaged_results_of_eval_are_named(tmp_path, change):
+    plain = Evaluation(Measurement("m", refusal=Estimate(0.5, 0.4, 0.6, 9)), None, {}).to_dict()
+    result = {"name": "x", "arguments": {}, "evaluation": plain, **change}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({name: value for name, value in result.items() if value is not ...}))
+    with pytest.raises(ValueError, match=r"result\.json is not a result"):
+        read_result(str(path))
+    plain["model"]["refusal"]["value"] = "x"
+    path.write_text(json.dumps({"name": "x", "arguments": {}, "evaluation": plain}))
+    with pytest.raises(ValueError, match="refusal is damaged: value"):
+        read_result(str(path))
 
 
 def nested(text="[" * 100_000):

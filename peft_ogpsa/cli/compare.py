@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..core.files import json_object
 from ..evaluation import Evaluation, Measurement, difference_table, table, task_table, tradeoff
 from .errors import input_errors
 
@@ -31,13 +31,14 @@ def read(path: str) -> dict[str, Any]:
         OSError: If it cannot be opened.
     """
     try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = json_object(Path(path).read_text(encoding="utf-8"))
         return {
             **saved,
+            "name": str(saved["name"]),
             "evaluation": Evaluation.from_dict(saved["evaluation"]),
             "arguments": dict(saved["arguments"]),
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a result of `ogpsa eval` ({error!r}). Run `ogpsa eval` again.") from error
 
 

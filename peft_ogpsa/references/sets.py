@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -72,11 +72,11 @@ class ReferenceSet:
                 not isinstance(value, int) or isinstance(value, bool) or value < 1
             ):
                 raise ValueError(f"ReferenceSet {self.name!r}: {limit}={value!r} must be an integer of at least 1.")
-        if self.loss not in LOSSES:
+        if not isinstance(self.loss, str) or self.loss not in LOSSES:
             raise ValueError(
                 f"ReferenceSet {self.name!r}: loss={self.loss!r} is unknown. Choose from: {', '.join(LOSSES)}."
             )
-        if not isinstance(self.beta, int | float) or not 0 < self.beta < math.inf:
+        if not isinstance(self.beta, int | float) or not 0 < self.beta <= sys.float_info.max:
             raise ValueError(f"ReferenceSet {self.name!r}: beta={self.beta!r} must be a number above 0.")
 
     @classmethod

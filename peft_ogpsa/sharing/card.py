@@ -364,7 +364,9 @@ def _check_evaluation(evaluation: Mapping[str, Any], where: str) -> None:
 
     try:
         Evaluation.from_dict(evaluation["evaluation"])
-    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(evaluation.get("arguments", {}), Mapping):
+            raise ValueError("its arguments are not a mapping")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{where} is not a result of `ogpsa eval` ({error!r}). Run `ogpsa eval` again.") from error
 
 
