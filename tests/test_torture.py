@@ -356,7 +356,7 @@ def test_forms(value, kind, expected):
 
 def test_nothing_grows_over_steps_and_nothing_of_a_dropped_model_stays():
     steps = soak.train(60)
-    assert steps["refreshes"] > 20
+    assert steps["refreshes"] >= 12
     assert not {"module hooks", "optimizer hooks", "threads", "files", "objects"} & set(steps["failures"])
     models = soak.drop(8)
     assert models["left"] == 0

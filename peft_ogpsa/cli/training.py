@@ -109,7 +109,9 @@ def train(
             if trainer.state.global_step and not isinstance(error, CheckpointError):
                 raise
             raise SystemExit(f"ogpsa {stage}: {error}") from error
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save on a full disk
+                raise
             raise SystemExit(f"ogpsa {stage}: {_stopped(error, trainer)}") from error
     if run.full_parameter:
         _save_whole(options, trainer, config)
