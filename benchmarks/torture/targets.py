@@ -258,7 +258,7 @@ def _adapters(folder: Path) -> dict[str, Target]:
         load_adapter(base, str(place), read_adapter_config(str(place)), trainable=False).unload()
 
     def card_with_run(own: Path) -> None:
-        save_card(own, run=json.loads((own / "ogpsa_run.json").read_text()))
+        save_card(own, run=inputs.parsed((own / "ogpsa_run.json").read_bytes()))
 
     return {
         "ogpsa_config.json": files(
