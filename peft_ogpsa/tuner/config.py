@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftConfig, PeftType
 
 from .. import compat
 from ..core.config import ProjectionConfig
-from ..core.files import json_object
 
 SIDECAR_NAME = "ogpsa_config.json"
 _FORMAT_VERSION = 1
@@ -182,10 +181,10 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         remedy = f"Restore it, or delete it to load the adapter as plain LoRA: {os.fspath(sidecar)}"
         try:
             with open(sidecar, encoding="utf-8") as file:
-                settings = json_object(file.read())
-        except ValueError as error:
+                settings = json.load(file)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{SIDECAR_NAME} is damaged ({error}). {remedy}") from error
-        if "format_version" not in settings:
+        if not isinstance(settings, dict) or "format_version" not in settings:
             raise ValueError(f"{SIDECAR_NAME} is damaged (it has no format_version). {remedy}")
         version = settings.pop("format_version")
         if version != _FORMAT_VERSION:
