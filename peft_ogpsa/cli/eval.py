@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from ..core.files import replacing
+from ..core.files import check_writable, replacing
 from ..evaluation import (
     Evaluation,
     Judge,
@@ -52,6 +52,8 @@ def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     with input_errors("eval"):
         parsed = parse(arguments)
+        output = Path(parsed.output)
+        check_writable(output.parent, "output")
         runner = task_runner(parsed)
         judges = load_judges(parsed.judges, load_in_4bit=parsed.judges_in_4bit, progress=sys.stderr.isatty())
         for judge in judges:
@@ -69,8 +71,6 @@ def run(arguments: Sequence[str]) -> None:
             ModelConfig(model_name_or_path=name, dtype=parsed.dtype, load_in_4bit=parsed.load_in_4bit)
         )
         check_fit(base, adapters)
-        output = Path(parsed.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
         store = PieceStore(output.with_name(f"{output.name}.pieces"))
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
     base_model = str(base.name_or_path)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 
 from .. import compat, extras
+from ..tuner.config import DAMAGED
 from .models import local_source
 from .random_weights import RandomWeights
 
@@ -90,14 +92,15 @@ def read_adapter_config(adapter: str) -> LoraConfig:
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
-    except (ValueError, OSError) as error:
+    except (*DAMAGED, ValueError, OSError) as error:
         reason = "there is no such folder" if not Path(adapter).exists() and adapter.count("/") != 1 else error
         raise ValueError(
             f"adapter={adapter!r} cannot be read: {str(reason).rstrip('.')}. Give the folder of a saved adapter, for "
             "example the output_dir of `ogpsa sft`, or a name on the Hugging Face hub."
         ) from error
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"adapter={adapter!r} has the type {config.peft_type.value}. Give a LoRA adapter.")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"adapter={adapter!r} has the type {kind}. Give a LoRA adapter.")
     return config
 
 
@@ -109,7 +112,7 @@ def load_adapter(base: PreTrainedModel, adapter: str, config: LoraConfig, *, tra
     """
     try:
         return PeftModel.from_pretrained(base, adapter, is_trainable=trainable, config=config)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"adapter={adapter!r} does not fit the model {base.name_or_path!r}: {error}\nIt was made for "
             f"{config.base_model_name_or_path!r}. Give that model instead."

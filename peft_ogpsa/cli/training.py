@@ -18,17 +18,19 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 from trl import ModelConfig, get_peft_config
 
 from .. import __version__, compat
 from ..core.config import ProjectionConfig
+from ..core.files import check_writable
 from ..core.full_parameter import FullParameterConfig
 from ..references.lookalikes import with_lookalikes
 from ..references.sets import ReferenceSet
 from ..sharing.card import push_adapter, save_card, save_run, weights_digest
 from ..trainer.callback import OGPSACallback
-from ..trainer.checkpoint import CheckpointError
+from ..trainer.checkpoint import CheckpointError, last_whole
 from ..tuner.config import SIDECAR_NAME, OGPSAConfig
 from ..tuner.model import projector_of
 from .arguments import (
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 
 LOOKALIKE_TOKENS = 512
 """Maximum number of tokens of a look-alike and its answer."""
+
+_LAST = ("last", "true")  # values of resume_from_checkpoint; transformers takes True for the newest checkpoint
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def train(
             options = _Options(stage, *parser(stage, training_class).parse_args_and_config(list(arguments)))
             run, training = options.run, options.training
             _check_launch(options)
+            _choose_checkpoint(options)
             if training.process_index:  # only one process prints
                 console.quiet = True
             if run.dry_run:
@@ -104,12 +109,26 @@ def train(
             if trainer.state.global_step and not isinstance(error, CheckpointError):
                 raise
             raise SystemExit(f"ogpsa {stage}: {error}") from error
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save on a full disk
+                raise
+            raise SystemExit(f"ogpsa {stage}: {_stopped(error, trainer)}") from error
     if run.full_parameter:
         _save_whole(options, trainer, config)
         console.print(f"Saved the model: {Path(_folder(training)).resolve()}", soft_wrap=True)
     else:
         _save_adapter(options, trainer, config, started_from, console)
     compat.end(trainer)
+
+
+def _stopped(error: Exception, trainer: SFTTrainer | DPOTrainer) -> str:
+    """Say that a file could not be read or written, for example on a full disk, and how to go on."""
+    whole = last_whole(trainer.args.output_dir or ".", subspace=False)
+    after = "there is no whole checkpoint" if whole is None else f"the newest whole checkpoint is {whole}"
+    return (
+        f"training stopped after step {trainer.state.global_step}: {error}. Of this run, {after}. To continue from "
+        "it, remove the cause and run the command again with resume_from_checkpoint=last."
+    )
 
 
 def _check_launch(options: _Options) -> None:
@@ -136,6 +155,23 @@ def _check_launch(options: _Options) -> None:
             f"output_dir={training.output_dir!r} contains a LoRA adapter. transformers would load it on top of the "
             "saved model. Give another folder, or delete the adapter."
         )
+
+
+def _choose_checkpoint(options: _Options) -> None:
+    """Replace `resume_from_checkpoint=last` by the newest whole checkpoint, and check that results can be written."""
+    training, run = options.training, options.run
+    if run.dry_run:
+        return
+    check_writable(_folder(training), "output_dir")
+    if str(training.resume_from_checkpoint).lower() not in _LAST:
+        return
+    whole = last_whole(_folder(training), subspace=options.ogpsa.method != "plain")
+    if whole is None:
+        raise ValueError(
+            f"resume_from_checkpoint={training.resume_from_checkpoint!r}, but output_dir={training.output_dir!r} has "
+            "no whole checkpoint. Leave out resume_from_checkpoint to start from the beginning."
+        )
+    training.resume_from_checkpoint = str(whole)
 
 
 def _folder(training: SFTConfig | DPOConfig) -> str:

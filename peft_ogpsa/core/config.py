@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -170,12 +170,12 @@ class ProjectionConfig:
                 raise ValueError(f"{name}={value!r} is not allowed. Use an integer of at least 1{none}.")
         budget = self.reference_budget
         if budget is not None and (
-            not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf
+            not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget <= sys.float_info.max
         ):
             raise ValueError(f"reference_budget={budget!r} is not allowed. Use a finite number above 0, or None.")
         weight = self.reference_weight
         if weight is not None and (
-            not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf
+            not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= sys.float_info.max
         ):
             raise ValueError(
                 f"reference_weight={weight!r} is not allowed. Use a finite number of at least 0, or None."

@@ -1,12 +1,13 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Write files so that a failure leaves the old file, and nothing half-written. Read JSON lines."""
+"""Write files so that a failure leaves the old file, and nothing half-written. Read JSON and JSON lines."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,60 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_writable(folder: str | os.PathLike[str], name: str) -> None:
+    """Create a folder if needed, and check that files can be written there, before the work whose result it gets.
+
+    Args:
+        folder: The folder.
+        name: The name of the setting, for messages.
+
+    Raises:
+        OSError: If no file can be written there.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=os.fspath(folder)):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{name}={os.fspath(folder)!r} cannot be written to ({error.strerror or error}). Give another folder, or "
+            "change its permissions."
+        ) from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        ValueError: If it holds anything else. The message names the file.
+        OSError: If it cannot be read.
+    """
+    try:
+        return json_object(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a text that is one JSON object.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
+
+
 def json_lines(text: str) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a text that has one per line. Empty lines are skipped.
 
@@ -40,6 +95,6 @@ def json_lines(text: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield dict(json.loads(line))
-        except (ValueError, TypeError) as error:
+            yield json_object(line)
+        except ValueError as error:
             raise ValueError(f"line {number}, is not a JSON object: {error}") from error

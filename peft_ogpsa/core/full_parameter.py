@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -103,9 +103,11 @@ class FullParameterConfig(ProjectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.exclude, str) or not all(isinstance(name, str) and name for name in self.exclude):
+        listed = isinstance(self.exclude, Iterable) and not isinstance(self.exclude, str)
+        given = tuple(self.exclude) if listed else ()
+        if not listed or not all(isinstance(name, str) and name for name in given):
             raise ValueError(f"exclude={self.exclude!r} is not allowed. Use a list of module names.")
-        self.exclude = tuple(self.exclude)
+        self.exclude = given
         if self.rows_device not in ("model", "cpu"):
             raise ValueError(f"rows_device={self.rows_device!r} is not allowed. Use one of: 'model', 'cpu'.")
 

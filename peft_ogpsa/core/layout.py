@@ -244,6 +244,17 @@ class Blocks:
                 tensors[f"{prefix}.{name}"] = full.cpu()
         return tensors
 
+    def check(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Check that `scatter` can take these tensors.
+
+        Raises:
+            ValueError: If one is missing, or has another shape or values that are not finite.
+        """
+        for name, parameter in self.by_name().items():
+            own = tensors.get(f"{prefix}.{name}")
+            if own is None or own.shape != parameter.shape or not own.isfinite().all():
+                raise ValueError(f"The saved state is damaged: {prefix}.{name} is missing or does not fit.")
+
     def scatter(self, prefix: str, tensors: Mapping[str, Tensor], stack: Stack) -> None:
         """Put this process's parts of the result of `gathered` into a stack."""
         for name, view, parameter in zip(self.names(), self.views(stack), self.flat_parameters(), strict=True):

@@ -102,6 +102,8 @@ class Parameters:
         """
         # Rounding to bfloat16 changes a norm by less than this.
         for name, norm in self.fingerprint().items():
+            if name not in saved:
+                raise ValueError(f"The saved subspace belongs to other weights: they have no parameter {name}.")
             if abs(norm - saved[name]) > 2**-8 * max(norm, saved[name]):
                 raise ValueError(
                     f"The saved subspace belongs to other weights: {name} has the norm {norm:.6g}, but it had the "

@@ -233,7 +233,13 @@ class Refresher:
         """
         if "rows" not in rest:
             return None
-        subspace = self.make(config, int(rest["rows"]))
+        saved = {len(tensor) for name, tensor in tensors.items() if name.startswith("rows.") and tensor.dim()}
+        if saved != {rest["rows"]}:  # before memory for so many rows is asked for
+            raise ValueError(
+                f"The saved state is damaged: it should have {rest['rows']} rows, but its tensors have "
+                f"{', '.join(map(str, sorted(saved))) or 'none'}."
+            )
+        subspace = self.make(config, rest["rows"])
         subspace.load_state_dict(tensors, rest)
         return subspace
 

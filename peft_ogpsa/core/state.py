@@ -12,12 +12,32 @@ from .activation_subspace import PREFIX
 from .building import INPUTS, Builder
 from .config import ProjectionConfig
 from .diagnostics import Diagnostics
+from .forms import Form, check_form
 from .parameters import Parameters
 from .refreshing import SHAPE, Refresher
 from .schedule import Schedule
 from .step import Step
 
 _MASTERS = "masters"
+_FORM: Form = {
+    "config": dict[str, Any],
+    "steps": int,
+    "moved": int,
+    "steps_since_refresh": int,
+    "fresh": list[int],
+    "weights": dict[str, float],
+    "fingerprint": dict[str, float],
+    "reference_examples": int,
+    "refreshes": int,
+}
+_FORM_OF_ROWS: Form = {"rows": int, "sets": list[str | None], "cursor": int}
+_FORM_OF_INPUT: Form = {
+    "place": int,
+    "layers": list[str],
+    "energies": list[float],
+    "energy": float,
+    "held_out": float | None,
+}
 
 
 class State:
@@ -69,6 +89,7 @@ class State:
         """See `Projector.load_state_dict`."""
         tensors, rest = dict(state["tensors"]), state["rest"]
         config = self._parameters.targets.config
+        _check_forms(rest)
         _check_settings(config, rest["config"])
         masters, directions = (
             {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
@@ -84,6 +105,10 @@ class State:
                 "the saved settings, or rebuild the subspace from the references."
             )
         self._parameters.check_fingerprint(rest["fingerprint"])
+        if masters:
+            if subspace is None:
+                raise ValueError("The saved state is damaged: it has parameters in float32, but no rows.")
+            subspace.blocks.check(_MASTERS, masters)
         # All checks come before this line, so that a rejected state changes nothing.
         self._refresher.hold(subspace, config)
         self._refresher.fresh = list(rest["fresh"])
@@ -92,13 +117,32 @@ class State:
         if activations is not None:
             self._builder.hold(activations, config)
         self._step.masters = None
-        if masters:
-            assert subspace is not None
+        if masters and subspace is not None:
             self._step.masters = subspace.blocks.zeros()
             subspace.blocks.scatter(_MASTERS, masters, self._step.masters)
         self._schedule.load_state_dict(rest)
         self._diagnostics.reference_examples = int(rest["reference_examples"])
         self._diagnostics.refreshes = int(rest["refreshes"])
+
+
+def _check_forms(rest: Any) -> None:
+    """Check what a file said, so that a damaged one is no error from inside.
+
+    Raises:
+        ValueError: If an entry is missing, or has another type.
+    """
+    check_form(rest, _FORM, "The saved state")
+    if "rows" in rest:
+        check_form(rest, _FORM_OF_ROWS, "The saved state")
+    if not all(0 <= slot < rest.get("rows", 0) for slot in rest["fresh"]):
+        raise ValueError("The saved state is damaged: fresh has an entry that is no row.")
+    inputs = rest.get("inputs")
+    if inputs is not None and (not isinstance(inputs, list) or not inputs):
+        raise ValueError("The saved state is damaged: inputs has no entries.")
+    for item in inputs or ():
+        check_form(item, _FORM_OF_INPUT, "The saved state")
+        if not item["layers"]:
+            raise ValueError("The saved state is damaged: layers is empty.")
 
 
 def _check_settings(config: ProjectionConfig, saved: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import extras
-from .raw_rows import RawRow, check_samples, converted, first_value, from_file, from_hub, values
+from .raw_rows import RawRow, check_samples, converted, first_value, from_file, from_hub, readable, values
 
 Kind = Literal["harmful", "benign"]
 PromptRow = dict[str, Any]
@@ -216,7 +216,9 @@ def read_prompt_set(name: str, path: str | Path, samples: int | None = None, see
     _named(name)
     check_samples(samples)
     rows = [
-        row for split, file in _files(name, Path(path)).items() for row in _read(name, from_file(name, file), split)
+        row
+        for split, file in _files(name, Path(path)).items()
+        for row in _read(name, readable(name, file, from_file(name, file)), split)
     ]
     return _drawn(name, rows, samples, seed)
 

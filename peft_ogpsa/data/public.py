@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import extras
-from .raw_rows import RawRow, check_samples, converted, from_file, from_hub
+from .raw_rows import RawRow, check_samples, converted, from_file, from_hub, readable
 from .raw_rows import values as _values
 
 Row = dict[str, Any]
@@ -208,7 +208,8 @@ def read_public(name: str, path: str | Path, samples: int | None = None, seed: i
     """
     public, path = _named(name), Path(path)
     check_samples(samples)
-    return _converted(name, public.read, _shuffled(from_file(name, path), True, samples, seed), samples)
+    raw_rows = readable(name, path, _shuffled(from_file(name, path), True, samples, seed))
+    return _converted(name, public.read, raw_rows, samples)
 
 
 def _named(name: str) -> PublicSet:

@@ -47,8 +47,23 @@ def from_file(name: str, path: Path) -> Any:
     extras.check("cli", "Reading public data sets")
     from datasets import load_dataset
 
-    # Use streaming: a plain load would copy the file into the cache of `datasets`.
-    return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+    try:
+        # Use streaming: a plain load would copy the file into the cache of `datasets`.
+        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+    except Exception as error:  # each kind of file has its own errors
+        raise ValueError(f"The set {name!r}: {path} cannot be read: {error}") from error
+
+
+def readable(name: str, path: Path, rows: Iterable[RawRow]) -> Iterator[RawRow]:
+    """Yield the rows of a local file.
+
+    Raises:
+        ValueError: If one cannot be read. The message names the set and the file.
+    """
+    try:
+        yield from rows
+    except Exception as error:  # each kind of file has its own errors
+        raise ValueError(f"The set {name!r}: {path} cannot be read: {error}") from error
 
 
 def values(row: RawRow, *columns: str) -> list[Any]:
@@ -98,5 +113,9 @@ def converted(name: str, rows: Iterable[RawRow], read: Callable[[RawRow], _Row |
             row = read(raw)
         except ValueError as error:
             raise ValueError(f"The set {name!r}: row {number}: {error}.") from error
+        except (TypeError, AttributeError, LookupError) as error:
+            raise ValueError(
+                f"The set {name!r}: row {number} has a value of another type than the set's rows have ({error})."
+            ) from error
         if row is not None:
             yield row

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from .. import extras
+from ..core.forms import check_form
 from ..text.generation import generate
 from ..text.refusal import Verdict, classify
 from ..text.tokenization import Prompt, Row, prompt_text
@@ -93,9 +94,9 @@ class Measurement:
     def from_dict(cls, plain: Mapping[str, Any]) -> "Measurement":
         """Rebuild a measurement from the result of `to_dict`."""
         fields = dict(plain)
-        fields["general"] = {name: Estimate(**estimate) for name, estimate in plain["general"].items()}
+        fields["general"] = {name: _estimate(estimate, name) for name, estimate in plain["general"].items()}
         for key in ("general_mean", "kl", "refusal", "harmful_unclear", "over_refusal", "benign_unclear"):
-            fields[key] = None if plain[key] is None else Estimate(**plain[key])
+            fields[key] = None if plain[key] is None else _estimate(plain[key], key)
         for key in ("harmful_samples", "benign_samples"):
             fields[key] = [Sample(s["prompt"], s["answer"], Verdict(s["verdict"])) for s in plain[key]]
         # Results of earlier versions do not have them.
@@ -106,6 +107,11 @@ class Measurement:
         fields["judgments"] = [Judgment.from_dict(judgment) for judgment in plain.get("judgments", [])]
         fields["agreements"] = [JudgePair.from_dict(pair) for pair in plain.get("agreements", [])]
         return cls(**fields)
+
+
+def _estimate(plain: Any, name: str) -> Estimate:
+    check_form(plain, {"value": float, "low": float, "high": float, "n": int}, name)
+    return Estimate(**plain)
 
 
 @dataclass(frozen=True)

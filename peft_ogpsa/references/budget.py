@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from ..core.config import ProjectionConfig
 
 
@@ -32,7 +34,8 @@ def refresh_samples(
         )
     if given is not None or config.reference_budget is None:
         return given
-    wanted = max(1, round(config.reference_budget * config.refresh_steps * step_examples / cost))
+    examples = float(config.reference_budget) * config.refresh_steps * step_examples / cost
+    wanted = max(1, round(min(examples, sys.maxsize)))
     if not config.constrains:
         return wanted
     if each_set:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..core.forms import Form, check_form
 from ..text.batching import by_length, padded_examples, padding_of
 from ..text.tokenization import Example
 from .budget import check_rows, refresh_samples
@@ -21,6 +22,9 @@ from .sets import ReferenceSet, check_sets
 
 if TYPE_CHECKING:
     from ..core.config import ProjectionConfig
+
+
+_FORM: Form = {"drawn": dict[str, int], "draws": int, "seed": int, "sizes": dict[str, int], "digest": str}
 
 
 class ReferenceLoader:
@@ -237,8 +241,9 @@ class ReferenceLoader:
         """Continue from where `state_dict` was taken.
 
         Raises:
-            ValueError: If the sets have different names, sizes or examples.
+            ValueError: If the sets have different names, sizes or examples, or if the state is damaged.
         """
+        check_form(state, _FORM, "the loader's state")
         if state["sizes"] != self._sizes():
             raise ValueError(
                 f"The reference sets of the checkpoint have the sizes {state['sizes']}, but the given sets have the "

@@ -22,7 +22,7 @@ from ..text.access import language_model
 from ..text.cache import cache_dir as default_cache
 from ..text.generation import generate_ids
 from ..text.refusal import Verdict, classify
-from ..text.tokenization import Message, Prompt, encode_prompt
+from ..text.tokenization import Message, Prompt, encode_prompt, text_or_messages
 from ..tuner.adapters import base_of
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,9 @@ def self_answers(
     ]
     if not given:
         raise ValueError(f"Reference set {name!r} has no prompts. Give it at least one prompt.")
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in given]
+    encoded = [
+        encode_prompt(tokenizer, prompt, f"Reference set {name!r}: prompt {i}") for i, prompt in enumerate(given)
+    ]
     fitting = [position for position, ids in enumerate(encoded) if len(ids) < max_length]
     if not fitting:
         raise ValueError(
@@ -142,7 +144,7 @@ def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> s
             f"{name} is conversational, but the tokenizer has no chat template. Use an instruct model's tokenizer, "
             "set tokenizer.chat_template, or give plain text."
         )
-    messages = [dict(message) for message in cast(Sequence[Message], prompt)]
+    messages = [dict(message) for message in cast(list[Message], text_or_messages(prompt, name))]
     if messages and messages[-1]["role"] == "assistant":
         messages.pop()
     return messages

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from ..text.tokenization import Example, Prompt, shared_length
+from ..text.tokenization import Example, Prompt, columns_of, shared_length
 from .losses import LOSSES
 from .losses.dpo import Pair
 from .self_answers import AnswerCounts, self_answers
@@ -62,16 +62,21 @@ class ReferenceSet:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"ReferenceSet: name={self.name!r} must be a non-empty string.")
+        if not hasattr(self.dataset, "__iter__") or isinstance(self.dataset, str | bytes | Mapping):
+            raise ValueError(
+                f"ReferenceSet {self.name!r}: dataset is of the type {type(self.dataset).__name__}. Give a list of "
+                "rows, or a datasets.Dataset."
+            )
         for limit, value in (("samples", self.samples), ("max_length", self.max_length)):
             if not (value is None and limit == "samples") and (
                 not isinstance(value, int) or isinstance(value, bool) or value < 1
             ):
                 raise ValueError(f"ReferenceSet {self.name!r}: {limit}={value!r} must be an integer of at least 1.")
-        if self.loss not in LOSSES:
+        if not isinstance(self.loss, str) or self.loss not in LOSSES:
             raise ValueError(
                 f"ReferenceSet {self.name!r}: loss={self.loss!r} is unknown. Choose from: {', '.join(LOSSES)}."
             )
-        if not isinstance(self.beta, int | float) or not 0 < self.beta < math.inf:
+        if not isinstance(self.beta, int | float) or not 0 < self.beta <= sys.float_info.max:
             raise ValueError(f"ReferenceSet {self.name!r}: beta={self.beta!r} must be a number above 0.")
 
     @classmethod
@@ -162,10 +167,11 @@ class ReferenceSet:
         if not rows:
             raise ValueError(f"Reference set {self.name!r} is empty. Give it at least one example.")
         loss = LOSSES[self.loss]
+        named = [(row, f"Reference set {self.name!r}: row {i}") for i, row in enumerate(rows)]
         whole = [
             example
-            for i, row in enumerate(rows)
-            for example in loss.tokenize(tokenizer, row, f"Reference set {self.name!r}: row {i}", self.beta)
+            for row, name in named
+            for example in loss.tokenize(tokenizer, columns_of(row, name), name, self.beta)
         ]
         examples = [example for example in (example.cut(self.max_length) for example in whole) if example is not None]
         if not examples:

@@ -9,8 +9,11 @@ import json
 import logging
 import os
 import re
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,9 +24,9 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..core.files import replacing
+from ..core.files import json_object, read_json, replacing, write_json
 from ..trainer.checkpoint import STATE_NAME, TENSORS_NAME
-from ..tuner.config import OGPSAConfig
+from ..tuner.config import DAMAGED, SIDECAR_NAME, OGPSAConfig
 
 if TYPE_CHECKING:
     from ..evaluation import Measurement
@@ -145,6 +148,8 @@ def save_card(
     folder = Path(directory)
     config = _read_config(folder)
     if run is not None:
+        if not isinstance(run, Mapping):
+            raise ValueError(f"run={repr(run)[:80]} is not a mapping of facts, such as {{'dataset': 'owner/name'}}.")
         if "contrast" in run:
             warnings.warn("The entry contrast of run is now lookalikes.", DeprecationWarning, stacklevel=2)
             run = _renamed(run)
@@ -165,7 +170,8 @@ def save_card(
     card = _load_card(path)
     _renew_metadata(card.data, config, base, settings is not None, run.get("dataset"))
     card.text = _renew_text(card.text, _section(config, base, settings, run, evaluation), base, path)
-    _write(path, str(card))
+    # Cards of other libraries name a local base by its path.
+    _write(path, str(card) if not base or _on_hub(base) else str(card).replace(base, _public(base)))
     return path
 
 
@@ -224,21 +230,47 @@ def push_adapter(
     base = _read_config(Path(directory)).base_model_name_or_path
     if base and not _on_hub(base):
         logger.warning(
-            "In %s, base_model_name_or_path is the local folder %r, which others cannot load. If the base is on the "
-            "hub, write its hub name there and push again.",
+            "In %s, base_model_name_or_path is the local folder %r, which others cannot load. The uploaded file has "
+            "its name without the path. If the base is on the hub, write its hub name there and push again.",
             CONFIG_NAME,
             base,
         )
     api = HfApi(token=token)
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repository.repo_id,
-        folder_path=os.fspath(directory),
-        commit_message=commit_message,
-        revision=revision,
-        ignore_patterns=list(_NOT_SHARED),
-    )
+    with _shared_folder(Path(directory)) as folder:
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            ignore_patterns=list(_NOT_SHARED),
+        )
     return str(repository)
+
+
+@contextmanager
+def _shared_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder with the same files, in which `adapter_config.json` names a local base without its path."""
+    base = _read_config(folder).base_model_name_or_path
+    if not base or _on_hub(base):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "adapter"
+        # Training state may be large, and is not shared.
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*_NOT_SHARED), copy_function=_link)
+        config = read_json(folder / CONFIG_NAME)
+        with replacing(copy / CONFIG_NAME) as part:  # and not into the linked file
+            write_json(part, {**config, "base_model_name_or_path": _public(base)})
+        yield copy
+
+
+def _link(source: str, target: str) -> None:
+    """Make a hard link if possible, or else copy the file."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 # The contents of the folder
@@ -252,7 +284,9 @@ def _read_config(folder: Path) -> LoraConfig:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about settings that were already there in training
             config = PeftConfig.from_pretrained(str(folder))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (*DAMAGED, ValueError) as error:
+        if SIDECAR_NAME in str(error):  # it is the other file, and the message says so
+            raise
         raise ValueError(f"{path} is damaged ({error!r}). Save the adapter again.") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{path} has peft_type={config.peft_type!r}. Give the folder of a LoRA adapter.")
@@ -265,9 +299,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(facts, dict):
-            raise ValueError("it is not a JSON object")
+        facts = json_object(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Restore it, or delete it to continue without it.") from error
     return facts if facts.pop(_WEIGHTS, None) == weights_digest(folder) else {}
@@ -332,7 +364,9 @@ def _check_evaluation(evaluation: Mapping[str, Any], where: str) -> None:
 
     try:
         Evaluation.from_dict(evaluation["evaluation"])
-    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(evaluation.get("arguments", {}), Mapping):
+            raise ValueError("its arguments are not a mapping")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{where} is not a result of `ogpsa eval` ({error!r}). Run `ogpsa eval` again.") from error
 
 
@@ -404,6 +438,8 @@ def _public(name: str) -> str:
     kind = re.match(r"(prompts:)?(public:\w+:)?", name)
     prefix = kind[0] if kind else ""
     source, bracket, split = name[len(prefix) :].partition("[")
+    if re.search(r"[\\/]", split):  # the bracket belongs to a path, and not to a split
+        source, bracket, split = name[len(prefix) :], "", ""
     if not re.search(r"[\\]|^/|:.*/", source) and not os.path.exists(source) and _on_hub(source.partition(":")[0]):
         return name
     return prefix + re.split(r"[\\/]", source.rstrip("\\/"))[-1] + bracket + split

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -59,7 +59,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
         ValueError: If the row has other columns or no answer, mixes a conversation and plain text, or has messages
             without a template.
     """
-    prompt, answer = _split(row, name)
+    prompt, answer = (text_or_messages(part, name) for part in _split(columns_of(row, name), name))
     if not answer:
         raise ValueError(
             f"{name} has no answer: its completion is empty, or its messages have no assistant turn. Add an answer."
@@ -69,11 +69,11 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
             raise ValueError(
                 f"{name} mixes a conversational prompt with a plain answer. Give both in the same format."
             )
-        prefix = _text_ids(tokenizer, prompt) if prompt else []
+        prefix = _text_ids(tokenizer, prompt, name) if prompt else []
         # Some tokenizers end every text with a special token. It does not belong inside a sequence.
         if prefix and prefix[-1] == tokenizer.eos_token_id:
             prefix = prefix[:-1]
-        ids = _text_ids(tokenizer, prompt + answer)
+        ids = _text_ids(tokenizer, prompt + answer, name)
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
     else:
@@ -82,9 +82,9 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
                 f"{name} is conversational, but the tokenizer has no chat template. Use an instruct model's "
                 "tokenizer, set tokenizer.chat_template, or give plain text."
             )
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        prefix = encode_prompt(tokenizer, messages) if messages else []
-        ids = _chat_ids(tokenizer, [*messages, *answer])
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        prefix = encode_prompt(tokenizer, messages, name) if messages else []
+        ids = _chat_ids(tokenizer, [*messages, *answer], name)
     # Nothing predicts the first token.
     return Example(ids, max(shared_length(prefix, ids), 1))
 
@@ -95,10 +95,40 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
+def columns_of(row: Any, name: str) -> dict[str, Any]:
+    """Return the columns of a row that have a value. Data sets put None where a row lacks a column.
+
+    Raises:
+        ValueError: If the row is not a mapping.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{name} is of the type {type(row).__name__}. Give a mapping of columns, such as a dict.")
+    return {column: value for column, value in row.items() if value is not None}
+
+
+def text_or_messages(part: Any, name: str) -> str | list[Message]:
+    """Return a text, or messages as a list.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Iterable) or isinstance(part, bytes | Mapping):
+        raise ValueError(f"{name} has a value of the type {type(part).__name__}. Give text or a list of messages.")
+    messages = list(part)
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f"{name} has the message {repr(message)[:80]}. Give each message a role and a content.")
+    return messages
+
+
 def _split(row: Row, name: str) -> tuple[Any, Any]:
     """Return the prompt and the answer of a row, plain or as messages."""
     if "messages" in row:
-        messages = list(row["messages"])
+        messages = text_or_messages(row["messages"], name)
+        if isinstance(messages, str):
+            raise ValueError(f"{name} has text in the column messages. Give a list of messages.")
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         return messages[:-1], messages[-1:]
@@ -107,9 +137,11 @@ def _split(row: Row, name: str) -> tuple[Any, Any]:
         if "prompt" in row:
             return row["prompt"], chosen
         if isinstance(chosen, str):
-            length = shared_length(chosen, row.get("rejected", ""))
+            rejected = row.get("rejected", "")
+            length = shared_length(chosen, rejected if isinstance(rejected, str) else "")
             return chosen[:length], chosen[length:]
-        return list(chosen[:-1]), list(chosen[-1:])
+        turns = text_or_messages(chosen, name)
+        return turns[:-1], turns[-1:]
     if "prompt" in row and "completion" in row:
         return row["prompt"], row["completion"]
     if "text" in row:
@@ -120,28 +152,32 @@ def _split(row: Row, name: str) -> tuple[Any, Any]:
     )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "A prompt") -> list[int]:
     """Encode a prompt as the model sees it when it is about to answer.
 
     Args:
         tokenizer: The tokenizer. Its chat template is applied if it has one.
         prompt: A string (one user turn), messages, or a row with `prompt` or `messages` (a last turn of the assistant
             is dropped).
+        name: Name of the prompt in error messages.
+
+    Raises:
+        ValueError: If the prompt has another form, or is conversational and there is no chat template.
     """
-    content = _content(prompt)
+    content = text_or_messages(_content(prompt), name)
     if isinstance(content, str):
         if tokenizer.chat_template is None:
-            return _text_ids(tokenizer, content)
+            return _text_ids(tokenizer, content, name)
         content = [{"role": "user", "content": content}]
     messages = list(content)
     if messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    return _chat_ids(tokenizer, messages, add_generation_prompt=True)
+    return _chat_ids(tokenizer, messages, name, add_generation_prompt=True)
 
 
 def prompt_text(prompt: Prompt) -> str:
     """Return the part of a prompt that a person reads: its last user turn."""
-    content = _content(prompt)
+    content = text_or_messages(_content(prompt), "A prompt")
     if isinstance(content, str):
         return content
     return next((str(message["content"]) for message in reversed(content) if message["role"] == "user"), "")
@@ -155,17 +191,24 @@ def _content(prompt: Prompt) -> str | Sequence[Message]:
     return prompt["prompt"] if "prompt" in prompt else prompt["messages"]
 
 
-def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has text that is not valid Unicode ({error.reason}).") from error
     return cast(list[int], tokenizer(text)["input_ids"])
 
 
 def _chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], name: str, add_generation_prompt: bool = False
 ) -> list[int]:
-    ids = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        add_generation_prompt=add_generation_prompt,
-        tokenize=True,
-        return_dict=False,
-    )
+    try:
+        ids = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=False,
+        )
+    except Exception as error:  # a template is a program of the model's authors
+        raise ValueError(f"{name} does not work with the tokenizer's chat template: {error}") from error
     return cast(list[int], ids)

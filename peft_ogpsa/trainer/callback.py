@@ -51,12 +51,14 @@ class _Run:
         projector: The projector of the run's steps.
         loader: The loader of the run's reference examples.
         first: The step that the run begins with.
+        still: Whether the projection is off, because the run is finished.
     """
 
     state: weakref.ref[TrainerState]
     projector: Projector
     loader: ReferenceLoader
     first: int = 0
+    still: bool = False
 
 
 class OGPSACallback(TrainerCallback):
@@ -266,6 +268,8 @@ class OGPSACallback(TrainerCallback):
     ) -> None:
         """Refresh the subspace if a refresh is due."""
         run = self._run_of(state)
+        if 0 < state.max_steps <= state.global_step and run.projector.enabled:
+            _hold_still(run, kwargs.get("optimizer"))
         if run.projector.enabled and (run.projector.due or state.global_step == run.first):
             assert model is not None
             if run.projector.unbuilt:  # after a change of adapters
@@ -340,6 +344,14 @@ class OGPSACallback(TrainerCallback):
         if state.is_world_process_zero:
             checkpoint.save(_checkpoint_directory(args, state), saved)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Switch the projection on again, if the run was resumed after its end."""
+        run = self._run_of(state)
+        if run.still:
+            run.projector.enabled, run.still = True, False
+
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The directory of the checkpoint that a run resumes from."""
         return Path(self.resume_from) if self.resume_from else _checkpoint_directory(args, state)
@@ -358,10 +370,13 @@ class OGPSACallback(TrainerCallback):
                     f"{directory / checkpoint.STATE_NAME} is damaged: {error}."
                 ) from error
         except ValueError as error:
+            whole = checkpoint.last_whole(args.output_dir or ".")
+            instead = "" if whole in (None, directory) else f"The newest whole checkpoint is {whole}. "
             raise checkpoint.CheckpointError(
                 f"The run resumes at step {state.global_step}, but its reference subspace cannot be restored: "
-                f"{error} If the checkpoint is in another directory, give OGPSACallback(resume_from=DIRECTORY). To "
-                "compute the subspace again, give OGPSACallback(rebuild_subspace=True)."
+                f"{error} {instead}If the checkpoint is in another directory, give "
+                "OGPSACallback(resume_from=DIRECTORY). To compute the subspace again, give "
+                "OGPSACallback(rebuild_subspace=True)."
             ) from error
 
 
@@ -392,6 +407,18 @@ def _plan(run: _Run, step_examples: int) -> str:
         f"{more / 2**20:,.0f} MiB more."
     )
     return "\n".join(lines)
+
+
+def _hold_still(run: _Run, optimizer: torch.optim.Optimizer | None) -> None:
+    """Make a step that changes nothing: transformers takes one more when it resumes a run that was finished."""
+    if optimizer is None:
+        return
+    logger.warning("The resumed run was finished. transformers takes one more step, at a learning rate of 0.")
+    for group in optimizer.param_groups:
+        if group.get("lr") is not None:
+            group["lr"] = group["lr"] * 0
+    # Projecting the parameters again would round them again.
+    run.projector.enabled, run.still = False, True
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -4,19 +4,24 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..core.files import replacing
+from ..core.files import read_json, replacing, write_json
 
 TENSORS_NAME = "ogpsa_subspace.safetensors"
 STATE_NAME = "ogpsa_state.json"
+_TRAINER_STATE_NAME = "trainer_state.json"
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -26,7 +31,11 @@ class CheckpointError(ValueError):
 def save(directory: str | os.PathLike, state: dict[str, Any]) -> None:
     """Write `{"tensors": {name: Tensor}, "rest": JSON-ready dict}` into a checkpoint directory.
 
-    Each file replaces its predecessor only when it is complete.
+    Each file replaces its predecessor only when it is complete. `STATE_NAME` appears last: it marks a whole
+    checkpoint.
+
+    Raises:
+        OSError: If a file cannot be written, for example because the disk is full.
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -36,8 +45,11 @@ def save(directory: str | os.PathLike, state: dict[str, Any]) -> None:
         for name, tensor in state["tensors"].items()
     }
     with replacing(path / STATE_NAME) as rest, replacing(path / TENSORS_NAME) as stacked:
-        save_file(tensors, stacked)
-        rest.write_text(json.dumps(state["rest"], indent=2) + "\n", encoding="utf-8")
+        try:
+            save_file(tensors, stacked)
+        except SafetensorError as error:
+            raise OSError(f"{path / TENSORS_NAME} cannot be written: {error}") from error
+        write_json(rest, state["rest"])
 
 
 def load(directory: str | os.PathLike) -> dict[str, Any]:
@@ -51,13 +63,68 @@ def load(directory: str | os.PathLike) -> dict[str, Any]:
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is missing.")
     try:
-        rest = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
-        if not isinstance(rest, dict):
-            raise ValueError("it does not contain a JSON object")
+        rest = read_json(path / STATE_NAME)
     except ValueError as error:
-        raise CheckpointError(f"{path / STATE_NAME} is damaged: {error}.") from error
+        raise CheckpointError(str(error)) from error
     try:
         tensors = load_file(path / TENSORS_NAME)
     except SafetensorError as error:
         raise CheckpointError(f"{path / TENSORS_NAME} is damaged: {error}.") from error
     return {"tensors": tensors, "rest": rest}
+
+
+def last_whole(output_dir: str | os.PathLike, *, subspace: bool = True) -> Path | None:
+    """Return the newest whole checkpoint of a run. A warning names each newer one that is not whole.
+
+    A run that is killed while it saves, or whose disk is full, leaves a checkpoint that is not whole. transformers'
+    `resume_from_checkpoint=True` takes the newest one, whole or not. Give this one instead:
+
+    ```py
+    trainer.train(resume_from_checkpoint=last_whole(trainer.args.output_dir))
+    ```
+
+    Args:
+        output_dir: The output folder of the run.
+        subspace: Whether a whole checkpoint includes the subspace. False: the run does not save it, or rebuilds it.
+    """
+    folder = Path(output_dir)
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) is not None]
+    for path in sorted(found, key=lambda path: _step(path) or 0, reverse=True):
+        flaw = _flaw(path, subspace)
+        if flaw is None:
+            return path
+        logger.warning("%s is skipped, because it is not whole: %s.", path, flaw)
+    return None
+
+
+def _step(path: Path) -> int | None:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isascii() and number.isdigit() else None
+
+
+def _flaw(path: Path, subspace: bool) -> str | None:
+    """Say what a checkpoint lacks, or return None for a whole one. The trainer writes its state after the weights."""
+    needed = [_TRAINER_STATE_NAME, *([TENSORS_NAME, STATE_NAME] if subspace else [])]
+    for name in needed:
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        try:
+            if name.endswith(".json"):
+                read_json(path / name)
+        except (ValueError, OSError) as error:
+            return str(error).rstrip(".")
+    for file in sorted(path.rglob("*")):
+        if file.suffix == ".safetensors" and not _complete_tensors(file):
+            return f"{file.name} is cut off"
+        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):  # torch writes zip files
+            return f"{file.name} is cut off"
+    return None
+
+
+def _complete_tensors(file: Path) -> bool:
+    """Return whether a safetensors file can be opened, which checks its header and its length."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False

@@ -20,6 +20,9 @@ from ..core.config import ProjectionConfig
 SIDECAR_NAME = "ogpsa_config.json"
 _FORMAT_VERSION = 1
 
+DAMAGED = (KeyError, TypeError, AttributeError, RecursionError)
+"""What PEFT raises for a damaged `adapter_config.json`, besides `ValueError`."""
+
 # Initializations after which the base without the adapter is not the model that was loaded.
 _MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -179,7 +182,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         try:
             with open(sidecar, encoding="utf-8") as file:
                 settings = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{SIDECAR_NAME} is damaged ({error}). {remedy}") from error
         if not isinstance(settings, dict) or "format_version" not in settings:
             raise ValueError(f"{SIDECAR_NAME} is damaged (it has no format_version). {remedy}")
