@@ -437,7 +437,7 @@ def test_prompts_and_answers_stay_at_home(tmp_path):
     text = (tmp_path / EVALUATION_NAME).read_text()
     assert "how to do harm" not in text
     assert "someone" not in text
-    read = compare.read(str(tmp_path / EVALUATION_NAME))
+    (read,) = compare.read(str(tmp_path / EVALUATION_NAME))
     assert read["name"] == "tuned"
     assert read["evaluation"].model.refusal == Estimate.from_count(27, 29)
     assert not list(tmp_path.glob("*.part"))
