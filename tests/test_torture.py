@@ -16,10 +16,10 @@ import torch
 from models import tiny_llama, tiny_tokenizer
 from peft import get_peft_model
 from test_callback import GENERAL, bare_model, model_of, sets, sft, weights
+from trl import SFTConfig
 
 from benchmarks.torture import soak
-from benchmarks.torture.fuzz import Target, probefrom trl import SFTConfig
-
+from benchmarks.torture.fuzz import Target, probe
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, save_card
 from peft_ogpsa.cli.arguments import parser
 from peft_ogpsa.cli.compare import read as read_result
