@@ -16,16 +16,19 @@ import torch
 from models import tiny_llama, tiny_tokenizer
 from peft import get_peft_model
 from test_callback import GENERAL, bare_model, model_of, sets, sft, weights
+from trl import SFTConfig
 
 from benchmarks.torture import soak
 from benchmarks.torture.fuzz import Target, probe
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, save_card
+from peft_ogpsa.cli.arguments import parser
 from peft_ogpsa.cli.compare import read as read_result
 from peft_ogpsa.cli.loading import load_adapter, read_adapter_config
 from peft_ogpsa.core.files import check_writable, json_lines, read_json
 from peft_ogpsa.core.forms import check_form, fits
 from peft_ogpsa.data.public import read_public
 from peft_ogpsa.evaluation import Estimate, Evaluation, Measurement
+from peft_ogpsa.integrations.llamafactory import read as read_llamafactory
 from peft_ogpsa.references.budget import refresh_samples
 from peft_ogpsa.text.tokenization import encode_prompt
 from peft_ogpsa.trainer import checkpoint
@@ -221,6 +224,8 @@ def test_numbers_beyond_those_of_floats():
     for name in ("reference_budget", "reference_weight"):
         with pytest.raises(ValueError, match=f"{name}="):
             OGPSAConfig(subspace="gradients", **{name: 10**400})
+    with pytest.raises(ValueError, match="refresh_steps="):
+        OGPSAConfig(subspace="gradients", refresh_steps=10**400)
     config = OGPSAConfig(subspace="gradients", reference_budget=1e308, rows_from="set")
     assert refresh_samples(config, 4096, 8, 1) == sys.maxsize
     with pytest.raises(ValueError, match="loss="):
@@ -260,6 +265,28 @@ def test_a_damaged_adapter_config_is_named(tmp_path, content):
     with pytest.raises(ValueError, match="adapter="):
         read_adapter_config(str(tmp_path))
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        save_card(tmp_path)
+
+
+@pytest.mark.parametrize("base", [{"a": 1}, ["a"], 5])
+def test_a_base_that_is_no_name_is_named(tmp_path, base):
+    OGPSAConfig(r=2).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    with pytest.raises(ValueError, match=r"adapter_config\.json is damaged"):
+        save_card(tmp_path)
+
+
+def test_yaml_that_is_nested_too_deeply_is_named(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(nested())
+    with pytest.raises(ValueError, match=r"a\.yaml is nested too deeply"):
+        read_llamafactory([str(path)])
+    with pytest.raises(ValueError, match=r"a\.yaml is nested too deeply"):
+        parser("sft", SFTConfig).parse_args_and_config(["--config", str(path)])
+    OGPSAConfig(r=2).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{nested()}\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md cannot be read"):
         save_card(tmp_path)
 
 

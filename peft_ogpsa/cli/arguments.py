@@ -270,8 +270,11 @@ def _new_name(name: str) -> str:
 
 
 def _read_yaml(path: Path) -> Any:
-    with open(path, encoding="utf-8") as file:  # an open file, so that YAML errors show its name
-        return yaml.safe_load(file)
+    try:
+        with open(path, encoding="utf-8") as file:  # an open file, so that YAML errors show its name
+            return yaml.safe_load(file)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply.") from error
 
 
 def parser(stage: str, training: type) -> ConfigParser:

@@ -165,7 +165,7 @@ class ProjectionConfig:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL_COUNTS:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= sys.maxsize:
                 none = ", or None" if name in _OPTIONAL_COUNTS else ""
                 raise ValueError(f"{name}={value!r} is not allowed. Use an integer of at least 1{none}.")
         budget = self.reference_budget

@@ -50,8 +50,11 @@ def read(arguments: Sequence[str]) -> tuple[dict[str, Any], Settings]:
     """
     if not arguments or Path(arguments[0]).suffix not in (".yaml", ".yml", ".json"):
         raise ValueError("name the configuration file first: CONFIG.yaml [option=value ...]")
-    with open(arguments[0], encoding="utf-8") as file:
-        config = yaml.safe_load(file)  # JSON is YAML too
+    try:
+        with open(arguments[0], encoding="utf-8") as file:
+            config = yaml.safe_load(file)  # JSON is YAML too
+    except RecursionError as error:
+        raise ValueError(f"{arguments[0]} is nested too deeply.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{arguments[0]} must be a mapping of options.")
     for word in arguments[1:]:

@@ -288,6 +288,8 @@ def _read_config(folder: Path) -> LoraConfig:
         if SIDECAR_NAME in str(error):  # it is the other file, and the message says so
             raise
         raise ValueError(f"{path} is damaged ({error!r}). Save the adapter again.") from error
+    if not isinstance(config.base_model_name_or_path, str | None):
+        raise ValueError(f"{path} is damaged (base_model_name_or_path is no text). Save the adapter again.")
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{path} has peft_type={config.peft_type!r}. Give the folder of a LoRA adapter.")
     return config
@@ -473,7 +475,7 @@ def _load_card(path: Path) -> ModelCard:
         return ModelCard("---\n\n---\n")
     try:
         return ModelCard.load(path)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}). Correct the metadata between its first two --- lines, or delete the "
             "file."
