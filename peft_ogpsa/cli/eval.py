@@ -71,6 +71,7 @@ def run(arguments: Sequence[str]) -> None:
             ModelConfig(model_name_or_path=name, dtype=parsed.dtype, load_in_4bit=parsed.load_in_4bit)
         )
         check_fit(base, adapters)
+        output.parent.mkdir(parents=True, exist_ok=True)
         store = PieceStore(output.with_name(f"{output.name}.pieces"))
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
     base_model = str(base.name_or_path)

@@ -31,18 +31,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: str | os.PathLike[str], name: str) -> None:
-    """Create a folder if needed, and check that files can be written there, before the work whose result it gets.
+    """Check that files can be written to a folder, before the work whose result it gets. Nothing is left there.
 
     Args:
-        folder: The folder.
+        folder: The folder. If it does not exist yet, the check is of the nearest folder above it that does.
         name: The name of the setting, for messages.
 
     Raises:
         OSError: If no file can be written there.
     """
+    place = Path(folder).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=os.fspath(folder)):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise OSError(
