@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
-COUNTS = {"kills": 40, "disk": 8, "fuzz": 2000, "soak": 5000}
+COUNTS = {"kills": 48, "disk": 8, "fuzz": 5000, "soak": 5000}
 """How often by default: kills, runs on a full disk, inputs of each fuzzed function, steps."""
 
 
