@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from models import tiny_llama
 from peft import LoraConfig, get_peft_model
@@ -203,6 +203,7 @@ part = st.text(alphabet=st.characters(codec="ascii", exclude_characters="/\\\0")
 @given(
     st.lists(part, min_size=1, max_size=3), part, st.sampled_from(["/", "C:\\", "\\\\host\\", "file:///", "../../"])
 )
+@example(["0"], "[", "/")
 def test_no_folder_is_left_of_a_path(folders, name, root):
     mark = "SECRET"
     separator = "\\" if "\\" in root else "/"

@@ -440,7 +440,7 @@ def _public(name: str) -> str:
     kind = re.match(r"(prompts:)?(public:\w+:)?", name)
     prefix = kind[0] if kind else ""
     source, bracket, split = name[len(prefix) :].partition("[")
-    if re.search(r"[\\/]", split):  # the bracket belongs to a path, and not to a split
+    if re.search(r"[\\/]", split) or source.endswith(("/", "\\")):  # the bracket belongs to a path, and not to a split
         source, bracket, split = name[len(prefix) :], "", ""
     if not re.search(r"[\\]|^/|:.*/", source) and not os.path.exists(source) and _on_hub(source.partition(":")[0]):
         return name
