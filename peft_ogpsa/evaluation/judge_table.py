@@ -4,21 +4,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .. import extras
-from .comparison import Difference
+from .comparison import Difference, difference_text
 from .estimates import Estimate
+from .grid import text_grid
 from .intervals import paired_difference
 from .judgments import Judgment
-from .report import Measurement
+from .report import Measurement, rate_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 HEADINGS = ("judge", "prompts", "model", "refusal", "partial", "compliance", "unclear", "difference in refusal")
 PAIR_HEADINGS = ("judges", "prompts", "model", "compared", "agreement", "kappa", "unclear to one", "to both")
+_LEFT = ("judge", "judges", "prompts", "model")
 _HARM_MARK = " †"
 _NOTE = "Rates are of all answers, with 95 % intervals. * is larger than chance: the 95 % interval excludes 0."
 _PAIR_NOTE = "Answers that are unclear to a judge are counted apart. Kappa is 1 at full agreement and 0 at chance."
@@ -43,11 +45,9 @@ def judge_rows(measurements: Mapping[str, Measurement], reference: str | None = 
             difference = None
             if name != reference and reference in judgments and _same_prompts(measurements, reference, name, kind):
                 difference = _difference(judgments[reference], judgment)
-            rates = [
-                _rate_text(judgment.rates[verdict]) for verdict in ("refusal", "partial", "compliance", "unclear")
-            ]
+            rates = [rate_text(judgment.rates[verdict]) for verdict in ("refusal", "partial", "compliance", "unclear")]
             mark = _HARM_MARK if judgment.asks == "harm" else ""
-            rows.append([judge + mark, kind, name, *rates, _difference_text(difference)])
+            rows.append([judge + mark, kind, name, *rates, difference_text(difference, rate=True).strip()])
     return rows
 
 
@@ -57,7 +57,7 @@ def pair_rows(measurements: Mapping[str, Measurement]) -> list[list[str]]:
     for name, measurement in measurements.items():
         for pair in measurement.agreements:
             counts = pair.agreement
-            share = "-" if counts.share is None else _rate_text(Estimate.from_count(counts.same, counts.n))
+            share = "-" if counts.share is None else rate_text(Estimate.from_count(counts.same, counts.n))
             kappa = "-" if counts.kappa is None else f"{counts.kappa:.2f}"
             one = f"{counts.unclear_first} / {counts.unclear_second}"
             judges = f"{pair.first}, {pair.second}"
@@ -79,9 +79,11 @@ def judge_tables(measurements: Mapping[str, Measurement], reference: str | None 
         if rows:
             harm = any(row[0].endswith(_HARM_MARK) for row in rows)
             note = f"{_NOTE} {_HARM_NOTE}" if harm else _NOTE
-            tables.append(_table(f"Judges{place}, and differences from {reference}", note, HEADINGS, rows))
+            title = f"Judges{place}, and differences from {reference}"
+            tables.append(text_grid(title, note, HEADINGS, rows, _LEFT))
         if found := pair_rows(own):
-            tables.append(_table(f"Agreement of judges on the same answers{place}", _PAIR_NOTE, PAIR_HEADINGS, found))
+            title = f"Agreement of judges on the same answers{place}"
+            tables.append(text_grid(title, _PAIR_NOTE, PAIR_HEADINGS, found, _LEFT))
     return tables
 
 
@@ -94,18 +96,6 @@ def _by_set(measurements: Mapping[str, Measurement]) -> dict[str, dict[str, Meas
     }
 
 
-def _table(title: str, note: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(title=Text(title), caption=note)
-    for heading in headings:
-        grid.add_column(heading, justify="left" if heading in ("judge", "judges", "prompts", "model") else "right")
-    for row in rows:
-        grid.add_row(*map(Text, row))
-    return grid
-
-
 def _same_prompts(measurements: Mapping[str, Measurement], first: str, second: str, kind: str) -> bool:
     samples = [getattr(measurements[name], f"{kind}_samples") for name in (first, second)]
     return [sample.prompt for sample in samples[0]] == [sample.prompt for sample in samples[1]]
@@ -115,14 +105,3 @@ def _difference(first: Judgment, second: Judgment) -> Difference:
     before, after = ([verdict == "refusal" for verdict in judgment.verdicts] for judgment in (first, second))
     value = second.rates["refusal"].value - first.rates["refusal"].value
     return Difference(value, *paired_difference(before, after))
-
-
-def _difference_text(difference: Difference | None) -> str:
-    if difference is None:
-        return "-"
-    mark = " *" if difference.larger_than_chance else ""
-    return f"{difference.value:+.0%} ({difference.low:+.0%} to {difference.high:+.0%}){mark}"
-
-
-def _rate_text(rate: Estimate) -> str:
-    return f"{rate.value:.0%} ({rate.low:.0%} to {rate.high:.0%})"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import extras
 from .comparison import difference_text, differences
+from .grid import text_grid
 from .report import Estimate, Measurement, rate_text
 
 if TYPE_CHECKING:
@@ -54,16 +55,9 @@ def set_rows(measurements: Mapping[str, Measurement], reference: str | None = No
 def set_table(measurements: Mapping[str, Measurement], reference: str | None = None) -> Table:
     """Build a table of refusal by set for the terminal. The arguments are those of `set_rows`."""
     extras.check("eval", "The table of sets")
-    from rich.table import Table
-    from rich.text import Text
-
     reference = reference or next(iter(measurements), None)
-    grid = Table(title=Text(f"Refusal by set of prompts, and differences from {reference}"), caption=NOTE)
-    for heading in HEADINGS:
-        grid.add_column(heading, justify="left" if heading in ("set", "model") else "right")
-    for row in set_rows(measurements, reference):
-        grid.add_row(*map(Text, row))
-    return grid
+    title = f"Refusal by set of prompts, and differences from {reference}"
+    return text_grid(title, NOTE, HEADINGS, set_rows(measurements, reference), left=("set", "model"))
 
 
 def _share(estimate: Estimate | None) -> str:

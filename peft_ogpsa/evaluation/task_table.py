@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .. import extras
-from .comparison import Difference, task_difference
+from .comparison import difference_text, task_difference
+from .grid import text_grid
 from .report import Measurement
 from .scores import TaskScore
 
@@ -42,23 +43,17 @@ def task_rows(measurements: Mapping[str, Measurement], reference: str | None = N
             if name != reference and reference in scores:
                 difference = task_difference(scores[reference], score)
             metric_text = metric + _ARROWS[score.higher_is_better]
-            rows.append([task, metric_text, f"{score.n}", name, _score_text(score), _difference_text(difference)])
+            told = difference_text(difference, rate=False).strip()
+            rows.append([task, metric_text, f"{score.n}", name, _score_text(score), told])
     return rows
 
 
 def task_table(measurements: Mapping[str, Measurement], reference: str | None = None) -> Table:
     """Build a table of the scores of tasks for the terminal. The arguments are those of `task_rows`."""
     extras.check("eval", "The table of tasks")
-    from rich.table import Table
-    from rich.text import Text
-
     reference = reference or next(iter(measurements), None)
-    grid = Table(title=Text(f"Task scores, and differences from {reference}"), caption=NOTE)
-    for heading in HEADINGS:
-        grid.add_column(heading, justify="right" if heading in ("examples", "score", "difference") else "left")
-    for row in task_rows(measurements, reference):
-        grid.add_row(*map(Text, row))
-    return grid
+    title = f"Task scores, and differences from {reference}"
+    return text_grid(title, NOTE, HEADINGS, task_rows(measurements, reference), left=("task", "metric", "model"))
 
 
 def _score_text(score: TaskScore) -> str:
@@ -66,10 +61,3 @@ def _score_text(score: TaskScore) -> str:
         return f"{score.value:.3f}"
     low, high = score.interval
     return f"{score.value:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _difference_text(difference: Difference | None) -> str:
-    if difference is None:
-        return "-"
-    mark = " *" if difference.larger_than_chance else ""
-    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f}){mark}"
