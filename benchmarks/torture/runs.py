@@ -10,35 +10,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
 
+from ..byte_tokenizer import byte_tokenizer
+
 KINDS = ("sft adapter", "sft whole", "dpo adapter", "dpo whole")
 STEPS, SAVE_STEPS = 8, 2
-_TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, 259 of them, with a chat template."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(BPE({token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=_TEMPLATE,
-        model_input_names=["input_ids", "attention_mask"],
-    )
 
 
 def model(seed: int = 0) -> LlamaForCausalLM:
@@ -100,7 +80,7 @@ def trainer(kind: str, output_dir: Path, callbacks: list[TrainerCallback], **opt
         net,
         args=config(**arguments),
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
+        processing_class=byte_tokenizer(),
         callbacks=[ogpsa, *callbacks],
         **({"ref_model": model()} if kind == "dpo whole" else {}),
     )

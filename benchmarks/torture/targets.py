@@ -34,6 +34,7 @@ from peft_ogpsa.sharing.card import weights_digest
 from peft_ogpsa.text.tokenization import encode_prompt, prompt_text
 from peft_ogpsa.trainer import checkpoint
 
+from ..byte_tokenizer import byte_tokenizer
 from . import inputs, runs
 from .fuzz import Target
 
@@ -141,8 +142,8 @@ def _configurations() -> dict[str, Target]:
 
 
 def _rows() -> dict[str, Target]:
-    tokenizer = runs.tokenizer()
-    bare = runs.tokenizer()
+    tokenizer = byte_tokenizer()
+    bare = byte_tokenizer()
     bare.chat_template = None
     net = runs.model()
 
