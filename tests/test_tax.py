@@ -404,6 +404,22 @@ def test_without_the_gain(bench, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_cosine_schedule_ends_at_nothing_in_each_stage(bench, monkeypatch):
+    stages = ("sft", "dpo")
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, stages=stages, steps=8, schedule="cosine"))
+    monkeypatch.setattr("benchmarks.tax.measurement.Meter.__call__", lambda *_: {"seconds": 0.0})
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *own: (rates.append(self.param_groups[0]["lr"]), step(self, *own))[1]
+    )
+    run(bench, "plain", METHODS["plain"], 0)
+    fall = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    peaks = bench.settings.learning_rate, bench.settings.dpo_learning_rate
+    assert rates == pytest.approx([peak * share for peak in peaks for share in fall])
+
+
+@pytest.mark.slow
 def test_the_base_answers_the_pairs_of_a_later_stage_without_an_adapter(bench, monkeypatch):
     bench.settings = replace(bench.settings, stages=("sft", "dpo"))
     adapters, pairs = [], Workbench.pairs

@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--schedule", default=Settings.schedule, choices=["constant", "cosine", "linear"])
     parser.add_argument("--dpo-learning-rate", type=float, default=Settings.dpo_learning_rate)
     parser.add_argument("--measurements", type=int, default=Settings.measurements)
     parser.add_argument("--references", type=int, default=48, help="Rows of each reference set.")
@@ -46,6 +47,7 @@ def main() -> None:
         arguments.device,
         arguments.steps,
         learning_rate=arguments.learning_rate,
+        schedule=arguments.schedule,
         measurements=arguments.measurements,
         stages=tuple(arguments.stages),
         dpo_learning_rate=arguments.dpo_learning_rate,

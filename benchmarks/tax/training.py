@@ -62,7 +62,8 @@ class Settings:
         device: `cpu` or `cuda`.
         steps: Optimizer steps.
         batch: Training examples a step.
-        learning_rate: Constant.
+        learning_rate: Of SFT; the highest one where a schedule changes it.
+        schedule: One of transformers' `lr_scheduler_type`, over the steps of each stage.
         measurements: How many along a run, evenly spaced.
         until_safe: Instead, measure where the run first is as safe as it should be, and end it there: see
             `crossing.UntilSafe`.
@@ -76,6 +77,7 @@ class Settings:
     steps: int = 20
     batch: int = 8
     learning_rate: float = 5e-4
+    schedule: str = "constant"
     measurements: int = 4
     answer_tokens: int = 64
     stages: tuple[str, ...] = ("sft",)
@@ -272,7 +274,7 @@ def _trainer(
         "max_steps": steps,
         "per_device_train_batch_size": settings.batch,
         "learning_rate": rate * method.learning_rate,
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": settings.schedule,
         "optim": method.optimizer,
         "logging_steps": steps,
         "save_strategy": "no",
