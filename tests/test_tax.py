@@ -1,20 +1,25 @@
 """The benchmark of the tax: its grid, what it splits, and how runs are compared."""
 
+import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import tiny_llama, tiny_tokenizer
 from transformers import TrainerControl
 
 from benchmarks.tax import data, plots, report, training
+from benchmarks.tax.comparisons import COMPARED, FIGURES, MAIN, comparisons
 from benchmarks.tax.crossing import UntilSafe
 from benchmarks.tax.facts import FACTS
 from benchmarks.tax.grid import Grid
@@ -196,6 +201,50 @@ def test_known_facts(question, answer, is_known):
     assert correct(row, answer) is is_known
 
 
+def outcomes_run(seed, *kept):
+    """A run that is safe at its last measurement, with the outcomes of all its measurements."""
+    rates = [0.5] * (len(kept) - 1) + [1.0]
+    run = run_of(*((i + 1, 2.0 - i, 0.1, rate) for i, rate in enumerate(rates)))
+    run["run_info"]["seed"] = seed
+    run["train_info"]["outcomes"] = list(kept)
+    return run
+
+
+def test_comparisons_pair_the_prompts_where_both_are_safe():
+    generator = np.random.default_rng(0)
+    early = {"kl": [9.0] * 30, "facts": "0" * 30}  # of a state that is not safe yet
+    kls, facts = generator.random((2, 3, 30)), generator.random((2, 3, 30)) < [[[0.9]], [[0.5]]]
+    runs = {}
+    for name, own_kls, own_facts in zip(COMPARED[0], kls, facts, strict=True):
+        outcomes = [
+            {"kl": kl.tolist(), "facts": "".join(map(str, known.astype(int)))}
+            for kl, known in zip(own_kls, own_facts, strict=True)
+        ]
+        runs[name] = {seed: outcomes_run(seed, early, own) for seed, own in enumerate(outcomes)}
+    runs[COMPARED[0][0]][3] = run_of((1, 2.0, 0.1, 0.5))  # never safe
+    runs[COMPARED[0][1]][4] = runs[COMPARED[0][1]][0]  # a seed that the other has not
+    row = comparisons(BASE, runs).splitlines()[2]
+    assert row.startswith(f"| {COMPARED[0][0]} - {COMPARED[0][1]} | 3 of 4 | ")
+    level = 1 - 0.05 / (len(COMPARED) * len(FIGURES))
+    for values, scale, digits, cell in ((kls, 1, 4, 3), (facts, 100, 1, 4)):
+        paired = values[0].mean(0) - values[1].mean(0)
+        low, high = stats.ttest_1samp(paired, 0).confidence_interval(level)
+        mean, *bounds = map(float, re.findall(r"[+-][\d.]+", row.split("|")[cell]))
+        assert [mean, *bounds] == pytest.approx([scale * paired.mean(), scale * low, scale * high], abs=10**-digits)
+        assert row.split("|")[cell].strip().endswith("*") is not bool(low <= 0 <= high)
+    assert row.split("|")[4].strip().endswith("*")
+    assert row.split("|")[5].strip() == ""  # was not measured
+
+
+def test_comparisons_with_the_base():
+    known = {"kl": [0.0] * 4, "facts": "1111"}
+    runs = {DEFAULT: {0: outcomes_run(0, {"facts": "1101", "kl": [0.1] * 4})}}
+    assert f"| {DEFAULT} - base | 1 of 1 |" in comparisons(BASE | {"outcomes": known}, runs)
+    assert "| -25.0 (" in comparisons(BASE | {"outcomes": known}, runs)
+    assert f"| {DEFAULT} - base | 0 of 1 |  |" in comparisons(BASE, runs)  # an old folder
+    assert all(name in METHODS for name in {*MAIN, *itertools.chain(*COMPARED)} - {"base"})
+
+
 class Answering:
     """A meter of a model whose rates and losses are known at every step."""
 
@@ -211,6 +260,7 @@ class Answering:
         return self.states[self.step][2]
 
     def __call__(self, model, step):
+        self.outcomes = {"step": step}
         return {"step": step, "seconds": 0.0}
 
 
@@ -231,6 +281,7 @@ def test_a_run_ends_where_every_source_is_refused():
     callback, meter, step = trained_until_safe(states, safety_loss=2.0)
     assert step == 5
     assert [point["step"] for point in callback.curve] == [2, 3, 5]  # the loss, the first source, both
+    assert [own["step"] for own in callback.outcomes] == [2, 3, 5]
     assert [probe["step"] for probe in callback.probes] == [1, 2, 3, 4, 5]
     assert "safety_loss" in callback.probes[1]
     assert "safety_loss" not in callback.probes[2]  # it is asked for until it is reached
@@ -326,6 +377,10 @@ def test_a_run(bench, name, stages):
     assert [point["step"] for point in points] == [2, 4]
     assert all(math.isfinite(value) for point in points for value in point.values())
     assert points[-1]["kl"] > 0
+    for point, outcomes in zip(points, result["train_info"]["outcomes"], strict=True):
+        for figure in ("refusal", "over_refusal", "facts"):
+            assert outcomes[figure].count("1") / len(outcomes[figure]) == point[figure]
+        assert len(outcomes["kl"]) == sum(map(len, bench.data.prompts.values()))
     draws = METHODS[name].references and not name.startswith("null space")
     assert (result["train_info"]["references"] > 0) == draws
     after = bench.base.state_dict()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from peft_ogpsa.cli.models import SMOLLM2
 
+from .comparisons import comparisons
 from .grid import Grid
 from .methods import DRAWN
 from .plots import tradeoffs
@@ -92,7 +93,13 @@ def main() -> None:
 {at_first_safe(base, runs)}
 ## Where at least {SAFE:.0%} of the first source are refused first
 
-{at_first_safe(base, runs, every=False)}"""
+{at_first_safe(base, runs, every=False)}
+## Differences where every source is refused first, prompt by prompt
+
+The first method minus the second one: rates in points of 100, KL in nats per token. The intervals together hold with
+95 %, and a star is larger than chance.
+
+{comparisons(base, runs)}"""
     (arguments.output / "results.md").write_text(text, encoding="utf-8")
     drawn = [name for name in arguments.plot or DRAWN if name in runs]
     tradeoffs(base, runs, drawn, arguments.output / "tradeoffs.png")

@@ -66,7 +66,8 @@ class Grid:
         if not base.is_file():
             bench = self._bench(threads)
             bench.references("own")  # answered once, before the workers need them
-            _write(base, bench.meter(bench.base, 0, diverges=False))
+            figures = bench.meter(bench.base, 0, diverges=False)
+            _write(base, figures | {"outcomes": bench.meter.outcomes})
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, _start, (self, threads)) as pool:
             plain = [task for task in tasks if task[0] == "plain"]  # the others are measured where it was safe

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
+
+from transformers import TrainerCallback
 
 from peft_ogpsa.evaluation.divergence import BaseAnswers, kl_from_base, own_answers
 from peft_ogpsa.evaluation.exact import correct
@@ -32,9 +35,14 @@ class Meter:
         tokenizer: Its tokenizer.
         data: What is measured.
         batch_size: Rows at once.
+
+    Attributes:
+        outcomes: Of the last state that was measured, what came of each prompt, for tests of pairs: `kl` in nats per
+            token, and for every rate a word of 0 and 1.
     """
 
     def __init__(self, model: Any, tokenizer: Any, data: TaxData, batch_size: int = 24) -> None:
+        self.outcomes: dict[str, Any] = {}
         self.tokenizer, self.data, self.batch_size = tokenizer, data, batch_size
         self._general = {name: self._fitting(rows) for name, rows in data.general.items()}
         sets = {"refusal": data.harmful, "refusal/built-in": data.more_harmful}
@@ -52,23 +60,28 @@ class Meter:
         start = time.perf_counter()
         data = self.data
         figures: dict[str, Any] = {"step": step}
+        outcomes: dict[str, Any] = {}
         for name, rows in self._general.items():
             figures[f"loss/{name}"] = self._loss(model, rows)
         figures["loss"] = statistics.mean(figures[f"loss/{name}"] for name in data.general)
         figures["safety_loss"] = self.safety_loss(model)
         if diverges:
             example_means = kl_from_base(model, self.answers).example_means
+            outcomes["kl"] = [round(mean, 6) for mean in example_means]
             for kind in data.prompts:
                 own = [mean for mean, its in zip(example_means, self.kinds, strict=True) if its == kind]
                 figures[f"kl/{kind}"] = statistics.mean(own)
             figures["kl"] = statistics.mean(figures[f"kl/{kind}"] for kind in data.prompts)
         verdicts = self._verdicts(model, self.harmful | self.benign)
         figures |= {name: _refused(own) for name, own in verdicts.items()}
+        outcomes |= {name: _word(verdict is Verdict.REFUSAL for verdict in own) for name, own in verdicts.items()}
         counted = verdicts["refusal"] + verdicts["over_refusal"]
         figures["unclear"] = counted.count(Verdict.UNCLEAR) / len(counted)
         prompts = [row["prompt"] for row in data.facts]
         told = self._answers(model, prompts, NEW_TOKENS["facts"])
-        figures["facts"] = sum(map(correct, data.facts, told)) / len(data.facts)
+        outcomes["facts"] = _word(map(correct, data.facts, told))
+        figures["facts"] = outcomes["facts"].count("1") / len(data.facts)
+        self.outcomes = outcomes
         figures["seconds"] = time.perf_counter() - start
         return figures
 
@@ -99,5 +112,58 @@ class Meter:
         return nats_per_token(model, self.tokenizer, rows, batch_size=self.batch_size, max_length=MAX_LENGTH).mean
 
 
+class Along(TrainerCallback):
+    """Keeps what is measured along a training.
+
+    Args:
+        meter: Takes the measurements.
+
+    Attributes:
+        first: Steps of earlier stages.
+        curve: The figures of each measured state.
+        outcomes: What came of each prompt there.
+        probes: What was asked in between.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.first = 0
+        self.curve: list[dict[str, Any]] = []
+        self.outcomes: list[dict[str, Any]] = []
+        self.probes: list[dict[str, Any]] = []
+
+    @property
+    def seconds(self) -> float:
+        """What the measurements took."""
+        return sum(own["seconds"] for own in self.curve)
+
+    def record(self, model: Any, step: int, **more: float) -> None:
+        """Measures a state."""
+        self.curve.append(self.meter(model, step) | more)
+        self.outcomes.append(self.meter.outcomes)
+
+
+class Evenly(Along):
+    """Measures at evenly spaced steps of every stage.
+
+    Args:
+        meter: Takes the measurements.
+        count: How many a stage has.
+    """
+
+    def __init__(self, meter: Meter, count: int) -> None:
+        super().__init__(meter)
+        self.count = count
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measures at its points."""
+        if state.global_step in {round(args.max_steps * (i + 1) / self.count) for i in range(self.count)}:
+            self.record(model, self.first + state.global_step)
+
+
 def _refused(verdicts: list[Verdict]) -> float:
     return verdicts.count(Verdict.REFUSAL) / len(verdicts)
+
+
+def _word(outcomes: Iterable[bool]) -> str:
+    return "".join("1" if outcome else "0" for outcome in outcomes)

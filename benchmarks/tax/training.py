@@ -47,7 +47,7 @@ from .baselines.scaling import along_scales
 from .crossing import UntilSafe
 from .data import TaxData
 from .held_b import HeldB
-from .measurement import MAX_LENGTH, Meter
+from .measurement import MAX_LENGTH, Along, Evenly, Meter
 from .methods import Method
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -144,26 +144,6 @@ class Workbench:
         return pairs
 
 
-class Measure(TrainerCallback):
-    """Measures along the training."""
-
-    def __init__(self, meter: Meter, count: int) -> None:
-        self.meter, self.count = meter, count
-        self.first = 0  # steps of earlier stages
-        self.curve: list[dict[str, Any]] = []
-        self.probes: list[dict[str, Any]] = []
-
-    @property
-    def seconds(self) -> float:
-        """What the measurements took."""
-        return sum(own["seconds"] for own in self.curve)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Measures at its points."""
-        if state.global_step in {round(args.max_steps * (i + 1) / self.count) for i in range(self.count)}:
-            self.curve.append(self.meter(model, self.first + state.global_step))
-
-
 def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: float | None = None) -> dict[str, Any]:
     """Trains and measures once; the base is as before afterwards.
 
@@ -184,11 +164,11 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
     parts = _parts(bench, method, seed)  # the base answers, so before it gets an adapter
     set_seed(seed)
     config, model, callbacks = _prepare(bench, method, seed)
-    measure: Measure | UntilSafe
+    measure: Along
     if settings.until_safe:
         measure = UntilSafe(bench.meter, safety_loss)
     else:
-        measure = Measure(bench.meter, settings.measurements // len(settings.stages))
+        measure = Evenly(bench.meter, settings.measurements // len(settings.stages))
     for stage, part in zip(settings.stages, parts, strict=True):
         with tempfile.TemporaryDirectory() as folder, _most_gain(inputs.MOST_GAIN if method.gain else 1.0):
             along = [] if method.scaled else [measure]
@@ -196,7 +176,8 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
             trainer.train()
         steps = measure.first = measure.first + trainer.state.global_step
     if method.scaled:
-        measure.curve = along_scales(bench.meter, model, measure.first, settings.measurements)
+        for scale in along_scales(model, settings.measurements):
+            measure.record(model, measure.first, scale=scale)
     seconds = time.perf_counter() - start
     training = seconds - measure.seconds
     rows = steps * settings.batch
@@ -208,6 +189,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
         "peak_memory_mb": _peak_mb(settings.device),
         "metrics": measure.curve,
         "probes": measure.probes,
+        "outcomes": measure.outcomes,
     }
     if isinstance(config, ProjectionConfig):
         diagnostics = projector_of(model).diagnostics

@@ -8,26 +8,22 @@ from the base at scale 0 to the trained model at scale 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 from peft.helpers import rescale_adapter_scale
 
 
-def along_scales(measure: Callable[[Any, int], dict[str, Any]], model: Any, step: int, count: int) -> list[Any]:
-    """Measure a model with LoRA at evenly spaced scales of its adapter, from the smallest up to 1.
+def along_scales(model: Any, count: int) -> Iterator[float]:
+    """Scale the adapter of a model, evenly from the smallest scale up to 1; after each, its scaling is as before.
 
     Args:
-        measure: `measure(model, step)` returns the figures of a state.
-        model: The trained model. Its scaling is as before afterwards.
-        step: Optimizer steps that it was trained for.
+        model: A trained model with LoRA.
         count: Number of scales.
 
-    Returns:
-        The figures at each scale, with the scale as `scale`.
+    Yields:
+        The scale that the adapter has now.
     """
-    points = []
     for i in range(1, count + 1):
         with rescale_adapter_scale(model, i / count):
-            points.append(measure(model, step) | {"scale": i / count})
-    return points
+            yield i / count

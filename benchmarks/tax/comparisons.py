@@ -1,0 +1,89 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which methods are compared, written down before their runs, and tests of their differences prompt by prompt."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft_ogpsa.evaluation.intervals import mean_interval
+
+from .methods import DEFAULT, GRADIENTS
+from .report import Point, curve, first_safe
+
+PENALTY = "KL 8, 2 of 40"
+"""The KL penalty of the main table, with the weight that the search on another seed chose."""
+
+MAIN = ("plain", "paper", "replay 1, 2 of 40", PENALTY, GRADIENTS, DEFAULT, "null space, KL 8")
+"""The methods of the main table."""
+
+COMPARED = (
+    (DEFAULT, PENALTY),
+    ("null space, KL 8", PENALTY),
+    ("null space, KL 8", DEFAULT),
+    (GRADIENTS, PENALTY),
+    (DEFAULT, "base"),
+    ("null space, KL 8", "base"),
+    (PENALTY, "base"),
+)
+"""Which is compared with which."""
+
+FIGURES = {
+    "kl": "KL from base",
+    "facts": "facts known",
+    "over_refusal": "refuses benign",
+    "over_refusal/unseen": "benign of unseen kinds",
+}
+"""In which figures, each of one outcome a prompt."""
+
+
+def comparisons(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) -> str:
+    """A table of the first method's figures minus the second one's, where each first is safe by every source.
+
+    The outcomes of a prompt are averaged over the seeds in which both methods got there, and the differences of all
+    prompts give Student's interval. Its level is 95 % for the whole table (Bonferroni), so a star is larger than
+    chance.
+    """
+    level = 1 - 0.05 / (len(COMPARED) * len(FIGURES))
+    lines = ["| methods | seeds | " + " | ".join(FIGURES.values()) + " |", "|" + "---|" * (2 + len(FIGURES))]
+    for first, second in COMPARED:
+        if first not in runs or (second not in runs and second != "base"):
+            continue
+        ours = {seed: _outcomes(base, run) for seed, run in runs[first].items()}
+        if second == "base":
+            theirs = dict.fromkeys(ours, base.get("outcomes"))
+        else:
+            theirs = {seed: _outcomes(base, run) for seed, run in runs[second].items()}
+        seeds = [seed for seed in ours if ours[seed] and theirs.get(seed)]
+        cells = [f"{first} - {second}", f"{len(seeds)} of {len(ours)}"]
+        for figure in FIGURES:
+            averages = [
+                _average([own[seed][figure] for seed in seeds if figure in own[seed]]) for own in (ours, theirs)
+            ]
+            each = [a - b for a, b in zip(*averages, strict=True)] if all(averages) else []
+            cells.append(_cell(each, level, rate=figure != "kl"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _outcomes(base: Point, run: Any) -> Mapping[str, Any] | None:
+    """What came of each prompt where a run first was safe; `None` if it was not, or if an old run did not keep it."""
+    points, kept = curve(base, run), run["train_info"].get("outcomes")
+    safe = first_safe(points)
+    return None if safe is None or not kept else kept[points.index(safe) - 1]
+
+
+def _average(outcomes: Sequence[Sequence[Any]]) -> list[float]:
+    """The mean over seeds, by prompt. Outcomes are numbers, or words of 0 and 1."""
+    return [statistics.mean(map(float, own)) for own in zip(*outcomes, strict=True)]
+
+
+def _cell(each: Sequence[float], level: float, *, rate: bool) -> str:
+    if not each:
+        return ""
+    low, high = mean_interval(each, level)
+    scale, form = (100, "+.1f") if rate else (1, "+.4f")
+    star = "" if low <= 0 <= high else "*"
+    return f"{scale * statistics.mean(each):{form}} ({scale * low:{form}} to {scale * high:{form}}){star}"
