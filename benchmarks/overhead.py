@@ -22,7 +22,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -184,15 +184,16 @@ def methods(settings: Settings, kernels: bool = False) -> dict[str, Callable[[],
     }
 
 
-def benchmark(settings: Settings, kernels: bool = False) -> dict[str, Any]:
-    """Times all methods in turn; with `kernels` also the cone by the Triton kernels.
+def benchmark(settings: Settings, kernels: bool = False, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Times methods in turn: plain LoRA and those named, or all; with `kernels` also the cone by the Triton kernels.
 
     Returns:
         By method: `seconds` of a cycle, and ratios to plain LoRA: `total`, `refresh` and `projection` (shares of plain
         LoRA's time), each with median, least and most over the repeats; and `build_steps`, what is built once before
         training, in the time of plain steps.
     """
-    made = {name: make() for name, make in methods(settings, kernels).items()}
+    every = methods(settings, kernels)
+    made = {name: make() for name, make in every.items() if not names or name in ("plain LoRA", *names)}
     for method in made.values():
         method.cycle()
     rounds: list[dict[str, dict[str, float]]] = []
@@ -242,12 +243,16 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     parser.add_argument("--device", default=default.device)
     parser.add_argument("--kernels", action="store_true", help="Measure the Triton kernels as well; needs CUDA.")
+    parser.add_argument("--methods", nargs="+", default=[], help="Some of them, by name, beside plain LoRA.")
     arguments = vars(parser.parse_args())
-    output, kernels = arguments.pop("output"), arguments.pop("kernels")
+    output, kernels, names = (arguments.pop(name) for name in ("output", "kernels", "methods"))
     settings = Settings(**arguments)
+    unknown = [name for name in names if name not in (known := methods(settings, kernels))]
+    if unknown:
+        parser.error(f"--methods {unknown[0]!r} is unknown. Choose from: {'; '.join(known)}.")
     if kernels and settings.device != "cuda":
         parser.error(f"--kernels needs --device cuda, not {settings.device!r}.")
-    result = benchmark(settings, kernels)
+    result = benchmark(settings, kernels, names)
     report = {
         "settings": asdict(settings),
         "machine": torch.cuda.get_device_name()
