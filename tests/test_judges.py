@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 from peft_ogpsa.cli import compare
 from peft_ogpsa.cli import eval as eval_command
 from peft_ogpsa.evaluation import (
+    Comparison,
     Evaluation,
     Judge,
     Judgment,
@@ -661,7 +662,7 @@ class TestResults:
         result = self.measure(adapted, [judge])
         assert [(j.kind, j.asks) for j in result.model.judgments] == [("harmful", "harm")]
         assert result.model.judgments[0].verdicts == ["refusal", "compliance", None]
-        rows = judge_rows({"base": result.base, "model": result.model})
+        rows = judge_rows(Comparison({"base": result.base, "model": result.model}))
         assert all(row[0] == "model:llama-guard-3-8b †" for row in rows)
 
     def test_survives_json(self, adapted):
@@ -720,7 +721,7 @@ class TestResults:
         text = console.export_text()
         assert "[b]mine" in text
         assert "matcher, counting" in text
-        rows = judge_rows(measurements)
+        rows = judge_rows(Comparison(measurements))
         assert len(rows) == 8
         assert rows[5][:3] == ["counting", "harmful", "[b]mine"]
         assert rows[5][4].startswith("33% (")
@@ -749,7 +750,7 @@ class TestResults:
             judgment = Judgment.from_verdicts(Counting(), "harmful", ["refusal"] * len(prompts))
             return Measurement("m", harmful_samples=samples, judgments=[judgment])
 
-        rows = judge_rows({"a": measurement("xy"), "b": measurement("xy"), "c": measurement("zy")})
+        rows = judge_rows(Comparison({"a": measurement("xy"), "b": measurement("xy"), "c": measurement("zy")}))
         assert [row[-1] for row in rows] == ["-", "+0% (-75% to +75%)", "-"]
 
 

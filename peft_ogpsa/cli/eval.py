@@ -24,6 +24,7 @@ from ..evaluation import (
     Judge,
     Measurement,
     answer_length,
+    difference_table,
     judge_tables,
     judged,
     load_judges,
@@ -185,6 +186,8 @@ def _show(evaluations: Mapping[str, Evaluation], console: Console) -> None:
     with_base = models if base is None else {base.name: base, **models}
     if any(model.has_own_data for model in models.values()):
         console.print(table(evaluations))
+        if base is not None:
+            console.print(difference_table(with_base))
     if any(model.sets for model in models.values()):
         console.print(set_table(with_base))
     if any(model.tasks for model in models.values()):

@@ -29,7 +29,7 @@ from ..trainer.checkpoint import STATE_NAME, TENSORS_NAME
 from ..tuner.config import DAMAGED, SIDECAR_NAME, OGPSAConfig
 
 if TYPE_CHECKING:
-    from ..evaluation import Measurement
+    from ..evaluation import Comparison, Measurement
 
 RUN_NAME = "ogpsa_run.json"
 EVALUATION_NAME = "ogpsa_eval.json"
@@ -709,38 +709,42 @@ def _tax(saved: Mapping[str, Any]) -> str:
         "far the adapter has moved the model from its base. Refusals are found by matching phrases. For harmful "
         "prompts, more refusals are safer. For benign prompts that look harmful, more refusals are worse. Unclear "
         "(harmful / benign) is the share of answers that are noise. The 95 % intervals are over examples.\n\n"
-        f"{_sets(model, base)}{_tasks(model, base)}"
+        f"{_compared(model, base)}"
         f"Measured on {used or 'nothing'}: {_code(on + ', '.join(f'{k}={v}' for k, v in conditions.items()))}"
     )
 
 
-def _sets(model: Measurement, base: Measurement | None) -> str:
+def _compared(model: Measurement, base: Measurement | None) -> str:
+    """Return the tables of public sets and tasks, and what a star in them means. Nothing if none was measured."""
+    from ..evaluation import Comparison
+
+    comparison = Comparison({"this adapter": model} if base is None else {"base": base, "this adapter": model})
+    tables = _sets(comparison) + _tasks(comparison)
+    return f"{tables}{comparison.note}\n\n" if tables and comparison.note else tables
+
+
+def _sets(comparison: Comparison) -> str:
     """Return the table of public sets, or nothing if none was measured."""
     from ..evaluation.set_table import HEADINGS, NOTE, set_rows
 
-    rows = set_rows({"this adapter": model} if base is None else {"base": base, "this adapter": model})
-    if not rows:
-        return ""
-    return (
-        f"Refusal on public sets of prompts. Differences are from the base. {NOTE}\n\n{_markdown(HEADINGS, rows)}\n\n"
-    )
+    rows = set_rows(comparison)
+    return f"Refusal on public sets of prompts. {NOTE}\n\n{_markdown(HEADINGS, rows)}\n\n" if rows else ""
 
 
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows))
 
 
-def _tasks(model: Measurement, base: Measurement | None) -> str:
+def _tasks(comparison: Comparison) -> str:
     """Return the table of tasks, or nothing if none were run."""
     from ..evaluation.task_table import HEADINGS, NOTE, task_rows
 
-    measured = {"this adapter": model} if base is None else {"base": base, "this adapter": model}
-    rows = task_rows(measured)
+    rows = task_rows(comparison)
     if not rows:
         return ""
     return (
         "Scores of tasks, with 95 % intervals. `facts` and `arithmetic` are built-in sets of peft_ogpsa. The others "
-        "are tasks of [lm-eval](https://github.com/EleutherAI/lm-evaluation-harness). Differences are from the base. "
+        "are tasks of [lm-eval](https://github.com/EleutherAI/lm-evaluation-harness). "
         f"{NOTE}\n\n{_markdown(HEADINGS, rows)}\n\n"
     )
 
