@@ -15,7 +15,8 @@ from .exact import correct
 from .intervals import paired_difference, rate_difference, wilson
 from .judge_table import judge_tables
 from .judges import Agreement, Judge, MatcherJudge, agreement, load_judges
-from .judgments import JudgePair, Judgment, answer_length, judged
+from .judging import JudgeError, judged
+from .judgments import JudgePair, Judgment, answer_length
 from .losses import LossResult, nats_per_token
 from .means import mean_interval
 from .plots import tradeoff
@@ -35,6 +36,7 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "Judge",
+    "JudgeError",
     "JudgePair",
     "Judgment",
     "LossResult",
