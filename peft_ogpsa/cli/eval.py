@@ -39,7 +39,9 @@ from ..evaluation.judgments import only_matcher
 from ..evaluation.kept_verdicts import KeptVerdicts
 from ..evaluation.pieces import BASE, Piece, run_pieces
 from ..evaluation.store import Conditions, PieceStore
-from ..sharing.card import read_run, save_card, weights_digest
+from ..sharing.card import save_card
+from ..sharing.folder import weights_digest
+from ..sharing.run_record import read_run
 from .errors import input_errors
 from .eval_arguments import EvalArguments, parse
 from .eval_data import load_eval_data
