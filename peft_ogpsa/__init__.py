@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .references.loader import ReferenceLoader
     from .references.losses import reference_loss
     from .references.sets import ReferenceSet
-    from .sharing.card import push_adapter, save_card
+    from .sharing.card import save_card
+    from .sharing.hub import push_adapter
     from .trainer.callback import OGPSACallback
     from .tuner.attaching import attach
     from .tuner.config import OGPSAConfig
@@ -33,7 +34,7 @@ _HOMES = {
     "attach": "tuner.attaching",
     "merge_adapter": "tuner.merge",
     "projector_of": "tuner.model",
-    "push_adapter": "sharing.card",
+    "push_adapter": "sharing.hub",
     "reference_loss": "references.losses",
     "save_card": "sharing.card",
 }

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -30,8 +31,11 @@ from trl.trainer.utils import generate_model_card
 import peft_ogpsa
 from peft_ogpsa import OGPSACallback, OGPSAConfig, OGPSAModel, ReferenceSet, push_adapter, save_card
 from peft_ogpsa.cli import compare
-from peft_ogpsa.evaluation import Estimate, Evaluation, Measurement, Sample, Verdict
-from peft_ogpsa.sharing.card import EVALUATION_NAME, RUN_NAME, _public
+from peft_ogpsa.evaluation import Estimate, Evaluation, Judgment, MatcherJudge, Measurement, Sample, Verdict
+from peft_ogpsa.evaluation.judgments import pairs
+from peft_ogpsa.sharing.evaluation_record import EVALUATION_NAME
+from peft_ogpsa.sharing.names import public
+from peft_ogpsa.sharing.run_record import RUN_NAME
 from peft_ogpsa.tuner.config import SIDECAR_NAME
 
 BASE = "some-org/Base-1.5B_v2"
@@ -430,6 +434,39 @@ def test_trls_card_gets_the_section(tmp_path):
 # What is stored
 
 
+def test_what_judges_say(tmp_path):
+    save(tmp_path)
+    result = measured(judges=f"matcher,model:wildguard={tmp_path / 'judge'}", judges_in_4bit=True)
+    evaluation = Evaluation.from_dict(result["evaluation"])
+
+    def judged(own, refusals, name=f"model:wildguard={tmp_path / 'judge'}"):
+        judge = MatcherJudge()
+        judge.name, judge.asks = name, "harm"
+        verdicts = ["refusal"] * refusals + ["compliance"] * (29 - refusals)
+        judgments = [Judgment.from_verdicts(judge, "harmful", verdicts)]
+        return replace(own, judgments=judgments, agreements=pairs(judgments * 2))
+
+    model, base = judged(evaluation.model, 25), judged(evaluation.base, 3)
+    evaluation = replace(evaluation, model=replace(model, sets={"xstest": judged(model, 4)}), base=base)
+    text = save_card(tmp_path, evaluation={**result, "evaluation": evaluation.to_dict()}).read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "wildguard" in line]
+    rows = [row for row in rows if len(row) == 8]
+    name = "model:wildguard=judge †"
+    assert [row[:3] for row in rows] == [
+        [name, "harmful", model] for model in ("base", "this adapter", "this adapter")
+    ]
+    assert [row[3] for row in rows] == ["10% (4% to 26%)", "86% (69% to 95%)", "14% (5% to 31%)"]
+    assert rows[1][7].startswith("+76% (")
+    assert rows[1][7].endswith(" *")
+    assert rows[0][7] == rows[2][7] == "-"
+    assert "Refusals on xstest as judges see them. Rates are of all answers" in text
+    assert "† This judge is asked whether an answer is harmful." in text
+    assert "by Holm's test of all 5 differences from base together" in text
+    assert "judges=matcher,model:wildguard=judge, judges_in_4bit=True" in text
+    assert str(tmp_path) not in text + (tmp_path / EVALUATION_NAME).read_text(encoding="utf-8")
+    assert "wildguard" not in save_card(tmp_path, evaluation=measured()).read_text(encoding="utf-8")
+
+
 def test_prompts_and_answers_stay_at_home(tmp_path):
     saved = measured(data="builtin", samples=5, adapter="/home/someone/adapter")
     save_card(save(tmp_path), evaluation=saved)
@@ -774,4 +811,4 @@ def test_whoever_lacks_the_package_loads_a_plain_lora_from_the_hub(hub, tmp_path
     ],
 )
 def test_names_without_paths(name, told):
-    assert _public(name) == told
+    assert public(name) == told

@@ -12,11 +12,15 @@ from scipy import stats
 
 from peft_ogpsa.cli import main
 from peft_ogpsa.evaluation import (
+    Comparison,
     Estimate,
     Evaluation,
+    Judgment,
     LossResult,
+    MatcherJudge,
     Measurement,
     Sample,
+    TaskScore,
     Verdict,
     differences,
     paired_difference,
@@ -42,6 +46,20 @@ def test_the_paired_interval_is_scipys_bootstrap_with_two_more_prompts(n, only_f
     assert paired_difference(*outcomes(n, only_first, only_second)) == pytest.approx(expected, abs=1.5 / n)
 
 
+def test_the_paired_interval_is_that_of_all_bootstrap_samples():
+    n, only_first, only_second = 9, 2, 5
+    share = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
+    counts = [(up, down, n + 2 - up - down) for up in range(n + 3) for down in range(n + 3 - up)]
+    weights = stats.multinomial(n + 2, [share[1], share[0], 1 - sum(share)]).pmf(counts)
+    for level in (0.5, 0.95, 0.999):
+        ordered = sorted(
+            ((up - down) / (n + 2), weight) for (up, down, _), weight in zip(counts, weights, strict=True)
+        )
+        below = np.cumsum([weight for _, weight in ordered])
+        expected = [ordered[int(np.argmax(below >= (1 + sign * level) / 2))][0] for sign in (-1, 1)]
+        assert paired_difference(*outcomes(n, only_first, only_second), level) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("n", [48, 150])
 def test_the_mark_agrees_with_the_exact_test(n):
     for different in range(1, 25):
@@ -63,11 +81,10 @@ def test_chance_is_marked_in_less_than_one_of_twenty_cases(n, share):
     assert marked < 0.05
 
 
-def test_the_paired_interval_repeats_and_turns_around():
+def test_the_paired_interval_turns_around():
     first, second = outcomes(60, 4, 14)
     low, high = paired_difference(first, second)
-    assert (low, high) == paired_difference(first, second)
-    assert paired_difference(second, first) == pytest.approx((-high, -low), abs=0.02)
+    assert paired_difference(second, first) == (-high, -low)
     assert low < 10 / 60 < high
     wide = paired_difference(first, second, level=0.99)
     assert wide[0] < low < high < wide[1]
@@ -93,13 +110,13 @@ def test_outcomes_must_pair(first, second):
         paired_difference(first, second)
 
 
+@functools.cache
+def sample(prompt, refused):
+    return Sample(prompt, "...", Verdict.REFUSAL if refused else Verdict.COMPLIANCE)
+
+
 def measurement(name, refused, over=(False,) * 4, losses=(1.0, 2.0, 3.0), kl=None):
     """A measurement as `evaluate` builds it, from outcomes and from losses by example."""
-
-    def samples(kind, values):
-        verdicts = [Verdict.REFUSAL if value else Verdict.COMPLIANCE for value in values]
-        return [Sample(f"{kind} {i}", "...", verdict) for i, verdict in enumerate(verdicts)]
-
     tokens = [5 + i for i in range(len(losses))]
     loss = LossResult.from_sums([mean * count for mean, count in zip(losses, tokens, strict=True)], tokens)
     return Measurement(
@@ -108,8 +125,8 @@ def measurement(name, refused, over=(False,) * 4, losses=(1.0, 2.0, 3.0), kl=Non
         general_mean=Estimate.from_loss(loss),
         refusal=Estimate.from_count(sum(refused), len(refused)),
         over_refusal=Estimate.from_count(sum(over), len(over)),
-        harmful_samples=samples("harmful", refused),
-        benign_samples=samples("benign", over),
+        harmful_samples=[sample(f"harmful {i}", bool(value)) for i, value in enumerate(refused)],
+        benign_samples=[sample(f"benign {i}", bool(value)) for i, value in enumerate(over)],
         losses={"general": loss},
         kl=None if kl is None else Estimate.from_loss(kl),
         kl_loss=kl,
@@ -136,7 +153,7 @@ def test_rates_and_losses_are_compared_pair_by_pair():
     # Without what is stored by prompt, the intervals are wider.
     plain = differences(without_outcomes(one), without_outcomes(two))
     for name in ("refusal", "general"):
-        assert plain[name].value == found[name].value
+        assert plain[name].value == pytest.approx(found[name].value, rel=1e-12)
         assert plain[name].high - plain[name].low > found[name].high - found[name].low
     assert not plain["general"].larger_than_chance
 
@@ -158,20 +175,101 @@ def test_other_prompts_are_compared_as_independent_samples():
     assert (found.low, found.high) == rate_difference((3, 60), (12, 60))
 
 
-def test_two_runs_that_differ_by_chance_alone_are_said_to_do_so():
-    rng = np.random.default_rng(0)
-    marks = {"refusal": 0, "general": 0}
+def whole_measurement(sure, losses, rng, better=0.0):
+    """One run of a model with everything that `ogpsa eval` measures, in the sizes of its data.
+
+    Args:
+        sure: For each place, how likely each prompt or example has a true outcome. Both runs of a pair share it.
+        losses: The loss of each general row, and its number of tokens.
+        rng: Where this run's chance comes from.
+        better: How much more often harmful prompts are refused.
+    """
+
+    def outcomes(place, shift=0.0):
+        return list(rng.uniform(size=len(sure[place])) < sure[place] + shift)
+
+    def of_prompts(place):
+        return measurement(place, outcomes(f"{place} harmful", better), outcomes(f"{place} benign"), losses=[1.0, 1.0])
+
+    def score(task):
+        values = [float(value) for value in outcomes(task)]
+        rate = sum(values) / len(values)
+        return TaskScore(task, "acc", rate, (rate * (1 - rate) / len(values)) ** 0.5, len(values), True, values, task)
+
+    means, tokens = losses
+    changed = [mean + rng.normal(0, 0.3 / count**0.5) for mean, count in zip(means, tokens, strict=True)]
+    loss = LossResult.from_sums([mean * count for mean, count in zip(changed, tokens, strict=True)], tokens)
+    kl = rng.gamma(2, 0.02, size=len(tokens))
+    kl = LossResult.from_sums([float(mean) * count for mean, count in zip(kl, tokens, strict=True)], tokens)
+    own = of_prompts("own")
+    judgments = []
+    for kind, samples in (("harmful", own.harmful_samples), ("benign", own.benign_samples)):
+        # A judge that mostly agrees with the matcher.
+        other = rng.uniform(size=len(samples)) < 0.1
+        refusals = [(s.verdict is Verdict.REFUSAL) != differs for s, differs in zip(samples, other, strict=True)]
+        verdicts = ["refusal" if refusal else "partial" for refusal in refusals]
+        judgments.append(Judgment.from_verdicts(MatcherJudge(), kind, verdicts))
+    return dataclasses.replace(
+        own,
+        general={"general": Estimate.from_loss(loss)},
+        general_mean=Estimate.from_loss(loss),
+        losses={"general": loss},
+        kl=Estimate.from_loss(kl),
+        kl_loss=kl,
+        sets={name: dataclasses.replace(of_prompts(name), general={}, losses={}) for name in ("xstest", "advbench")},
+        tasks=[score("facts"), score("arithmetic"), score("gsm8k")],
+        judgments=judgments,
+    )
+
+
+SIZES = {"own harmful": 150, "own benign": 150, "xstest harmful": 200, "xstest benign": 250}
+SIZES |= {"advbench harmful": 520, "advbench benign": 100, "facts": 150, "arithmetic": 100, "gsm8k": 400}
+
+
+def whole_pair(rng, better=0.0):
+    sure = {place: rng.beta(0.6, 0.6, size=n) for place, n in SIZES.items()}
+    tokens = [int(count) + 5 for count in rng.lognormal(4, 0.8, size=65)]
+    losses = [float(loss) for loss in rng.gamma(2, size=65)], tokens
+    return whole_measurement(sure, losses, rng), whole_measurement(sure, losses, rng, better)
+
+
+def test_two_runs_that_differ_by_chance_alone_have_no_star():
+    rng = np.random.default_rng(1)
+    stars, alone = 0, 0
     for _ in range(400):
-        sure, losses = rng.uniform(size=150), rng.gamma(2, size=80)  # prompts and rows differ from one another
-        runs = [
-            measurement("run", list(rng.uniform(size=150) < sure), losses=losses + rng.normal(0, 0.1, size=80))
-            for _ in range(2)
-        ]
-        found = differences(*runs)
-        for name in marks:
-            marks[name] += found[name].larger_than_chance
-    assert max(marks.values()) <= 0.06 * 400  # 0.05 is expected at most, with a standard error of 0.011
-    assert marks["general"] >= 0.02 * 400  # and it is not that nothing is ever marked
+        comparison = Comparison(dict(zip("ab", whole_pair(rng), strict=True)))
+        assert len(comparison.differences) == 13
+        stars += bool(comparison.marked)
+        alone += any(difference.larger_than_chance for difference in comparison.differences.values())
+    assert stars <= 0.05 * 400  # 13 are expected: of 1500 pairs, 3.3 % had a star
+    assert stars > 0  # and it is not that nothing is ever marked
+    assert alone > 0.2 * 400  # each difference by itself would be marked too often
+
+
+def test_a_real_difference_has_a_star():
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(40):
+        marked = Comparison(dict(zip("ab", whole_pair(rng, better=0.25), strict=True))).marked
+        found += ("b", "own", "refusal") in marked and ("b", "set", "advbench", "refusal") in marked
+        assert ("b", "task", "gsm8k", "acc") not in marked
+    assert found >= 38
+
+
+def test_three_models_are_tested_together():
+    """What is larger than chance among two models need not be so among many."""
+    first, second = outcomes(100, 4, 15)  # p = 0.019
+    models = {name: measurement(name, own) for name, own in (("a", first), ("b", second), ("c", first), ("d", first))}
+    models = {name: dataclasses.replace(own, general={}, over_refusal=None) for name, own in models.items()}
+    two = Comparison({name: models[name] for name in "ab"})
+    assert two.marked == {("b", "own", "refusal")}
+    assert "by Holm's test of this one difference:" in two.note
+    four = Comparison(models)
+    assert list(four.differences) == [(name, "own", "refusal") for name in "bcd"]
+    assert four.differences["b", "own", "refusal"] == two.differences["b", "own", "refusal"]
+    assert not four.marked
+    assert "by Holm's test of all 3 differences from a together:" in four.note
+    assert Comparison({"a": models["a"]}).note == Comparison({}).note == ""
 
 
 def write(path, measured):
@@ -198,7 +296,7 @@ def test_compare_marks_differences_from_the_first_model(tmp_path, capsys):
     assert row[4] == f"+35% ({low:+.0%} to {high:+.0%}) *"
     assert row[5].startswith("+0% (")
     assert not row[5].endswith("*")
-    assert "One in 20" in " ".join(rest.split())
+    assert "by Holm's test of all 3 differences from plain together" in " ".join(rest.split())
     main(["compare", results[0]])
     assert "Differences" not in capsys.readouterr().out
 

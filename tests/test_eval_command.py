@@ -17,7 +17,17 @@ from peft import LoraConfig, get_peft_model
 
 from peft_ogpsa import OGPSAConfig, merge_adapter
 from peft_ogpsa.cli import main
-from peft_ogpsa.evaluation import Estimate, Evaluation, Evaluator, Measurement, Sample, Verdict, fingerprint, wilson
+from peft_ogpsa.evaluation import (
+    Comparison,
+    Estimate,
+    Evaluation,
+    Evaluator,
+    Measurement,
+    Sample,
+    Verdict,
+    fingerprint,
+    wilson,
+)
 from peft_ogpsa.evaluation.set_table import set_rows
 from peft_ogpsa.evaluation.store import PieceStore
 
@@ -112,6 +122,8 @@ def test_several_adapters_are_measured_as_each_alone(folder, passes, capsys):
     assert [row[:3] for row in rows if row[0] == "xstest"] == [
         ["xstest", name, "4 / 5"] for name in ("base", "plain", "ogpsa")
     ]
+    # Two adapters, each with four quantities and two of the set. Both tables say the same number.
+    assert " ".join(printed.split()).count("by Holm's test of all 12 differences from base together") == 2
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     for name in ("plain", "ogpsa"):
         card = (folder / name / "README.md").read_text(encoding="utf-8")
@@ -126,6 +138,7 @@ def test_several_adapters_are_measured_as_each_alone(folder, passes, capsys):
     assert "measured differently" not in compared
     assert "Differences from plain" in compared
     assert "Refusal by set of prompts, and differences from plain" in compared
+    assert " ".join(compared.split()).count("by Holm's test of all 12 differences from plain together") == 2
     # Two files, in which a name occurs twice.
     main(["compare", str(folder / "both.json"), str(folder / "plain.json")])
     compared = capsys.readouterr().out
@@ -325,7 +338,7 @@ def rates(refused, prompts="p"):
 def test_sets_are_compared_prompt_by_prompt():
     one = Measurement("one", sets={"advbench": rates([True] * 10 + [False] * 30)})
     two = Measurement("two", sets={"advbench": rates([True] * 30 + [False] * 10), "xstest": rates([True])})
-    rows = set_rows({"one": one, "two": two})
+    rows = set_rows(Comparison({"one": one, "two": two}))
     assert [row[:4] for row in rows] == [
         ["advbench", "one", "40 / -", "25% (14% to 40%)"],
         ["advbench", "two", "40 / -", "75% (60% to 86%)"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,8 +21,10 @@ from transformers import AutoModelForImageTextToText
 from peft_ogpsa.cli import compare
 from peft_ogpsa.cli import eval as eval_command
 from peft_ogpsa.evaluation import (
+    Comparison,
     Evaluation,
     Judge,
+    JudgeError,
     Judgment,
     MatcherJudge,
     Measurement,
@@ -661,7 +664,7 @@ class TestResults:
         result = self.measure(adapted, [judge])
         assert [(j.kind, j.asks) for j in result.model.judgments] == [("harmful", "harm")]
         assert result.model.judgments[0].verdicts == ["refusal", "compliance", None]
-        rows = judge_rows({"base": result.base, "model": result.model})
+        rows = judge_rows(Comparison({"base": result.base, "model": result.model}))
         assert all(row[0] == "model:llama-guard-3-8b †" for row in rows)
 
     def test_survives_json(self, adapted):
@@ -676,7 +679,7 @@ class TestResults:
         (again,) = judged([saved], [Counting()])
         assert again.judgments == self.measure(adapted, [Counting()]).model.judgments
 
-    def test_a_judge_that_fails_is_left_out(self, adapted):
+    def test_a_judge_that_fails_loses_nothing_else(self, adapted):
         class Failing(Counting):
             name = "failing"
             released = False
@@ -688,11 +691,13 @@ class TestResults:
                 self.released = True
 
         failing = Failing()
-        with pytest.warns(UserWarning, match="failing is left out of the results: out of paper"):
-            result = self.measure(adapted, [failing, Counting()])
+        with pytest.raises(JudgeError, match=r"^failing failed: out of paper\.$") as raised:
+            self.measure(adapted, [failing, Counting()])
         assert failing.released
-        assert {judgment.judge for judgment in result.model.judgments} == {"counting"}
-        assert result.model.refusal is not None
+        assert str(raised.value.failures["failing"]) == "out of paper"
+        assert raised.value.measurements == judged(raised.value.measurements, [Counting()])
+        assert [measured.name for measured in raised.value.measurements] == ["model", "base"]
+        assert all(measured.refusal is not None for measured in raised.value.measurements)
 
     def test_a_judge_that_cannot_be_used_stops_before_answers_are_generated(self, adapted, monkeypatch, tmp_path):
         monkeypatch.setattr("peft_ogpsa.evaluation.report.generate", None)
@@ -720,7 +725,7 @@ class TestResults:
         text = console.export_text()
         assert "[b]mine" in text
         assert "matcher, counting" in text
-        rows = judge_rows(measurements)
+        rows = judge_rows(Comparison(measurements))
         assert len(rows) == 8
         assert rows[5][:3] == ["counting", "harmful", "[b]mine"]
         assert rows[5][4].startswith("33% (")
@@ -749,7 +754,7 @@ class TestResults:
             judgment = Judgment.from_verdicts(Counting(), "harmful", ["refusal"] * len(prompts))
             return Measurement("m", harmful_samples=samples, judgments=[judgment])
 
-        rows = judge_rows({"a": measurement("xy"), "b": measurement("xy"), "c": measurement("zy")})
+        rows = judge_rows(Comparison({"a": measurement("xy"), "b": measurement("xy"), "c": measurement("zy")}))
         assert [row[-1] for row in rows] == ["-", "+0% (-75% to +75%)", "-"]
 
 
@@ -788,6 +793,73 @@ class TestCommand:
         assert "Judges" not in capsys.readouterr().out
         sample = saved["evaluation"]["model"]["harmful_samples"][0]
         assert sample["verdict"] == classify(sample["answer"]).value
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        """The numbers of answers about which judge models are asked. `fails_after` makes the one after that fail."""
+
+        class Asked(list):
+            fails_after = None
+
+        seen = Asked()
+        monkeypatch.setattr(ModelJudge, "outputs", lambda self, prompts, answers: self.judged(prompts))
+
+        def judged(self, prompts):
+            if len(seen) == seen.fails_after:
+                raise RuntimeError("out of memory")
+            seen.append(len(prompts))
+            return ["Harmful request: yes\nResponse refusal: yes\nHarmful response: no"] * len(prompts)
+
+        monkeypatch.setattr(ModelJudge, "judged", judged, raising=False)
+        return seen
+
+    def test_a_judge_that_fails_is_an_error_after_all_else_is_written(self, arguments, base, tmp_path, asked, capsys):
+        """The next run asks only what is missing."""
+        name, other = f"model:wildguard={base}", f"model:harmbench={base}"
+        command = [*arguments, "--judges", f"{name},matcher"]
+        asked.fails_after = 1  # the harmful prompts were judged, the benign ones were not
+        message = rf"^ogpsa eval: {name} failed: out of memory\. All other results are in .*a\.json\. The answers .*"
+        with pytest.raises(SystemExit, match=message + r"a\.json\.pieces: run the same command again"):
+            eval_command.run(command)
+        assert asked == [2]
+        model = json.loads((tmp_path / "a.json").read_text())["evaluation"]["model"]
+        assert {judgment["judge"] for judgment in model["judgments"]} == {"matcher"}
+        assert "Saved the result" in capsys.readouterr().out
+
+        asked.fails_after = None
+        eval_command.run(command)
+        assert asked == [2, 2, 2]
+        out = capsys.readouterr().out
+        assert "already measured in an earlier run: builtin" in out
+        assert "matcher: the verdicts on the same answers are those of an earlier run." in out
+        first = json.loads((tmp_path / "a.json").read_text())
+        assert [j["judge"] for j in first["evaluation"]["model"]["judgments"]] == [name, name, "matcher", "matcher"]
+
+        eval_command.run(command)
+        assert asked == [2, 2, 2]
+        assert json.loads((tmp_path / "a.json").read_text())["evaluation"] == first["evaluation"]
+        eval_command.run([*arguments, "--judges", f"{name},matcher,{other}"])  # another judge, on harmful prompts only
+        assert asked == [2, 2, 2, 2]
+
+    @pytest.mark.parametrize(("change", "reason"), [("answers", None), ("files", "other judge_files")])
+    def test_a_judge_is_asked_again_if_answers_or_its_files_are_others(
+        self, arguments, base, tmp_path, asked, capsys, change, reason
+    ):
+        judge = tmp_path / "judge"
+        shutil.copytree(base, judge)
+        command = [*arguments, "--judges", f"model:harmbench={judge}"]
+        eval_command.run(command)
+        assert asked == [2]
+        capsys.readouterr()
+        if change == "answers":
+            tiny_llama(5, vocab_size=259, max_position_embeddings=4096).save_pretrained(base)
+        else:
+            (judge / "config.json").write_text((judge / "config.json").read_text() + " ")
+        eval_command.run(command)
+        assert asked == [2, 2]
+        out = capsys.readouterr().out
+        assert reason is None or f"model:harmbench={judge} is asked again: {reason}." in out
+        assert "are those of an earlier run" not in out
 
     def test_an_unknown_judge(self, arguments):
         with pytest.raises(SystemExit, match="model:wildguard=/path/to/folder"):

@@ -19,7 +19,8 @@ from test_card import UPLOADED, hub, measured  # noqa: F401
 
 from peft_ogpsa import OGPSAConfig, push_adapter, save_card
 from peft_ogpsa.cli.loading import load_adapter, read_adapter_config
-from peft_ogpsa.sharing.card import _public, save_run
+from peft_ogpsa.sharing.names import public
+from peft_ogpsa.sharing.run_record import save_run
 from peft_ogpsa.trainer import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +209,7 @@ def test_no_folder_is_left_of_a_path(folders, name, root):
     mark = "SECRET"
     separator = "\\" if "\\" in root else "/"
     path = root + separator.join([mark, *(mark + folder for folder in folders), name])
-    assert mark not in _public(path)
+    assert mark not in public(path)
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/outside", "..\\..\\outside"])

@@ -30,7 +30,7 @@ from peft_ogpsa.integrations.llamafactory import read as read_llamafactory
 from peft_ogpsa.references.budget import refresh_samples
 from peft_ogpsa.references.loader import ReferenceLoader
 from peft_ogpsa.references.losses import LOSSES, reference_loss
-from peft_ogpsa.sharing.card import weights_digest
+from peft_ogpsa.sharing.folder import weights_digest
 from peft_ogpsa.text.tokenization import encode_prompt, prompt_text
 from peft_ogpsa.trainer import checkpoint
 

@@ -74,15 +74,16 @@ def run(arguments: Sequence[str]) -> None:
             )
         base = next((e.base for e in evaluations.values() if e.base is not None), None)
         before = _stages_before(results)
+        measurements, reference = _with_base(evaluations, base)
         if any(evaluation.model.has_own_data for evaluation in evaluations.values()):
             console.print(table(evaluations, extra=_per_stage(evaluations, before)))
-            if len(evaluations) > 1:
-                console.print(difference_table({name: evaluation.model for name, evaluation in evaluations.items()}))
+            if len(measurements) > 1:
+                console.print(difference_table(measurements, reference))
         if any(evaluation.model.sets for evaluation in evaluations.values()):
-            console.print(set_table(*_with_base(evaluations, base)))
+            console.print(set_table(measurements, reference))
         if any(evaluation.model.tasks for evaluation in evaluations.values()):
-            console.print(task_table(*_with_base(evaluations, base)))
-        for judge_table in judge_tables(*_with_base(evaluations, base)):
+            console.print(task_table(measurements, reference))
+        for judge_table in judge_tables(measurements, reference):
             console.print(judge_table)
         if parsed.plot:
             tradeoff(_curves(evaluations, before), parsed.plot, base=base)
@@ -101,7 +102,7 @@ def _named(files: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str,
 
 
 def _with_base(evaluations: Mapping[str, Evaluation], base: Measurement | None) -> tuple[dict[str, Measurement], str]:
-    """Return the measurements of a table, and the one from which it shows differences.
+    """Return all measurements, and the name of the one from which tables show differences.
 
     This is the first result, or the base of a single one.
     """

@@ -22,8 +22,10 @@ from ..core.files import check_writable, replacing
 from ..evaluation import (
     Evaluation,
     Judge,
+    JudgeError,
     Measurement,
     answer_length,
+    difference_table,
     judge_tables,
     judged,
     load_judges,
@@ -34,14 +36,17 @@ from ..evaluation import (
     wilson,
 )
 from ..evaluation.judgments import only_matcher
+from ..evaluation.kept_verdicts import KeptVerdicts
 from ..evaluation.pieces import BASE, Piece, run_pieces
 from ..evaluation.store import Conditions, PieceStore
-from ..sharing.card import read_run, save_card, weights_digest
+from ..sharing.card import save_card
+from ..sharing.folder import weights_digest
+from ..sharing.run_record import read_run
 from .errors import input_errors
 from .eval_arguments import EvalArguments, parse
 from .eval_data import load_eval_data
 from .eval_models import Adapter, base_name, check_fit, each_on, read_adapters
-from .eval_plan import common_conditions, evaluator, plan, task_runner
+from .eval_plan import common_conditions, evaluator, plan, task_runner, versions
 from .loading import load_base
 
 _MODEL = "model"
@@ -81,7 +86,8 @@ def run(arguments: Sequence[str]) -> None:
     conditions = common_conditions(parsed, base_model, tokenizer)
     of_base, of_models = _measure(base, adapters, pieces, store, conditions, console)
     del base, pieces  # a judge may need their memory
-    of_base, of_models = _judged(of_base, of_models, judges)
+    verdicts = KeptVerdicts(store, versions(), lambda text: console.print(text, soft_wrap=True, markup=False))
+    of_base, of_models, failure = _judged(of_base, of_models, judges, verdicts)
     titles = [adapter.title for adapter in adapters] or [parsed.name[0] if parsed.name else Path(str(name)).name]
     evaluations = {
         title: Evaluation(measured, of_base, settings) for title, measured in zip(titles, of_models, strict=True)
@@ -99,6 +105,11 @@ def run(arguments: Sequence[str]) -> None:
         curves = {title: [replace(own.model, name=title)] for title, own in evaluations.items()}
         tradeoff(curves, parsed.plot, base=of_base)
         console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True)
+    if failure is not None:
+        raise SystemExit(
+            f"ogpsa eval: {failure} All other results are in {output}. The answers and the verdicts so far are kept "
+            f"in {store.path}: run the same command again to ask only for those that are missing."
+        ) from failure
 
 
 def _measure(
@@ -132,13 +143,21 @@ def _measure(
 
 
 def _judged(
-    of_base: Measurement | None, of_models: list[Measurement], judges: Sequence[Judge]
-) -> tuple[Measurement | None, list[Measurement]]:
-    """Let the judges judge the answers of all models in one go. The matcher alone has judged them already."""
+    of_base: Measurement | None, of_models: list[Measurement], judges: Sequence[Judge], verdicts: KeptVerdicts
+) -> tuple[Measurement | None, list[Measurement], JudgeError | None]:
+    """Let each judge judge the answers of all models. The matcher alone has judged them already.
+
+    Returns:
+        The measurements, and the error if a judge failed.
+    """
     if only_matcher(judges):
-        return of_base, of_models
-    own = judged(of_models if of_base is None else [of_base, *of_models], judges)
-    return (None, own) if of_base is None else (own[0], own[1:])
+        return of_base, of_models, None
+    failure = None
+    try:
+        own = judged(of_models if of_base is None else [of_base, *of_models], judges, verdicts.ask)
+    except JudgeError as error:
+        own, failure = error.measurements, error
+    return (None, own, failure) if of_base is None else (own[0], own[1:], failure)
 
 
 def _results(
@@ -185,6 +204,8 @@ def _show(evaluations: Mapping[str, Evaluation], console: Console) -> None:
     with_base = models if base is None else {base.name: base, **models}
     if any(model.has_own_data for model in models.values()):
         console.print(table(evaluations))
+        if base is not None:
+            console.print(difference_table(with_base))
     if any(model.sets for model in models.values()):
         console.print(set_table(with_base))
     if any(model.tasks for model in models.values()):

@@ -92,14 +92,18 @@ def plan(
 
 def common_conditions(parsed: EvalArguments, base_model: str, tokenizer: Any) -> Conditions:
     """Return what the results of all pieces depend on, apart from the weights."""
-    versions = {"peft_ogpsa": __version__} | {own.__name__: own.__version__ for own in (peft, torch, transformers)}
     return {
         "base_model": base_model,
         "dtype": parsed.dtype,
         "load_in_4bit": parsed.load_in_4bit,
         "tokenizer": fingerprint.of_data(tokenizer.chat_template, len(tokenizer)),
-        **versions,
+        **versions(),
     }
+
+
+def versions() -> Conditions:
+    """Return the versions of the packages that results depend on."""
+    return {"peft_ogpsa": __version__} | {own.__name__: own.__version__ for own in (peft, torch, transformers)}
 
 
 def _of(rows: list[PromptRow], kind: str) -> list[str] | None:

@@ -28,7 +28,10 @@ from ..core.files import check_writable
 from ..core.full_parameter import FullParameterConfig
 from ..references.lookalikes import with_lookalikes
 from ..references.sets import ReferenceSet
-from ..sharing.card import push_adapter, save_card, save_run, weights_digest
+from ..sharing.card import save_card
+from ..sharing.folder import weights_digest
+from ..sharing.hub import push_adapter
+from ..sharing.run_record import save_run
 from ..trainer.callback import OGPSACallback
 from ..trainer.checkpoint import CheckpointError, last_whole
 from ..tuner.config import SIDECAR_NAME, OGPSAConfig

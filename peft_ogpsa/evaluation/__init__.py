@@ -7,14 +7,18 @@ from typing import Any
 
 from ..text.generation import generate
 from ..text.refusal import Verdict, classify
-from .comparison import Difference, difference_table, differences, task_difference
+from .comparison import Comparison, differences, task_difference
+from .difference import Difference
+from .difference_table import difference_table
 from .divergence import BaseAnswers, kl_from_base, own_answers
 from .exact import correct
-from .intervals import mean_interval, paired_difference, rate_difference, wilson
+from .intervals import paired_difference, rate_difference, wilson
 from .judge_table import judge_tables
 from .judges import Agreement, Judge, MatcherJudge, agreement, load_judges
-from .judgments import JudgePair, Judgment, answer_length, judged
+from .judging import JudgeError, judged
+from .judgments import JudgePair, Judgment, answer_length
 from .losses import LossResult, nats_per_token
+from .means import mean_interval
 from .plots import tradeoff
 from .report import Estimate, Evaluation, Evaluator, Measurement, Sample, evaluate, table
 from .scores import TaskScore, accuracy
@@ -26,11 +30,13 @@ __all__ = [
     "TASKS",
     "Agreement",
     "BaseAnswers",
+    "Comparison",
     "Difference",
     "Estimate",
     "Evaluation",
     "Evaluator",
     "Judge",
+    "JudgeError",
     "JudgePair",
     "Judgment",
     "LossResult",

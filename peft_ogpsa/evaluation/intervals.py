@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Confidence intervals for rates and means, and for differences of rates."""
+"""Confidence intervals for rates, and for differences of rates."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes is {successes} and n is {n}. Give n >= 1 and 0 <= successes <= n.")
-    z = _normal_quantile(level)
+    z = NormalDist().inv_cdf(1 - tail(level))
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -51,10 +51,10 @@ def rate_difference(first: tuple[int, int], second: tuple[int, int], level: floa
     )
 
 
-def paired_difference(
-    first: Sequence[bool], second: Sequence[bool], level: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> Interval:
-    """Bootstrap an interval for the rate of `second` minus the rate of `first`, where both are of the same prompts.
+def paired_difference(first: Sequence[bool], second: Sequence[bool], level: float = 0.95) -> Interval:
+    """Compute the bootstrap's interval for the rate of `second` minus the rate of `first` on the same prompts.
+
+    The distribution over all bootstrap samples is computed exactly, so no samples are drawn.
 
     Two imaginary prompts are added, one where only the first outcome is true and one where only the second is (Bonett
     and Price 2012). Without them, the interval is too narrow if few prompts differ: 4 that all differ in the same way
@@ -64,8 +64,6 @@ def paired_difference(
         first: One outcome per prompt.
         second: The outcomes of the same prompts in the same order.
         level: Confidence level.
-        draws: Number of bootstrap samples.
-        seed: Seed of the bootstrap samples.
 
     Raises:
         ValueError: If there are no outcomes, or their numbers differ.
@@ -76,70 +74,22 @@ def paired_difference(
         )
     pairs = list(zip(first, second, strict=True))
     n, only_first, only_second = len(pairs) + 2, pairs.count((True, False)) + 1, pairs.count((False, True)) + 1
-    # A sample of n prompts is a multinomial draw of three counts.
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.full((draws,), float(n), dtype=torch.float64)
-    up = torch.binomial(total, torch.full_like(total, only_second / n), generator)
-    down = torch.binomial(total - up, torch.full_like(total, only_first / (n - only_second)), generator)
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = ((up - down) / n).quantile(tails).tolist()
-    return low, high
+    # One prompt of a sample adds -1, 0 or 1. The Fourier transform of a sum of n is a power of that of one.
+    one = torch.zeros(2 * n + 1, dtype=torch.float64)
+    one[0], one[1], one[-1] = (n - only_first - only_second) / n, only_second / n, only_first / n
+    sums = torch.fft.irfft(torch.fft.rfft(one) ** n, len(one)).roll(n)  # the probabilities of -n to n
+    outside = torch.tensor(tail(level), dtype=torch.float64)
+    low = int(torch.searchsorted(sums.cumsum(0), outside)) - n
+    high = n - int(torch.searchsorted(sums.flip(0).cumsum(0), outside))
+    return low / n, high / n
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95, weights: Sequence[float] | None = None) -> Interval:
-    """Compute Student's interval for a mean, or for a weighted mean, of independent examples.
-
-    With weights (for example, tokens per example) the mean is a ratio of two sums. Its standard error is that of the
-    linearized ratio, which is the usual standard error if the weights are equal.
-
-    Args:
-        values: One value per example.
-        level: Confidence level.
-        weights: One weight per example. Default: equal weights.
-
-    Returns:
-        Both bounds. They are infinite for a single value, whose spread is unknown.
+def tail(level: float) -> float:
+    """Return the probability on either side of an interval of this confidence level.
 
     Raises:
-        ValueError: If there are no values, or the number of weights is different.
+        ValueError: If the level is not between 0 and 1.
     """
-    n = len(values)
-    weights = [1.0] * n if weights is None else weights
-    if n == 0 or len(weights) != n:
-        raise ValueError(
-            f"There are {n} values and {len(weights)} weights. Give the same number of both, and at least one."
-        )
-    total = sum(weights)
-    mean = sum(weight * value for weight, value in zip(weights, values, strict=True)) / total
-    if n == 1:
-        return -math.inf, math.inf
-    squares = sum((weight * (value - mean)) ** 2 for weight, value in zip(weights, values, strict=True))
-    half = _student_quantile(level, n - 1) * math.sqrt(n / (n - 1) * squares) / total
-    return mean - half, mean + half
-
-
-def _normal_quantile(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level is {level}. Give a confidence level between 0 and 1, for example 0.95.")
-    return NormalDist().inv_cdf((1 + level) / 2)
-
-
-def _student_quantile(level: float, freedom: int) -> float:
-    """Return a quantile of Student's t-distribution.
-
-    It is exact for 1 and 2 degrees of freedom. For more, it uses the expansion of Abramowitz and Stegun 26.7.5 (0.2 %
-    off at 3).
-    """
-    z = _normal_quantile(level)
-    if freedom == 1:
-        return math.tan(math.pi * level / 2)
-    if freedom == 2:
-        return level * math.sqrt(2 / (1 - level * level))
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return (1 - level) / 2

@@ -7,16 +7,13 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from .estimates import Estimate
 from .judges.agreement import Agreement, agreement
 from .judges.judge import LABELS, Judge, Kind, Label
 from .judges.matcher import MatcherJudge
-
-if TYPE_CHECKING:
-    from .report import Measurement, Sample
 
 _SHORT = 128
 """Tokens. In shorter answers, most judges do not see what they are asked about."""
@@ -105,59 +102,3 @@ def answer_length(requested: int | None, judges: Sequence[Judge] | None) -> int:
             stacklevel=3,
         )
     return requested
-
-
-def judged(measurements: Sequence[Measurement], judges: Sequence[Judge]) -> list[Measurement]:
-    """Let judges judge the answers that measurements hold. This also works for results that were saved.
-
-    Each judge is released when it is done, so that one model at a time is in memory. A judge that fails is left out,
-    with a warning: the answers may have taken hours.
-
-    Args:
-        measurements: Measurements with answers.
-        judges: The judges.
-
-    Returns:
-        The measurements, each with `judgments` by these judges, and `agreements` of every two of them. So are their
-        `sets`.
-    """
-    each = [own for measurement in measurements for own in (measurement, *measurement.sets.values())]
-    done = iter(_judged(each, judges))
-    return [replace(next(done), sets={name: next(done) for name in measurement.sets}) for measurement in measurements]
-
-
-def _judged(measurements: Sequence[Measurement], judges: Sequence[Judge]) -> list[Measurement]:
-    """Judge measurements without their sets."""
-    found: list[list[Judgment]] = [[] for _ in measurements]
-    for judge in judges:
-        try:
-            for judgments, more in zip(found, _judgments(measurements, judge), strict=True):
-                judgments += more
-        except (ValueError, OSError, RuntimeError) as error:
-            warnings.warn(f"{judge.name} is left out of the results: {error}", stacklevel=2)
-        finally:
-            judge.release()
-    return [
-        replace(measurement, judgments=judgments, agreements=pairs(judgments))
-        for measurement, judgments in zip(measurements, found, strict=True)
-    ]
-
-
-def _judgments(measurements: Sequence[Measurement], judge: Judge) -> list[list[Judgment]]:
-    """Return one judge's judgments of each measurement."""
-    found: list[list[Judgment]] = [[] for _ in measurements]
-    for kind in judge.kinds:
-        each = [_samples(measurement, kind) for measurement in measurements]
-        samples = [sample for samples in each for sample in samples]
-        if not samples:
-            continue
-        # The answers of all models in one call, for fuller batches.
-        verdicts = iter(judge.judge(kind, [s.prompt for s in samples], [s.answer for s in samples]))
-        for judgments, own in zip(found, each, strict=True):
-            if own:
-                judgments.append(Judgment.from_verdicts(judge, kind, [next(verdicts) for _ in own]))
-    return found
-
-
-def _samples(measurement: Measurement, kind: Kind) -> list[Sample]:
-    return measurement.harmful_samples if kind == "harmful" else measurement.benign_samples

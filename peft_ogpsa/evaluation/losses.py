@@ -13,7 +13,8 @@ from ..core.isolation import isolated_eval
 from ..text.batching import by_length
 from ..text.logits import answer_logits
 from ..text.tokenization import Example, Row, encode_row
-from .intervals import Interval, mean_interval
+from .intervals import Interval
+from .means import mean_interval
 
 
 @dataclass(frozen=True)

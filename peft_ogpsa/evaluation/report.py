@@ -21,7 +21,8 @@ from ..tuner.adapters import base_of, without_adapter
 from .divergence import BaseAnswers, kl_from_base, own_answers
 from .estimates import Estimate
 from .judges.judge import Judge
-from .judgments import JudgePair, Judgment, answer_length, judged, only_matcher
+from .judging import judged
+from .judgments import JudgePair, Judgment, answer_length, only_matcher
 from .losses import LossResult, nats_per_token
 from .scores import TaskScore
 
@@ -307,6 +308,8 @@ def evaluate(
 
     Raises:
         ValueError: If a judge cannot be used.
+        JudgeError: If a judge fails after the answers were generated. Its `measurements` are that of the model and, if
+            it was measured, that of the base.
     """
     for judge in judges or ():
         judge.prepare()

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..text.generation import generate
 from .exact import correct
 from .intervals import Interval, wilson
+from .means import Mean
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,16 @@ class TaskScore:
         return bool(self.values) and set(self.values) <= {0.0, 1.0}
 
     @property
+    def mean(self) -> Mean | None:
+        """The score with its standard error, as a mean of examples. None without a standard error."""
+        return None if self.stderr is None else Mean(self.value, self.stderr, self.n - 1)
+
+    @property
     def interval(self) -> Interval | None:
-        """The 95 % interval: Wilson's for a rate, otherwise from the standard error. None without a standard error."""
+        """The 95 % interval: Wilson's for a rate, otherwise Student's. None without a standard error."""
         if self.is_rate:
             return wilson(round(sum(self.values)), self.n)
-        if self.stderr is None:
-            return None
-        return self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr
+        return None if self.mean is None else self.mean.interval()
 
 
 def accuracy(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .. import extras
-from .comparison import difference_text, differences
+from .comparison import Comparison
 from .grid import text_grid
 from .report import Estimate, Measurement, rate_text
 
@@ -16,36 +16,25 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HEADINGS = ("set", "model", "prompts", "refuses harmful", "difference", "refuses benign", "difference", "unclear")
-NOTE = (
-    "Values have 95 % intervals. Prompts and unclear answers: harmful / benign. * is larger than chance: the 95 % "
-    "interval of the difference excludes 0. One in 20 does so by chance alone."
-)
+NOTE = "Values have 95 % intervals. Prompts and unclear answers: harmful / benign."
 
 
-def set_rows(measurements: Mapping[str, Measurement], reference: str | None = None) -> list[list[str]]:
-    """Return one row of texts for each set and model, under `HEADINGS`.
-
-    Args:
-        measurements: Measurements by the name to print.
-        reference: Name of the measurement from which differences are computed. Default: the first one.
-    """
-    reference = reference or next(iter(measurements), None)
-    names = dict.fromkeys(name for measurement in measurements.values() for name in measurement.sets)
+def set_rows(comparison: Comparison) -> list[list[str]]:
+    """Return one row of texts for each set and model, under `HEADINGS`."""
+    measurements = comparison.measurements
     rows = []
-    for set_name in names:
+    for set_name in comparison.sets:
         of_set = {name: own.sets[set_name] for name, own in measurements.items() if set_name in own.sets}
         for name, own in of_set.items():
-            compared = name != reference and reference in of_set
-            found = differences(of_set[str(reference)], own) if compared else {}
             rows.append(
                 [
                     set_name,
                     name,
                     " / ".join("-" if rate is None else f"{rate.n}" for rate in (own.refusal, own.over_refusal)),
                     rate_text(own.refusal),
-                    difference_text(found.get("refusal"), rate=True).strip(),
+                    comparison.text(name, "set", set_name, "refusal", rate=True),
                     rate_text(own.over_refusal),
-                    difference_text(found.get("over_refusal"), rate=True).strip(),
+                    comparison.text(name, "set", set_name, "over_refusal", rate=True),
                     " / ".join(map(_share, (own.harmful_unclear, own.benign_unclear))),
                 ]
             )
@@ -53,11 +42,12 @@ def set_rows(measurements: Mapping[str, Measurement], reference: str | None = No
 
 
 def set_table(measurements: Mapping[str, Measurement], reference: str | None = None) -> Table:
-    """Build a table of refusal by set for the terminal. The arguments are those of `set_rows`."""
+    """Build a table of refusal by set for the terminal. The arguments are those of `Comparison`."""
     extras.check("eval", "The table of sets")
-    reference = reference or next(iter(measurements), None)
-    title = f"Refusal by set of prompts, and differences from {reference}"
-    return text_grid(title, NOTE, HEADINGS, set_rows(measurements, reference), left=("set", "model"))
+    comparison = Comparison(measurements, reference)
+    title = f"Refusal by set of prompts, and differences from {comparison.reference}"
+    note = f"{NOTE} {comparison.note}"
+    return text_grid(title, note, HEADINGS, set_rows(comparison), left=("set", "model"))
 
 
 def _share(estimate: Estimate | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .. import extras
-from .comparison import difference_text, task_difference
+from .comparison import Comparison
 from .grid import text_grid
 from .report import Measurement
 from .scores import TaskScore
@@ -17,21 +17,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HEADINGS = ("task", "metric", "examples", "model", "score", "difference")
-NOTE = (
-    "The arrow shows which direction is better. * is larger than chance: the 95 % interval excludes 0. One in 20 does "
-    "so by chance alone."
-)
+NOTE = "The arrow shows which direction is better."
 _ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
-def task_rows(measurements: Mapping[str, Measurement], reference: str | None = None) -> list[list[str]]:
-    """Return one row of texts for each task, metric and model, under `HEADINGS`.
-
-    Args:
-        measurements: Measurements by the name to print.
-        reference: Name of the measurement from which differences are computed. Default: the first one.
-    """
-    reference = reference or next(iter(measurements), None)
+def task_rows(comparison: Comparison) -> list[list[str]]:
+    """Return one row of texts for each task, metric and model, under `HEADINGS`."""
+    measurements = comparison.measurements
     by_key: dict[tuple[str, str], dict[str, TaskScore]] = {}
     for name, measurement in measurements.items():
         for score in measurement.tasks:
@@ -39,21 +31,19 @@ def task_rows(measurements: Mapping[str, Measurement], reference: str | None = N
     rows = []
     for (task, metric), scores in by_key.items():
         for name, score in scores.items():
-            difference = None
-            if name != reference and reference in scores:
-                difference = task_difference(scores[reference], score)
             metric_text = metric + _ARROWS[score.higher_is_better]
-            told = difference_text(difference, rate=False).strip()
+            told = comparison.text(name, "task", task, metric, rate=False)
             rows.append([task, metric_text, f"{score.n}", name, _score_text(score), told])
     return rows
 
 
 def task_table(measurements: Mapping[str, Measurement], reference: str | None = None) -> Table:
-    """Build a table of the scores of tasks for the terminal. The arguments are those of `task_rows`."""
+    """Build a table of the scores of tasks for the terminal. The arguments are those of `Comparison`."""
     extras.check("eval", "The table of tasks")
-    reference = reference or next(iter(measurements), None)
-    title = f"Task scores, and differences from {reference}"
-    return text_grid(title, NOTE, HEADINGS, task_rows(measurements, reference), left=("task", "metric", "model"))
+    comparison = Comparison(measurements, reference)
+    title = f"Task scores, and differences from {comparison.reference}"
+    note = f"{NOTE} {comparison.note}"
+    return text_grid(title, note, HEADINGS, task_rows(comparison), left=("task", "metric", "model"))
 
 
 def _score_text(score: TaskScore) -> str:

@@ -77,6 +77,11 @@ class EndpointJudge(Judge):
         self.progress = progress
         self._temperature: dict[str, float] = {"temperature": 0.0}
 
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """The address, without a password or a query."""
+        return {"judge_address": _shown_address()}
+
     def judge(self, kind: Kind, prompts: Sequence[str], answers: Sequence[str]) -> list[Label | None]:
         """Return one verdict for each answer. None: the reply is not one of the three words.
 

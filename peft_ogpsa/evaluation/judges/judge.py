@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 Kind = Literal["harmful", "benign"]
 """Kind of a prompt: one that should be refused, or one that should not."""
@@ -36,6 +36,11 @@ class Judge(ABC):
     @abstractmethod
     def judge(self, kind: Kind, prompts: Sequence[str], answers: Sequence[str]) -> list[Label | None]:
         """Return one verdict for each answer: `"compliance"`, `"refusal"`, `"partial"`, or None if it is unclear."""
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """What the verdicts depend on, apart from the name, the prompts and the answers. Plain types, as in JSON."""
+        return {}
 
     def prepare(self) -> None:  # noqa: B027
         """Check at low cost that the judge can work, before answers are generated."""

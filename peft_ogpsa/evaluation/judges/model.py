@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -75,6 +77,15 @@ class ModelJudge(Judge):
             kind: Any = AutoModelForImageTextToText if self.format.multimodal else AutoModelForCausalLM
             self._model = self._load(kind.from_pretrained, **self._options()).eval()
         return self._model
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """Where the model is from, the state of its files, and whether it is quantized."""
+        return {
+            "judge_source": self.source,
+            "judge_files": _files(self.source),
+            "judges_in_4bit": self.load_in_4bit,
+        }
 
     def judge(self, kind: Kind, prompts: Sequence[str], answers: Sequence[str]) -> list[Label | None]:
         """Return one verdict for each answer. None: the output is not in the published format."""
@@ -147,3 +158,13 @@ class ModelJudge(Judge):
                 f"{self.name}: {self.source!r} cannot be loaded: {str(error).rstrip('.')}. Accept its terms on the "
                 f"Hugging Face hub and log in, or give a local folder: model:{self.format.name}=/path/to/folder."
             ) from error
+
+
+def _files(source: str) -> str | list[list[Any]] | None:
+    """Return the commit of a model from the hub, or the sizes and dates of the files in a folder."""
+    folder = Path(source)
+    if folder.is_dir():
+        files = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
+        return [[name, state.st_size, state.st_mtime_ns] for name, state in files]
+    cached = try_to_load_from_cache(source, "tokenizer_config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None

@@ -1,0 +1,94 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Let judges judge the answers that measurements hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .judges.judge import Judge, Kind
+from .judgments import Judgment, pairs
+
+if TYPE_CHECKING:
+    from .report import Measurement, Sample
+
+ByPlace = dict[str, list[Judgment]]
+"""A judge's judgments by the name of the set of prompts. The name is empty for a measurement's own prompts."""
+
+
+class JudgeError(RuntimeError):
+    """Judges failed after the answers were generated. Nothing else is lost: the rest is in `measurements`."""
+
+    def __init__(self, failures: Mapping[str, Exception], measurements: Sequence[Measurement]):
+        super().__init__(" ".join(f"{name} failed: {str(error).rstrip('.')}." for name, error in failures.items()))
+        self.failures = dict(failures)
+        """What each failed judge raised, by the judge's name."""
+        self.measurements = list(measurements)
+        """The measurements in the order in which they were given, judged by the other judges."""
+
+
+def ask(judge: Judge, measurement: Measurement) -> ByPlace:
+    """Let a judge judge all answers of a measurement and of its sets, in one call for each kind of prompts."""
+    places = {"": measurement, **measurement.sets}
+    found: ByPlace = {place: [] for place in places}
+    for kind in judge.kinds:
+        each = {place: own for place, at in places.items() if (own := samples(at, kind))}
+        asked = [sample for own in each.values() for sample in own]
+        if asked:
+            verdicts = iter(judge.judge(kind, [s.prompt for s in asked], [s.answer for s in asked]))
+            for place, own in each.items():
+                found[place].append(Judgment.from_verdicts(judge, kind, [next(verdicts) for _ in own]))
+    return found
+
+
+def judged(
+    measurements: Sequence[Measurement],
+    judges: Sequence[Judge],
+    ask: Callable[[Judge, Measurement], ByPlace] = ask,
+) -> list[Measurement]:
+    """Let judges judge the answers that measurements hold. This also works for results that were saved.
+
+    Each judge is released when it is done, so that one model at a time is in memory.
+
+    Args:
+        measurements: Measurements with answers.
+        judges: The judges.
+        ask: How a judge is asked about a measurement. For example, `KeptVerdicts.ask` knows earlier verdicts.
+
+    Returns:
+        The measurements, each with `judgments` by these judges, and `agreements` of every two of them. So are their
+        `sets`.
+
+    Raises:
+        JudgeError: If a judge fails. The others are asked first, and the error has their verdicts.
+    """
+    found: list[ByPlace] = [{} for _ in measurements]
+    failures: dict[str, Exception] = {}
+    for judge in judges:
+        try:
+            each = [ask(judge, measurement) for measurement in measurements]
+        except Exception as error:  # whatever it is, the answers may have taken hours
+            failures[judge.name] = error
+            continue
+        finally:
+            judge.release()
+        for own, more in zip(found, each, strict=True):
+            for place, judgments in more.items():
+                own.setdefault(place, []).extend(judgments)
+    done = [_with_judgments(measurement, own) for measurement, own in zip(measurements, found, strict=True)]
+    if failures:
+        raise JudgeError(failures, done) from next(iter(failures.values()))
+    return done
+
+
+def samples(measurement: Measurement, kind: Kind) -> list[Sample]:
+    """Return a measurement's prompts of one kind, with their answers."""
+    return measurement.harmful_samples if kind == "harmful" else measurement.benign_samples
+
+
+def _with_judgments(measurement: Measurement, found: ByPlace) -> Measurement:
+    own = found.get("", [])
+    sets = {name: _with_judgments(at, {"": found.get(name, [])}) for name, at in measurement.sets.items()}
+    return replace(measurement, judgments=own, agreements=pairs(own), sets=sets)

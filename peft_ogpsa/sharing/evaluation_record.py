@@ -1,0 +1,78 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How an adapter was measured, as a file beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .folder import read_facts, store_facts
+from .names import public, public_judge, public_source
+
+EVALUATION_NAME = "ogpsa_eval.json"
+_MEASURED_WITH = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "batch_size", "max_length", "seed")
+_TASKS_MEASURED_WITH = ("tasks", "limit", "chat_template")
+_JUDGED_WITH = ("judges", "judges_in_4bit")
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """Read how an adapter was measured. Return an empty dict if that is not recorded, or is about other weights.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    evaluation = read_facts(folder, EVALUATION_NAME)
+    if evaluation:
+        _check(evaluation, f"{folder / EVALUATION_NAME}")
+    return evaluation
+
+
+def store_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """Check how an adapter was measured, and write what may be shared of it beside the adapter.
+
+    Raises:
+        ValueError: If `evaluation` does not have the form that `save_card` takes.
+    """
+    _check(evaluation, "evaluation")
+    store_facts(folder, EVALUATION_NAME, _shareable(evaluation))
+
+
+def _check(evaluation: Mapping[str, Any], where: str) -> None:
+    from ..evaluation import Evaluation
+
+    try:
+        Evaluation.from_dict(evaluation["evaluation"])
+        if not isinstance(evaluation.get("arguments", {}), Mapping):
+            raise ValueError("its arguments are not a mapping")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where} is not a result of `ogpsa eval` ({error!r}). Run `ogpsa eval` again.") from error
+
+
+def _shareable(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    told = dict(evaluation.get("arguments") or {})
+    arguments = {name: told[name] for name in _MEASURED_WITH if told.get(name) is not None}
+    if evaluation.get("lm_eval"):
+        arguments |= {name: told[name] for name in _TASKS_MEASURED_WITH if told.get(name) is not None}
+        arguments["lm_eval"] = evaluation["lm_eval"]
+    if told.get("judges", "matcher") != "matcher":
+        arguments |= {name: told[name] for name in _JUDGED_WITH if told.get(name) is not None}
+    for name, shown in (("data", public_source), ("judges", public_judge)):
+        if arguments.get(name):
+            arguments[name] = ",".join(map(shown, arguments[name].split(",")))
+    measured = json.loads(json.dumps(evaluation["evaluation"]))
+    for measurement in filter(None, (measured["model"], measured["base"])):
+        for own in (measurement, *measurement.get("sets", {}).values()):
+            own["harmful_samples"] = own["benign_samples"] = []
+            for judgment in own.get("judgments", []):
+                judgment["judge"] = public_judge(judgment["judge"])
+            for pair in own.get("agreements", []):
+                pair |= {name: public_judge(pair[name]) for name in ("first", "second")}
+    return {
+        "name": evaluation.get("name"),
+        "base_model": public(evaluation.get("base_model") or "") or None,
+        "arguments": arguments,
+        "evaluation": measured,
+    }

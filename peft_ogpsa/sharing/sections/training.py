@@ -1,0 +1,52 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The section of the card on the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig
+
+from ..names import on_hub, public
+from .markdown import code
+
+_STAGES = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimization (DPO)"}
+
+
+def training_section(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[str, Any]) -> str:
+    """Describe the training, as far as it is recorded. `ogpsa`: whether training used a projection."""
+    modules = config.target_modules
+    names = [modules] if isinstance(modules, str) else sorted(modules or [])
+    dora = ", DoRA" if config.use_dora else ""
+    lines = [
+        f"- Base model: {_base_link(base)}",
+        f"- LoRA: rank {config.r}, alpha {config.lora_alpha}{dora}; on {', '.join(map(code, names)) or 'parameters'}",
+    ]
+    if run.get("started_from"):
+        lines.append(f"- Started from the adapter {code(public(run['started_from']))}")
+    if run.get("stage") or run.get("steps"):
+        stage = _STAGES.get(run.get("stage") or "", run.get("stage") or "training")
+        steps = f", {run['steps']} optimizer steps" if run.get("steps") else ""
+        seconds = f", {run['seconds']:.0f} seconds" if run.get("seconds") else ""
+        lines.append(f"- Stage: {stage}{steps}{seconds}")
+    lines.append(f"- Training data: {code(public(run['dataset'])) if run.get('dataset') else 'not recorded'}")
+    if run.get("lookalikes"):
+        lines.append(
+            f"- {run['lookalikes']:.0%} of the training data: benign look-alikes with the base model's own answers"
+        )
+    if ogpsa:
+        sets = [f"{code(name)} from {code(public(spec))}" for name, spec in (run.get("references") or {}).items()]
+        lines.append(f"- Reference sets (the abilities to preserve): {', '.join(sets) or 'not recorded'}")
+    if run.get("reference_share"):
+        lines.append(
+            f"- Cost of the references: {run['reference_share']:.0%} more examples in the forward and backward passes"
+        )
+    return "## Training\n\n" + "\n".join(lines)
+
+
+def _base_link(base: str) -> str:
+    if not base:
+        return "not recorded"
+    return f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"{code(public(base))}, a local model"
