@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .core.full_parameter import FullParameterConfig
     from .references.loader import ReferenceLoader
     from .references.losses import reference_loss
+    from .references.refusals import refusals_from_prompts
     from .references.sets import ReferenceSet
     from .sharing.card import push_adapter, save_card
     from .trainer.callback import OGPSACallback
@@ -35,6 +36,7 @@ _HOMES = {
     "projector_of": "tuner.model",
     "push_adapter": "sharing.card",
     "reference_loss": "references.losses",
+    "refusals_from_prompts": "references.refusals",
     "save_card": "sharing.card",
 }
 """The module of each public name. It is imported when the name is used: torch and PEFT take seconds to load."""
@@ -51,6 +53,7 @@ __all__ = [
     "projector_of",
     "push_adapter",
     "reference_loss",
+    "refusals_from_prompts",
     "save_card",
 ]
 

@@ -297,7 +297,7 @@ def bench(tmp_path_factory):
         patch.setattr("benchmarks.tax.training.MAX_LENGTH", 400)
         # What random weights answer would not be kept, and has no whole sentence but by chance.
         patch.setattr("peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE)
-        patch.setattr("peft_ogpsa.references.lookalikes._ended", lambda row: row["completion"])
+        patch.setattr("peft_ogpsa.references.lookalikes.ended", lambda row: row["completion"])
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         settings = Settings(str(folder), "cpu", steps=4, batch=2, measurements=2, answer_tokens=4)
         yield Workbench(settings, rows)
@@ -316,6 +316,7 @@ def bench(tmp_path_factory):
         ("null space", ("sft", "dpo")),
         ("null space at the start alone", ("sft",)),
         ("null space, A frozen", ("sft",)),
+        ("KL 8, 2 of 40, own refusals", ("sft",)),
     ],
 )
 def test_a_run(bench, name, stages):

@@ -45,6 +45,7 @@ _RUN: dict[str, tuple[type, ...]] = {
     "started_from": (str,),
     "started_from_weights": (str,),
     "dataset": (str,),
+    "own_refusals": (bool,),
     "lookalikes": (int, float),
     "references": (dict,),
     "steps": (int,),
@@ -129,8 +130,9 @@ def save_card(
         directory (`str` or `os.PathLike`): The folder of the adapter.
         run (`Mapping`, *optional*): How the adapter was trained. Each entry is optional: `stage` (`"sft"` or `"dpo"`),
             `method` (`"ogpsa"`, `"paper"` or `"plain"`), `started_from` (the adapter that training continued from),
-            `started_from_weights` (the checksum of that adapter's weights), `dataset`, `lookalikes` (the share
-            of benign look-alikes in the dataset), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds`
+            `started_from_weights` (the checksum of that adapter's weights), `dataset`, `own_refusals` (whether the
+            base model wrote the refusals itself), `lookalikes` (the share of benign look-alikes in the dataset),
+            `references` (`{name: spec}`), `steps` (optimizer steps), `seconds`
             (of training), `reference_share` (reference examples per training example), `versions`
             (`{package: version}`), `projection` (the settings of the projection, `OGPSAConfig(...).ogpsa_dict()`, if
             the adapter is plain LoRA that was trained with `attach`). For files and folders, only the name is
@@ -645,6 +647,10 @@ def _training(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[str, Any]
         seconds = f", {run['seconds']:.0f} seconds" if run.get("seconds") else ""
         lines.append(f"- Stage: {stage}{steps}{seconds}")
     lines.append(f"- Training data: {_code(_public(run['dataset'])) if run.get('dataset') else 'not recorded'}")
+    if run.get("own_refusals"):
+        lines.append(
+            "- Refusals: written by the base model itself, under a safety instruction that is not in the rows"
+        )
     if run.get("lookalikes"):
         lines.append(
             f"- {run['lookalikes']:.0%} of the training data: benign look-alikes with the base model's own answers"
