@@ -46,7 +46,7 @@ from .baselines.fisher import SAMPLES, fisher
 from .baselines.placement import linear_layers, lora_knobs
 from .baselines.scaling import along_scales
 from .crossing import UntilSafe
-from .data import TaxData
+from .data import TaxData, in_order
 from .held_b import HeldB
 from .measurement import MAX_LENGTH, Meter
 from .methods import Method
@@ -117,11 +117,8 @@ class Workbench:
 
     def rows(self, method: Method, seed: int) -> list[dict[str, Any]]:
         """What is trained on, in its order."""
-        rows = list(self.data.safety)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(rows), generator=generator).tolist()
         wanted = self.settings.steps * self.settings.batch
-        rows = [rows[i] for i in (order * (wanted // len(order) + 1))[:wanted]]
+        rows = in_order(self.data.safety, wanted, seed)
         if method.refusals == "own":
             rows = self._own_refusals(rows)
         if not method.lookalikes:
