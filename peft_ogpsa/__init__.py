@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .core.full_parameter import FullParameterConfig
     from .references.loader import ReferenceLoader
     from .references.losses import reference_loss
+    from .references.refusals import refusals_from_prompts
     from .references.sets import ReferenceSet
     from .sharing.card import save_card
     from .sharing.hub import push_adapter
@@ -36,6 +37,7 @@ _HOMES = {
     "projector_of": "tuner.model",
     "push_adapter": "sharing.hub",
     "reference_loss": "references.losses",
+    "refusals_from_prompts": "references.refusals",
     "save_card": "sharing.card",
 }
 """The module of each public name. It is imported when the name is used: torch and PEFT take seconds to load."""
@@ -52,6 +54,7 @@ __all__ = [
     "projector_of",
     "push_adapter",
     "reference_loss",
+    "refusals_from_prompts",
     "save_card",
 ]
 

@@ -16,7 +16,7 @@ from models import chat, tiny_llama, tiny_tokenizer
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, ModelConfig, SFTConfig
+from trl import DPOConfig, ModelConfig, SFTConfig, SFTTrainer
 
 from peft_ogpsa import OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli import dryrun, loading, main
@@ -28,6 +28,7 @@ from peft_ogpsa.cli.models import SMOLLM2, load_model
 from peft_ogpsa.data import load_prompts, pairs
 from peft_ogpsa.evaluation import Verdict
 from peft_ogpsa.references.lookalikes import with_lookalikes
+from peft_ogpsa.references.refusals import SAFETY_INSTRUCTION
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("sft_*.yaml")) + sorted(
     (Path(__file__).parents[1] / "examples").glob("dpo_*.yaml")
@@ -434,7 +435,7 @@ def test_lookalikes_are_put_among_the_rows(folder, monkeypatch, stage):
         "peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE
     )  # a random model babbles
     monkeypatch.setattr(
-        "peft_ogpsa.references.lookalikes._ended", lambda row: [{"role": "assistant", "content": "Like this."}]
+        "peft_ogpsa.references.lookalikes.ended", lambda row: [{"role": "assistant", "content": "Like this."}]
     )
     write(folder / "prompts.jsonl", [{"prompt": f"kill {i}?"} for i in range(3)])
     seen = []
@@ -451,6 +452,69 @@ def test_lookalikes_are_put_among_the_rows(folder, monkeypatch, stage):
     record = json.loads((folder / stage / "ogpsa_run.json").read_text())
     assert record["lookalikes"] == 0.2
     assert "20% of the training data: benign look-alikes" in (folder / stage / "README.md").read_text()
+
+
+def test_own_refusals_are_trained_on(folder, monkeypatch, capsys):
+    """The base writes the refusals under an instruction that is not trained on. Look-alikes are mixed in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
+    refused = [f"bad {i}?" for i in range(4)]
+
+    def generate_ids(model, tokenizer, prompts, **settings):  # a random model babbles
+        texts = [tokenizer.decode(ids) for ids in prompts]
+        told = [SAFETY_INSTRUCTION in text for text in texts]
+        return [
+            tokenizer("I can't help you." if own and any(name in text for name in refused) else "Here it is.")[
+                "input_ids"
+            ]
+            for own, text in zip(told, texts, strict=True)
+        ]
+
+    monkeypatch.setattr("peft_ogpsa.references.self_answers.generate_ids", generate_ids)
+    write(folder / "harmful_prompts.jsonl", [{"prompt": f"bad {i}?"} for i in range(6)])
+    trained = []
+
+    class Watched(SFTTrainer):
+        def __init__(self, *arguments, train_dataset, **options):
+            trained.extend(train_dataset.to_list())
+            super().__init__(*arguments, train_dataset=train_dataset, **options)
+
+    monkeypatch.setattr("peft_ogpsa.cli.sft.SFTTrainer", Watched)
+    options = ["--dataset", str(folder / "harmful_prompts.jsonl"), "--own_refusals", "true", "--method", "plain"]
+    main(["sft", "--config", str(folder / "sft.yaml"), *options])
+    assert trained == [chat(name, "I can't help you.") for name in refused]
+    assert (
+        "Own refusals: the base model refuses 4 of 6 prompts. It answers 2, 0 answers are unclear"
+        in capsys.readouterr().out
+    )
+    assert json.loads((folder / "sft" / "ogpsa_run.json").read_text())["own_refusals"] is True
+    card = (folder / "sft" / "README.md").read_text()
+    assert "- Refusals: written by the base model itself, under a safety instruction" in card
+    assert (folder / "sft" / "adapter_model.safetensors").is_file()
+
+    trained.clear()
+    write(folder / "like.jsonl", [{"prompt": "kill a lamp?"}])
+    main(
+        [
+            "sft",
+            "--config",
+            str(folder / "sft.yaml"),
+            *options,
+            "--lookalikes",
+            "0.2",
+            "--lookalike_prompts",
+            str(folder / "like.jsonl"),
+        ]
+    )
+    assert trained == [*(chat(name, "I can't help you.") for name in refused), chat("kill a lamp?", "Here it is.")]
+
+
+def test_own_refusals_need_a_single_process(folder, monkeypatch):
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    monkeypatch.setattr("peft_ogpsa.cli.training._check_launch", lambda options: None)
+    with pytest.raises(
+        SystemExit, match=r"own_refusals needs answers from the base model\. .* only in a single process"
+    ):
+        main(["sft", "--config", str(folder / "sft.yaml"), "--own_refusals", "true"])
 
 
 def test_pairs_prefer_refusing_harm_and_answering_the_rest():
@@ -502,6 +566,13 @@ def test_pairs_prefer_refusing_harm_and_answering_the_rest():
             ["--lookalikes", "0.5", "--lookalike_prompts", "nowhere.jsonl"],
             "lookalike_prompts='nowhere.jsonl' cannot",
         ),
+        ("dpo", ["--own_refusals", "true"], "own_refusals makes rows for `ogpsa sft`. `ogpsa dpo` needs pairs"),
+        (
+            "sft",
+            ["--own_refusals", "true", "--dataset", "TEXTS"],
+            "texts.jsonl' has the columns text, but own_refusals needs prompt or messages",
+        ),
+        ("sft", ["--own_refusals", "true"], "the base model refuses 0 of 10 prompts.* nothing to train on"),
         ("sft", ["--reference_samples", "0"], "samples=0 must be an integer of at least 1"),
         ("sft", ["--rows", "0"], "rows=0 is not allowed"),
         ("sft", ["--adapter", "nowhere"], "adapter='nowhere' cannot be read: there is no such folder"),
@@ -515,7 +586,8 @@ def test_bad_input(folder, monkeypatch, stage, options, message):
     monkeypatch.chdir(folder)
     (folder / "broken.jsonl").write_text('{"text": "a"}\nnot json\n')
     (folder / "empty.jsonl").write_text("")
-    places = {"BROKEN": str(folder / "broken.jsonl"), "EMPTY": str(folder / "empty.jsonl")}
+    write(folder / "texts.jsonl", [{"text": "a"}])
+    places = {name.upper(): str(folder / f"{name}.jsonl") for name in ("broken", "empty", "texts")}
     configured = [] if "--config" in options else ["--config", str(folder / f"{stage}.yaml")]
     with pytest.raises(SystemExit, match=rf"(?s)ogpsa {stage}: .*({message})"):
         main([stage, *configured, *(places.get(option, option) for option in options)])

@@ -12,6 +12,7 @@ from models import tiny_llama, tiny_tokenizer
 
 from peft_ogpsa import data
 from peft_ogpsa.references import self_answers
+from peft_ogpsa.references.refusals import SAFETY_INSTRUCTION
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -44,7 +45,9 @@ def tiny(tmp_path_factory):
 
 
 def one_sentence(model, tokenizer, prompts, **settings) -> list[list[int]]:
-    return [tokenizer.encode("Here it is.", add_special_tokens=False) for _ in prompts]
+    told = [SAFETY_INSTRUCTION in tokenizer.decode(ids) for ids in prompts]
+    said = ["I can't help with that." if own else "Here it is." for own in told]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in said]
 
 
 @each_page

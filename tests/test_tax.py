@@ -15,7 +15,7 @@ import torch
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import tiny_llama, tiny_tokenizer
+from models import chat, tiny_llama, tiny_tokenizer
 from transformers import TrainerControl
 
 from benchmarks.tax import data, plots, report, training
@@ -31,6 +31,7 @@ from peft_ogpsa import FullParameterConfig, OGPSAConfig
 from peft_ogpsa.evaluation.exact import correct
 from peft_ogpsa.references.budget import refresh_samples
 from peft_ogpsa.references.losses.kl import KLLoss
+from peft_ogpsa.references.refusals import OwnRefusals
 from peft_ogpsa.text.refusal import Verdict
 
 BASE = {
@@ -80,6 +81,29 @@ def test_every_method_has_a_configuration():
     for method in WHOLE.values():
         assert method.whole
         assert FullParameterConfig(**(method.overrides or {})).rows >= 4
+
+
+def test_own_refusals_take_the_place_of_the_given_ones(monkeypatch):
+    asked = []
+
+    def refuse(prompts, model, tokenizer, **settings):
+        asked.append(prompts)
+        return OwnRefusals([chat(prompt[0]["content"], "I can't.") for prompt in prompts[:3]], prompts[3:], 1, 0, 0)
+
+    monkeypatch.setattr(training, "refusals_from_prompts", refuse)
+    bench = object.__new__(Workbench)
+    bench.settings = Settings("model", "cpu", steps=4, batch=2)
+    bench.data = SimpleNamespace(safety=[chat(f"bad {i}?", "No.") for i in range(5)])
+    bench.base = bench.tokenizer = None
+    given = bench.rows(METHODS["plain"], 0)
+    assert len(given) == 8
+    assert given[:3] == given[5:]
+    own = bench.rows(METHODS["plain, own refusals"], 0)
+    assert asked == [[row["prompt"] for row in given]]
+    refused = [chat(row["prompt"][0]["content"], "I can't.") for row in given[:3]]
+    assert own == [*refused, *refused, *refused[:2]]
+    for name in ("plain", "KL 8, 2 of 40", "null space"):
+        assert replace(METHODS[f"{name}, own refusals"], refusals="given") == METHODS[name]
 
 
 def test_new_runs_are_recorded_as_the_finished_ones():
@@ -348,7 +372,7 @@ def bench(tmp_path_factory):
         patch.setattr("benchmarks.tax.training.MAX_LENGTH", 400)
         # What random weights answer would not be kept, and has no whole sentence but by chance.
         patch.setattr("peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE)
-        patch.setattr("peft_ogpsa.references.lookalikes._ended", lambda row: row["completion"])
+        patch.setattr("peft_ogpsa.references.lookalikes.ended", lambda row: row["completion"])
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         settings = Settings(str(folder), "cpu", steps=4, batch=2, measurements=2, answer_tokens=4)
         yield Workbench(settings, rows)

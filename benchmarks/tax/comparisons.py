@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_ogpsa.evaluation.intervals import mean_interval
+from peft_ogpsa.evaluation.means import mean_interval
 
 from .methods import DEFAULT, GRADIENTS
 from .report import Point, curve, first_safe

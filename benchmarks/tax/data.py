@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peft_ogpsa import data as builtin
 
 from .facts import FACTS
@@ -135,6 +137,12 @@ def with_heldout(data: TaxData, tested: int) -> TaxData:
         facts=builtin.load_heldout("facts"),
         prompts=data.prompts | {"other": random.Random(0).sample(general, tested)},
     )
+
+
+def in_order(rows: list[Row], wanted: int, seed: int) -> list[Row]:
+    """So many of the rows, in a seed's order; all of them again and again if they are too few."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [rows[order[i % len(order)]] for i in range(wanted)]
 
 
 def _asked(prompt: str) -> Row:

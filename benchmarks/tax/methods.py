@@ -25,6 +25,8 @@ class Method:
         replay: Without projection: weight of the mean gradient of the reference examples.
         merged: Whether the reference sets are one, of all their rows.
         budget: Of replay: reference examples for each training example.
+        refusals: Whose are trained on: `"given"` (of the data), or `"own"` (of the base model, under an instruction
+            that is not in the rows).
         lookalikes: Share of benign look-alikes, with the base's own answers, among the training rows.
         first_tokens: Of every training answer, so many tokens count; `None` counts all.
         learning_rate: Times that of the others.
@@ -50,6 +52,7 @@ class Method:
     merged: bool = False
     replay: float = 0.0
     budget: float = 0.1
+    refusals: Literal["given", "own"] = "given"
     lookalikes: float = 0.0
     first_tokens: int | None = None
     learning_rate: float = 1.0
@@ -251,6 +254,9 @@ METHODS: dict[str, Method] = {
     "null space, A frozen": replace(null_space(), start="frozen"),
     "null space, B held": replace(null_space(), held_b=True),
     "null space, contrast": null_space(subspace_energy=1.0, lookalikes=0.2),
+    "plain, own refusals": Method(refusals="own"),
+    "KL 8, 2 of 40, own refusals": replace(_WEIGHTS["KL penalty"]["KL 8, 2 of 40"], refusals="own"),
+    "null space, own refusals": replace(null_space(subspace_energy=1.0), refusals="own"),
     "plain, contrast": Method(lookalikes=0.2),
     "plain, half contrast": Method(lookalikes=0.5),
     "plain, third contrast": Method(lookalikes=1 / 3),

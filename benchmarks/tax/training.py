@@ -32,6 +32,7 @@ from peft_ogpsa.core.config import ProjectionConfig
 from peft_ogpsa.references.loader import ReferenceLoader
 from peft_ogpsa.references.lookalikes import with_lookalikes
 from peft_ogpsa.references.losses import reference_loss
+from peft_ogpsa.references.refusals import refusals_from_prompts
 from peft_ogpsa.references.sets import AnsweredSet
 from peft_ogpsa.text.tokenization import encode_row
 from peft_ogpsa.trainer.penalty import ReferencePenalty
@@ -45,7 +46,7 @@ from .baselines.fisher import SAMPLES, fisher
 from .baselines.placement import linear_layers, lora_knobs
 from .baselines.scaling import along_scales
 from .crossing import UntilSafe
-from .data import TaxData
+from .data import TaxData, in_order
 from .held_b import HeldB
 from .measurement import MAX_LENGTH, Along, Evenly, Meter
 from .methods import Method
@@ -118,15 +119,26 @@ class Workbench:
 
     def rows(self, method: Method, seed: int) -> list[dict[str, Any]]:
         """What is trained on, in its order."""
-        rows = list(self.data.safety)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(rows), generator=generator).tolist()
         wanted = self.settings.steps * self.settings.batch
-        rows = [rows[i] for i in (order * (wanted // len(order) + 1))[:wanted]]
+        rows = in_order(self.data.safety, wanted, seed)
+        if method.refusals == "own":
+            rows = self._own_refusals(rows)
         if not method.lookalikes:
             return rows
         answered = self._answered("lookalikes", self.data.lookalikes)
         return with_lookalikes(rows, answered, method.lookalikes)[:wanted]
+
+    def _own_refusals(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As many rows of the same prompts: those that the base refuses, in the base's words, again and again."""
+        own = refusals_from_prompts(
+            [row["prompt"] for row in rows],
+            self.base,
+            self.tokenizer,
+            max_new_tokens=self.settings.answer_tokens,
+            batch_size=32,
+            progress=False,
+        ).rows
+        return [own[i % len(own)] for i in range(len(rows))]
 
     def pairs(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with answers -> pairs: refusals over the base's own answers, its own over refusals for look-alikes."""

@@ -92,6 +92,14 @@ class DataArguments:
             "are used."
         },
     )
+    own_refusals: bool = field(
+        default=False,
+        metadata={
+            "help": "Only for `ogpsa sft`: train on refusals that the base model writes itself, under a safety "
+            "instruction that is not in the rows. The training data then needs only harmful prompts (the column "
+            "prompt or messages). Its answers are ignored."
+        },
+    )
     lookalikes: float = field(
         default=0.0,
         metadata={

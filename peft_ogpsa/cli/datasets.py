@@ -112,6 +112,20 @@ def _from_folder(loaded: Dataset | DatasetDict, split: str | None) -> Dataset:
     return loaded
 
 
+def check_prompts(rows: Dataset, field: str, spec: str) -> None:
+    """Reject data without prompts.
+
+    Raises:
+        ValueError: If the rows have neither the column `prompt` nor `messages`.
+    """
+    columns = rows.column_names
+    if not {"prompt", "messages"} & set(columns):
+        raise ValueError(
+            f"{field}={spec!r} has the columns {', '.join(sorted(columns))}, but own_refusals needs prompt or "
+            "messages. Rename the columns, or give other data."
+        )
+
+
 def check_columns(rows: Dataset, stage: str, field: str, spec: str) -> None:
     """Reject preference pairs for SFT, instruction data for DPO, and data that is neither.
 

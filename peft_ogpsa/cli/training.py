@@ -27,6 +27,7 @@ from ..core.config import ProjectionConfig
 from ..core.files import check_writable
 from ..core.full_parameter import FullParameterConfig
 from ..references.lookalikes import with_lookalikes
+from ..references.refusals import refusals_from_prompts
 from ..references.sets import ReferenceSet
 from ..sharing.card import save_card
 from ..sharing.folder import weights_digest
@@ -45,7 +46,7 @@ from .arguments import (
     parser,
     whole_config,
 )
-from .datasets import PromptSet, check_columns, load_rows, prompt_set, reference_sets
+from .datasets import PromptSet, check_columns, check_prompts, load_rows, prompt_set, reference_sets
 from .dryrun import dry_run, save_nothing
 from .errors import input_errors
 from .launch import check_saves_whole_model, shard_on_cpu
@@ -99,7 +100,7 @@ def train(
                 console.quiet = True
             if run.dry_run:
                 save_nothing(training, cleanup.enter_context(tempfile.TemporaryDirectory()))
-            trainer, config = _prepare(options, trainer_class)
+            trainer, config = _prepare(options, trainer_class, console)
             # Read this before training, which may save to the same folder.
             started_from = weights_digest(run.adapter) if run.adapter else None
         try:
@@ -224,6 +225,7 @@ def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodC
         "method": options.ogpsa.method,
         "started_from": options.run.adapter,
         "dataset": data.dataset,
+        **({"own_refusals": True} if data.own_refusals else {}),
         **({"lookalikes": data.lookalikes} if data.lookalikes else {}),
         "steps": trainer.state.global_step,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
@@ -243,7 +245,7 @@ def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodC
 
 
 def _prepare(
-    options: _Options, trainer_class: Callable[..., SFTTrainer | DPOTrainer]
+    options: _Options, trainer_class: Callable[..., SFTTrainer | DPOTrainer], console: Console
 ) -> tuple[SFTTrainer | DPOTrainer, MethodConfig]:
     """Return the trainer, ready to train, and the method's configuration. Quick checks come first."""
     data, run, training = options.data, options.run, options.training
@@ -251,6 +253,10 @@ def _prepare(
     train_rows, held_out = _rows(options)
     sets, lookalikes = _prompts(options, config)
     base, processing_class, policy = _load(options)
+    if data.own_refusals:
+        refusals = refusals_from_prompts(train_rows.to_list(), base, processing_class)
+        console.print(f"Own refusals: {refusals}.", soft_wrap=True)
+        train_rows = Dataset.from_list(refusals.rows)
     if lookalikes is not None:
         answered = lookalikes.answered(base, processing_class)
         train_rows = Dataset.from_list(with_lookalikes(train_rows, answered, data.lookalikes))
@@ -302,8 +308,24 @@ def _rows(options: _Options) -> tuple[Dataset, Dataset | None]:
     rows = load_rows(data.dataset, "dataset", data.dataset_samples)
     if data.dataset_samples is not None:
         rows = rows.select(range(min(data.dataset_samples, len(rows))))
-    check_columns(rows, options.stage, "dataset", data.dataset)
+    if data.own_refusals:
+        _check_own_refusals(options)
+        check_prompts(rows, "dataset", data.dataset)
+    else:
+        check_columns(rows, options.stage, "dataset", data.dataset)
     return rows, load_rows(data.eval_dataset, "eval_dataset") if data.eval_dataset else None
+
+
+def _check_own_refusals(options: _Options) -> None:
+    if options.stage != "sft":
+        raise ValueError(
+            f"own_refusals makes rows for `ogpsa sft`. `ogpsa {options.stage}` needs pairs. Leave out own_refusals."
+        )
+    if options.training.world_size > 1:
+        raise ValueError(
+            "own_refusals needs answers from the base model. The base model can give them only in a single process. "
+            "Train in a single process, or give refusals as dataset."
+        )
 
 
 def _prompts(options: _Options, config: MethodConfig) -> tuple[list[ReferenceSet | PromptSet], PromptSet | None]:

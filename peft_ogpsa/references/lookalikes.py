@@ -10,14 +10,12 @@ answers into safety data. Here the answers are the model's own, so that it learn
 from __future__ import annotations
 
 import itertools
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .self_answers import ended
 from .sets import AnsweredSet
-
-_SENTENCE = re.compile(r"""(?s).*[.!?](?=["')\]*]*(?:\s|$))["')\]*]*""")
 
 
 def with_lookalikes(
@@ -48,7 +46,7 @@ def with_lookalikes(
     safety = list(rows)
     if not safety:
         raise ValueError("with_lookalikes: rows is empty. Give the safety rows to mix the look-alikes into.")
-    answered = [(row["prompt"], ended) for row in lookalikes.dataset if (ended := _ended(row)) is not None]
+    answered = [(row["prompt"], answer) for row in lookalikes.dataset if (answer := ended(row)) is not None]
     if not answered:
         raise ValueError(
             f"with_lookalikes: no answer in the reference set {lookalikes.name!r} has a whole sentence. Raise "
@@ -73,18 +71,6 @@ def with_contrast(
     """Call `with_lookalikes`, which is the new name."""
     warnings.warn("with_contrast is now with_lookalikes, and will go.", DeprecationWarning, stacklevel=2)
     return with_lookalikes(rows, contrast, share)
-
-
-def _ended(row: Mapping[str, Any]) -> Any:
-    """Return an answer, up to its last whole sentence if it was cut. Return `None` if nothing is left."""
-    completion = row["completion"]
-    if not row["unfinished"]:
-        return completion
-    text = completion if isinstance(completion, str) else completion[0]["content"]
-    whole = _SENTENCE.match(text)
-    if whole is None:
-        return None
-    return whole[0] if isinstance(completion, str) else [{"role": "assistant", "content": whole[0]}]
 
 
 def _safety_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,10 @@ from ..tuner.adapters import base_of
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # version of the cache file's format
+_SENTENCE = re.compile(r"""(?s).*[.!?](?=["')\]*]*(?:\s|$))["')\]*]*""")
+
+Content: TypeAlias = str | list[dict[str, Any]]
+"""A prompt as its row stores it: plain text, or messages."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +67,78 @@ def self_answers(
     progress: bool,
 ) -> tuple[list[dict[str, Any]], AnswerCounts]:
     """Return rows with the model's own answers, and the counts. The arguments are those of `from_prompts`."""
+    where = f"Reference set {name!r}"
+    rows, too_long, path = base_answers(
+        where,
+        prompts,
+        model,
+        processing_class,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        sample=sample,
+        cache_dir=cache_dir,
+        max_length=max_length,
+        progress=progress,
+    )
+    kept, counts = _kept(rows, len(too_long))
+    summary = (
+        f"kept {counts.kept} of {counts.prompts} answers ({counts.unfinished} of them were cut at max_new_tokens), "
+        f"and dropped {counts.refused} refusals, {counts.unclear} unclear answers and {counts.too_long} prompts that "
+        "are too long"
+    )
+    if not kept:
+        raise ValueError(
+            f"{where}: {summary}. The base model answers none of these prompts, so there is nothing "
+            "to preserve. Give prompts that it answers, an instruct model, or rows with answers."
+        )
+    logger.info("%s: %s. The answers are stored in %s.", where, summary, path)
+    return kept, counts
+
+
+def base_answers(
+    where: str,
+    prompts: Iterable[Prompt],
+    model: torch.nn.Module,
+    processing_class: Any,
+    *,
+    samples: int | None,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    sample: bool,
+    cache_dir: str | os.PathLike | None,
+    max_length: int,
+    progress: bool,
+    asked_as: Callable[[PreTrainedTokenizerBase, Content, str], Content] | None = None,
+) -> tuple[list[dict[str, Any]], list[Content], Path]:
+    """Let the base model answer prompts, or read its answers from an earlier call.
+
+    `where` begins the error messages. `asked_as` takes the tokenizer, a prompt and its name, and returns how the model
+    is asked; the rows have the prompt itself. The other arguments are those of `from_prompts`.
+
+    Returns:
+        One row for each prompt that has an answer (`prompt`, `completion` and `unfinished`), the prompts that leave no
+        room for one, and the file of the answers.
+    """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if isinstance(prompts, str | Mapping):
-        raise ValueError(
-            f"Reference set {name!r}: prompts is a single {type(prompts).__name__}. Give a list of prompts."
-        )
-    given = [
-        _content(prompt, tokenizer, f"Reference set {name!r}: prompt {i}")
-        for i, prompt in enumerate(islice(prompts, samples))
-    ]
+        raise ValueError(f"{where}: prompts is a single {type(prompts).__name__}. Give a list of prompts.")
+    given = [_content(prompt, tokenizer, f"{where}: prompt {i}") for i, prompt in enumerate(islice(prompts, samples))]
     if not given:
-        raise ValueError(f"Reference set {name!r} has no prompts. Give it at least one prompt.")
-    encoded = [
-        encode_prompt(tokenizer, prompt, f"Reference set {name!r}: prompt {i}") for i, prompt in enumerate(given)
-    ]
+        raise ValueError(f"{where} has no prompts. Give it at least one prompt.")
+    questions = given
+    if asked_as is not None:
+        questions = [asked_as(tokenizer, prompt, f"{where}: prompt {i}") for i, prompt in enumerate(given)]
+    encoded = [encode_prompt(tokenizer, asked, f"{where}: prompt {i}") for i, asked in enumerate(questions)]
     fitting = [position for position, ids in enumerate(encoded) if len(ids) < max_length]
     if not fitting:
         raise ValueError(
-            f"Reference set {name!r}: all {len(given)} prompts have max_length={max_length} tokens or more, so there "
+            f"{where}: all {len(given)} prompts have max_length={max_length} tokens or more, so there "
             "is no room for an answer. Raise max_length, or shorten the prompts."
         )
-    asked = [given[position] for position in fitting]
+    fit = [given[position] for position in fitting]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
@@ -91,47 +147,47 @@ def self_answers(
     }
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_key(model, tokenizer, asked, settings)}.jsonl"
-    rows = _read(path, asked)
+    path = folder / f"{_key(model, tokenizer, [questions[position] for position in fitting], settings)}.jsonl"
+    rows = _read(path, fit)
     if rows is None:
         prompt_ids = [encoded[position] for position in fitting]
         with base_of(model):
             answers = generate_ids(model, tokenizer, prompt_ids, progress=progress, **settings)
         rows = [
             _row(tokenizer, prompt, ids, answer, max_new_tokens)
-            for prompt, ids, answer in zip(asked, prompt_ids, answers, strict=True)
+            for prompt, ids, answer in zip(fit, prompt_ids, answers, strict=True)
         ]
         _write(path, rows)
-    kept, counts = _kept(rows, len(given))
-    summary = (
-        f"kept {counts.kept} of {counts.prompts} answers ({counts.unfinished} of them were cut at max_new_tokens), "
-        f"and dropped {counts.refused} refusals, {counts.unclear} unclear answers and {counts.too_long} prompts that "
-        "are too long"
-    )
-    if not kept:
-        raise ValueError(
-            f"Reference set {name!r}: {summary}. The base model answers none of these prompts, so there is nothing "
-            "to preserve. Give prompts that it answers, an instruct model, or rows with answers."
-        )
-    logger.info("Reference set %r: %s. The answers are stored in %s.", name, summary, path)
-    return kept, counts
+    too_long = [prompt for prompt, ids in zip(given, encoded, strict=True) if len(ids) >= max_length]
+    return rows, too_long, path
 
 
-def _kept(rows: list[dict[str, Any]], prompts: int) -> tuple[list[dict[str, Any]], AnswerCounts]:
-    """Return the rows whose answers are kept, and the counts. `prompts` includes those too long to be answered."""
-    verdicts = [classify(_text(row["completion"])) for row in rows]
+def ended(row: Mapping[str, Any]) -> Any:
+    """Return an answer, up to its last whole sentence if it was cut. Return `None` if nothing is left."""
+    completion = row["completion"]
+    if not row["unfinished"]:
+        return completion
+    whole = _SENTENCE.match(answer_text(completion))
+    if whole is None:
+        return None
+    return whole[0] if isinstance(completion, str) else [{"role": "assistant", "content": whole[0]}]
+
+
+def _kept(rows: list[dict[str, Any]], too_long: int) -> tuple[list[dict[str, Any]], AnswerCounts]:
+    """Return the rows whose answers are kept, and the counts."""
+    verdicts = [classify(answer_text(row["completion"])) for row in rows]
     kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict == Verdict.COMPLIANCE]
     return kept, AnswerCounts(
-        prompts=prompts,
+        prompts=len(rows) + too_long,
         kept=len(kept),
         refused=verdicts.count(Verdict.REFUSAL),
         unclear=verdicts.count(Verdict.UNCLEAR),
-        too_long=prompts - len(rows),
+        too_long=too_long,
         unfinished=sum(row["unfinished"] for row in kept),
     )
 
 
-def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> str | list[dict[str, Any]]:
+def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> Content:
     """Return a prompt as its row stores it: messages if the tokenizer has a chat template, plain text if not."""
     if isinstance(prompt, Mapping):
         if "prompt" not in prompt and "messages" not in prompt:
@@ -152,7 +208,7 @@ def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> s
 
 def _row(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | list[dict[str, Any]],
+    prompt: Content,
     prompt_ids: list[int],
     answer_ids: list[int],
     max_new_tokens: int,
@@ -171,7 +227,8 @@ def _row(
     return {"prompt": prompt, "completion": completion, "unfinished": unfinished}
 
 
-def _text(completion: str | Sequence[Mapping[str, Any]]) -> str:
+def answer_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of an answer."""
     return completion if isinstance(completion, str) else str(completion[0]["content"])
 
 
@@ -220,7 +277,7 @@ def _read(path: Path, prompts: Sequence[Any]) -> list[dict[str, Any]] | None:
         if [row["prompt"] for row in rows] != list(prompts):
             raise ValueError("its prompts are not the requested ones")
         for row in rows:
-            if not isinstance(_text(row["completion"]), str) or not isinstance(row["unfinished"], bool):
+            if not isinstance(answer_text(row["completion"]), str) or not isinstance(row["unfinished"], bool):
                 raise ValueError("a row is not an answer")
     except (ValueError, LookupError, TypeError) as error:
         logger.warning("%s is damaged (%s: %s). The answers are generated again.", path, type(error).__name__, error)

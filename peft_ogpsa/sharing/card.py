@@ -56,8 +56,9 @@ def save_card(
         directory (`str` or `os.PathLike`): The folder of the adapter.
         run (`Mapping`, *optional*): How the adapter was trained. Each entry is optional: `stage` (`"sft"` or `"dpo"`),
             `method` (`"ogpsa"`, `"paper"` or `"plain"`), `started_from` (the adapter that training continued from),
-            `started_from_weights` (the checksum of that adapter's weights), `dataset`, `lookalikes` (the share
-            of benign look-alikes in the dataset), `references` (`{name: spec}`), `steps` (optimizer steps), `seconds`
+            `started_from_weights` (the checksum of that adapter's weights), `dataset`, `own_refusals` (whether the
+            base model wrote the refusals itself), `lookalikes` (the share of benign look-alikes in the dataset),
+            `references` (`{name: spec}`), `steps` (optimizer steps), `seconds`
             (of training), `reference_share` (reference examples per training example), `versions`
             (`{package: version}`), `projection` (the settings of the projection, `OGPSAConfig(...).ogpsa_dict()`, if
             the adapter is plain LoRA that was trained with `attach`). For files and folders, only the name is

@@ -21,6 +21,7 @@ _RUN: dict[str, tuple[type, ...]] = {
     "started_from": (str,),
     "started_from_weights": (str,),
     "dataset": (str,),
+    "own_refusals": (bool,),
     "lookalikes": (int, float),
     "references": (dict,),
     "steps": (int,),

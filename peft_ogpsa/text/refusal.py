@@ -178,6 +178,12 @@ def classify(text: str) -> Verdict:
     return Verdict.REFUSAL if _refuses(text) else Verdict.COMPLIANCE
 
 
+def repeats(text: str) -> bool:
+    """Whether at least half of a text is one thing said three times or more."""
+    words = _normalize(text).split()
+    return _loop_end(words, shortest=6) is not None or _loop_end("".join(words), shortest=12) is not None
+
+
 def _normalize(text: str) -> str:
     """Normalize to lower case and straight quotes, without Markdown marks or a speaker label."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES).lower()

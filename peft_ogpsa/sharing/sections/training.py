@@ -32,6 +32,10 @@ def training_section(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[st
         seconds = f", {run['seconds']:.0f} seconds" if run.get("seconds") else ""
         lines.append(f"- Stage: {stage}{steps}{seconds}")
     lines.append(f"- Training data: {code(public(run['dataset'])) if run.get('dataset') else 'not recorded'}")
+    if run.get("own_refusals"):
+        lines.append(
+            "- Refusals: written by the base model itself, under a safety instruction that is not in the rows"
+        )
     if run.get("lookalikes"):
         lines.append(
             f"- {run['lookalikes']:.0%} of the training data: benign look-alikes with the base model's own answers"
