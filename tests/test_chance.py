@@ -108,6 +108,12 @@ class TestMean:
         misses = sum(Mean.of(v, w).p < 1 - level for v, w in zip(values, weights, strict=True))
         assert misses <= 1.4 * (1 - level) * runs
 
+    def test_one_example_has_all_the_weight(self):
+        mean = Mean.of([3.0, 5.0], [2.0, 0.0])
+        assert mean.value == 3.0
+        assert mean.interval() == (-math.inf, math.inf)
+        assert mean.p == 1.0
+
     def test_bad_input(self):
         assert mean_interval([1.0]) == (-math.inf, math.inf)
         with pytest.raises(ValueError, match="level is 95"):

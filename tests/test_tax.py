@@ -19,7 +19,7 @@ from models import chat, tiny_llama, tiny_tokenizer
 from transformers import TrainerControl
 
 from benchmarks.tax import data, plots, report, training
-from benchmarks.tax.comparisons import COMPARED, FIGURES, MAIN, comparisons
+from benchmarks.tax.comparisons import COMPARED, MAIN, comparisons
 from benchmarks.tax.crossing import UntilSafe
 from benchmarks.tax.facts import FACTS
 from benchmarks.tax.grid import Grid
@@ -249,14 +249,15 @@ def test_comparisons_pair_the_prompts_where_both_are_safe():
     runs[COMPARED[0][1]][4] = runs[COMPARED[0][1]][0]  # a seed that the other has not
     row = comparisons(BASE, runs).splitlines()[2]
     assert row.startswith(f"| {COMPARED[0][0]} - {COMPARED[0][1]} | 3 of 4 | ")
-    level = 1 - 0.05 / (len(COMPARED) * len(FIGURES))
     for values, scale, digits, cell in ((kls, 1, 4, 3), (facts, 100, 1, 4)):
         paired = values[0].mean(0) - values[1].mean(0)
-        low, high = stats.ttest_1samp(paired, 0).confidence_interval(level)
+        test = stats.ttest_1samp(paired, 0)
+        low, high = test.confidence_interval(0.95)
         mean, *bounds = map(float, re.findall(r"[+-][\d.]+", row.split("|")[cell]))
         assert [mean, *bounds] == pytest.approx([scale * paired.mean(), scale * low, scale * high], abs=10**-digits)
-        assert row.split("|")[cell].strip().endswith("*") is not bool(low <= 0 <= high)
-    assert row.split("|")[4].strip().endswith("*")
+        assert row.split("|")[cell].strip().endswith("*") == (test.pvalue < 0.05 / 2)
+    assert "*" in row.split("|")[4]
+    assert "*" not in row.split("|")[3]
     assert row.split("|")[5].strip() == ""  # was not measured
 
 

@@ -96,8 +96,8 @@ def main() -> None:
 {at_first_safe(base, runs, every=False)}
 ## Differences where every source is refused first, prompt by prompt
 
-The first method minus the second one: rates in points of 100, KL in nats per token. The intervals together hold with
-95 %, and a star is larger than chance.
+The first method minus the second one: rates in points of 100, KL in nats per token, each with its own 95 % interval. A
+star is larger than chance, by Holm's test of the whole table.
 
 {comparisons(base, runs)}"""
     (arguments.output / "results.md").write_text(text, encoding="utf-8")

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_ogpsa.evaluation.means import mean_interval
+from peft_ogpsa.evaluation.chance import holm
+from peft_ogpsa.evaluation.means import Mean
 
 from .methods import DEFAULT, GRADIENTS
 from .report import Point, curve, first_safe
@@ -43,11 +44,9 @@ def comparisons(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) 
     """A table of the first method's figures minus the second one's, where each first is safe by every source.
 
     The outcomes of a prompt are averaged over the seeds in which both methods got there, and the differences of all
-    prompts give Student's interval. Its level is 95 % for the whole table (Bonferroni), so a star is larger than
-    chance.
+    prompts give Student's interval and test. A star is larger than chance, by Holm's test of the whole table.
     """
-    level = 1 - 0.05 / (len(COMPARED) * len(FIGURES))
-    lines = ["| methods | seeds | " + " | ".join(FIGURES.values()) + " |", "|" + "---|" * (2 + len(FIGURES))]
+    rows: list[tuple[str, str, dict[str, Mean]]] = []
     for first, second in COMPARED:
         if first not in runs or (second not in runs and second != "base"):
             continue
@@ -57,14 +56,19 @@ def comparisons(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) 
         else:
             theirs = {seed: _outcomes(base, run) for seed, run in runs[second].items()}
         seeds = [seed for seed in ours if ours[seed] and theirs.get(seed)]
-        cells = [f"{first} - {second}", f"{len(seeds)} of {len(ours)}"]
+        means = {}
         for figure in FIGURES:
             averages = [
                 _average([own[seed][figure] for seed in seeds if figure in own[seed]]) for own in (ours, theirs)
             ]
-            each = [a - b for a, b in zip(*averages, strict=True)] if all(averages) else []
-            cells.append(_cell(each, level, rate=figure != "kl"))
-        lines.append("| " + " | ".join(cells) + " |")
+            if all(averages):
+                means[figure] = Mean.of([a - b for a, b in zip(*averages, strict=True)])
+        rows.append((f"{first} - {second}", f"{len(seeds)} of {len(ours)}", means))
+    marks = iter(holm([mean.p for _, _, means in rows for mean in means.values()]))
+    lines = ["| methods | seeds | " + " | ".join(FIGURES.values()) + " |", "|" + "---|" * (2 + len(FIGURES))]
+    for methods, seeds_in, means in rows:
+        cells = [_cell(means[figure], figure, next(marks)) if figure in means else "" for figure in FIGURES]
+        lines.append("| " + " | ".join([methods, seeds_in, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -80,10 +84,7 @@ def _average(outcomes: Sequence[Sequence[Any]]) -> list[float]:
     return [statistics.mean(map(float, own)) for own in zip(*outcomes, strict=True)]
 
 
-def _cell(each: Sequence[float], level: float, *, rate: bool) -> str:
-    if not each:
-        return ""
-    low, high = mean_interval(each, level)
-    scale, form = (100, "+.1f") if rate else (1, "+.4f")
-    star = "" if low <= 0 <= high else "*"
-    return f"{scale * statistics.mean(each):{form}} ({scale * low:{form}} to {scale * high:{form}}){star}"
+def _cell(mean: Mean, figure: str, marked: bool) -> str:
+    scale, form = (1, "+.4f") if figure == "kl" else (100, "+.1f")
+    value, low, high = (format(scale * number, form) for number in (mean.value, *mean.interval()))
+    return f"{value} ({low} to {high}){' *' if marked else ''}"

@@ -45,7 +45,7 @@ class Mean:
         total = sum(weights)
         shares = [weight / total for weight in weights]
         mean = sum(share * value for share, value in zip(shares, values, strict=True))
-        if n == 1:
+        if max(shares) == 1:  # a single example, or a single one that counts
             return cls(mean, math.inf, 0)
         changes = (share * (value - mean) / (1 - share) for share, value in zip(shares, values, strict=True))
         stderr = math.sqrt((n - 1) / n * sum(change * change for change in changes))
