@@ -228,3 +228,8 @@ def test_a_password_in_the_address_is_not_shown(judge, monkeypatch):
     with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9/v1 does not answer") as error:
         judge.judge("benign", ["Prompt"], ["Answer"])
     assert "secret" not in str(error.value)
+
+
+def test_verdicts_depend_on_the_address_without_its_password(monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://me:secret@localhost:8000/v1?token=secret")
+    assert EndpointJudge("m").conditions == {"judge_address": "http://localhost:8000/v1"}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 import torch
 from models import randomize, tiny_llama, tiny_tokenizer
@@ -353,6 +354,15 @@ class TestModelJudge:
         seen = say("yes", "no", "perhaps")
         assert tiny_judge("harmbench").judge("harmful", [PROMPT] * 3, [ANSWER] * 3) == ["compliance", "refusal", None]
         assert seen == [HARMBENCH] * 3
+
+    def test_a_model_from_the_hub_is_known_by_its_commit(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        for place, text in (("refs/main", "abc"), ("snapshots/abc/tokenizer_config.json", "{}")):
+            (tmp_path / "models--org--judge" / place).parent.mkdir(parents=True)
+            (tmp_path / "models--org--judge" / place).write_text(text)
+        known, unknown = (ModelJudge(FORMATS["wildguard"], name, load_in_4bit=True) for name in ("org/judge", "org/a"))
+        assert known.conditions == {"judge_source": "org/judge", "judge_files": "abc", "judges_in_4bit": True}
+        assert unknown.conditions["judge_files"] is None
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_garbage_is_unclear(self, name):
