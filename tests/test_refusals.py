@@ -244,15 +244,13 @@ def test_the_real_model_refuses_and_its_rows_train(smollm2, tmp_path):
 
     model, tokenizer = smollm2
     prompts = [row["prompt"] for row in load("harmful", "train")[:24]]
-    with torch.random.fork_rng():
-        own = refusals_from_prompts(prompts, model, tokenizer, max_new_tokens=48, cache_dir=tmp_path, progress=False)
+    own = refusals_from_prompts(prompts, model, tokenizer, max_new_tokens=48, cache_dir=tmp_path, progress=False)
     assert isinstance(own, OwnRefusals)
     assert own.prompts == 24
     assert len(own.rows) >= 8
     for row in own.rows:
         assert row["prompt"] in prompts
         assert classify(row["completion"][0]["content"]) == Verdict.REFUSAL
-        assert row["completion"][0]["content"].rstrip("\"')*")[-1] in ".!?" or len(row["completion"]) == 1
     arguments = SFTConfig(
         output_dir=str(tmp_path / "out"),
         max_steps=1,

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,15 +115,11 @@ def refusals_from_prompts(
     where = "refusals_from_prompts"
     if not isinstance(system, str) or not system.strip():
         raise ValueError(f"{where}: system={system!r} must be a text. Leave it out to use SAFETY_INSTRUCTION.")
-    instruction = system.strip()
     for name, value in (("samples", samples), ("max_length", max_length)):
         if not (value is None and name == "samples") and (
             not isinstance(value, int) or isinstance(value, bool) or value < 1
         ):
             raise ValueError(f"{where}: {name}={value!r} must be an integer of at least 1.")
-
-    def instructed(tokenizer: PreTrainedTokenizerBase, prompt: Content, name: str) -> Content:
-        return _instructed(tokenizer, prompt, instruction, name)
 
     answers, too_long, path = base_answers(
         where,
@@ -137,7 +134,7 @@ def refusals_from_prompts(
         cache_dir=cache_dir,
         max_length=max_length,
         progress=progress,
-        asked_as=instructed,
+        asked_as=partial(_instructed, system.strip()),
     )
     rows: list[dict[str, Any]] = []
     not_refused: list[Content] = []
@@ -172,7 +169,7 @@ def _refusal(row: Mapping[str, Any]) -> tuple[Any, Verdict]:
     return whole, verdict
 
 
-def _instructed(tokenizer: PreTrainedTokenizerBase, prompt: Content, instruction: str, name: str) -> Content:
+def _instructed(instruction: str, tokenizer: PreTrainedTokenizerBase, prompt: Content, name: str) -> Content:
     """Return a prompt with the instruction, in the first place where the model sees it."""
     if isinstance(prompt, str):
         return f"{instruction}\n\n{prompt}"
