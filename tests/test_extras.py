@@ -95,9 +95,12 @@ def test_the_library_needs_no_extra(tmp_path):
     assert files == {"adapter_config.json", "adapter_model.safetensors", "ogpsa_config.json", "README.md"}
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+def test_an_installed_extra_is_found():
+    pytest.importorskip("trl")
     extras.check("cli", "This test")
 
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
     def versions(name):
         if name == "trl":
             raise PackageNotFoundError(name)
