@@ -61,6 +61,13 @@ def test_importing_loads_nothing_heavy():
         peft_ogpsa.Nothing  # noqa: B018
 
 
+def test_importing_beside_peft_loads_no_extra():
+    code = "import sys, peft; before = set(sys.modules); import peft_ogpsa; print(sorted(set(sys.modules) - before))"
+    loaded = python(code)
+    assert "'peft_ogpsa.tuner.config'" in loaded
+    assert [name for name in OPTIONAL if f"'{name}'" in loaded] == []
+
+
 @pytest.mark.parametrize(
     "imports",
     [
