@@ -92,7 +92,7 @@ wheel:
 	$(PYTHON) -m venv .venv-package
 	.venv-package/$(SCRIPTS)/pip install --quiet --upgrade pip build "twine>=6.1" "cyclonedx-bom>=7" "pip-licenses>=5.5"
 	rm -rf dist .venv-wheel
-	.venv-package/$(SCRIPTS)/python -W error::UserWarning -m build .
+	PYTHONWARNINGS=error::UserWarning .venv-package/$(SCRIPTS)/python -m build .
 	.venv-package/$(SCRIPTS)/twine check --strict dist/*
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/$(SCRIPTS)/pip install --quiet $(TORCH)
