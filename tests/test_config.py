@@ -11,6 +11,7 @@ import pickle
 import sys
 
 import pytest
+from coverage_page import covers
 from peft import LoraConfig, PeftType, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -260,6 +261,7 @@ def test_init_weights_is_init_lora_weights():
     assert "init_weights" not in config.to_dict()
 
 
+@covers("`OGPSA`, a type that PEFT knows", "peft_type")
 def test_peft_type():
     member = PeftType.OGPSA
     assert member == "OGPSA"

@@ -61,6 +61,13 @@ def test_importing_loads_nothing_heavy():
         peft_ogpsa.Nothing  # noqa: B018
 
 
+def test_importing_beside_peft_loads_no_extra():
+    code = "import sys, peft; before = set(sys.modules); import peft_ogpsa; print(sorted(set(sys.modules) - before))"
+    loaded = python(code)
+    assert "'peft_ogpsa.tuner.config'" in loaded
+    assert [name for name in OPTIONAL if f"'{name}'" in loaded] == []
+
+
 @pytest.mark.parametrize(
     "imports",
     [
@@ -95,9 +102,12 @@ def test_the_library_needs_no_extra(tmp_path):
     assert files == {"adapter_config.json", "adapter_model.safetensors", "ogpsa_config.json", "README.md"}
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+def test_an_installed_extra_is_found():
+    pytest.importorskip("trl")
     extras.check("cli", "This test")
 
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
     def versions(name):
         if name == "trl":
             raise PackageNotFoundError(name)

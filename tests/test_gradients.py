@@ -150,6 +150,7 @@ def test_rows_of_lora_variants(overrides):
 
 
 def test_rows_on_a_four_bit_base(tmp_path):
+    pytest.importorskip("bitsandbytes")
     tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

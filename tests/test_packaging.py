@@ -10,7 +10,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-CONSTRAINTS = Path(__file__).parents[1] / "constraints"
+import peft_ogpsa
+
+ROOT = Path(__file__).parents[1]
+CONSTRAINTS = ROOT / "constraints"
 
 
 @pytest.fixture
@@ -50,3 +53,21 @@ def test_an_index_shows_links_that_lead_somewhere():
     assert [link for link in links if not link.startswith("https://")] == []
     (plot,) = [link for link in links if "githubusercontent" in link]
     assert plot.endswith(".png")
+
+
+def test_the_changelog_begins_with_the_version():
+    heads = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    if Version(peft_ogpsa.__version__).is_devrelease:
+        assert heads[0] == "Unreleased"
+    else:
+        (date,) = re.findall(r'^date-released: "(\d{4}-\d{2}-\d{2})"$', citation, re.MULTILINE)
+        assert heads[0] == f"{peft_ogpsa.__version__} - {date}"
+
+
+def test_the_container_gets_what_it_copies():
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    sources = [name for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for name in line.split()[:-1]]
+    assert {"peft_ogpsa", "LICENSE", "NOTICE"} <= set(sources)
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert [name for name in sources if f"!{name}" not in ignored or not (ROOT / name).exists()] == []

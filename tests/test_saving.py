@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from coverage_page import SAVED, covers
 from models import VOCABULARY, randomize, tiny_llama, tokens
 from peft import (
     AdaLoraConfig,
@@ -86,6 +87,7 @@ def base_folder(tmp_path):
 # What is written
 
 
+@covers("`LORA` in the saved folder", "peft_type")
 def test_the_adapter_is_a_plain_lora(saved, tmp_path):
     folder, _ = saved
     lora = get_peft_model(tiny_llama(), LoraConfig(**LORA))
@@ -177,6 +179,7 @@ def without_base(config: OGPSAConfig) -> OGPSAConfig:
     return config
 
 
+@covers("comes back from a saved folder", "inference_mode")
 @pytest.mark.parametrize("config_cls", [PeftConfig, LoraConfig, OGPSAConfig])
 @pytest.mark.parametrize("kind", [str, Path])
 def test_configurations_come_back_whole(saved, config_cls, kind):
@@ -200,7 +203,9 @@ def test_from_pretrained(saved, trainable, low_cpu_mem_usage):
     assert model.projector is projector_of(model)
 
 
-@pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "lora", [pytest.param(own, marks=covers(SAVED, *{**LORA, **own}), id=name) for name, own in VARIANTS.items()]
+)
 def test_every_variant_comes_back(lora, tmp_path):
     model = adapted(**lora)
     model.save_pretrained(tmp_path)

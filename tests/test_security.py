@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from coverage_page import covers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from models import tiny_llama
@@ -162,6 +163,7 @@ def secret_home(tmp_path, monkeypatch):
     return home
 
 
+@covers("pushed without the path of a local base", "base_model_name_or_path")
 @pytest.mark.parametrize("config", [OGPSAConfig, LoraConfig])
 def test_a_pushed_folder_names_no_path_token_or_user(config, hub, secret_home):  # noqa: F811
     base, folder = secret_home / "models" / "My-Base", secret_home / "runs" / "adapter"

@@ -7,11 +7,12 @@ import importlib
 import pytest
 import torch
 import trl
+from coverage_page import COMPLEMENT, CONE, covers
 from datasets import Dataset
-from loops import LORA
+from loops import LORA, leak
 from models import chat, tiny_llama, tiny_tokenizer
 from peft import get_peft_model
-from transformers import TrainerCallback
+from transformers import LlamaForSequenceClassification, TrainerCallback
 
 from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
 
@@ -97,6 +98,7 @@ def of(name, rows, options=None, *, experimental=None, **arguments):
             **given,
         )
 
+    build.trainer = f"experimental.{experimental}.{name}Trainer" if experimental else f"{name}Trainer"
     return build
 
 
@@ -131,7 +133,7 @@ TRAINERS = {
 
 @pytest.mark.parametrize(
     ("name", "given"),
-    [(name, "peft model") for name in TRAINERS]
+    [pytest.param(name, "peft model", marks=covers(CONE, own.trainer)) for name, own in TRAINERS.items()]
     + [(name, "base and config") for name in ("SFT", "DPO", "KTO", "GRPO", "ORPO", "CPO", "TPO", "OnlineDPO")],
 )
 def test_trainer(name, given, tmp_path):
@@ -153,20 +155,18 @@ def test_trainer(name, given, tmp_path):
 
 
 class Leaks(TrainerCallback):
-    """The largest `|A U| / |A|` over the layers, after each optimizer step, in float64."""
+    """The largest `|A U| / |A|` over the layers, after each optimizer step."""
 
     def __init__(self) -> None:
         self.measured: list[float] = []
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        activations = model.projector.activations
-        directions, rest = activations.state_dict()
-        own = {layer: directions[f"directions.{e['place']}"].double() for e in rest for layer in e["layers"]}
-        matrices = [(matrix.parameter.detach().double(), own[matrix.layer]) for matrix in activations.matrices]
-        self.measured.append(max(float((a @ u).norm() / a.norm()) for a, u in matrices))
+        self.measured.append(leak(model.projector))
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=covers(COMPLEMENT, own.trainer)) for name, own in TRAINERS.items()]
+)
 def test_trainer_with_the_default_subspace(name, tmp_path):
     leaks = Leaks()
     callbacks = [OGPSACallback([ReferenceSet("general", GENERAL)]), leaks]
@@ -192,6 +192,15 @@ def test_moving_average_teacher_is_refused(name, tmp_path):
     )
     with pytest.raises(ValueError, match="teacher_model_kind='ema'"):
         build(base_model(), str(tmp_path), [], peft_config=config_of())
+
+
+@covers("`ValueError`: it is not a language model", "RewardTrainer")
+def test_a_reward_model_is_refused(tmp_path):
+    base = tiny_llama(cls=LlamaForSequenceClassification, vocab_size=259, max_position_embeddings=256, num_labels=1)
+    model = get_peft_model(base, OGPSAConfig(**{**LORA, "task_type": "SEQ_CLS"}))
+    trainer = of("Reward", PAIRS)(model, str(tmp_path), [OGPSACallback([ReferenceSet("general", GENERAL)])])
+    with pytest.raises(ValueError, match="language model"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("options", [{"optim": "paged_adamw_8bit"}, {"optim": "adafactor"}, {}])

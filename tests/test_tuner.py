@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from coverage_page import SAME, covers
 from loops import LORA, batch, loss_of, ogpsa_model, parameters_of, references
 from models import VOCABULARY, randomize, tiny_bert, tiny_llama, tiny_mixtral, tiny_t5, tokens
 from peft import (
@@ -83,29 +84,32 @@ def ogpsa_llama(**overrides):
 # One adapter
 
 
+LORAS = [
+    {},
+    {"target_modules": None},
+    {"target_modules": "all-linear"},
+    {"target_modules": r".*layers\.1\..*_proj"},
+    {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+    {"layers_to_transform": [1]},
+    {"target_modules": ["embed_tokens", "q_proj"]},
+    {"modules_to_save": ["lm_head"]},
+    {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}},
+    {"use_dora": True},
+    {"use_rslora": True},
+    {"lora_bias": True},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "olora"},
+    {"init_lora_weights": "pissa"},
+    {"layer_replication": [[0, 2], [1, 2]]},
+    {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+    {"trainable_token_indices": [5, 6]},
+    {"lora_dropout": 0.5},
+]
+
+
 @pytest.mark.parametrize(
     "overrides",
-    [
-        {},
-        {"target_modules": None},
-        {"target_modules": "all-linear"},
-        {"target_modules": r".*layers\.1\..*_proj"},
-        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
-        {"layers_to_transform": [1]},
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        {"modules_to_save": ["lm_head"]},
-        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}},
-        {"use_dora": True},
-        {"use_rslora": True},
-        {"lora_bias": True},
-        {"init_lora_weights": "gaussian"},
-        {"init_lora_weights": "olora"},
-        {"init_lora_weights": "pissa"},
-        {"layer_replication": [[0, 2], [1, 2]]},
-        {"target_modules": [], "target_parameters": ["q_proj.weight"]},
-        {"trainable_token_indices": [5, 6]},
-        {"lora_dropout": 0.5},
-    ],
+    [pytest.param(own, marks=covers(SAME, *(own.keys() - {"lora_dropout"}))) for own in LORAS],  # in eval mode
     ids=lambda overrides: ",".join(overrides) or "plain",
 )
 def test_same_as_lora(overrides):
@@ -120,17 +124,20 @@ def test_same_as_lora(overrides):
     assert ogpsa.base_model.targeted_module_names == lora.base_model.targeted_module_names
 
 
+@covers(SAME, "bias")
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_same_as_lora_with_bias(bias):
     lora, ogpsa = both(tiny_bert, r=4, target_modules=["query"], bias=bias)
     assert_same_parameters(lora, ogpsa)
     assert any(p.requires_grad and name.endswith("bias") for name, p in ogpsa.named_parameters())
+    assert_same_outputs(randomize(lora), randomize(ogpsa))
 
 
 IDS = tokens()
 MASK = torch.ones_like(IDS)
 
 
+@covers(SAME, "task_type")
 @pytest.mark.parametrize(
     ("task_type", "factory", "inputs"),
     [
