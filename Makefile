@@ -115,7 +115,7 @@ package: sbom
 	cp $(HELPERS:%=tests/%.py) $(BARE:%=tests/test_%.py) .cache/installed/tests
 	cp pyproject.toml .cache/installed  # the options of pytest
 	cd .cache/installed && ../../.venv-wheel/$(SCRIPTS)/python -c "import sys, peft_ogpsa as p; assert p.__file__.startswith(sys.prefix), p"
-	cd .cache/installed && ../../.venv-wheel/$(SCRIPTS)/python -m pytest -m "not slow" $(ARGS)
+	cd .cache/installed && OMP_NUM_THREADS=1 ../../.venv-wheel/$(SCRIPTS)/python -m pytest -m "not slow" $(ARGS)
 	cd .cache && ../.venv-wheel/$(SCRIPTS)/ogpsa quickstart $(SHORT) --output_dir quickstart-wheel
 
 # Whether the wheel in dist/ has the version of the tag that is released.
