@@ -266,7 +266,8 @@ def test_comparisons_with_the_base():
     runs = {DEFAULT: {0: outcomes_run(0, {"facts": "1101", "kl": [0.1] * 4})}}
     assert f"| {DEFAULT} - base | 1 of 1 |" in comparisons(BASE | {"outcomes": known}, runs)
     assert "| -25.0 (" in comparisons(BASE | {"outcomes": known}, runs)
-    assert f"| {DEFAULT} - base | 0 of 1 |  |" in comparisons(BASE, runs)  # an old folder
+    assert f"| {DEFAULT} - base | 0 of 1 |  |" in comparisons(BASE, runs)  # a base that was measured before
+    assert comparisons(BASE, {DEFAULT: {0: run_of((1, 2.0, 0.1, 1.0))}}).startswith("These runs did not keep")
     assert all(name in METHODS for name in {*MAIN, *itertools.chain(*COMPARED)} - {"base"})
 
 

@@ -46,6 +46,8 @@ def comparisons(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) 
     The outcomes of a prompt are averaged over the seeds in which both methods got there, and the differences of all
     prompts give Student's interval and test. A star is larger than chance, by Holm's test of the whole table.
     """
+    if not any(run["train_info"].get("outcomes") for own in runs.values() for run in own.values()):
+        return "These runs did not keep what came of each prompt.\n"
     rows: list[tuple[str, str, dict[str, Mean]]] = []
     for first, second in COMPARED:
         if first not in runs or (second not in runs and second != "base"):
@@ -73,7 +75,7 @@ def comparisons(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) 
 
 
 def _outcomes(base: Point, run: Any) -> Mapping[str, Any] | None:
-    """What came of each prompt where a run first was safe; `None` if it was not, or if an old run did not keep it."""
+    """What came of each prompt where a run first was safe; `None` if it was not, or if it did not keep that."""
     points, kept = curve(base, run), run["train_info"].get("outcomes")
     safe = first_safe(points)
     return None if safe is None or not kept else kept[points.index(safe) - 1]
