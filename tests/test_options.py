@@ -112,7 +112,7 @@ OPTIONS = {
     "use_bdlora": Option(
         lambda: lora.BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=2),
         {"target_modules": ["q_proj", "o_proj"]},
-        refused="not a linear layer",
+        refused="for A instead of one matrix",
     ),
     "ensure_weight_tying": Option(
         True,

@@ -186,8 +186,10 @@ def _refuse_layer(path: str, layer: Any, adapter: str, config: OGPSAConfig) -> N
     reason = None
     if not isinstance(layer, LoraLayer) or isinstance(layer, MultiheadAttention | ParamWrapper):
         reason = f"is a {kind}, and the inputs of its weights are not known"
-    elif adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
+    elif adapter not in layer.lora_A or kind.startswith("Conv"):
         reason = f"is a {kind}, not a linear layer"
+    elif not isinstance(layer.lora_A[adapter], nn.Linear):
+        reason = f"has a {type(layer.lora_A[adapter]).__name__} for A instead of one matrix"
     elif config.lora_bias:
         reason = "has lora_bias=True, which changes its output for every input"
     elif (variant := layer.lora_variant.get(adapter)) is not None:
