@@ -30,10 +30,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/ogpsa quickstart $(ARGS)
 
 test: test-quick
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-quick: $(VENV)/.installed-test
-	# Tiny models are fastest one thread a process; the real one wants all cores to itself.
+	# Tiny models are fastest with one thread a process. The real one takes 3 GB a process, so slow tests have at most 4.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 $(ARGS)
 
 # Beside other versions: STACK is a file of constraints/, PYTHON the Python that it names.

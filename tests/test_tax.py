@@ -261,6 +261,13 @@ def test_comparisons_pair_the_prompts_where_both_are_safe():
     assert row.split("|")[5].strip() == ""  # was not measured
 
 
+def test_outcomes_are_no_figures():
+    base = BASE | {"outcomes": {"facts": "11"}}
+    run = outcomes_run(0, {"facts": "10"})
+    assert report.curve(base, run) == report.curve(BASE, run)
+    assert plots.mean_curve(base, {0: run}) == plots.mean_curve(BASE, {0: run})
+
+
 def test_comparisons_with_the_base():
     known = {"kl": [0.0] * 4, "facts": "1111"}
     runs = {DEFAULT: {0: outcomes_run(0, {"facts": "1101", "kl": [0.1] * 4})}}

@@ -34,11 +34,12 @@ def load(folder: Path) -> tuple[Point, dict[str, dict[int, Any]]]:
     return base, {name: dict(sorted(runs[name].items())) for name in named}
 
 
-def curve(base: Point, run: Any) -> list[Point]:
+def curve(base: Mapping[str, Any], run: Any) -> list[Point]:
     """A run from the base on. A run that is measured along the scales of its adapter starts at scale 0."""
     figures = run["train_info"]["metrics"][0]
     zero = {name: 0.0 for name in figures if name.startswith("kl") or name == "scale"}
-    return [{**base, **zero}, *run["train_info"]["metrics"]]
+    start = {name: value for name, value in base.items() if name != "outcomes"}
+    return [start | zero, *run["train_info"]["metrics"]]
 
 
 def first_safe(points: Sequence[Point], every: bool = True) -> Point | None:
