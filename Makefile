@@ -48,7 +48,7 @@ test-bare:
 	.venv-bare/$(SCRIPTS)/pip install --quiet $(TORCH)
 	.venv-bare/$(SCRIPTS)/pip install --quiet --editable . pytest hypothesis scipy
 	.venv-bare/$(SCRIPTS)/pip check
-	.venv-bare/$(SCRIPTS)/python -m pytest -m "not slow" $(BARE:%=tests/test_%.py) $(ARGS)
+	OMP_NUM_THREADS=1 .venv-bare/$(SCRIPTS)/python -m pytest -m "not slow" $(BARE:%=tests/test_%.py) $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
