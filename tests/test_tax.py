@@ -261,6 +261,18 @@ def test_comparisons_pair_the_prompts_where_both_are_safe():
     assert row.split("|")[5].strip() == ""  # was not measured
 
 
+def test_a_figure_is_paired_in_the_seeds_that_have_it_in_both():
+    first, second = COMPARED[0]
+    whole = {"kl": [0.1, 0.3, 0.2], "facts": "011"}
+    runs = {
+        first: {0: outcomes_run(0, whole), 1: outcomes_run(1, {"kl": [0.2, 0.1, 0.4]})},
+        second: {0: outcomes_run(0, whole), 1: outcomes_run(1, whole | {"facts": "000"})},
+    }
+    row = comparisons(BASE, runs).splitlines()[2]
+    assert "2 of 2" in row
+    assert row.split("|")[4].strip().startswith("+0.0 (")
+
+
 def test_outcomes_are_no_figures():
     base = BASE | {"outcomes": {"facts": "11"}}
     run = outcomes_run(0, {"facts": "10"})
