@@ -33,7 +33,7 @@ test: test-quick
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-quick: $(VENV)/.installed-test
-	# Tiny models are fastest with one thread a process. The real one takes several GB, so slow tests have at most 4 processes.
+	# Tiny models are fastest with one thread a process. The real one takes several GB, so slow tests have few processes.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 $(ARGS)
 
 # Beside other versions: STACK is a file of constraints/, PYTHON the Python that it names.
