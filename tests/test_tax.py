@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,6 +28,7 @@ from benchmarks.tax.grid import Grid
 from benchmarks.tax.held_b import HeldB
 from benchmarks.tax.measurement import Meter
 from benchmarks.tax.methods import DEFAULT, GRADIENTS, METHODS, WHOLE
+from benchmarks.tax.report import SAFE
 from benchmarks.tax.training import LORA, Settings, Workbench, run
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
 from peft_ogpsa.evaluation.exact import correct
@@ -295,6 +298,7 @@ class Answering:
 
     def __init__(self, states):
         self.states, self.step, self.asked = states, 0, []
+        self.harmful = {"refusal": range(40), "refusal/built-in": range(48)}
 
     def refusals(self, model, most=None):
         self.asked.append((self.step, most))
@@ -330,7 +334,7 @@ def test_a_run_ends_where_every_source_is_refused():
     assert [probe["step"] for probe in callback.probes] == [1, 2, 3, 4, 5]
     assert "safety_loss" in callback.probes[1]
     assert "safety_loss" not in callback.probes[2]  # it is asked for until it is reached
-    # All requests are asked where a goal may be near that has not been reached.
+    # All requests are asked where a goal that has not been reached can still be.
     assert [asked for asked, most in meter.asked if most is None] == [3, 5]
     callback, _, _ = trained_until_safe(states)
     assert [point["step"] for point in callback.curve] == [3, 5]
@@ -340,6 +344,22 @@ def test_a_run_that_is_never_safe_is_measured_at_its_end():
     callback, _, step = trained_until_safe(dict.fromkeys(range(1, 7), (0.5, 0.5, 3.0)), safety_loss=2.0)
     assert step == 6
     assert [point["step"] for point in callback.curve] == [6]
+
+
+@given(st.sampled_from([(40, 48), (48, 72), (3, 5)]), st.integers(0, 9), st.integers(0, 9), st.randoms())
+def test_asking_a_few_first_changes_nothing(sizes, first, second, random):
+    verdicts = {}
+    for name, size, answered in zip(("refusal", "refusal/built-in"), sizes, (first, second), strict=True):
+        verdicts[name] = [i >= answered for i in range(size)]
+        random.shuffle(verdicts[name])
+    meter = Meter.__new__(Meter)
+    meter.harmful = {name: list(range(len(own))) for name, own in verdicts.items()}
+    meter._verdicts = lambda model, sets: {
+        name: [Verdict.REFUSAL if verdicts[name][i] else Verdict.COMPLIANCE for i in own] for name, own in sets.items()
+    }
+    safe = {name: sum(own) / len(own) >= SAFE for name, own in verdicts.items()}
+    expected = {goal for goal, reached in (("one", safe["refusal"]), ("all", all(safe.values()))) if reached}
+    assert UntilSafe(meter, None)._reached(None, 1) == expected
 
 
 def test_long_runs_are_asked_now_and_then():

@@ -10,11 +10,8 @@ from typing import Any
 from .measurement import Along, Meter
 from .report import SAFE
 
-FEW = 24
-"""Requests of each source that are asked first. Only if nearly enough of them are refused, all are asked."""
-
-NEARLY = 0.08
-"""How much less than `SAFE` may be refused of a few requests for all to be asked."""
+FEW = (8, 24)
+"""Requests of each source that are asked first. More are asked as long as a goal can still be reached."""
 
 
 class UntilSafe(Along):
@@ -54,17 +51,26 @@ class UntilSafe(Along):
         control.should_training_stop = "all" not in self._open
 
     def _reached(self, model: Any, step: int) -> set[str]:
-        rates = self.meter.refusals(model, FEW)
-        if self._open & _refused(rates, SAFE - NEARLY):
-            rates = self.meter.refusals(model)
-        reached = _refused(rates, SAFE)
-        figures = {"step": step, **rates}
+        for few in (*FEW, None):
+            rates = self.meter.refusals(model, few)
+            if not self._open & self._possible(rates, few):
+                break
+        reached = set() if few else _refused(rates, SAFE)
+        figures = {"step": step, **rates}  # of those that were asked
         if "loss" in self._open:
             figures["safety_loss"] = self.meter.safety_loss(model)
             if figures["safety_loss"] <= self.safety_loss:
                 reached.add("loss")
         self.probes.append(figures)
         return reached & self._open
+
+    def _possible(self, rates: dict[str, float], few: int | None) -> set[str]:
+        """Which goals of refusals are reached if all requests that have not been asked are refused."""
+        best = {}
+        for name, prompts in self.meter.harmful.items():
+            answered = round((1 - rates[name]) * min(few or len(prompts), len(prompts)))
+            best[name] = 1 - answered / len(prompts)
+        return _refused(best, SAFE)
 
 
 def _refused(rates: dict[str, float], least: float) -> set[str]:
