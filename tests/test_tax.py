@@ -174,6 +174,16 @@ def test_methods_are_compared_at_plain_loras_safety():
     runs["better"][0]["train_info"]["metrics"][1]["refusal/built-in"] = 0.9
     assert "| better | 1 | not reached |" in report.at_first_safe(BASE, runs)
     assert "| better | 1 | 10 | 1.500 |" in report.at_first_safe(BASE, runs, every=False)
+    assert "| slow | 1 | 10 | 2.800 | +0.100 | 0.100 |" in report.at_the_end(BASE, runs)
+
+
+def test_hours_of_all_runs():
+    def run_on(device, seconds):
+        return {"run_info": {"total_time": seconds}, "meta_info": {"threads": 2, "device": device}}
+
+    for device, hours in (("CPU, x86_64", 2.0), ("NVIDIA H100", 1.0)):
+        runs = {"plain": {0: run_on(device, 1200.0), 1: run_on(device, 600.0)}, "paper": {0: run_on(device, 900.0)}}
+        assert report.hours({"seconds": 900.0}, runs) == hours
 
 
 def test_a_curve_is_the_mean_over_seeds(tmp_path):

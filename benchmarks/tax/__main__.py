@@ -17,7 +17,7 @@ from .comparisons import comparisons
 from .grid import Grid
 from .methods import DRAWN
 from .plots import tradeoffs
-from .report import SAFE, at_equal_loss, at_first_safe, load
+from .report import SAFE, at_equal_loss, at_first_safe, at_the_end, hours, load
 from .training import Settings
 
 
@@ -85,6 +85,8 @@ def main() -> None:
 {_command(parser, arguments)}
 ```
 
+All of it takes {hours(base, runs):.1f} hours of {"a CPU core" if settings.device == "cpu" else "the device"}.
+
 ## At plain LoRA's held-out safety loss
 
 {at_equal_loss(base, runs)}
@@ -94,6 +96,9 @@ def main() -> None:
 ## Where at least {SAFE:.0%} of the first source are refused first
 
 {at_first_safe(base, runs, every=False)}
+## At the last measurement
+
+{at_the_end(base, runs)}
 ## Differences where every source is refused first, prompt by prompt
 
 The first method minus the second one: rates in points of 100, KL in nats per token, each with its own 95 % interval. A

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +117,42 @@ def at_first_safe(base: Point, runs: Mapping[str, Mapping[int, Any]], every: boo
 
     Enough of every source of harmful requests, or of the first one.
     """
+    return _states(base, runs, lambda points: first_safe(points, every))
+
+
+def at_the_end(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
+    """A table of all methods at their last measurement, however safe they are there."""
+    return _states(base, runs, lambda points: points[-1])
+
+
+def hours(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> float:
+    """What measuring the base and all runs took. On a CPU, the time of each thread counts."""
+    every = [run for own in runs.values() for run in own.values()]
+    seconds = base["seconds"] * _threads(every[0])  # the file of the base does not say on how many it was measured
+    return (seconds + sum(run["run_info"]["total_time"] * _threads(run) for run in every)) / 3600
+
+
+def _threads(run: Any) -> int:
+    return run["meta_info"]["threads"] if run["meta_info"]["device"].startswith("CPU") else 1
+
+
+def _states(
+    base: Point, runs: Mapping[str, Mapping[int, Any]], pick: Callable[[Sequence[Point]], Point | None]
+) -> str:
+    """A table of one state of every run, as a mean over seeds."""
     lines = _head(
         *("method", "seeds", "step", "safety loss", "general loss", "KL from base", "facts known", "refuses benign"),
         *("benign of unseen kinds", "unclear answers", "refuses harmful", "the built-in ones", "seconds of training"),
         "peak GB",
     )
     for name, own in runs.items():
-        safe = [first_safe(curve(base, run), every) for run in own.values()]
+        states = [pick(curve(base, run)) for run in own.values()]
         cells = [name, str(len(own))]
         for figure, form in (("step", ".0f"), ("safety_loss", ".3f"), ("loss", "+.3f"), ("kl", ".3f")):
             offset = base["loss"] if figure == "loss" else 0.0
-            cells.append(spread((None if point is None else point[figure] - offset for point in safe), form))
+            cells.append(spread((None if point is None else point[figure] - offset for point in states), form))
         for figure in ("facts", "over_refusal", "over_refusal/unseen", "unclear", "refusal", "refusal/built-in"):
-            known = [None if point is None else point.get(figure) for point in safe]
+            known = [None if point is None else point.get(figure) for point in states]
             cells.append(spread(known, ".0f", 100) if any(value is not None for value in known) else "")
         cells.append(f"{statistics.mean(run['train_info']['seconds'] for run in own.values()):.0f}")
         cells.append(f"{max(run['train_info']['peak_memory_mb'] for run in own.values()) / 1e3:.1f}")
