@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Safety fine-tuning with LoRA and without the alignment tax."""
+"""Safety fine-tuning with LoRA and with less of the alignment tax."""
 
 from __future__ import annotations
 
