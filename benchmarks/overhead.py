@@ -172,13 +172,13 @@ def methods(settings: Settings, kernels: bool = False) -> dict[str, Callable[[],
     return {
         "plain LoRA": functools.partial(Method, settings, LoraConfig(**lora)),
         "OGPSA, null space (default)": functools.partial(Method, settings, OGPSAConfig(**lora)),
-        "OGPSA, cone": functools.partial(Method, settings, cone, samples),
+        "OGPSA, cone, given answers": functools.partial(Method, settings, cone, samples),
         **(triton if kernels else {}),
-        "OGPSA, cone, divergence from the base": functools.partial(
+        "OGPSA, cone, KL penalty": functools.partial(
             Method, settings, cone, round(samples / KLLoss.cost), loss=KLLoss().loss
         ),
-        "replay of as many examples": functools.partial(Method, settings, LoraConfig(**lora), samples, replay=True),
-        "the paper's rule and schedule": functools.partial(
+        "replay of the same examples": functools.partial(Method, settings, LoraConfig(**lora), samples, replay=True),
+        "OGPSA, published rule": functools.partial(
             Method, settings, paper, PAPER_EXAMPLES * settings.steps / paper.refresh_steps
         ),
     }

@@ -32,7 +32,7 @@ def main() -> None:
     model = get_peft_model(base, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
 
-    # Draws as many reference examples as config.reference_budget allows.
+    # With the default subspace, all reference examples are passed once, before the first step.
     references = [ReferenceSet(name, data.load(name)) for name in ("general", "benign")]
     loader = ReferenceLoader.from_sets(references, tokenizer, config, step_examples=arguments.batch_size)
     training = DataLoader(

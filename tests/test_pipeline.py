@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from peft_ogpsa.cli import main
 
@@ -38,16 +40,10 @@ PAIRS = ["--references", "general=builtin:general", "pairs:dpo=builtin:pairs"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("subspace", "second"),
-    # The second stage keeps the activation subspace of the first one, and so has its references.
-    [([], []), (GRADIENTS, PAIRS)],
-    ids=["activations", "gradients"],
-)
-def test_sft_then_dpo_in_4_bits(subspace, second, tmp_path, capsys):
+def test_sft_then_dpo_in_4_bits(tmp_path, capsys):
     train("sft", tmp_path / "plain", "--method", "plain")
-    train("sft", tmp_path / "sft", *subspace)
-    train("dpo", tmp_path / "dpo", "--adapter", str(tmp_path / "sft"), *subspace, *second)
+    train("sft", tmp_path / "sft")
+    train("dpo", tmp_path / "dpo", "--adapter", str(tmp_path / "sft"))
     results = []
     for name in ("plain", "sft", "dpo"):
         results.append(str(tmp_path / f"{name}.json"))
@@ -70,3 +66,18 @@ def test_sft_then_dpo_in_4_bits(subspace, second, tmp_path, capsys):
     card = (tmp_path / "dpo" / "README.md").read_text()
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in card
     assert rows["dpo"][3] in card  # the change of the general loss
+
+
+@pytest.mark.slow
+def test_gradients_in_4_bits_with_pairs_as_references(tmp_path):
+    train("sft", tmp_path / "sft", *GRADIENTS)
+    train("dpo", tmp_path / "dpo", "--adapter", str(tmp_path / "sft"), *GRADIENTS, *PAIRS)
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("sft", "dpo"))
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        assert torch.isfinite(tensor).all(), name
+        assert not torch.equal(tensor, before[name]), name
+    run = json.loads((tmp_path / "dpo" / "ogpsa_run.json").read_text())
+    assert run["stage"] == "dpo"
+    assert run["projection"]["subspace"] == "gradients"
+    assert run["references"]["pairs"] == "builtin:pairs"

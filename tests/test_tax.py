@@ -214,7 +214,8 @@ def test_nothing_is_both_trained_on_and_measured(tmp_path):
         prompts = [row["prompt"] for rows in found.references.values() for row in rows]
         used = {"references": prompts, "safety": [row["prompt"] for row in found.safety]}
         used |= {name: [row["prompt"] for row in rows] for name, rows in found.general.items() if name != "unseen"}
-        used |= {"look-alikes": found.lookalikes[len(found.references["lookalikes"]) :]}  # and the references' own
+        used |= {"look-alikes": found.more_lookalikes[len(found.references["lookalikes"]) :]}
+        assert {*map(json.dumps, found.lookalikes)} < {*map(json.dumps, found.more_lookalikes)}
         used |= {"held out": [row["prompt"] for row in found.held_out_safety], "benign": found.benign}
         used |= {f"to {kind}": own for kind, own in found.prompts.items() if folder or kind != "general"}
         texts = {name: {json.dumps(prompt) for prompt in own} for name, own in used.items()}
@@ -377,6 +378,10 @@ def test_later_steps_are_asked_now_and_then():
     assert [probe["step"] for probe in callback.probes] == [*range(1, 21), 22, 24, 26, 28, 30, 33, 36, 39, 41]
 
 
+def _text(prompt):
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def test_the_larger_held_out_sets():
     rows = data.with_heldout(data.load(None, references=4, tested=8), tested=8)
     assert len(rows.more_harmful) == 72
@@ -386,7 +391,9 @@ def test_the_larger_held_out_sets():
     assert {kind: len(prompts) for kind, prompts in rows.prompts.items()} == dict.fromkeys(rows.prompts, 8)
     assert list(rows.prompts)[-1] == "other"
     assert len(rows.held_out_safety) == 8
-    assert not {*rows.benign, *rows.unseen_benign, *rows.more_harmful} & {str(row["prompt"]) for row in rows.safety}
+    used = [*(row["prompt"] for row in rows.safety), *rows.more_lookalikes]
+    measured = {_text(prompt) for prompt in (*rows.benign, *rows.unseen_benign, *rows.more_harmful)}
+    assert not measured & {_text(prompt) for prompt in used}
 
 
 def test_runs_that_end_where_they_are_safe_need_plain_lora_first(tmp_path):
@@ -461,6 +468,16 @@ def test_a_run(bench, name, stages):
     after = bench.base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_more_lookalikes_are_references_of_their_set_alone(bench):
+    few, many = bench.references("own", "kl"), bench.references("own", "kl", more_lookalikes=True)
+    assert [own.name for own in few] == [own.name for own in many] == [*bench.data.references]
+    for name, one, two in zip(bench.data.references, few, many, strict=True):
+        wanted = bench.data.more_lookalikes if name == "lookalikes" else bench.data.references[name]
+        assert len(two.dataset) == len(wanted)
+        assert (len(two.dataset) > len(one.dataset)) == (name == "lookalikes")
 
 
 @pytest.mark.slow

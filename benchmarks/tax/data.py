@@ -39,6 +39,7 @@ class TaxData:
         facts: Questions of one short answer, as rows of `load_heldout("facts")`.
         prompts: For the divergence from the base, by kind.
         lookalikes: Benign look-alikes, to train on with the base's own answers.
+        more_lookalikes: All prompts of look-alikes that are not measured on, for a larger reference set.
         source: Where the rows are from.
     """
 
@@ -51,6 +52,7 @@ class TaxData:
     benign: list[Any]
     prompts: dict[str, list[Any]] = field(default_factory=dict)
     lookalikes: list[Any] = field(default_factory=list)
+    more_lookalikes: list[Any] = field(default_factory=list)
     more_harmful: list[Any] = field(default_factory=list)
     unseen_benign: list[Any] = field(default_factory=list)
     facts: list[Row] = field(default_factory=lambda: FACTS)
@@ -73,6 +75,7 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
     kept, others = asked[:references], asked[references:] or asked[-tested:]
     unseen_lookalikes = others[:tested]
     lookalikes = [row["prompt"] for row in [*kept, *others[tested:]]]
+    more_lookalikes = [*lookalikes, *(row["prompt"] for row in builtin.load("benign", "train"))]
     benign = [row["prompt"] for row in builtin.load("benign", "test")]
     unseen = builtin.load("general", "test")[:tested]
     if folder is None:
@@ -92,6 +95,7 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
                 "lookalikes": unseen_lookalikes,
             },
             lookalikes=lookalikes,
+            more_lookalikes=more_lookalikes,
         )
     safety = _lines(folder / "safety_sft.jsonl")
     sets = {name: _lines(folder / f"general_{name}.jsonl") for name in GENERAL}
@@ -109,6 +113,7 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
         benign=benign,
         prompts=prompts | {"lookalikes": unseen_lookalikes},
         lookalikes=lookalikes,
+        more_lookalikes=more_lookalikes,
         more_harmful=[row["prompt"] for row in builtin.load("harmful", "test")],
         source=folder.name,
     )

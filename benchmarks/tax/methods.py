@@ -28,6 +28,7 @@ class Method:
         refusals: Whose are trained on: `"given"` (of the data), or `"own"` (of the base model, under an instruction
             that is not in the rows).
         lookalikes: Share of benign look-alikes, with the base's own answers, among the training rows.
+        more_lookalikes: Whether the reference set of look-alikes has all prompts that nothing is measured on.
         first_tokens: Of every training answer, so many tokens count; `None` counts all.
         learning_rate: Times that of the others.
         optimizer: Of transformers' names.
@@ -54,6 +55,7 @@ class Method:
     budget: float = 0.1
     refusals: Literal["given", "own"] = "given"
     lookalikes: float = 0.0
+    more_lookalikes: bool = False
     first_tokens: int | None = None
     learning_rate: float = 1.0
     optimizer: str = "adamw_torch_fused"
@@ -256,6 +258,9 @@ METHODS: dict[str, Method] = {
     "null space, contrast": null_space(subspace_energy=1.0, lookalikes=0.2),
     "null space, KL 8, contrast": replace(_WEIGHTS["null space and KL penalty"]["null space, KL 8"], lookalikes=0.2),
     "KL 8, 2 of 40, contrast": replace(_WEIGHTS["KL penalty"]["KL 8, 2 of 40"], lookalikes=0.2),
+    "null space, KL 8, more look-alikes": replace(
+        _WEIGHTS["null space and KL penalty"]["null space, KL 8"], more_lookalikes=True
+    ),
     "plain, own refusals": Method(refusals="own"),
     "KL 8, 2 of 40, own refusals": replace(_WEIGHTS["KL penalty"]["KL 8, 2 of 40"], refusals="own"),
     "null space, own refusals": replace(null_space(subspace_energy=1.0), refusals="own"),

@@ -94,14 +94,17 @@ class Workbench:
         self.base, self.tokenizer, self.source = load_model(settings.model, device=settings.device)
         self.meter = Meter(self.base, self.tokenizer, data)
 
-    def references(self, answers: str, loss: str = "answer") -> list[ReferenceSet]:
+    def references(self, answers: str, loss: str = "answer", more_lookalikes: bool = False) -> list[ReferenceSet]:
         """The reference sets; those without given answers are answered by the base, once."""
         sets = []
         for name, rows in self.data.references.items():
             if answers == "given" and "completion" in rows[0]:
                 sets.append(ReferenceSet(name, rows, None, MAX_LENGTH, loss))
                 continue
-            sets.append(self._answered(name, [row["prompt"] for row in rows], loss))
+            prompts = [row["prompt"] for row in rows]
+            if more_lookalikes and name == "lookalikes":
+                prompts = self.data.more_lookalikes
+            sets.append(self._answered(name, prompts, loss))
         return sets
 
     def _answered(self, name: str, prompts: list[Any], loss: str = "answer") -> AnsweredSet:
@@ -306,7 +309,7 @@ def _trainer(
 def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, list[TrainerCallback]]:
     """The configuration (`None` where whole weights are merely trained), the model, and the callbacks that keep."""
     settings = bench.settings
-    sets = bench.references(method.answers, method.loss) if method.references else []
+    sets = bench.references(method.answers, method.loss, method.more_lookalikes) if method.references else []
     if method.merged:
         rows = [row for own in sets for row in own.dataset]
         sets = [ReferenceSet("all", rows, None, MAX_LENGTH, method.loss)]

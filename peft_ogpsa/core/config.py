@@ -28,7 +28,7 @@ _PAPER_REFRESH_STEPS = {"sft": 30, "dpo": 5}
 
 @dataclass
 class ProjectionConfig:
-    """How to keep reference losses from rising: the fields that `OGPSAConfig` and `FullParameterConfig` share.
+    """How updates are projected away from a reference subspace: the fields of `OGPSAConfig` and `FullParameterConfig`.
 
     Both classes document the fields. `FullParameterConfig` changes some of the defaults.
 

@@ -34,7 +34,7 @@ AFTER_SAVING: dict[str, Callable[[str], object]] = {}
 
 @dataclass
 class OGPSAConfig(ProjectionConfig, LoraConfig):
-    """Configuration of OGPSA: LoRA whose training steps keep a few reference losses from rising.
+    """Configuration of OGPSA: LoRA whose updates are projected away from a reference subspace.
 
     It takes every argument of [`~peft.LoraConfig`] in addition to its own. It is saved as a plain LoRA
     `adapter_config.json`, with OGPSA's own settings next to it in `ogpsa_config.json`. If this package is imported,
@@ -52,8 +52,8 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             `constraint="orthogonal"`: the number of leading directions of the rows to keep; `None` keeps all.
         subspace_energy (`float`): Used without `subspace_rank`: the share of the energy (mean squared length) of a
             layer's inputs on reference tokens that its directions hold, above 0 and at most 1. There are at most 512
-            directions, and at most half of the input's width. The default, 1.0, takes this maximum. Lower shares
-            preserve less: in some layers a few directions hold most of the energy (benchmarks/results/tax.md).
+            directions, and at most half of the input's width. The default, 1.0, takes this maximum. Shares of 0.95 and
+            less preserve less: in some layers a few directions hold most of the energy (benchmarks/results/tax.md).
         tokens (`str`): The tokens whose inputs count for an activation subspace: `"all"` tokens of a reference
             example, or those of the `"answer"`.
         constraint (`str`): `"cone"` takes the closest update along which no reference loss rises to first order;
