@@ -1,7 +1,8 @@
-"""The memory benchmark: that it counts right, and what it says of a tiny model."""
+"""The benchmarks of memory and time: that memory is counted right, and that the files of one are read by the other."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from peft_ogpsa.core.layout import Blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import cost
+import overhead
 from memory import (
     SHAPES,
     MainMemoryMeter,
@@ -120,3 +123,9 @@ def test_the_table_compares_with_the_plain_run_of_the_same_kind():
     ours = {**common, "rows": 4, "peaks": {"refresh": 11 * mebibyte, "step": 9 * mebibyte}}
     other = {**plain, "optimizer": "paged_adamw_8bit", "peaks": {"step": 5 * mebibyte}}
     assert "| 10.0 | 1.25 | 1.000 |" in markdown([other, plain, ours]).splitlines()[-1]
+
+
+def test_the_figure_of_the_cost_names_methods_that_are_measured():
+    measured = overhead.methods(overhead.Settings())
+    assert set(cost.METHODS) < set(measured)
+    assert set(cost.METHODS) == set(json.loads((cost.RESULTS / "overhead.json").read_text())["methods"])
