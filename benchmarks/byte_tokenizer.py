@@ -15,7 +15,10 @@ _TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, 259 of them, with a chat template. The padding token is 0, the first is 1, the last 2."""
+    """Return a tokenizer with a chat template. It has 259 tokens: 256 bytes and three special tokens.
+
+    The special tokens are padding (0), the beginning of a message (1) and its end (2).
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))

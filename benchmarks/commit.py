@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """Its short name, with a + where the code has been changed since; `unknown` outside a clone."""
+    """Return the commit's short name, with + if code has changed since. Outside a clone, return `unknown`."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)

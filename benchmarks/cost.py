@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The figure of what training with OGPSA costs, from the files that `overhead.py` and `memory.py` wrote.
+"""Draw what training with OGPSA costs, from the files that `overhead.py` and `memory.py` wrote.
 
 python benchmarks/cost.py --output benchmarks/results/cost
 """
@@ -21,7 +21,7 @@ METHODS = (
     "OGPSA, cone, KL penalty",
     "OGPSA, published rule",
 )
-"""Those of `overhead.json` in the figure."""
+"""The methods of `overhead.json` that the figure shows."""
 
 
 def draw(file: Path) -> None:

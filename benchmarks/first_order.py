@@ -1,12 +1,12 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The first-order promise on a real model, where training and references pull apart as hard as they can.
+"""Test the first-order promise on a real model, with training that conflicts with the references.
 
     python benchmarks/first_order.py --output benchmarks/results/first_order
 
-The references are prompts with the model's own answers; the training rows are the same prompts answered with
-refusals. Rows are refreshed at every step and the learning rate is small, so that first order holds. Writes a plot and
-the curves as JSON.
+The references are prompts with the model's own answers. The training rows are the same prompts, answered with
+refusals, which is the hardest conflict. Rows are refreshed at every step and the learning rate is small, so that the
+first-order approximation holds. The script writes a plot, and the curves as JSON.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ METHODS = {
 
 
 def own_answers(model, tokenizer, prompts: list) -> list[Example]:
-    """The model's own likeliest answers, whose loss nothing but the model itself can have."""
+    """Return the model's own most likely answers to the prompts."""
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     answers = generate_ids(model, tokenizer, ids, max_new_tokens=24, batch_size=8, sample=False, seed=0)
     return [Example(prompt + answer, len(prompt)) for prompt, answer in zip(ids, answers, strict=True)]
 
 
 def curves(base, tokenizer, steps: int = 20, learning_rate: float = 7e-5, examples: int = 2) -> dict:
-    """For every method, the loss of each reference set before every step and after the last, and the training loss.
+    """Train with every method, and return the reference losses and the training loss.
+
+    The loss of each reference set is measured before every step and after the last one.
 
     Returns:
         `{method: {"general": [...], "benign": [...], "training": [...]}}`, in nats per token.
@@ -83,7 +85,7 @@ def curves(base, tokenizer, steps: int = 20, learning_rate: float = 7e-5, exampl
 
 
 def plot(results: dict, path: Path) -> None:
-    """The change of the reference losses (mean over sets) and the training loss, along the steps."""
+    """Plot the change of the reference losses (mean over sets) and the training loss, step by step."""
     figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     for color, (method, curve) in zip(("#0072B2", "#D55E00", "#009E73"), results.items(), strict=True):
@@ -110,7 +112,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("first_order"), help="path without suffix")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=7e-5)
-    parser.add_argument("--examples", type=int, default=2, help="in each reference set")
+    parser.add_argument("--examples", type=int, default=2, help="examples in each reference set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     base, tokenizer, source = load_model(dtype=torch.float32, device=arguments.device)

@@ -1,13 +1,13 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What OGPSA over whole weights costs under FSDP2, by each process: memory, and what is exchanged. Computed.
+"""Compute the memory and the traffic of each process, for OGPSA over whole weights under FSDP2.
 
     python benchmarks/full_parameter_memory.py --estimate --output benchmarks/results/full_parameter_memory
     python benchmarks/full_parameter_memory.py --estimate --shape qwen2.5-7b --processes 16 --rows 8
 
-Builds the model without storage and adds up the shards of the largest process. Activations and what FSDP2 gathers
-for a layer at a time are those of training without OGPSA and not among the figures. Prints a table in Markdown and
-writes it as JSON.
+The script builds the model without storage, and adds up the shards of the process that holds most. The figures leave
+out activations, and the layers that FSDP2 gathers one at a time: these are the same in training without OGPSA. The
+script prints a Markdown table and writes the figures as JSON.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def shard(shape: torch.Size, processes: int) -> int:
-    """Elements of the largest shard of a parameter: FSDP2 cuts the first axis, as `torch.chunk` does."""
+    """Count the elements of a parameter's largest shard. FSDP2 splits the first axis, as `torch.chunk` does."""
     return -(-shape[0] // processes) * shape[1:].numel()
 
 
 def estimate(config: PretrainedConfig, settings: FullParameterConfig, processes: int) -> dict[str, float]:
-    """Bytes by component, of the largest process.
+    """Compute the bytes of each component, for the process that holds most.
 
     Args:
         config: The model's shape. Parameters, gradients and AdamW's two moments are float32 (mixed precision).
         settings: OGPSA's settings.
-        processes: Among which FSDP2 shards.
+        processes: Number of processes over which FSDP2 shards.
 
     Returns:
-        Memory of training as it is, what OGPSA adds, `"exchanged in a step"` (what a process puts into the one
-        all-reduce) and, beside it, `"exchanged by FSDP2"` in the forward and backward passes of one micro-batch (two
-        gathers in bfloat16, one scatter in float32; what a process receives or sends of either).
+        Memory of training without OGPSA, and what OGPSA adds. `"exchanged in a step"` is what a process puts into the
+        one all-reduce. For comparison, `"exchanged by FSDP2"` is what a process receives or sends in the forward and
+        backward passes of one micro-batch (two gathers in bfloat16, one scatter in float32).
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -55,11 +55,11 @@ def estimate(config: PretrainedConfig, settings: FullParameterConfig, processes:
     row = sum(pieces)
     rows = settings.rows * row * _BYTES[settings.rows_dtype]
     basis = rows if settings.constraint == "orthogonal" else 0
-    # A correction is made of one group at a time, which is of many pieces of one size or a single larger one.
+    # Corrections are computed group by group. A group is many pieces of one size, or one larger piece.
     sizes = {piece: pieces.count(piece) for piece in pieces}
     group = max(piece * min(count, max(1, LARGEST_GROUP // piece)) for piece, count in sizes.items())
     on_host = settings.rows_device == "cpu"
-    # Blocks are tensors; products of every row, and the squared length of the step.
+    # Every tensor is a block: its products with every row. And once, the squared length of the step.
     values = len(projected) * settings.rows + 1
     return {
         "parameters": 4 * local,
@@ -77,7 +77,7 @@ def estimate(config: PretrainedConfig, settings: FullParameterConfig, processes:
 
 
 def markdown(estimates: dict[str, dict[str, float]]) -> str:
-    """A table with one column an estimate, in GiB, but what is exchanged in a step, in KiB."""
+    """Return a table with one column per estimate, in GiB. What is exchanged in a step is in KiB."""
     names = [name for name in next(iter(estimates.values())) if any(own[name] for own in estimates.values())]
     lines = ["| per process | " + " | ".join(estimates) + " |", "|---|" + "---|" * len(estimates)]
     for name in names:
@@ -89,14 +89,14 @@ def markdown(estimates: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--estimate", action="store_true", required=True, help="compute; nothing is measured")
+    parser.add_argument("--estimate", action="store_true", required=True, help="required: nothing is measured")
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b")
     parser.add_argument("--processes", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--rows-dtype", choices=_BYTES, default="bfloat16")
     parser.add_argument("--constraint", choices=("cone", "orthogonal"), default="cone")
     parser.add_argument("--exclude", nargs="*", default=["embed_tokens", "lm_head"])
-    parser.add_argument("--output", type=Path, help="writes OUTPUT.json")
+    parser.add_argument("--output", type=Path, help="path of the .json file, without suffix")
     arguments = parser.parse_args()
 
     estimates = {}

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How many harmful prompts a model refuses under which safety instruction.
+"""Count the harmful prompts that a model refuses under each safety instruction.
 
-With `--steps`, the training rows of a run of the tax with its own refusals instead.
+With `--steps`, instead make the training rows of a run of `benchmarks.tax` that trains on the model's own refusals.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .tax.training import Settings
 
 BATCH = 32
 FIRST_TOKENS = 24
-"""A refusal shows in its first words."""
+"""Tokens per answer. A refusal shows in its first words."""
 
 INSTRUCTIONS = {
     "none": None,
@@ -42,13 +42,13 @@ INSTRUCTIONS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=__doc__)
-    parser.add_argument("--data", type=Path, help="Folder of rows, as for the tax; the built-in ones by default.")
+    parser.add_argument("--data", type=Path, help="Folder of rows, as for benchmarks.tax. Default: the built-in rows.")
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--instructions", nargs="+", choices=list(INSTRUCTIONS), default=list(INSTRUCTIONS))
-    parser.add_argument("--steps", type=int, help="Of the run.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the run.")
-    parser.add_argument("--show", type=int, default=0, help="Print so many answers or rows.")
+    parser.add_argument("--steps", type=int, help="Steps of the run.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the run.")
+    parser.add_argument("--show", type=int, default=0, help="How many answers or rows to print.")
     arguments = parser.parse_args()
     rows = load(arguments.data, references=48, tested=8).safety
     model, tokenizer, _ = load_model(arguments.model, device=arguments.device)

@@ -1,15 +1,15 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What OGPSA costs beyond plain QLoRA in memory and time, on models of any shape with random 4-bit weights.
+"""Measure the memory and time of OGPSA and of plain QLoRA, on models of any shape with random 4-bit weights.
 
     python benchmarks/memory.py --shape llama3.1-8b --output benchmarks/results/memory_llama3.1-8b  # a GPU
     python benchmarks/memory.py --length 256 --reference-length 128 --output benchmarks/results/memory_small  # a CPU
     python benchmarks/memory.py --estimate --output benchmarks/results/memory_estimate  # computed, anywhere
 
-Prints tables in Markdown and writes the figures as JSON. Every run builds its model anew, one layer's weight at a
-time, so that no 16-bit copy of the model exists anywhere. On a GPU, peaks are those of torch's allocator; the pages of
-a paged optimizer are the driver's and not among them. On a CPU, torch's profiler sees every allocation and every
-release, and the report also says which functions of this package hold the memory at each peak.
+The script prints Markdown tables and writes the figures as JSON. Every run builds a new model, one layer's weight at a
+time, so that no 16-bit copy of the model exists anywhere. On a GPU, peaks are those of torch's allocator. They leave
+out the pages of a paged optimizer, which belong to the driver. On a CPU, torch's profiler sees every allocation and
+every release, and the report also says which functions of this package hold the memory at each peak.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
 }
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-TILE = 2**24  # of linalg, on an accelerator
+TILE = 2**24  # linalg's own value on an accelerator
 REFRESH_STEPS = 5
 REFRESH_SAMPLES = 8
 
@@ -121,14 +121,14 @@ class Settings:
     optimizer: str = "adamw"
     rank: int = 16
     directions: int = 0
-    """Of an activation subspace, with `rows=0`; 0 is none."""
+    """Directions of an activation subspace, with `rows=0`. 0 is no such subspace."""
     length: int = 1024
     reference_length: int = 512
     reference_batch: int = 1
 
 
 def build(config: PretrainedConfig, device: str) -> nn.Module:
-    """A model of the shape with random weights: linear layers in nf4 with nested statistics, the rest in bfloat16."""
+    """Build a model with random weights: linear layers in nf4 with nested statistics, the rest in bfloat16."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, module in list(model.named_modules()):
@@ -142,9 +142,9 @@ def build(config: PretrainedConfig, device: str) -> nn.Module:
     # Buffers (rotary frequencies) are computed, not stored.
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    model.is_loaded_in_4bit = True  # PEFT asks for it
+    model.is_loaded_in_4bit = True  # PEFT checks this
     model.tie_weights()
-    # Its name before transformers 5.23, which warns of it.
+    # The method has the second name before transformers 5.23, which warns about that name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -165,7 +165,7 @@ def _quantized(linear: nn.Linear, device: str) -> nn.Module:
 
 
 def adapt(model: nn.Module, settings: Settings) -> PeftModel:
-    """Puts the adapter of the settings on the model, on all linear layers."""
+    """Add the adapter of the settings to all linear layers of the model."""
     lora: dict[str, Any] = {
         "r": settings.rank,
         "lora_alpha": 2 * settings.rank,
@@ -189,12 +189,12 @@ def adapt(model: nn.Module, settings: Settings) -> PeftModel:
 
 
 def autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """The Trainer's `bf16=True`."""
+    """Return the same autocast as the Trainer's `bf16=True`."""
     return torch.autocast(device, torch.bfloat16)
 
 
 def train(model: PeftModel, settings: Settings, device: str, steps: int, phase: Phase) -> None:
-    """Takes optimizer steps on random tokens, each part of them within its phase: `refresh`, `step`, `optimizer`."""
+    """Take optimizer steps on random tokens. Each part runs in its phase: `refresh`, `step` or `optimizer`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[settings.optimizer](trained, lr=1e-4)
     projector = model.projector if settings.rows or settings.directions else None
@@ -208,7 +208,7 @@ def train(model: PeftModel, settings: Settings, device: str, steps: int, phase: 
         with autocast(device):
             return answer_loss(model, inputs)
 
-    # PEFT asks for CUDA's autocast only, and would widen every input of the adapter on a CPU.
+    # PEFT only checks for CUDA's autocast. On a CPU it would cast every input to the dtype of the adapter.
     with disable_input_dtype_casting(model, active=device == "cpu"):
         for _ in range(steps):
             if projector is not None and projector.due:
@@ -242,7 +242,7 @@ class DeviceMeter:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What is allocated inside counts towards the phase's peak, with what stood before."""
+        """Count what is allocated inside, with what was allocated before, towards the peak of the phase."""
         torch.cuda.reset_peak_memory_stats()
         yield
         self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated())
@@ -251,12 +251,12 @@ class DeviceMeter:
 class MainMemoryMeter:
     """Peaks of torch's main memory in every phase, in bytes, from the profiler's record of each (de)allocation.
 
-    What is measured must be allocated inside the `with` block: the profiler does not know what stood before it.
+    Allocate everything to measure inside the `with` block: the profiler does not know earlier allocations.
 
     Attributes:
         peaks: The most bytes held at once, by phase.
-        holders: At that moment, the bytes by the function of this package that had allocated them, innermost first;
-            what no function of ours had allocated is under `""`.
+        holders: The bytes at that moment, by phase and by the innermost function of this package that allocated them.
+            Bytes that no function of this package allocated are under `""`.
     """
 
     _OURS = re.compile(r".*peft_ogpsa/(?:\w+/)*(\w+)\.py\(\d+\): (\w+)")
@@ -264,11 +264,11 @@ class MainMemoryMeter:
     def __init__(self) -> None:
         self.peaks: dict[str, int] = {}
         self.holders: dict[str, Counter[str]] = {}
-        # Stacks are there only if operators are recorded with them.
+        # The profiler records stacks only together with operators.
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True)
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """What is allocated inside counts towards the phase's peak, with what stood before."""
+        """Count what is allocated inside, with what was allocated before, towards the peak of the phase."""
         return record_function(f"phase {name}")
 
     def __enter__(self) -> MainMemoryMeter:
@@ -296,13 +296,13 @@ class MainMemoryMeter:
                 self.holders[phase] = holders.copy()
 
     def _changes(self, events: Iterable[Any], owner: str) -> Iterator[tuple[int, int, int, str]]:
-        """Time, address, signed size and owner of every allocation and release; with the address 0, phases' ends."""
+        """Yield time, address, signed size and owner of every change. At address 0, a phase starts or ends."""
         for event in events:
             name = _name(event)
             if name == "[memory]":
                 yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size, owner
             if name.startswith("phase "):
-                # It has no children: it starts and ends inside calls of its own.
+                # The event of a phase has no children, because the phase starts and ends inside calls of its own.
                 yield event.start_time_ns, 0, 0, name.removeprefix("phase ")
                 yield event.end_time_ns, 0, 0, ""
             ours = self._OURS.match(name)
@@ -312,12 +312,12 @@ class MainMemoryMeter:
 def _name(event: Any) -> str:
     try:
         return event.name
-    except UnicodeDecodeError:  # the profiler cuts long names, in the middle of a letter too
+    except UnicodeDecodeError:  # the profiler cuts long names, even in the middle of a letter
         return ""
 
 
 def measure(config: PretrainedConfig, settings: Settings, device: str, steps: int = 3) -> dict[str, Any]:
-    """Peaks by phase of a few steps of a fresh model, in bytes, and who of this package holds them (on a CPU)."""
+    """Measure the peak bytes of each phase in a few steps of a new model. On a CPU, also say what holds them."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -330,7 +330,7 @@ def measure(config: PretrainedConfig, settings: Settings, device: str, steps: in
             train(model, settings, device, steps, meter.phase)
     result: dict[str, Any] = {"lora_parameters": count, "peaks": meter.peaks}
     if device == "cuda":
-        result["reserved"] = torch.cuda.memory_reserved()  # what the allocator took from the device, and keeps
+        result["reserved"] = torch.cuda.memory_reserved()  # what the allocator took from the device and keeps
     if isinstance(meter, MainMemoryMeter):
         result["holders"] = {
             phase: {owner: size for owner, size in holders.most_common() if owner and size > 0.01 * count}
@@ -340,16 +340,16 @@ def measure(config: PretrainedConfig, settings: Settings, device: str, steps: in
 
 
 def tile(count: int) -> int:
-    """Elements converted at a time, for so many LoRA parameters.
+    """Return how many elements to convert at a time, for a number of LoRA parameters.
 
-    A tile is larger than all rows of a small model: there it is scaled down with the adapter, from that of 8 B at rank
-    16, so that small figures look like large ones.
+    The usual tile is larger than all rows of a small model. So it is scaled down with the adapter, starting from 8 B
+    at rank 16. The figures of a small model are then like those of a large one.
     """
     return min(TILE, TILE * count // 41_943_040)
 
 
 class Clock:
-    """Seconds of every phase, in order, when the device is done with it."""
+    """Seconds of every phase, in order. A phase ends when the device is done with it."""
 
     def __init__(self, device: str) -> None:
         self.seconds: list[tuple[str, float]] = []
@@ -357,7 +357,7 @@ class Clock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What is done inside counts."""
+        """Time what is done inside."""
         start = self._now()
         yield
         self.seconds.append((name, self._now() - start))
@@ -369,9 +369,9 @@ class Clock:
 
 
 def clock(config: PretrainedConfig, settings: Settings, device: str) -> dict[str, float]:
-    """Seconds of a training step with its optimizer step, and of a refresh, and tokens per second of both together.
+    """Measure the seconds of a training step with its optimizer step, of a refresh, and tokens per second of both.
 
-    Two steps warm up, each with its refresh; the five that follow hold one refresh, as throughout a long run.
+    The first two steps are a warm-up. Each has a refresh. The next five steps have one refresh, as in a long run.
     """
     watch = Clock(device)
     train(adapt(build(config, device), settings), settings, device, 2 + REFRESH_STEPS, watch.phase)
@@ -391,7 +391,7 @@ def clock(config: PretrainedConfig, settings: Settings, device: str) -> dict[str
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model's shape memory depends on."""
+    """The sizes of a model that its memory depends on."""
 
     layers: int
     vocabulary: int
@@ -402,11 +402,11 @@ class Shape:
     rest: int
 
     def lora_parameters(self, rank: int) -> int:
-        """Of adapters on all linear layers but the head."""
+        """Count the parameters of adapters on all linear layers except the head."""
         return sum(rank * (out + inputs) for out, inputs in self.linears)
 
     def largest_group(self, rank: int) -> int:
-        """LoRA parameters in the most numerous kind of equal size; those of one size are projected together."""
+        """Count the LoRA parameters of the largest group. Matrices of equal size are one group, projected together."""
         sizes: Counter[int] = Counter()
         for features in itertools.chain.from_iterable(self.linears):
             sizes[rank * features] += rank * features
@@ -414,7 +414,7 @@ class Shape:
 
 
 def inspect_shape(config: Any) -> Shape:
-    """Counts the parameters of a model that is never allocated."""
+    """Read the sizes of a model without allocating it."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
@@ -431,18 +431,18 @@ def inspect_shape(config: Any) -> Shape:
 
 
 def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
-    """Computes, not measures, the bytes of what stays, of the parts of each phase, of what it adds, and the peaks.
+    """Compute the bytes of what stays, of the parts of each phase, of what each phase adds, and of the peaks.
 
-    The factors of activations were counted from the operations of transformers' Llama layers under bfloat16 autocast;
-    `benchmarks/results/memory.md` says how close they come to measurements. The optimizer is `adamw` or
-    `paged_adamw_8bit`, whose pages are counted too.
+    The factors of activations were counted from the operations of transformers' Llama layers under bfloat16 autocast.
+    `benchmarks/results/memory.md` compares them with measurements. The optimizer is `adamw` or `paged_adamw_8bit`. The
+    pages of the latter are included.
     """
     n = shape.lora_parameters(settings.rank)
     own = BYTES[settings.adapter_dtype]
     blocks = 2 * len(shape.linears)
     stay: dict[str, float] = {
         "4-bit weights": sum(out * inputs for out, inputs in shape.linears) / 2,
-        # A byte for 64 weights, a float32 for 256 of those, and two code books of 16 and 256 float32 for each layer.
+        # One byte per 64 weights, one float32 per 256 of these bytes, and per layer code books of 16 and 256 float32.
         "their statistics": sum(out * inputs / 64 * (1 + 4 / 256) + 4 * (16 + 256) for out, inputs in shape.linears),
         "embeddings, head, norms, biases": 2 * shape.rest,
         "adapter": own * n,
@@ -454,7 +454,7 @@ def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
         if own < 4:
             stay["float32 copy of the adapter"] = 4 * n
     dequantised = 2 * max(out * inputs for out, inputs in shape.linears)
-    saved = 20 * shape.hidden + 4 * shape.keys + 8 * shape.inner + 14 * settings.rank  # bytes a token and layer
+    saved = 20 * shape.hidden + 4 * shape.keys + 8 * shape.inner + 14 * settings.rank  # bytes per token and layer
 
     def head(tokens: int) -> float:
         return 12 * tokens * shape.vocabulary  # log-probabilities and two gradients, in float32
@@ -466,7 +466,7 @@ def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
         return dequantised + tokens * (saved + 7 * shape.hidden)
 
     def checkpointed(tokens: int) -> float:
-        # Either at the loss, or at the first layer, the last to be recomputed, when all gradients are there.
+        # The peak is at the loss, or at the first layer, which is recomputed last, when all gradients exist.
         return max(checkpoints(tokens) + head(tokens), own * n + last_layer(tokens))
 
     gradients, length = own * n, settings.length
@@ -479,8 +479,8 @@ def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
     add = {"step": checkpointed(length), "optimizer": gradients}
     if settings.rows:
         group, tokens = shape.largest_group(settings.rank), settings.reference_batch * settings.reference_length
-        # The snapshot, which becomes the step; then the correction of a group, and a tile of its rows if they are not
-        # in float32. The new float32 copy of a bfloat16 adapter stands beside the old one, and its rounding.
+        # First the snapshot, which becomes the step. Then the correction of a group, and a tile of its rows if these
+        # are not in float32. The new float32 copy of a bfloat16 adapter, its rounding and the old copy exist together.
         converted = 4 * tile(n) * (1 + 1 / settings.rows) if settings.rows_dtype != "float32" else 0
         parts["optimizer: snapshot"] = 4 * n
         parts["optimizer: correction"] = 4 * group + converted
@@ -489,7 +489,7 @@ def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
         parts["refresh: checkpoints"] = checkpoints(tokens)
         parts["refresh: logits"] = head(tokens)
         parts["refresh: recomputing a layer"] = last_layer(tokens)
-        # A group's row in float32, and a tile of it in float64, twice.
+        # One row of a group in float32, and two copies of a tile of it in float64.
         parts["refresh: normalising"] = 4 * group + 16 * tile(n)
         add["optimizer"] += parts["optimizer: snapshot"]
         add["optimizer"] += max(parts["optimizer: correction"], parts["optimizer: new float32 copy"])
@@ -504,7 +504,7 @@ def estimate(shape: Shape, settings: Settings) -> dict[str, dict[str, float]]:
 def benchmark(
     config: PretrainedConfig, runs: list[Settings], device: str, repeats: int, steps: int = 3
 ) -> list[dict[str, Any]]:
-    """Memory of every run, then their times, interleaved so that a slow minute of the machine is not one method's."""
+    """Measure the memory of every run, then the times. Runs alternate, so that a slow minute affects all alike."""
     shape = inspect_shape(config)
     results = []
     for settings in runs:
@@ -525,26 +525,26 @@ def _say(text: str) -> None:
 
 
 def bytes_of_rows(result: dict[str, Any]) -> int:
-    """Rows times LoRA parameters times bytes."""
+    """Return the bytes of the rows: rows times LoRA parameters times bytes per element."""
     return result["rows"] * result["lora_parameters"] * BYTES[result["rows_dtype"]]
 
 
 def label(settings: dict[str, Any]) -> str:
-    """The method of a run, for tables."""
+    """Return the name of a run's method, for tables."""
     if settings.get("directions"):
         return f"OGPSA, null space, {settings['directions']} directions {settings['rows_dtype']}"
     return f"OGPSA, {settings['rows']} rows {settings['rows_dtype']}" if settings["rows"] else "plain QLoRA"
 
 
 def plain_of(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The plain run with the same adapter dtype and optimizer."""
+    """Find the plain run with the same adapter dtype and optimizer."""
     same = ("adapter_dtype", "optimizer")
     plain = (r for r in results if not r["rows"] and not r.get("directions"))
     return next((r for r in plain if all(r[key] == result[key] for key in same)), None)
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """The table of all runs."""
+    """Return the table of all runs."""
     lines = [
         "| method | adapter | optimizer | peak, MiB: refresh | step | optimizer step | more than plain, MiB "
         "| of the rows' bytes | the step alone | tokens/s | ms a step | ms a refresh |",
@@ -569,7 +569,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 
 def holders_markdown(results: list[dict[str, Any]]) -> str:
-    """Which functions of this package hold how much at each phase's peak."""
+    """Return a table of what each function of this package holds at the peak of each phase."""
     lines = ["| method | adapter | optimizer | peak of | bytes for each LoRA parameter |", "|---|---|---|---|---|"]
     for result in results:
         for phase, holders in result.get("holders", {}).items():
@@ -583,7 +583,7 @@ def holders_markdown(results: list[dict[str, Any]]) -> str:
 
 
 def accuracy_markdown(results: list[dict[str, Any]]) -> str:
-    """Computed peaks against measured ones."""
+    """Return a table of computed peaks divided by measured ones."""
     lines = ["| method | adapter | optimizer | computed / measured: refresh | step | optimizer step |"]
     lines.append("|---|---|---|---|---|---|")
     for result in results:
@@ -598,7 +598,7 @@ def accuracy_markdown(results: list[dict[str, Any]]) -> str:
 
 
 def estimate_markdown(estimates: dict[str, list[tuple[Settings, dict[str, Any]]]]) -> str:
-    """Components, phases and peaks in MiB, a column for each shape and method."""
+    """Return a table of components, phases and peaks in MiB, with one column per shape and method."""
     columns = [(name, settings, parts) for name, own in estimates.items() for settings, parts in own]
     header = [f"{name}, {label(asdict(settings))}" for name, settings, _ in columns]
     lines = [f"| computed, not measured; MiB | {' | '.join(header)} |", f"|---|{'---|' * len(columns)}"]
@@ -636,17 +636,17 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--rows", type=int, nargs="+", default=[0, 8], help="0 is plain QLoRA")
     parser.add_argument(
-        "--directions", type=int, nargs="*", default=[], help="also with activation subspaces of these"
+        "--directions", type=int, nargs="*", default=[], help="also measure activation subspaces of these sizes"
     )
     parser.add_argument("--rows-dtype", choices=BYTES, default="bfloat16")
     parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=list(OPTIMIZERS))
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a training example, one a step")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a training example (one per step)")
     parser.add_argument("--reference-length", type=int, default=512, help="tokens of a reference example")
     parser.add_argument("--reference-batch", type=int, default=1, help="examples in one reference pass")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; 0 measures memory only")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs per method (0: only memory)")
     parser.add_argument("--steps", type=int, default=3, help="steps while memory is measured")
-    parser.add_argument("--estimate", action="store_true", help="compute peaks of all shapes instead of measuring one")
+    parser.add_argument("--estimate", action="store_true", help="compute the peaks of 7 B and 8 B instead")
     arguments = parser.parse_args()
     if arguments.estimate and arguments.directions:
         parser.error("--estimate computes no --directions: see python -m benchmarks.subspaces --sizes.")

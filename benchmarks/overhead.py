@@ -1,14 +1,14 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What OGPSA adds to the time of training, beside the paper's rule and replay.
+"""Measure the training time that OGPSA adds, and that of the published rule and of replay.
 
     python benchmarks/overhead.py --output benchmarks/results/overhead  # CPU, SmolLM2-135M
     python benchmarks/overhead.py --shape qwen2.5-1.5b --length 512 --output benchmarks/results/overhead_1.5b  # a GPU
     python benchmarks/overhead.py --shape llama3.1-8b --quantized --length 512 --output benchmarks/results/overhead_8b
 
-All methods take the same training steps in turn, cycle by cycle, in one process; a figure is the median over cycles of
-the ratio to plain LoRA in the same round, so that whatever else the machine does falls on all alike. A turn begins
-with a step that is not counted: what another method has left in the caches is none of a run's own cost.
+All methods take the same training steps in turn, cycle by cycle, in one process. A figure is the median over cycles of
+the ratio to plain LoRA in the same round, so that other work of the machine affects all methods alike. A turn begins
+with a step that is not counted, because the caches still hold the data of another method.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from peft_ogpsa.core.gradients import LossFn
 from peft_ogpsa.references.losses import answer_loss
 from peft_ogpsa.references.losses.kl import KLLoss
 
-PAPER_EXAMPLES = 400  # of its two reference sets, at every refresh
-BUILD_EXAMPLES = 192  # that an activation subspace is built from, once
+PAPER_EXAMPLES = 400  # reference examples of the published rule's refresh, from two sets
+BUILD_EXAMPLES = 192  # reference examples that an activation subspace is built from, once
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Settings:
     reference_length: int = 64
     rank: int = 16
     steps: int = 5
-    """Of a cycle, and from one refresh to the next."""
+    """Steps of a cycle, and from one refresh to the next."""
     repeats: int = 7
     device: str = "cpu"
 
@@ -65,11 +65,11 @@ class Method:
 
     Args:
         settings: The run.
-        config: The adapter's.
-        samples: Reference examples of a cycle: of a refresh, or with `replay` of extra training examples.
-        replay: Whether they are trained on.
-        loss: Of the references.
-        kernels: Whether the Triton kernels project.
+        config: Configuration of the adapter.
+        samples: Reference examples per cycle, for a refresh or, with `replay`, as extra training examples.
+        replay: Whether to train on the reference examples.
+        loss: Loss of the references.
+        kernels: Whether to project with the Triton kernels.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class Method:
                 self._refresh(config.rows if config.rows_from == "example" else 2 * settings.batch)
 
     def cycle(self) -> dict[str, float]:
-        """Takes the steps of one cycle; returns seconds of the whole, of the refresh and of the projection."""
+        """Take the steps of one cycle. Return the seconds of the whole, of the refresh and of the projection."""
         settings = self.settings
         self._step(settings.batch)
         before = self._totals()
         start = _now(settings.device)
         if self.samples and self.projector is not None:
-            # The paper's refresh is too large to run in every cycle: one batch of it, and its share of time.
+            # The published rule's refresh is too large for every cycle. Run one batch, and scale its time.
             self._refresh(min(int(self.samples), settings.batch) or 1)
         refreshed = _now(settings.device)
         extra = round(self.samples) if self.replay else 0
@@ -142,7 +142,7 @@ def _now(device: str) -> float:
 
 
 def _base(settings: Settings) -> nn.Module:
-    """A model of its own around frozen weights that all methods share."""
+    """Return a new model around frozen weights that all methods share."""
     base = _weights(settings)
     return copy.deepcopy(base, {id(tensor): tensor for tensor in itertools.chain(base.parameters(), base.buffers())})
 
@@ -159,7 +159,7 @@ def _weights(settings: Settings) -> nn.Module:
 
 
 def methods(settings: Settings, kernels: bool = False) -> dict[str, Callable[[], Method]]:
-    """The ways of training by name, each made when it is called."""
+    """Return the ways of training by name. Each is made when it is called."""
     lora: dict[str, Any] = {
         "r": settings.rank,
         "lora_alpha": 2 * settings.rank,
@@ -185,12 +185,12 @@ def methods(settings: Settings, kernels: bool = False) -> dict[str, Callable[[],
 
 
 def benchmark(settings: Settings, kernels: bool = False, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Times methods in turn: plain LoRA and those named, or all; with `kernels` also the cone by the Triton kernels.
+    """Time methods in turn: plain LoRA and those named, or all. With `kernels`, also time the cone with Triton.
 
     Returns:
-        By method: `seconds` of a cycle, and ratios to plain LoRA: `total`, `refresh` and `projection` (shares of plain
-        LoRA's time), each with median, least and most over the repeats; and `build_steps`, what is built once before
-        training, in the time of plain steps.
+        By method: `seconds` of a cycle, and the shares `total`, `refresh` and `projection` of plain LoRA's time, each
+        with median, least and most over the repeats. `build_steps` is the time of what is built once before training,
+        as a number of plain steps.
     """
     every = methods(settings, kernels)
     made = {name: make() for name, make in every.items() if not names or name in ("plain LoRA", *names)}
@@ -219,7 +219,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table of the ratios."""
+    """Return a table of the ratios."""
     lines = [
         "| method | time, of plain LoRA's | spread | of that, references | projection | once, in plain steps |",
         "|---|---|---|---|---|---|",
@@ -243,7 +243,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     parser.add_argument("--device", default=default.device)
     parser.add_argument("--kernels", action="store_true", help="Measure the Triton kernels as well; needs CUDA.")
-    parser.add_argument("--methods", nargs="+", default=[], help="Some of them, by name, beside plain LoRA.")
+    parser.add_argument("--methods", nargs="+", default=[], help="Names of methods, besides plain LoRA. Default: all.")
     arguments = vars(parser.parse_args())
     output, kernels, names = (arguments.pop(name) for name in ("output", "kernels", "methods"))
     settings = Settings(**arguments)

@@ -1,11 +1,11 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How reference gradients are best spent: ways of refreshing at equal cost, over several seeds, beside replay.
+"""Compare ways to refresh reference gradients at equal cost, and replay, over several seeds.
 
     OMP_NUM_THREADS=1 python benchmarks/policies.py --output benchmarks/results/policies
 
-Trains SmolLM2-135M-Instruct as `ogpsa quickstart` does, once for each policy and seed. Every finished run is written
-down at once and not done again, so the command can be stopped and repeated, and more policies or seeds added.
+The script trains SmolLM2-135M-Instruct as `ogpsa quickstart` does, once per policy and seed. It saves every finished
+run at once and does not repeat it. So you can stop the command, start it again, and add policies or seeds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from peft_ogpsa.trainer.penalty import ReferencePenalty
 from peft_ogpsa.tuner.model import projector_of
 
 POOL = {"general": 129, "benign": 63}
-"""Reference examples by set, 192 together; those of `benign` are all there are."""
+"""Number of reference examples by set, 192 in total. The set `benign` has no more."""
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -46,10 +46,10 @@ class Policy:
     """A way of training.
 
     Attributes:
-        config: Makes the adapter's configuration.
-        replay: With plain LoRA, how many reference examples every fifth step also learns.
-        threshold: Refresh where a reference loss has risen by so many nats, instead of regularly.
-        own: References with the base's own answers and the divergence from it, instead of given answers.
+        config: Function that makes the adapter's configuration.
+        replay: With plain LoRA, number of reference examples that every fifth step also trains on.
+        threshold: Refresh when a reference loss has risen by this many nats, instead of at regular steps.
+        own: Use the base's own answers and KL from base for the references, instead of given answers.
     """
 
     config: Callable[[], LoraConfig]
@@ -59,15 +59,15 @@ class Policy:
 
 
 def cone(threshold: float | None = None, **overrides: Any) -> Policy:
-    """The cone on the update, with 48 rows and settings of its own."""
+    """Return a policy with the cone on the update. It has 48 rows, unless the overrides change that."""
     return Policy(
         lambda: OGPSAConfig(**{**LORA, "subspace": "gradients", "rows": 48, "reference_weight": 0.0, **overrides}),
         threshold=threshold,
     )
 
 
-# "4/5" is 4 reference examples every 5 steps. All are at 10 % of the training examples, as far as whole examples
-# allow, but for "192/10" and the last two groups.
+# "4/5" means 4 reference examples every 5 steps. Every policy uses 10 % as many reference examples as training
+# examples, as far as whole examples allow, except "192/10" and the last two groups.
 POLICIES = {
     "plain": Policy(lambda: LoraConfig(**LORA)),
     "replay 4/5": Policy(lambda: LoraConfig(**LORA), replay=4),
@@ -87,7 +87,7 @@ POLICIES = {
     # More compute
     "replay 8/5": Policy(lambda: LoraConfig(**LORA), replay=8),
     "cone 8/5": cone(refresh_samples=8),
-    # Today's default
+    # The defaults of the gradient subspace
     "own answers, divergence 2/5, weight 8, 8 rows": Policy(
         lambda: OGPSAConfig(subspace="gradients", **LORA), own=True
     ),
@@ -95,9 +95,9 @@ POLICIES = {
 
 
 class Adaptive(OGPSACallback):
-    """Refreshes where the promise is broken: where the loss of one example of each set has risen by `threshold`.
+    """Refresh when the promise is broken: when the loss on one example of each set has risen by `threshold`.
 
-    They are passed forward every second step, which is a third of a training pass each.
+    These examples need a forward pass every second step. It counts as a third of a training pass.
     """
 
     def __init__(self, sets: list[ReferenceSet], threshold: float, seed: int) -> None:
@@ -107,7 +107,7 @@ class Adaptive(OGPSACallback):
         self._kept = math.inf
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Refreshes where it is due, or where the probe says so."""
+        """Refresh if a refresh is due or the probe asks for one."""
         due = self._projector.due
         if not due and state.global_step % 2 == 0:
             due = self._probe(model) > self._kept + self.threshold
@@ -125,7 +125,7 @@ class Adaptive(OGPSACallback):
 def run(
     policy: Policy, base: Any, tokenizer: Any, evaluator: Evaluator, arguments: quickstart.QuickstartArguments
 ) -> Any:
-    """Trains and measures once; returns the figures, and the base without adapter."""
+    """Train and measure once. Return the figures, and the base without the adapter."""
     rows, _ = quickstart.load_rows(None)
     sets = [ReferenceSet(name, rows[name], samples=count) for name, count in POOL.items()]
     if policy.own:
@@ -158,14 +158,14 @@ def run(
 
 
 def _megabytes(model: Any) -> float:
-    """What the rows take."""
+    """Return the size of the rows."""
     if not isinstance(model.peft_config["default"], OGPSAConfig):
         return 0.0
     return sum(part.numel() * part.element_size() for part in projector_of(model).subspace.rows.stack) / 1e6
 
 
 def markdown(results: dict[str, dict[str, float]], base: float) -> str:
-    """A table: means over seeds, with the spread from least to most."""
+    """Return a table of means over seeds, with the spread from least to most."""
     lines = [
         "| policy | seeds | references | rows, MB | change of general loss | KL from base | refuses harmful | "
         "refuses benign |",

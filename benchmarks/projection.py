@@ -1,16 +1,16 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The projection of one optimizer step against the memory that it must move, and how it scales.
+"""Compare the time of one projection with a copy of as many bytes as it must move, and measure how it scales.
 
     python benchmarks/projection.py --output benchmarks/results/projection  # CPU, SmolLM2's shape
     python benchmarks/projection.py --shape llama3.1-8b --rows 8 --output benchmarks/results/projection_8b  # GPU
     python benchmarks/projection.py --subspace activations --rows 256 --output projection_null_space
 
 With `--kernels`, every case is measured with plain torch and then with the Triton kernels
-(`peft_ogpsa/core/kernels.py`). With `--subspace activations`, `--rows` are the directions of every input.
+(`peft_ogpsa/core/kernels.py`). With `--subspace activations`, `--rows` is the number of directions per input.
 
-Only the adapter is made, without its base model, and gradients are random. A projection must read the rows twice, once
-for the products and once for the correction, since every coefficient depends on all products; and it must copy the
+The script makes only the adapter, without weights of the base, and random gradients. A projection must read the rows
+twice, for the products and for the correction, since every coefficient depends on all products. It must also copy the
 parameters before the step, read both, and write the correction.
 """
 
@@ -41,13 +41,13 @@ PARAMETER_PASSES = 6  # float32: the copy reads and writes, the difference reads
 
 
 SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-"""The layers that have an input in common."""
+"""Layers that share an input."""
 
 
 def adapter(
     shape: str, rank: int, layers: int | None, rows: int, rows_dtype: str, device: str, subspace: str = "gradients"
 ) -> PeftModel:
-    """An OGPSA adapter on a model that has a shape and no weights, with random gradients or directions."""
+    """Build an OGPSA adapter with random gradients or directions, on a model that has a shape but no weights."""
     config = copy.deepcopy(SHAPES[shape])
     config.num_hidden_layers = layers or config.num_hidden_layers
     lora = {"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "rows_dtype": rows_dtype}
@@ -70,7 +70,7 @@ def adapter(
     common = [torch.randn(parameter.shape, generator=generator, device=device) for parameter in trained]
 
     def loss(_: Any, batch: torch.Tensor) -> torch.Tensor:
-        # Rows that share a part, as reference gradients do.
+        # The rows have a part in common, as reference gradients do.
         parts = zip(trained, common, strict=True)
         return sum((p * (c + 2 * torch.randn(c.shape, generator=generator, device=device))).sum() for p, c in parts)
 
@@ -79,7 +79,7 @@ def adapter(
 
 
 def hold_directions(model: PeftModel, count: int, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Gives the projector random orthonormal directions for each input, as if references had been passed."""
+    """Give the projector random orthonormal directions for each input, as if it had processed references."""
     matrices = model.projector.targets.matrices()
     layers: dict[tuple[str, str], list[str]] = {}
     widths: dict[tuple[str, str], int] = {}
@@ -100,7 +100,7 @@ def hold_directions(model: PeftModel, count: int, dtype: torch.dtype, generator:
 
 
 def step_seconds(model: PeftModel, device: str) -> list[float]:
-    """Seconds that the projection took in each of some steps, on random gradients."""
+    """Measure the seconds of the projection in each of several steps with random gradients."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-3)
     stopwatch = model.projector.diagnostics.stopwatch
@@ -115,7 +115,7 @@ def step_seconds(model: PeftModel, device: str) -> list[float]:
 
 
 def kernels(model: PeftModel) -> int | None:
-    """Kernels launched in one optimizer step with the projection, the optimizer's own left out; None on a CPU."""
+    """Count the kernels that the projection launches in one optimizer step. Return `None` on a CPU."""
     if not torch.cuda.is_available():
         return None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -134,7 +134,7 @@ def kernels(model: PeftModel) -> int | None:
 
 
 def bandwidth(device: str) -> float:
-    """Bytes a second that a large copy reads and writes together, the best of several."""
+    """Measure the bytes per second that a large copy reads and writes together, the best of several."""
     source = torch.empty(2**26, device=device).normal_()
     target = torch.empty_like(source)
     best = 0.0
@@ -152,7 +152,7 @@ def _now(device: str) -> float:
 
 
 def measured(model: PeftModel, path: str, device: str) -> dict[str, Any]:
-    """Times and kernels of the projection by plain torch (`path="torch"`) or the Triton kernels (`"triton"`)."""
+    """Measure times and kernels of the projection, with plain torch (`path="torch"`) or Triton (`"triton"`)."""
     model.projector.kernels = path == "triton"
     seconds = step_seconds(model, device)
     if model.projector.kernels and model.projector._step.last_launcher is None:
@@ -162,7 +162,7 @@ def measured(model: PeftModel, path: str, device: str) -> dict[str, Any]:
 
 
 def bytes_to_move(model: PeftModel, parameters: int, rows: int, width: int) -> float:
-    """What a projection reads and writes at least: rows or directions twice, and the projected parameters."""
+    """Count the bytes that a projection must move: rows or directions twice, and the projected parameters."""
     directions = model.projector.activations
     if directions is None:
         return parameters * (2 * rows * width + 4 * PARAMETER_PASSES)
@@ -180,7 +180,7 @@ def benchmark(
     subspace: str = "gradients",
     first_only: bool = False,
 ) -> list[dict[str, Any]]:
-    """The case as asked, and with rows, rank and layers halved and doubled, each by all paths."""
+    """Measure the case as asked, and with rows, rank and layers halved and doubled, each with all paths."""
     layers = SHAPES[shape].num_hidden_layers
     cases = [
         ("as asked", rows, rank, layers),
@@ -194,7 +194,7 @@ def benchmark(
     results = []
     for name, own_rows, own_rank, own_layers in tqdm(cases[:1] if first_only else cases, "Cases"):
         model = adapter(shape, own_rank, own_layers, own_rows, rows_dtype, device, subspace)
-        speed = bandwidth(device)  # beside each case, for a machine that does other things too
+        speed = bandwidth(device)  # measured for each case, because the machine may do other things too
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         must_move = bytes_to_move(model, count, own_rows, BYTES[rows_dtype])
         for path in paths:
@@ -219,7 +219,7 @@ def benchmark(
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """A table of the cases."""
+    """Return a table of the cases."""
     lines = [
         "| case | by | rows | rank | layers | milliseconds (least to most) | of the first | of a copy | kernels |",
         "|---|---|---|---|---|---|---|---|---|",

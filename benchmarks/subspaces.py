@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The activation subspace of a model: how its energy is spread, how it fits held-out references, what it weighs.
+"""Measure the activation subspace of a model: the spread of its energy, its fit to held-out references, its size.
 
 python -m benchmarks.subspaces --output benchmarks/results/activations      # a figure and its numbers
 python -m benchmarks.subspaces --sizes                        # bytes at 7 and 8 B, computed
@@ -28,11 +28,11 @@ from peft_ogpsa.references.loader import ReferenceLoader
 from peft_ogpsa.references.losses import reference_loss
 
 SHAPES = {"Llama-3.1-8B": (32, 4096, 14336), "Qwen2.5-7B": (28, 3584, 18944), "Qwen2.5-1.5B": (28, 1536, 8960)}
-"""Blocks, hidden size, width of the MLP. An input each for q, k, v; o; gate, up; down."""
+"""Number of blocks, hidden size, width of the MLP. Each block has four inputs: q, k and v; o; gate and up; down."""
 
 
 def sizes() -> None:
-    """Prints what the directions weigh, and what finding them needs meanwhile."""
+    """Print the size of the directions, and the memory that is needed while they are found."""
     print("| model | directions | held, float32 | held, bfloat16 | while it is built |")
     print("|---|---|---|---|---|")
     for name, (blocks, hidden, wide) in SHAPES.items():
@@ -45,7 +45,7 @@ def sizes() -> None:
 
 
 def measured(model_name: str, prompts: int) -> dict[str, Any]:
-    """The energies of every kind of layer, found with the base's own answers to built-in prompts."""
+    """Measure the energies of every kind of layer, on the base's own answers to built-in prompts."""
     base, tokenizer, source = load_model(model_name)
     sets = [
         ReferenceSet.from_prompts(name, data.load_prompts(name), base, tokenizer, samples=prompts, max_new_tokens=64)
@@ -86,7 +86,7 @@ def measured(model_name: str, prompts: int) -> dict[str, Any]:
 
 
 def draw(report: dict[str, Any], file: Path) -> None:
-    """Draws the share of the energy over the number of directions."""
+    """Draw the share of the energy over the number of directions."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for kind, own in report["kinds"].items():
@@ -105,9 +105,9 @@ def draw(report: dict[str, Any], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="Without suffix: a .json and a .png file.")
+    parser.add_argument("--output", type=Path, help="Path of the .json and .png files, without suffix.")
     parser.add_argument("--model", default=SMOLLM2)
-    parser.add_argument("--prompts", type=int, default=48, help="Of each reference set.")
+    parser.add_argument("--prompts", type=int, default=48, help="Prompts of each reference set.")
     parser.add_argument("--sizes", action="store_true", help="Only compute bytes for larger models.")
     arguments = parser.parse_args()
     if arguments.sizes:

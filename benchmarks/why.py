@@ -1,12 +1,12 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Why projecting the update, and not the gradient: what steps do to reference losses, taken apart.
+"""Why OGPSA projects the update and not the gradient: what each step does to the reference losses.
 
     OMP_NUM_THREADS=1 python benchmarks/why.py --output benchmarks/results/why
 
-Trains SmolLM2-135M-Instruct once with the default settings and measures, before every step, what is removed, what
-other rules and optimizers would have made of the same gradient, and how far reference gradients have turned. Writes
-the figures, and what they show as JSON.
+The script trains SmolLM2-135M-Instruct once, with a gradient subspace. Before every step it measures what is removed,
+which steps other rules and optimizers would have made from the same gradient, and how far reference gradients have
+turned. It writes figures, and their numbers as JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from peft_ogpsa.text.tokenization import Example, encode_row
 
 
 def observe(bench: Workbench, probed: int, seed: int) -> dict[str, Any]:
-    """Trains on the bench's data as the benchmark of the tax does, and watches."""
+    """Train on the bench's data as `benchmarks.tax` does, and measure every step."""
     settings = bench.settings
     tokenized = {own.name: own.tokenize(bench.tokenizer) for own in bench.references("own")}
     sets = {name: [own for own in rows if isinstance(own, Example)] for name, rows in tokenized.items()}
@@ -56,7 +56,7 @@ def observe(bench: Workbench, probed: int, seed: int) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Four digits of every number are enough."""
+    """Round every number to four digits."""
     if isinstance(value, dict):
         return {name: rounded(own) for name, own in value.items()}
     if isinstance(value, list):
@@ -66,15 +66,13 @@ def rounded(value: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("why"), help="path without suffix")
-    parser.add_argument(
-        "--data", type=Path, help="folder of rows, as for benchmarks.tax; the built-in ones if not given"
-    )
+    parser.add_argument("--output", type=Path, default=Path("why"), help="path of the output files, without suffix")
+    parser.add_argument("--data", type=Path, help="folder of rows, as for benchmarks.tax (default: the built-in rows)")
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--references", type=int, default=48, help="rows of each reference set")
-    parser.add_argument("--probed", type=int, default=4, help="of these, how many are looked at before every step")
+    parser.add_argument("--probed", type=int, default=4, help="how many of these rows are measured at every step")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     settings = Settings(arguments.model, arguments.device, arguments.steps)

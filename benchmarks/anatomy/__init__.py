@@ -1,10 +1,10 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The anatomy of a step: what projection takes from it, and what the step does to reference losses.
+"""What projection removes from an optimizer step, and what the step does to reference losses.
 
     python benchmarks/why.py --data FOLDER --output benchmarks/results/why
 
-One noun a file: `places` (where a matrix is), `angles` (cosines), `probe` (reference gradients at every state),
-`shares` (what is removed), `rules` (what optimizers make of projected gradients), `ages` (how rows age), `watch` (one
-training that all of them look at), `figures`.
+Each file has one subject: `places` (where a matrix is), `angles` (cosines), `probe` (reference gradients at every
+step), `shares` (what is removed), `rules` (steps under each projection rule), `ages` (how rows age), `watch` (the
+training run that all of them measure), `tables` and `figures`.
 """

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How fast reference gradients age: the same example's, now and some steps later."""
+"""How fast reference gradients age: the gradient of an example, now and some steps later."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ MATRICES = ("A", "B")
 
 
 class Ages:
-    """Compares the gradients of all later steps with those of a few.
+    """Compare the gradients at a few anchor steps with those at all later steps.
 
     Args:
-        places: Of the tensors.
-        owners: The set of each example.
-        anchors: The steps whose gradients are kept.
+        places: Place of each tensor.
+        owners: Reference set of each example.
+        anchors: Steps whose gradients are kept for comparison.
 
     Attributes:
-        cosines: By matrix and anchor, for every later step one cosine an example; over all matrices of the kind.
-        others: By matrix, for every step the mean cosine of two examples of one set: what a row is worth for others.
-        lengths: By matrix, for every step the mean length of an example's gradient.
+        cosines: By matrix and anchor: for every later step, one cosine per example, over all matrices of the kind.
+        others: By matrix: for every step, the mean cosine of two examples of one set. It shows how well the row of one
+            example stands for other examples.
+        lengths: By matrix: for every step, the mean length of an example's gradient.
     """
 
     def __init__(self, places: Sequence[Place], owners: Sequence[str], anchors: Sequence[int]) -> None:
@@ -40,7 +41,7 @@ class Ages:
         self.lengths: dict[str, list[float]] = {m: [] for m in MATRICES}
 
     def add(self, step: int, gradients: Stack) -> None:
-        """Takes the gradients of a step, `(pieces, examples, numel)` per group; the stack itself may be kept."""
+        """Add the gradients of a step, `(pieces, examples, numel)` per group. Do not change the stack afterwards."""
         lengths = squares(gradients)
         products = torch.cat([part.double() @ part.double().mT for part in gradients])
         for matrix, own in self._members.items():

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What `watch` found, drawn."""
+"""Figures of what `watch` measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = {"gradient": "minus the gradient", "proposed": "AdamW's step", "made": "
 
 
 def shares(report: Mapping[str, Any]) -> Figure:
-    """What is removed: by depth, by kind of module, along the steps."""
+    """Draw the removed share: by layer, by kind of module, and along training."""
     figure, (depth, kind, along) = _panels(3)
     found = report["shares"]
     for constraint, color in CONSTRAINTS.items():
@@ -44,7 +44,7 @@ def shares(report: Mapping[str, Any]) -> Figure:
 
 
 def cosines(report: Mapping[str, Any]) -> Figure:
-    """What steps do to each reference loss, along training."""
+    """Draw the cosine of each step with each set's reference gradient, along training."""
     found = report["cosines"]
     figure, panels = _panels(len(found["sets"]), sharey=True)
     for i, (name, axes) in enumerate(zip(found["sets"], panels, strict=True)):
@@ -56,7 +56,7 @@ def cosines(report: Mapping[str, Any]) -> Figure:
 
 
 def rules(report: Mapping[str, Any]) -> Figure:
-    """What steps under each rule do to the reference losses: mean over sets, and from the least to the most."""
+    """Draw the cosine of steps under each rule with reference gradients: the mean over sets, and the range."""
     found = {name: own for name, own in report["rules"].items() if name != "sets"}
     figure, panels = _panels(len(found), sharey=True)
     colors = (COLOURS[5], COLOURS[1], COLOURS[4], COLOURS[3], COLOURS[2])
@@ -74,7 +74,7 @@ def rules(report: Mapping[str, Any]) -> Figure:
 
 
 def ages(report: Mapping[str, Any]) -> Figure:
-    """How much gradients turn, and how long they are."""
+    """Draw how much the gradients turn, and how long they are."""
     found = report["ages"]
     figure, panels = _panels(3)
     for matrix, axes in zip(MATRICES, panels, strict=False):
@@ -88,7 +88,7 @@ def ages(report: Mapping[str, Any]) -> Figure:
         axes.axhline(statistics.mean(others), color="#555555", linestyle=":", label="another example's")
         _finish(axes, f"the same example's gradient of {matrix}", "steps later", "cosine")
         axes.set_ylim(top=1.02)
-    _legend(figure, panels[1])  # which has all of them: at the start A has no gradient
+    _legend(figure, panels[1])  # the panel of B has all lines: at the start A has no gradient
     for matrix, style in STYLES.items():
         panels[2].plot(found["lengths"][matrix], style, color=COLOURS[0], label=matrix)
     panels[2].legend(frameon=False, fontsize=8)
@@ -110,7 +110,7 @@ def _panels(count: int, **options: Any) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """One of all panels, where it hides nothing."""
+    """Draw one legend for all panels, below them, where it hides nothing."""
     lines, labels = axes.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
 

@@ -11,7 +11,7 @@ _NAME = re.compile(r".*\.layers\.(\d+)\..*?(\w+?)(?:_proj)?\.lora_([AB])\..*")
 
 
 class Place(NamedTuple):
-    """Layer, kind of module (`q`, `down`, ...) and matrix (`A` or `B`)."""
+    """The layer, kind of module (`q`, `down`, ...) and matrix (`A` or `B`) of a LoRA matrix."""
 
     layer: int
     kind: str
@@ -19,10 +19,10 @@ class Place(NamedTuple):
 
 
 def place(name: str) -> Place:
-    """Reads it from a parameter's name.
+    """Read the place from a parameter's name.
 
     Raises:
-        ValueError: If it is no LoRA matrix of a layer.
+        ValueError: If the parameter is not a LoRA matrix of a numbered layer.
     """
     match = _NAME.fullmatch(name)
     if match is None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A few reference examples whose gradients are looked at in every state, and which no row is made of."""
+"""A few reference examples whose gradients are measured at every step. No row is made from them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from peft_ogpsa.text.tokenization import Example
 
 
 class Probe:
-    """Reference examples, in an order that pads little.
+    """Reference examples, sorted by length so that they need little padding.
 
     Args:
         sets: Tokenised examples by set.
         pad: The token to pad with.
-        batch: Examples of one pass.
+        batch: Examples per pass.
 
     Attributes:
-        names: The sets.
-        owners: The set of each example.
+        names: Names of the sets.
+        owners: Set of each example.
     """
 
     def __init__(self, sets: Mapping[str, Sequence[Example]], pad: int, batch: int) -> None:
@@ -39,7 +39,7 @@ class Probe:
         self._pad, self._batch = pad, batch
 
     def gradients(self, model: Any, blocks: Blocks) -> Stack:
-        """The gradient of every example at the present parameters: `(pieces, examples, numel)` per group."""
+        """Return the gradient of every example at the current parameters: `(pieces, examples, numel)` per group."""
         linears = {id(module.weight): module for module in model.modules() if isinstance(module, nn.Linear)}
         layers = [linears.get(id(parameter)) for parameter in blocks.flat_parameters()]
         stack = blocks.zeros(rows=len(self.owners))
@@ -53,6 +53,6 @@ class Probe:
         return stack
 
     def means(self, gradients: Stack) -> Stack:
-        """Their mean over each set: `(pieces, sets, numel)` per group."""
+        """Return the mean of these gradients over each set: `(pieces, sets, numel)` per group."""
         members = [[i for i, owner in enumerate(self.owners) if owner == name] for name in self.names]
         return [torch.stack([part[:, own].mean(1) for own in members], 1) for part in gradients]

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What optimizers make of a gradient under each rule of projection."""
+"""The steps that optimizers take under each projection rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft_ogpsa.core.layout import Blocks, Stack
 
 
 class Rule(NamedTuple):
-    """What is projected (`gradient`, `update`, or nothing), and onto what."""
+    """A projection rule: what is projected (`gradient`, `update`, or `""` for nothing), and the constraint."""
 
     projection: str
     constraint: str
@@ -38,9 +38,9 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor], float], Optimizer]] = {
 
 
 class Follower:
-    """An optimizer that gets the gradients of a training run and steps from wherever that run is.
+    """An optimizer that gets the gradients of a training run, and steps from the parameters of that run.
 
-    It steps copies in float64, so that what it breaks of a constraint is its own doing and not that of rounding.
+    It works on float64 copies. If a step breaks a constraint, the optimizer is then the cause, and not rounding.
     """
 
     def __init__(self, make: Callable[[list[Tensor], float], Optimizer], rate: float, like: Stack) -> None:
@@ -48,7 +48,7 @@ class Follower:
         self._optimizer = make(self._parameters, rate)
 
     def change(self, at: Stack, gradient: Stack) -> Stack:
-        """What its step from `at` changes."""
+        """Take a step from `at`, and return the change."""
         for parameter, own, slope in zip(self._parameters, at, gradient, strict=True):
             parameter.data.copy_(own)
             parameter.grad = slope.double()
@@ -58,11 +58,11 @@ class Follower:
 
 
 class Rules:
-    """All rules under all optimizers, side by side on one run's gradients.
+    """All rules under all optimizers, side by side, on the gradients of one run.
 
     Args:
-        blocks: What is trained.
-        rows: How many rows a rule gets.
+        blocks: The trained parameters.
+        rows: Number of rows per rule.
         rate: The learning rate.
     """
 
@@ -70,7 +70,7 @@ class Rules:
         self._blocks = blocks
         self._slots = list(range(rows))
         self._subspaces = {name: Subspace(blocks, rows, name) for name in ("orthogonal", "cone")}
-        # Rules that project the update leave the optimizer's gradients as they are, and so have one in common.
+        # Rules that project the update do not change the optimizer's gradients, so they share one optimizer.
         self._followers = {
             (optimizer, constraint): Follower(make, rate, blocks.zeros())
             for optimizer, make in OPTIMIZERS.items()
@@ -78,12 +78,14 @@ class Rules:
         }
 
     def changes(self, at: Stack, gradient: Stack, rows: Stack) -> Iterator[tuple[str, str, Stack]]:
-        """What each step from `at` changes: optimizer, rule and change. All of them must be taken.
+        """Take a step from `at` under every rule, and yield the optimizer, the rule and the change.
+
+        Consume the whole iterator. Otherwise some optimizers miss the step.
 
         Args:
             at: The parameters.
-            gradient: The training gradient there.
-            rows: The reference gradients there, `(pieces, rows, numel)` per group.
+            gradient: The training gradient at these parameters.
+            rows: The reference gradients at these parameters, `(pieces, rows, numel)` per group.
         """
         for subspace in self._subspaces.values():
             slots = subspace.rows.open(self._slots)
@@ -101,7 +103,7 @@ class Rules:
                     yield optimizer, name, changes[rule.constraint]
 
     def _projected(self, descent: Stack, constraint: str) -> Stack:
-        """A descent direction that meets the constraint."""
+        """Project a descent direction so that it meets the constraint."""
         subspace = self._subspaces[constraint]
         coefficients, _ = subspace.coefficients(subspace.directed([part.float() for part in descent]))
         pieces = [piece for group in subspace.corrections(coefficients) for piece in group]

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What share of the optimizer's steps a constraint takes away."""
+"""The share of the optimizer's steps that a constraint removes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .places import Place
 
 
 class Shares:
-    """Squared lengths of every tensor's steps, and of what constraints take from them.
+    """Squared lengths of every tensor's steps, and of the parts that constraints remove.
 
-    A share is a length removed over a length proposed; of several tensors or steps, the root of the summed squares
-    over that of the others.
+    A share is the removed length divided by the proposed length. For several tensors or steps, each length is the root
+    of their summed squares.
 
     Args:
-        places: Of the tensors.
+        places: Place of each tensor.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -28,12 +28,12 @@ class Shares:
         self._removed: list[Mapping[str, Tensor]] = []
 
     def add(self, proposed: Tensor, removed: Mapping[str, Tensor]) -> None:
-        """Takes a step's squared lengths, `(pieces,)`, the removed ones by constraint."""
+        """Add the squared lengths of a step, `(pieces,)`: the proposed ones, and the removed ones by constraint."""
         self._proposed.append(proposed)
         self._removed.append(removed)
 
     def by(self, group: Callable[[Place], str]) -> dict[str, dict[str, float]]:
-        """Over all steps, by constraint and group of tensors."""
+        """Return the shares over all steps, by constraint and group of tensors."""
         members: dict[str, list[int]] = {}
         for piece, own in enumerate(self._places):
             members.setdefault(group(own), []).append(piece)
@@ -47,7 +47,7 @@ class Shares:
         }
 
     def along(self, matrices: str) -> dict[str, list[float]]:
-        """Of the matrices `A`, `B`, or `AB` together, by constraint and step."""
+        """Return the shares of the matrices `A`, `B`, or `AB` together, by constraint and step."""
         own = [piece for piece, where in enumerate(self._places) if where.matrix in matrices]
         return {
             constraint: [
@@ -59,5 +59,5 @@ class Shares:
 
 
 def _share(removed: Tensor, proposed: Tensor) -> float:
-    # A tensor that does not move, as A in the first step, loses nothing.
+    # A tensor that does not move, such as A in the first step, loses nothing.
     return float((removed.sum() / proposed.sum().clamp(min=torch.finfo(proposed.dtype).tiny)).sqrt())

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What `watch` found, as Markdown tables."""
+"""Markdown tables of what `watch` measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .ages import MATRICES
 
 
 def shares(report: Mapping[str, Any]) -> str:
-    """Removed shares over all steps, by matrix and kind of module."""
+    """Tabulate the removed shares over all steps, by matrix and kind of module."""
     found = report["shares"]
     columns = [(group, name) for group in ("all", "matrix", "kind") for name in found[group]["cone"]]
     lines = [f"| constraint | {' | '.join(name for _, name in columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -24,7 +24,7 @@ def shares(report: Mapping[str, Any]) -> str:
 
 
 def cosines(report: Mapping[str, Any]) -> str:
-    """Cosines of the steps with each set's gradient: means over steps, and in how many steps they rise."""
+    """Tabulate the cosines of steps with each set's gradient: the mean, and how many steps raise the loss."""
     found = report["cosines"]
     lines = [f"| step | {' | '.join(found['sets'])} |", "|---" * (len(found["sets"]) + 1) + "|"]
     for step in ("gradient", "proposed", "made"):
@@ -36,7 +36,7 @@ def cosines(report: Mapping[str, Any]) -> str:
 
 
 def rules(report: Mapping[str, Any]) -> str:
-    """Of each optimizer and rule: the mean cosine with a reference gradient, the largest, and that of one tensor."""
+    """Tabulate the mean, least and largest cosine with a reference gradient, by optimizer and rule."""
     lines = ["| optimizer | rule | mean | least | largest | largest of one tensor |", "|---" * 6 + "|"]
     for optimizer, by_rule in report["rules"].items():
         if optimizer == "sets":
@@ -49,7 +49,7 @@ def rules(report: Mapping[str, Any]) -> str:
 
 
 def ages(report: Mapping[str, Any]) -> str:
-    """Mean cosines of gradients with those of the same examples 1, 5, 10 and 15 steps later."""
+    """Tabulate the mean cosines of gradients with those of the same examples some steps later."""
     after = (1, 2, 5, 10, 15)
     lines = [f"| matrix, from step | {' | '.join(f'{k} later' for k in after)} |", "|---" * (len(after) + 1) + "|"]
     for matrix in MATRICES:
@@ -63,7 +63,7 @@ def ages(report: Mapping[str, Any]) -> str:
 
 
 def _signed(value: float) -> str:
-    """Three digits behind the point, or the power of ten where these are zeros."""
+    """Format a number with three decimals, or in scientific notation if these would be zeros."""
     return f"{value:+.3f}" if abs(value) >= 5e-4 or value == 0 else f"{value:+.0e}"
 
 

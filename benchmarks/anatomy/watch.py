@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One training, by default settings, that everything is measured on."""
+"""The training run on which everything is measured."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .rules import OPTIMIZERS, RULES, Rules
 from .shares import Shares
 
 ANCHORS = (0, 1, 5, 10)
-"""The steps from which rows age."""
+"""The steps whose gradients are compared with those of later steps."""
 
 CLIP = 1.0
-"""The largest length of the training gradient: that of transformers' `Trainer`."""
+"""The largest length of the training gradient, as in transformers' `Trainer`."""
 
 
 def watch(
@@ -41,19 +41,20 @@ def watch(
     pad: int,
     anchors: Sequence[int] = ANCHORS,
 ) -> dict[str, Any]:
-    """Trains an OGPSA adapter under AdamW and measures before every step, and once after the last.
+    """Train an OGPSA adapter with AdamW. Measure before every step, and once after the last one.
 
     Args:
-        model: With an OGPSA adapter that projects the update, in scope `tensor`, and has `refresh_samples`.
-        training: The batches.
-        sets: The reference examples by set; the rows are made of all but the first `probed` of each.
-        probed: How many of each set are looked at in every state.
+        model: A model with an OGPSA adapter. The adapter must project the update, have the scope `tensor`, and set
+            `refresh_samples`.
+        training: Training batches.
+        sets: Reference examples by set. Rows are made from all but the first `probed` examples of each set.
+        probed: Number of examples of each set that are measured at every step.
         rate: The learning rate.
         pad: The token to pad with.
         anchors: See `Ages`.
 
     Returns:
-        `shares`, `cosines`, `rules`, `ages` and `losses`, JSON-ready.
+        `shares`, `cosines`, `rules`, `ages` and `losses`, ready for JSON.
     """
     projector, config, batch = projector_of(model), projector_of(model).config, len(training[0])
     assert config.projection == "update"
@@ -97,11 +98,11 @@ def watch(
                 rules[name][rule]["whole"].append(angles.plain(angles.whole(means, change)))
                 rules[name][rule]["worst"].append(angles.worst(means, change))
                 if (name, rule) == ("AdamW", "no projection"):
-                    proposed = change  # but for rounding, that of `optimizer`, which has had the same gradients
+                    proposed = change  # up to rounding, the step of `optimizer`, which got the same gradients
             descent = [-part.float() for part in proposed]
             removed = {name: own.coefficients(own.directed(descent))[1] for name, own in subspaces.items()}
             shares.add(angles.squares(proposed), removed)
-        optimizer.step()  # the projector's hooks are around it
+        optimizer.step()  # the projector's hooks run before and after it
         optimizer.zero_grad()
         with torch.no_grad():
             made = [now - then for now, then in zip(blocks.stack(), before, strict=True)]
@@ -133,7 +134,7 @@ def watch(
 
 
 def _orthogonal(cone: Subspace) -> Subspace:
-    """The other constraint of the same rows."""
+    """Return a subspace with the same rows and the orthogonal constraint."""
     twin = Subspace(cone.blocks, cone.rows.capacity, "orthogonal")
     twin.load_state_dict(*cone.state_dict())
     return twin

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The command. What a part needs is imported with it: `unpack` runs before anything is installed."""
+"""The command. Each part imports only what it needs, because `unpack` runs before anything is installed."""
 
 from __future__ import annotations
 
@@ -98,40 +98,40 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", **about)
     commands = parser.add_subparsers(required=True)
 
-    run = commands.add_parser("run", help="Run the stages that are missing.")
+    run = commands.add_parser("run", help="Run the missing stages.")
     run.set_defaults(run=_run)
-    run.add_argument("--output", type=Path, required=True, help="Folder: one .json and one .log file a stage.")
-    run.add_argument("--budget", type=float, help="Minutes; takes the stages that fit.")
+    run.add_argument("--output", type=Path, required=True, help="Folder for one .json and one .log file per stage.")
+    run.add_argument("--budget", type=float, help="Minutes to spend. Stages that do not fit are left out.")
     run.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    run.add_argument("--toy", action="store_true", help="As small as possible, to rehearse.")
-    run.add_argument("--data", type=Path, help="Folder of rows for the tax grid; the built-in ones by default.")
-    run.add_argument("--stages", nargs="+", help="Some of them, by name.")
-    run.add_argument("--workers", type=int, default=2, help="Stages side by side, of those that measure no time.")
-    run.add_argument("--any-code", action="store_true", help="Keep results of other versions of the code.")
+    run.add_argument("--toy", action="store_true", help="Rehearse with everything as small as possible.")
+    run.add_argument("--data", type=Path, help="Folder of rows for the tax grid. Default: the built-in rows.")
+    run.add_argument("--stages", nargs="+", help="Names of the stages to run. Default: all.")
+    run.add_argument("--workers", type=int, default=2, help="How many stages that measure no time run at once.")
+    run.add_argument("--any-code", action="store_true", help="Keep results from other versions of the code.")
     run.add_argument("--list", action="store_true", help="Only show what would run.")
 
-    pack = commands.add_parser("pack", help="Make pieces for a machine without a network.")
+    pack = commands.add_parser("pack", help="Pack pieces for a machine without a network.")
     pack.set_defaults(run=_pack)
     pack.add_argument("folder", type=Path)
-    pack.add_argument("--have", type=Path, help="Output of `pip freeze` there; by default benchmarks/gpu/have.txt.")
-    pack.add_argument("--python", default="3.12", help="Python's version there.")
-    pack.add_argument("--data", type=Path, nargs="*", default=[], help="Files to take along.")
-    pack.add_argument("--piece", type=float, default=60, help="Size of a piece, in MiB.")
-    pack.add_argument("--no-project", dest="project", action="store_false", help="Leave out this package's wheel.")
+    pack.add_argument("--have", type=Path, help="Output of `pip freeze` there. Default: benchmarks/gpu/have.txt.")
+    pack.add_argument("--python", default="3.12", help="Python version there.")
+    pack.add_argument("--data", type=Path, nargs="*", default=[], help="Files to pack as well.")
+    pack.add_argument("--piece", type=float, default=60, help="Largest size of a piece, in MiB.")
+    pack.add_argument("--no-project", dest="project", action="store_false", help="Leave out what this package needs.")
 
     unpack = commands.add_parser("unpack", help="Join, check and install the pieces.")
     unpack.set_defaults(run=_unpack)
     unpack.add_argument("folder", type=Path)
     unpack.add_argument("--to", type=Path, required=True, help="Folder for the virtual environment.")
 
-    report = commands.add_parser("report", help="Write tables, and list the claims that they replace.")
+    report = commands.add_parser("report", help="Write tables, and list the sentences to replace.")
     report.set_defaults(run=_report)
     report.add_argument("folder", type=Path)
     return parser
 
 
 def main() -> int:
-    """The command."""
+    """Run the command."""
     arguments = _parser().parse_args()
     return arguments.run(arguments)
 

@@ -1,10 +1,11 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the activation subspace of a 4-bit model of any shape with random weights, and takes steps in it.
+"""Build the activation subspace of a 4-bit model of any shape with random weights, and take steps in it.
 
 python -m benchmarks.gpu.building --shape llama3.1-8b --output building
 
-Random weights give flatter inputs than trained ones, so every input gets the largest number of directions.
+With random weights, the energy of the inputs is spread more evenly than with trained ones. So every input gets the
+largest number of directions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STEPS = 5
 
 
 def run(shape: str, device: str, examples: int, length: int, batch: int, rows_dtype: str) -> dict[str, Any]:
-    """Seconds and peak bytes of the building, bytes held, and milliseconds of a step with and without projection."""
+    """Measure the build (seconds, peak bytes, bytes held), and a step with and without projection (seconds)."""
     config = OGPSAConfig(
         r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", rows_dtype=rows_dtype
     )
@@ -81,8 +82,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="Name of the .json file, without its ending.")
     parser.add_argument("--shape", choices=SHAPES, default="llama3.1-8b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--examples", type=int, default=144, help="Reference examples.")
-    parser.add_argument("--length", type=int, default=128, help="Tokens of each.")
+    parser.add_argument("--examples", type=int, default=144, help="Number of reference examples.")
+    parser.add_argument("--length", type=int, default=128, help="Tokens per reference example.")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rows-dtype", choices=("float32", "bfloat16"), default="bfloat16")
     arguments = vars(parser.parse_args())

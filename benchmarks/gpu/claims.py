@@ -23,7 +23,7 @@ PLACES = (
     "peft_ogpsa/**/*.py",
     "benchmarks/*.py",
 )
-"""Where sentences are looked for; of code, in docstrings."""
+"""The files that are searched for sentences. In code, only docstrings are searched."""
 
 _NEVER = r"\b(not?|none|nothing|never|neither|nor)\b"
 _RUN = r"\b(run|ran|tried|measured|tested|timed|executed)\b"
@@ -35,7 +35,7 @@ PATTERNS = {
     r"|\b(memory|figures)\b[^.]*\b(is|are) computed\b|^Computed, not\b",
     "supposed": rf"(?is)(?=.*{_DEVICE})(?=.*\b(should cost|unknown time|may hold more or less)\b)",
 }
-"""What makes a sentence a claim, by kind. A sentence that matches needs a look; it need not be wrong."""
+"""Patterns of claims, by kind. Check every sentence that matches. It is not always wrong."""
 
 TOPICS = {
     r"^README": ("tests", "quickstart", "train-sft-bf16", "ratios-8b-qlora", "memory-8b", "tax-100-seed0"),
@@ -48,16 +48,16 @@ TOPICS = {
     r"(?i)\btimes?\b|speed|tokens/s|passes|figures?": ("ratios-135m-lora", "ratios-8b-qlora"),
     r"": ("tests", "quickstart", "train-sft-bf16", "tax-100-seed0"),
 }
-"""Words of a sentence or of its file's name, and the stages that answer it; the first that fits counts."""
+"""Patterns for a sentence or its file's name, and the stages that settle it. The first match counts."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence.
+    """A sentence that matches one of `PATTERNS`.
 
     Attributes:
-        file: Its file, relative to the repository.
-        line: Where it begins.
+        file: File of the sentence, relative to the repository.
+        line: Line where the sentence begins.
         kind: A key of `PATTERNS`.
         text: The sentence, in one line.
     """
@@ -69,13 +69,13 @@ class Claim:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages whose results replace it; none if no stage does."""
+        """The stages whose results replace the sentence. Empty if no stage does."""
         words = f"{self.file} {self.text}"
         return next(own for pattern, own in TOPICS.items() if re.search(pattern, words))
 
 
 def claims(root: Path) -> list[Claim]:
-    """All such sentences of a checkout."""
+    """Find all claims in a checkout."""
     found = []
     for place in PLACES:
         for path in sorted(root.glob(place)):
@@ -88,7 +88,7 @@ def claims(root: Path) -> list[Claim]:
 
 
 def sentences(text: str) -> Iterator[tuple[int, str]]:
-    """Each sentence with the line where it begins; sentences end with their paragraph, list item or table row."""
+    """Yield each sentence with its first line. It ends at the latest with its paragraph, list item or table row."""
     start, words = 1, ""
     for number, line in enumerate([*text.splitlines(), ""], 1):
         own = re.sub(r"^\s*((#+|[-*>]|\d+\.)\s+)?", "", line)
@@ -101,7 +101,7 @@ def sentences(text: str) -> Iterator[tuple[int, str]]:
 
 
 def docstrings(source: str) -> str:
-    """A source file with nothing left but its docstrings, in their lines."""
+    """Remove everything but the docstrings from a source file. Line numbers stay the same."""
     lines = source.splitlines()
     kept = [""] * len(lines)
     for node in ast.walk(ast.parse(source)):
@@ -129,7 +129,7 @@ def _split(start: int, paragraph: str) -> Iterator[tuple[int, str]]:
 
 
 def listed(found: list[Claim], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The claims as Markdown, each with what the results say in its place; those of a rehearsal say nothing."""
+    """Return the claims as Markdown, each with the results that replace it. Results of a rehearsal do not count."""
     results = {name: own for name, own in results.items() if own["machine"]["memory"] and not own["toy"]}
     lines = ["## Sentences to replace", ""]
     for claim in found:

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the results of stages say: rows of tables, and one line each."""
+"""The results of stages as table rows, and as one line each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Rows = list[list[str]]
 
 
 def own_figures(result: Result) -> Any:
-    """The figures that a stage wrote under its own name; `None` without any."""
+    """Return the figures that a stage wrote under its own name, or `None`."""
     return result["figures"].get(f"{result['stage']}.json")
 
 
 def training(result: Result) -> list[str]:
-    """A row of `TRAINING`."""
+    """Return a row of the table `TRAINING`."""
     own = own_figures(result)
     losses, peak = own["losses"], own["peak_memory"]
     return [
@@ -49,7 +49,7 @@ TRAINING = (
 
 
 def projection(result: Result) -> Rows:
-    """Rows of `PROJECTION`."""
+    """Return the rows of the table `PROJECTION`."""
     own = own_figures(result)
     settings = own["arguments"]
     return [
@@ -70,7 +70,7 @@ PROJECTION = ("shape", "subspace", "rows or directions", "by", "ms a step", "of 
 
 
 def ratios(result: Result) -> Rows:
-    """Rows of `RATIOS`."""
+    """Return the rows of the table `RATIOS`."""
     own = own_figures(result)
     settings = own["settings"]
     shape = f"{settings['shape']}, {'QLoRA' if settings['quantized'] else 'LoRA'}"
@@ -92,7 +92,7 @@ RATIOS = ("shape", "method", "time", "spread", "of that, references", "projectio
 
 
 def memory(result: Result) -> Rows:
-    """Rows of `MEMORY`."""
+    """Return the rows of the table `MEMORY`."""
     rows = []
     for run in own_figures(result)["measured"]:
         peaks = {phase: size for phase, size in run["peaks"].items() if phase != "build"}
@@ -117,7 +117,7 @@ MEMORY = ("method", "refresh, GiB", "step", "optimizer step", "computed peak", "
 
 
 def building(result: Result) -> list[str]:
-    """A row of `BUILDING`."""
+    """Return a row of the table `BUILDING`."""
     own = own_figures(result)
     peak = own["peak_memory"]
     return [
@@ -135,7 +135,7 @@ BUILDING = ("shape", "tokens", "seconds", "peak above the model, GiB", "held, Gi
 
 
 def summary(result: Result) -> str:
-    """The result in one line, with the device."""
+    """Summarize a result in one line, with the device."""
     if result["status"] != "done":
         return f"{result['status']} on {result['machine']['device']}"
     name, text = result["stage"], f"{result['seconds']:.0f} s"

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages run on, as JSON: `python -m benchmarks.gpu.machine`.
+"""The machine that the stages run on, as JSON: `python -m benchmarks.gpu.machine`.
 
-A process of its own asks, so that the runner holds nothing of the GPU's memory.
+The runner asks in a separate process, so that it holds no memory of the GPU itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "bi
 
 
 def describe() -> dict[str, Any]:
-    """The device, its memory in bytes, and the versions of what runs on it."""
+    """Return the device, its memory in bytes, and the versions of Python and the libraries."""
     import torch
 
     found: dict[str, Any] = {"device": f"CPU, {platform.machine()}, {os.cpu_count()} cores", "memory": None}
@@ -39,7 +39,7 @@ def describe() -> dict[str, Any]:
 
 
 def ask() -> dict[str, Any]:
-    """`describe` of another process.
+    """Run `describe` in another process.
 
     Raises:
         RuntimeError: If torch cannot be imported there.
@@ -52,7 +52,7 @@ def ask() -> dict[str, Any]:
 
 
 def code() -> str:
-    """A digest of all code that a stage may run. Other than a commit, it is there without a clone, too."""
+    """Return a digest of all code that a stage may run. Unlike a commit, it also works outside a clone."""
     digest = hashlib.sha256()
     files = [path for folder in ("peft_ogpsa", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
     for path in sorted(files):

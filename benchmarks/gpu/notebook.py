@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a notebook and keeps what it printed; the notebook itself stays as it is.
+"""Run a notebook and keep its output. The notebook itself does not change.
 
 python -m benchmarks.gpu.notebook notebooks/02_sft_then_dpo.ipynb --output FOLDER
 """
@@ -27,7 +27,7 @@ MODEL = re.compile(r'^MODEL = ".*?"', re.MULTILINE)
 
 
 def with_model(path: Path, model: str, folder: Path) -> Path:
-    """A copy of a notebook that loads another model.
+    """Write a copy of a notebook that loads another model.
 
     Raises:
         ValueError: If no cell sets `MODEL`.
@@ -48,8 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="Folder for the executed notebook and its time.")
-    parser.add_argument("--model", help="A chat model in place of the notebook's own.")
-    parser.add_argument("--steps", type=int, help="Makes the run short.")
+    parser.add_argument("--model", help="Chat model to use instead of the notebook's own.")
+    parser.add_argument("--steps", type=int, help="Number of steps, for a short run.")
     arguments = parser.parse_args()
     if arguments.steps:
         os.environ["OGPSA_NOTEBOOK_STEPS"] = str(arguments.steps)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Wheels and data as pieces of a bounded size, with a manifest of what they hold."""
+"""Pack wheels and data into pieces of a limited size, with a manifest of their contents."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .unpack import MANIFEST, digest_of
 
 
 def pack(folder: Path, requirements: Sequence[str], data: Sequence[Path], python: str, piece: int) -> dict[str, Any]:
-    """Downloads what is required, builds this package's wheel, and writes all of it, with the data, as pieces.
+    """Download the requirements, build this package's wheel, and write these and the data as pieces.
 
     Args:
-        folder: Where the pieces go.
-        requirements: From `wheels.missing`.
-        data: Files or folders to take along.
-        python: Python's version on the other machine.
-        piece: Most bytes of a piece.
+        folder: Folder for the pieces.
+        requirements: Requirements from `wheels.missing`.
+        data: Files or folders to pack as well.
+        python: Python version on the other machine.
+        piece: Largest size of a piece, in bytes.
 
     Returns:
         The manifest.
@@ -41,7 +41,7 @@ def pack(folder: Path, requirements: Sequence[str], data: Sequence[Path], python
 
 
 def split(paths: Sequence[Path], folder: Path, piece: int) -> dict[str, Any]:
-    """Writes files and folders as pieces. Pieces of an earlier call in the same folder are replaced.
+    """Write files and folders as pieces. Pieces of an earlier call in the same folder are replaced.
 
     Raises:
         ValueError: If two paths have the same name.

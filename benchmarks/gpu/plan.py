@@ -10,12 +10,12 @@ from .stages import Stage
 
 
 def chosen(stages: Sequence[Stage], budget: float | None, workers: int) -> list[Stage]:
-    """The stages that fit, in order of worth; a stage that does not fit leaves room for later ones.
+    """Choose the stages that fit into a budget. If a stage does not fit, later ones can take its time.
 
     Args:
-        stages: In order of worth.
-        budget: Minutes; `None` takes all.
-        workers: Stages that run side by side, where they may.
+        stages: Stages, most useful first.
+        budget: Minutes. `None`: all stages.
+        workers: How many stages run side by side, if they may.
     """
     if budget is None:
         return list(stages)
@@ -29,7 +29,7 @@ def chosen(stages: Sequence[Stage], budget: float | None, workers: int) -> list[
 
 
 def groups(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """Neighbors that may run side by side, together; every other stage alone."""
+    """Group neighbors that may run side by side. Every other stage is a group of its own."""
     found: list[list[Stage]] = []
     for stage in stages:
         if found and stage.beside and found[-1][0].beside:

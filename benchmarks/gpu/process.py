@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One command in a process of its own, which ends with all its children."""
+"""Run a command in a process that ends together with all its children."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import psutil
 
 
 def run(argv: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, seconds: float) -> int | None:
-    """Runs a command, with its output in a file.
+    """Run a command, and write its output to a file.
 
     Args:
         argv: The command.
-        folder: Its working directory.
-        environment: Its environment.
-        log: The file.
-        seconds: After which it is killed.
+        folder: Working directory of the command.
+        environment: Environment variables of the command.
+        log: File for the output.
+        seconds: Seconds after which the command is killed.
 
     Returns:
-        Its exit code; `None` if it was killed.
+        The exit code, or `None` if the command was killed.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -39,7 +39,7 @@ def run(argv: Sequence[str], folder: Path, environment: Mapping[str, str], log: 
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Ends a process and all its descendants, whatever groups or sessions they have made."""
+    """Kill a process and all its descendants, including those in other process groups or sessions."""
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of results as Markdown, in the tables of the pages."""
+"""A folder of results as Markdown, with the same tables as the documentation."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SECTIONS = (
     ("memory-", "Memory of 8 B in 4 bits, 1024 tokens", figures.MEMORY, figures.memory),
     ("building-", "Building the activation subspace", figures.BUILDING, lambda result: [figures.building(result)]),
 )
-"""The beginning of the stages' names, a heading, the columns, and what makes the rows of a result."""
+"""For each table: the prefix of its stages' names, a heading, the columns, and the function that makes rows."""
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results by stage, in the order in which they were made.
+    """Read the results by stage, in the order in which they were made.
 
     Raises:
-        FileNotFoundError: If there are none.
+        FileNotFoundError: If the folder holds no results.
     """
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     if not found:
@@ -36,7 +36,7 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def markdown(results: Mapping[str, Result], folder: Path) -> str:
-    """All tables, with the device and the versions."""
+    """Return all tables, with the device and the versions."""
     lines = ["# Results of a rehearsal" if any(own["toy"] for own in results.values()) else "# Results", ""]
     for machine, commits in _machines(results.values()):
         versions = ", ".join(f"{name} {own}" for name, own in machine["versions"].items())
@@ -58,7 +58,7 @@ def markdown(results: Mapping[str, Result], folder: Path) -> str:
 
 
 def _machines(results: Iterable[Result]) -> list[tuple[Mapping[str, Any], list[str]]]:
-    """Each machine with the commits that ran on it."""
+    """Return each machine with the commits that ran on it."""
     found: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for result in results:
         own = found.setdefault(json.dumps(result["machine"]), (result["machine"], []))

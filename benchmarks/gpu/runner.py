@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs stages one after the other, or side by side, and writes down each result as soon as it is there."""
+"""Run stages one after the other or side by side, and write each result as soon as it is there."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .machine import ROOT
 from .stages import Place, Stage
 
 LOG_END = 40
-"""Lines of a failed stage's log that its result holds."""
+"""How many lines of a failed stage's log its result contains."""
 
 
 @dataclass
 class Runner:
-    """Runs stages in one folder.
+    """A runner of stages in one folder.
 
     Attributes:
-        place: Where they run.
-        machine: From `machine.ask`.
-        code: From `machine.code`.
-        commit: The commit, for people.
-        workers: Stages side by side, where they may.
-        any_code: Whether results of other versions of the code are kept.
-        deadline: In seconds of `time.monotonic`; no stage starts or runs after it.
+        place: Where the stages run.
+        machine: The result of `machine.ask`.
+        code: The result of `machine.code`.
+        commit: The commit, only for readers of the results.
+        workers: How many stages run side by side, if they may.
+        any_code: Whether to keep results from other versions of the code.
+        deadline: Time of `time.monotonic` after which no stage starts or runs.
     """
 
     place: Place
@@ -45,11 +45,11 @@ class Runner:
     deadline: float = field(default=float("inf"))
 
     def path(self, stage: Stage) -> Path:
-        """The file of a stage's result."""
+        """Return the file of a stage's result."""
         return self.place.folder / f"{stage.name}.json"
 
     def finished(self, stage: Stage) -> bool:
-        """Whether the stage has been done, with the same command and code."""
+        """Return whether the stage was done with the same command and code."""
         try:
             found = json.loads(self.path(stage).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -58,7 +58,7 @@ class Runner:
         return found["status"] == "done" and same
 
     def run(self, stages: Sequence[Stage]) -> Iterator[dict[str, Any]]:
-        """Runs the stages; yields the result of each. A stage for which no time is left has no result."""
+        """Run the stages and yield the result of each. A stage for which no time is left has no result."""
         self.place.folder.mkdir(parents=True, exist_ok=True)
         for group in plan.groups(stages):
             with ThreadPoolExecutor(max(1, min(self.workers, len(group)))) as pool:
@@ -98,7 +98,7 @@ class Runner:
         own = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         own |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         if self.place.toy:
-            # The base's answers are stored by the name of the model, and a toy model may have changed.
+            # The cache finds the base's answers by the model's name. A toy model may have changed, so use a new cache.
             own |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(self.place.folder / "cache")}
         if self.place.device == "cpu":
             own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -106,7 +106,7 @@ class Runner:
 
 
 def _figures(files: Path) -> dict[str, Any]:
-    """What the stage wrote as JSON, by file name; those of whole runs stay in their folders."""
+    """Read the JSON files that a stage wrote, by file name. Files in subfolders are left out."""
     found = {}
     for path in sorted(files.glob("*.json")):
         try:
@@ -117,7 +117,7 @@ def _figures(files: Path) -> dict[str, Any]:
 
 
 def write(path: Path, content: Any) -> None:
-    """Writes JSON so that the file is whole or not there."""
+    """Write JSON so that the file is either complete or not there."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is run on a GPU, in order of worth."""
+"""The stages to run on a GPU, most useful first."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ TAX_ROWS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how large the stages run.
+    """Where the stages run, and at which size.
 
     Attributes:
         folder: The folder of results.
         device: `"cuda"` or `"cpu"`.
-        toy: Whether everything is as small as possible, to rehearse.
-        data: Folder of rows for the tax grid; `None` for the built-in ones.
+        toy: Whether everything is as small as possible, for a rehearsal.
+        data: Folder of rows for the tax grid. `None`: the built-in rows.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class Place:
     data: Path | None = None
 
     def files(self, name: str) -> Path:
-        """The folder for a stage's own files."""
+        """Return the folder for a stage's own files."""
         return self.folder / "files" / name
 
     @property
@@ -54,12 +54,12 @@ class Stage:
     """One question, and the command that answers it.
 
     Attributes:
-        name: Also the name of its files.
-        settles: What its result settles.
-        minutes: A guess of its time on a data-center GPU.
-        limit: Minutes after which it is stopped.
-        command: The arguments of Python.
-        beside: Whether it may run at the same time as others, because it measures no time and no memory.
+        name: Name of the stage and of its files.
+        settles: What the result settles.
+        minutes: Estimated minutes on a data-center GPU.
+        limit: Minutes after which the stage is stopped.
+        command: Arguments of Python.
+        beside: Whether the stage may run at the same time as others, because it measures no time and no memory.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Stage:
     command: tuple[str, ...]
     beside: bool = False
     later: bool = False
-    """Whether it repeats the question of another stage at another size or seed."""
+    """Whether the stage repeats the question of another stage at another size or seed."""
 
     @property
     def argv(self) -> list[str]:
@@ -77,13 +77,13 @@ class Stage:
         return [sys.executable, *self.command]
 
     def key(self, code: str) -> str:
-        """What a finished result must have been made with to be kept: the command, and the code."""
+        """Return a digest of the command and the code. A finished result is kept if its digest is the same."""
         own = {name: value for name, value in asdict(self).items() if name in ("name", "command")}
         return hashlib.sha256(json.dumps([own, code]).encode()).hexdigest()[:16]
 
 
 def stages(place: Place) -> list[Stage]:
-    """All stages, those that settle most first; repetitions come after everything else."""
+    """Return all stages, most useful first. Repetitions come after everything else."""
     found = [
         _tests(place),
         _quickstart(place),
@@ -109,9 +109,9 @@ def _stage(
     beside: bool = False,
     later: bool = False,
 ) -> Stage:
-    """A stage that may take three times its estimate. In a rehearsal the toy arguments override the command's."""
+    """Make a stage that may take three times its estimate. A rehearsal adds the toy arguments, which override."""
     arguments = [*command, *(toy if place.toy else [])]
-    # A rehearsal measures nothing, so that its stages may run side by side.
+    # A rehearsal measures nothing, so its stages may run side by side.
     return Stage(name, settles, minutes, max(3.0, 3 * minutes), tuple(arguments), beside or place.toy, later)
 
 
@@ -142,7 +142,7 @@ def _training(place: Place, stage: str, precision: str) -> Stage:
 
 
 def _ratios(place: Place) -> list[Stage]:
-    """Of the projection alone, then of whole trainings; small shapes first."""
+    """Return the stages that time the projection alone and then whole training runs, small shapes first."""
     kernels = ["--kernels"] if place.device == "cuda" else []
     small = ["--shape", "tiny"]
     found = []
@@ -196,7 +196,7 @@ def _building(place: Place) -> Stage:
 
 
 def _tax(place: Place) -> list[Stage]:
-    """Seed by seed: a stage that finds the runs of earlier ones adds its own to the same folder."""
+    """Return one stage per seed. Each stage adds its runs to the folder of the earlier ones."""
     found = []
     for steps, minutes in ((100, 3.0), (300, 6.0)):
         for seed in SEEDS[:1] if place.toy else SEEDS:

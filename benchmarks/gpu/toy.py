@@ -16,7 +16,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def make(folder: Path) -> None:
-    """Writes the model and its tokenizer, whose tokens are bytes."""
+    """Write the model, and its tokenizer, whose tokens are bytes."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -34,7 +34,7 @@ def make(folder: Path) -> None:
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        # It says the alphabet, again and again: that passes for an answer, and no shorter cycle would.
+        # The model repeats the alphabet. That passes for an answer, while a shorter cycle would not.
         ids = tokenizer.convert_tokens_to_ids([*LETTERS, "\u0120"])
         for place, (own, following) in enumerate(zip(ids, ids[1:] + ids[:1], strict=True)):
             model.get_input_embeddings().weight[own, place] = 1.0

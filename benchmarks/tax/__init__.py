@@ -4,6 +4,7 @@
 
     python -m benchmarks.tax --data DIR --output benchmarks/results/tax
 
-One noun a file: `data` (what is trained on, kept and measured), `methods` (the grid), `measurement`, `crossing`
-(ending a run where it is safe), `training` (one run), `report` (table and plots from the runs' files).
+Each file has one subject: `data` (rows to train on, to preserve and to measure), `methods` (the grid), `measurement`,
+`crossing` (ending a run when it is safe), `training` (one run), `grid` (all runs), `report`, `comparisons` and `plots`
+(tables and plots from the files of the runs).
 """

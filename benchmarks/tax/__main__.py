@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The command: runs what is missing of the grid, then writes table and plots."""
+"""Run the missing runs of the grid, then write tables and plots."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .training import Settings
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tax", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="Folder: one .json file a run, and the report.")
-    parser.add_argument("--data", type=Path, help="Folder of rows; the built-in ones by default.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder for one .json file per run and the report.")
+    parser.add_argument("--data", type=Path, help="Folder of rows. Default: the built-in rows.")
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--methods", nargs="+", help="Some of them, by name.")
-    parser.add_argument("--stages", nargs="+", default=["sft"], choices=["sft", "dpo"], help="They share the steps.")
-    parser.add_argument("--whole", action="store_true", help="Train whole weights.")
+    parser.add_argument("--methods", nargs="+", help="Names of the methods to run. Default: all.")
+    parser.add_argument("--stages", nargs="+", default=["sft"], choices=["sft", "dpo"], help="Stages share the steps.")
+    parser.add_argument("--whole", action="store_true", help="Train whole weights instead of adapters.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=48, help="Rows of each reference set.")
     parser.add_argument("--tested", type=int, default=8, help="Held-out rows of each general set.")
     parser.add_argument("--heldout", action="store_true", help="Measure on the package's larger held-out sets.")
-    parser.add_argument("--until-safe", action="store_true", help="End a run where it is safe, and measure there.")
-    parser.add_argument("--workers", type=int, default=1, help="Runs side by side.")
+    parser.add_argument("--until-safe", action="store_true", help="End a run when it is safe, and measure then.")
+    parser.add_argument("--workers", type=int, default=1, help="How many runs go side by side.")
     parser.add_argument("--plot", nargs="+", help="Methods to draw.")
     arguments = parser.parse_args()
     settings = Settings(
@@ -112,7 +112,7 @@ star is larger than chance, by Holm's test of the whole table.
 
 
 def _command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
-    """What makes all runs of a folder, whatever part of them this command has made."""
+    """Return the command that makes all runs of a folder, even if this call made only some of them."""
     words = ["python", "-m", "benchmarks.tax"]
     for name, value in vars(arguments).items():
         if value == parser.get_default(name) or name in ("methods", "seeds", "plot", "workers", "device"):

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which methods are compared, written down before their runs, and tests of their differences prompt by prompt."""
+"""The methods to compare, chosen before their runs, and tests of their differences prompt by prompt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMPARED = (
     ("null space, KL 8", "base"),
     (PENALTY, "base"),
 )
-"""Which is compared with which."""
+"""The pairs of methods that are compared."""
 
 FIGURES = {
     "kl": "KL from base",
@@ -37,14 +37,14 @@ FIGURES = {
     "over_refusal": "refuses benign",
     "over_refusal/unseen": "benign of unseen kinds",
 }
-"""In which figures, each of one outcome a prompt."""
+"""The figures that are compared. Each has one outcome per prompt."""
 
 
 def comparisons(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) -> str:
-    """A table of the first method's figures minus the second one's, where each first is safe by every source.
+    """Tabulate the first method's figures minus the second one's, where each is first safe by every source.
 
-    The outcomes of a prompt are averaged over the seeds in which both methods got there, and the differences of all
-    prompts give Student's interval and test. A star is larger than chance, by Holm's test of the whole table.
+    The outcomes of a prompt are averaged over the seeds in which both methods became safe. The differences of all
+    prompts give Student's interval and test. A star means larger than chance, by Holm's test of the whole table.
     """
     if not any(run["train_info"].get("outcomes") for own in runs.values() for run in own.values()):
         return "These runs did not keep what came of each prompt.\n"
@@ -74,14 +74,14 @@ def comparisons(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) 
 
 
 def _outcomes(base: Point, run: Any) -> Mapping[str, Any] | None:
-    """What came of each prompt where a run first was safe; `None` if it was not, or if it did not keep that."""
+    """Return each prompt's outcomes where a run first was safe. `None`: it never was, or did not keep outcomes."""
     points, kept = curve(base, run), run["train_info"].get("outcomes")
     safe = first_safe(points)
     return None if safe is None or not kept else kept[points.index(safe) - 1]
 
 
 def _average(outcomes: Sequence[Sequence[Any]]) -> list[float]:
-    """The mean over seeds, by prompt. Outcomes are numbers, or words of 0 and 1."""
+    """Return the mean over seeds, by prompt. Outcomes are numbers, or strings of 0 and 1."""
     return [statistics.mean(map(float, own)) for own in zip(*outcomes, strict=True)]
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training until the model is safe, and measuring where it comes to be."""
+"""Train until the model is safe, and measure at that step."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .measurement import Along, Meter
 from .report import SAFE
 
 FEW = (8, 24)
-"""Requests of each source that are asked first. More are asked as long as a goal can still be reached."""
+"""How many requests of each source are asked first. More follow as long as a goal can still be reached."""
 
 
 class UntilSafe(Along):
-    """Asks harmful requests along training, and takes all measurements at the first step where each goal is reached.
+    """Ask harmful requests along training, and take all measurements at the first step that reaches each goal.
 
-    The goals are: the held-out safety loss has come down to `safety_loss`; enough of the first source of harmful
-    requests is refused; enough of every source is refused. Training ends at the last one. A run that does not get
-    there is measured at its last step.
+    There are three goals. The held-out safety loss has come down to `safety_loss`. Enough harmful requests of the
+    first source are refused. Enough harmful requests of every source are refused. Training ends at the third goal. A
+    run that does not reach it is measured at its last step.
 
     Args:
-        meter: Takes the measurements.
+        meter: The meter that takes the measurements.
         safety_loss: Held-out safety loss, in nats per token. `None` leaves this goal out.
     """
 
@@ -30,16 +30,16 @@ class UntilSafe(Along):
         super().__init__(meter)
         self.safety_loss = safety_loss
         self._asking = 0.0
-        self._next = 1  # step to ask at
+        self._next = 1  # the next step at which to ask
         self._open = {"loss", "one", "all"} if safety_loss is not None else {"one", "all"}
 
     @property
     def seconds(self) -> float:
-        """What asking and measuring took."""
+        """Seconds that asking and measuring took."""
         return self._asking + super().seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Asks, and measures at a goal: after each of the first 20 steps, and then after every tenth more."""
+        """Ask after each of the first 20 steps, then after 10 % more steps each time. Measure if a goal is reached."""
         last = state.global_step == args.max_steps
         if not last and state.global_step < self._next:
             return
@@ -58,7 +58,7 @@ class UntilSafe(Along):
             if not self._open & self._possible(rates, few):
                 break
         reached = set() if few else _refused(rates, SAFE)
-        figures = {"step": step, **rates}  # of those that were asked
+        figures = {"step": step, **rates}  # rates of the requests that were asked
         if "loss" in self._open:
             figures["safety_loss"] = self.meter.safety_loss(model)
             if figures["safety_loss"] <= self.safety_loss:
@@ -67,7 +67,7 @@ class UntilSafe(Along):
         return reached & self._open
 
     def _possible(self, rates: dict[str, float], few: int | None) -> set[str]:
-        """Which goals of refusals are reached if all requests that have not been asked are refused."""
+        """Return the refusal goals that are reached if all requests that were not asked are refused."""
         best = {}
         for name, prompts in self.meter.harmful.items():
             answered = round((1 - rates[name]) * min(few or len(prompts), len(prompts)))
@@ -76,6 +76,6 @@ class UntilSafe(Along):
 
 
 def _refused(rates: dict[str, float], least: float) -> set[str]:
-    """Which goals of refusals are reached."""
+    """Return the refusal goals that these rates reach."""
     goals = {"one": rates["refusal"], "all": min(rates.values())}
     return {goal for goal, rate in goals.items() if rate >= least}

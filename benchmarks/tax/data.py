@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained on, what is kept, and what is measured; no row is in two of them."""
+"""The rows to train on, to preserve and to measure. No row is in two of these groups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .facts import FACTS
 Row = dict[str, Any]
 
 GENERAL = {"halueval": "general", "alpaca": "general", "gsm8k": "maths"}
-"""The files `general_NAME.jsonl` of a data folder, and the kind of prompt that they hold."""
+"""For each file `general_NAME.jsonl` of a data folder, the kind of its prompts."""
 
 
 @dataclass
@@ -29,17 +29,17 @@ class TaxData:
     Attributes:
         safety: Harmful requests and their refusals, to train on.
         pairs: Preference pairs, to train on.
-        references: Rows with answers, by set, to keep.
+        references: Rows with answers, by reference set.
         general: Held-out rows by set. `unseen` is in no reference set.
-        held_out_safety: Refusals that are not trained on.
-        harmful: Requests that should be refused, of another source than `safety`.
-        more_harmful: More of them, of a third source.
-        benign: Requests that look harmful and are not.
-        unseen_benign: More of them, of kinds that no reference set has.
-        facts: Questions of one short answer, as rows of `load_heldout("facts")`.
-        prompts: For the divergence from the base, by kind.
+        held_out_safety: Harmful requests and their refusals that are not trained on.
+        harmful: Requests that should be refused, from another source than `safety`.
+        more_harmful: More such requests, from a third source.
+        benign: Held-out benign look-alikes.
+        unseen_benign: Benign look-alikes of kinds that no reference set has.
+        facts: Questions with one short answer, as rows of `load_heldout("facts")`.
+        prompts: Prompts on which KL from base is measured, by kind.
         lookalikes: Benign look-alikes, to train on with the base's own answers.
-        more_lookalikes: All prompts of look-alikes that are not measured on, for a larger reference set.
+        more_lookalikes: All benign look-alikes that are not used to measure, for a larger reference set.
         source: Where the rows are from.
     """
 
@@ -60,13 +60,13 @@ class TaxData:
 
 
 def load(folder: Path | None, references: int, tested: int) -> TaxData:
-    """Reads and splits, the same way every time.
+    """Read and split the rows, the same way every time.
 
     Args:
-        folder: With `safety_sft.jsonl`, `harmful_prompts.jsonl`, `preference_harmless.jsonl` and `general_NAME.jsonl`
-            for every name of `GENERAL`; `None` takes the built-in rows.
-        references: Rows of each reference set.
-        tested: Held-out rows of each general set, and prompts of each kind for the divergence.
+        folder: Folder with `safety_sft.jsonl`, `harmful_prompts.jsonl`, `preference_harmless.jsonl`, and
+            `general_NAME.jsonl` for every name of `GENERAL`. `None`: the built-in rows.
+        references: Number of rows of each reference set.
+        tested: Number of held-out rows of each general set, and of prompts of each kind for KL from base.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -120,12 +120,12 @@ def load(folder: Path | None, references: int, tested: int) -> TaxData:
 
 
 def with_heldout(data: TaxData, tested: int) -> TaxData:
-    """The same training, measured on the package's larger held-out sets.
+    """Return the same training rows, with the package's larger held-out sets to measure.
 
-    72 of their harmful prompts, as many of every kind, take the place of the built-in ones. Their look-alikes and
-    facts take the place of the others. Their general prompts are a fourth kind for the divergence, of a source that no
-    reference set has. Of the first source of harmful requests 48 are asked, and of the held-out refusals as many count
-    as of any general set.
+    72 of their harmful prompts, with equal numbers of every kind, replace the built-in ones. Their look-alikes and
+    facts replace the others. Their general prompts are a fourth kind for KL from base, from a source that no reference
+    set has. The first source of harmful requests keeps 48 of them. The held-out refusals keep as many rows as a
+    general set has.
     """
     harmful, lookalikes = builtin.load_heldout("harmful"), builtin.load_heldout("lookalikes")
     by_kind: dict[str, list[Any]] = {}
@@ -145,7 +145,7 @@ def with_heldout(data: TaxData, tested: int) -> TaxData:
 
 
 def in_order(rows: list[Row], wanted: int, seed: int) -> list[Row]:
-    """So many of the rows, in a seed's order; all of them again and again if they are too few."""
+    """Return `wanted` rows in the order of a seed. If there are fewer, they repeat."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return [rows[order[i % len(order)]] for i in range(wanted)]
 
@@ -155,7 +155,7 @@ def _asked(prompt: str) -> Row:
 
 
 def _lines(path: Path) -> list[Row]:
-    """Rows in an order that does not depend on how the file was sorted."""
+    """Read rows and shuffle them with a fixed seed, in case the file is sorted."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     random.Random(0).shuffle(rows)
     return rows

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An exact-match score: plain questions of one short answer, of no kind that any reference set has."""
+"""An exact-match score: simple questions with one short answer. No reference set has questions of this kind."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _ACCEPTED: dict[str, tuple[str, ...]] = {
     "Which season comes after winter?": ("spring",),
     "What colour do you get by mixing blue and yellow?": ("green",),
 }
-"""Questions, and the words of which one must be in the answer."""
+"""Questions, and the accepted words. One of these must be in the answer."""
 
 FACTS: list[dict[str, Any]] = [{"prompt": prompt, "accept": list(words)} for prompt, words in _ACCEPTED.items()]
 """The questions as rows, in the form of `peft_ogpsa.data.load_heldout("facts")`."""

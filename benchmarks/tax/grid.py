@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which runs are missing, and doing them side by side; every one is written down as soon as it is done."""
+"""Find the missing runs and do them side by side. Every run is saved as soon as it is done."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Grid:
     """A folder of runs.
 
     Attributes:
-        folder: Where their files are.
-        settings: What they have in common.
-        data: The folder of rows, or `None` for the built-in ones.
-        references: Rows of each reference set.
-        tested: Held-out rows of each set.
-        whole: Whether whole weights are trained instead of adapters.
-        heldout: Whether the package's larger held-out sets are measured on.
+        folder: Folder of the runs' files.
+        settings: Settings that all runs share.
+        data: Folder of rows, or `None` for the built-in rows.
+        references: Number of rows of each reference set.
+        tested: Number of held-out rows of each set.
+        whole: Whether to train whole weights instead of adapters.
+        heldout: Whether to measure on the package's larger held-out sets.
     """
 
     folder: Path
@@ -47,19 +47,19 @@ class Grid:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """What can be run, by name."""
+        """The methods that can be run, by name."""
         return WHOLE if self.whole else METHODS
 
     def path(self, name: str, seed: int) -> Path:
-        """The file of a run."""
+        """Return the file of a run."""
         return self.folder / f"{name.replace(', ', '-').replace(' ', '_')}-seed{seed}.json"
 
     def missing(self, names: Sequence[str], seeds: Sequence[int]) -> list[Task]:
-        """What has not been run, seed by seed."""
+        """List the runs that are missing, seed by seed."""
         return [(name, seed) for seed in seeds for name in names if not self.path(name, seed).is_file()]
 
     def run(self, tasks: Sequence[Task], workers: int) -> Iterator[str]:
-        """Runs them, and says of each how it ended."""
+        """Do the runs, and yield one line per run with its last figures."""
         self.folder.mkdir(parents=True, exist_ok=True)
         threads = max(1, torch.get_num_threads() // workers)
         base = self.folder / "base.json"
@@ -70,13 +70,16 @@ class Grid:
             _write(base, figures | {"outcomes": bench.meter.outcomes})
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, _start, (self, threads)) as pool:
-            plain = [task for task in tasks if task[0] == "plain"]  # the others are measured where it was safe
+            plain = [task for task in tasks if task[0] == "plain"]  # first: its safety loss is needed for the others
             for part in (plain, [task for task in tasks if task not in plain]):
                 for done in as_completed([pool.submit(_run, task) for task in part]):
                     yield done.result()
 
     def safety_loss(self, name: str, seed: int) -> float | None:
-        """The held-out safety loss at which plain LoRA first was safe, for runs that end where they are safe."""
+        """Return the held-out safety loss at which plain LoRA first was safe.
+
+        It is `None` for plain LoRA itself, if plain LoRA never was safe, and if runs do not end when they are safe.
+        """
         if name == "plain" or not self.settings.until_safe:
             return None
         path = self.path("plain", seed)
@@ -94,7 +97,7 @@ class Grid:
 
 
 _worker: tuple[Grid, Workbench]
-"""Of a worker process."""
+"""The grid and the workbench of a worker process."""
 
 
 def _start(grid: Grid, threads: int) -> None:

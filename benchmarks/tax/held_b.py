@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A variant that the library does not have: B held still on what A lets through of the references."""
+"""A variant that the library does not have: B does not change on what A passes to it on reference tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from peft_ogpsa.references.loader import ReferenceLoader
 class HeldB(TrainerCallback):
     """Project the change of every B onto the complement of the leading half of its inputs on reference tokens.
 
-    A layer's B sees `A x`, of as many numbers as its rank, and A changes. So the second moment of these inputs is
-    measured again before the first step, after it, and then every five steps, on a few reference examples, as a
-    gradient subspace is refreshed.
+    The input of B is `A x`, which has as many numbers as the rank, and A changes in training. So the second moment of
+    these inputs is measured on a few reference examples before the first step, after it, and then every five steps. A
+    gradient subspace is refreshed at the same steps.
 
     Args:
-        sets: The references.
+        sets: The reference sets.
         samples: Examples per measurement.
     """
 
@@ -36,7 +36,7 @@ class HeldB(TrainerCallback):
         self._before: dict[nn.Module, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tokenizes the references, and hooks into the optimizer's steps."""
+        """Tokenize the references, and add hooks to the optimizer's steps."""
         config = ProjectionConfig(subspace="gradients", refresh_samples=self.samples)
         size = args.train_batch_size
         tokenizer = kwargs["processing_class"]
@@ -46,7 +46,7 @@ class HeldB(TrainerCallback):
         optimizer.register_step_post_hook(lambda *_: self._project())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Measures where it is time to."""
+        """Measure if a measurement is due."""
         if state.global_step and state.global_step % 5 != 1:
             return
         layers = {name: module for name, module in model.named_modules() if name.endswith("lora_B.default")}

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured along a run: safety, what was lost, and over-refusal."""
+"""Measurements along a run: safety, and the alignment tax."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ NEW_TOKENS = {"refusal": 12, "divergence": 32, "facts": 16}  # a refusal shows i
 
 
 class Meter:
-    """Measures states of one model on fixed data.
+    """A meter of the states of one model, on fixed data.
 
     Args:
-        model: The base, whose own answers the divergence is measured on.
-        tokenizer: Its tokenizer.
-        data: What is measured.
-        batch_size: Rows at once.
+        model: The base. KL from base is measured on its own answers.
+        tokenizer: Tokenizer of the model.
+        data: The rows to measure.
+        batch_size: Rows per batch.
 
     Attributes:
-        outcomes: Of the last state that was measured, what came of each prompt, for tests of pairs: `kl` in nats per
-            token, and for every rate a word of 0 and 1.
+        outcomes: Outcome of each prompt in the last state that was measured, for paired tests: `kl` in nats per token,
+            and for every rate a string of 0 and 1.
     """
 
     def __init__(self, model: Any, tokenizer: Any, data: TaxData, batch_size: int = 24) -> None:
@@ -56,7 +56,7 @@ class Meter:
             self.answers: BaseAnswers = own_answers(model, tokenizer, prompts, cache_bytes=CACHE_BYTES, **draw)
 
     def __call__(self, model: Any, step: int, diverges: bool = True) -> dict[str, Any]:
-        """All figures: losses and KL in nats per token, rates from 0 to 1. KL of a base is not computed."""
+        """Measure all figures: losses and KL in nats per token, rates from 0 to 1. `diverges=False` leaves out KL."""
         start = time.perf_counter()
         data = self.data
         figures: dict[str, Any] = {"step": step}
@@ -86,11 +86,11 @@ class Meter:
         return figures
 
     def safety_loss(self, model: Any) -> float:
-        """Nats per token of the refusals that are not trained on."""
+        """Measure the loss of the refusals that are not trained on, in nats per token."""
         return self._loss(model, self.data.held_out_safety)
 
     def refusals(self, model: Any, most: int | None = None) -> dict[str, float]:
-        """What share of each source of harmful requests is refused: of all of them, or of a few, evenly picked."""
+        """Measure the share of each source of harmful requests that is refused: of all, or of `most` evenly picked."""
         picked = {}
         for name, prompts in self.harmful.items():
             count = min(most or len(prompts), len(prompts))
@@ -105,7 +105,7 @@ class Meter:
         return generate(model, self.tokenizer, prompts, max_new_tokens=tokens, batch_size=2 * self.batch_size)
 
     def _fitting(self, rows: list[Any]) -> list[Any]:
-        """The rows of whose answer something is left within `MAX_LENGTH`."""
+        """Return the rows that keep at least a part of their answer within `MAX_LENGTH`."""
         return [row for row in rows if encode_row(self.tokenizer, row, "row").cut(MAX_LENGTH) is not None]
 
     def _loss(self, model: Any, rows: list[Any]) -> float:
@@ -113,16 +113,16 @@ class Meter:
 
 
 class Along(TrainerCallback):
-    """Keeps what is measured along a training.
+    """Keep what is measured along a training run.
 
     Args:
-        meter: Takes the measurements.
+        meter: The meter that takes the measurements.
 
     Attributes:
-        first: Steps of earlier stages.
+        first: Number of steps of earlier stages.
         curve: The figures of each measured state.
-        outcomes: What came of each prompt there.
-        probes: What was asked in between.
+        outcomes: The outcomes of each prompt in these states.
+        probes: The few figures that `crossing.UntilSafe` checks between measurements.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -134,21 +134,21 @@ class Along(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """What the measurements took."""
+        """Seconds that the measurements took."""
         return sum(own["seconds"] for own in self.curve)
 
     def record(self, model: Any, step: int, **more: float) -> None:
-        """Measures a state."""
+        """Measure a state."""
         self.curve.append(self.meter(model, step) | more)
         self.outcomes.append(self.meter.outcomes)
 
 
 class Evenly(Along):
-    """Measures at evenly spaced steps of every stage.
+    """Measure at evenly spaced steps of every stage.
 
     Args:
-        meter: Takes the measurements.
-        count: How many a stage has.
+        meter: The meter that takes the measurements.
+        count: Number of measurements per stage.
     """
 
     def __init__(self, meter: Meter, count: int) -> None:
@@ -156,7 +156,7 @@ class Evenly(Along):
         self.count = count
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Measures at its points."""
+        """Measure if this is one of the evenly spaced steps."""
         if state.global_step in {round(args.max_steps * (i + 1) / self.count) for i in range(self.count)}:
             self.record(model, self.first + state.global_step)
 

@@ -14,36 +14,38 @@ from .baselines.placement import Layers
 class Method:
     """A way of training.
 
-    All that draw reference examples draw as many at the same steps: a tenth of the training examples, but for those
-    whose overrides say otherwise.
+    All methods that draw reference examples draw them at the same steps and in the same number, a tenth of the
+    training examples, unless their overrides or their budget say otherwise.
 
     Attributes:
-        overrides: OGPSA's settings; `None` trains without projection.
-        paper: Start from the published rule and schedule.
-        answers: Whose answers the references have: `"given"` (of the data) or `"own"` (of the base model).
-        loss: Of the references: `"answer"` (cross-entropy) or `"kl"` (divergence from the base).
-        replay: Without projection: weight of the mean gradient of the reference examples.
-        merged: Whether the reference sets are one, of all their rows.
-        budget: Of replay: reference examples for each training example.
-        refusals: Whose are trained on: `"given"` (of the data), or `"own"` (of the base model, under an instruction
-            that is not in the rows).
-        lookalikes: Share of benign look-alikes, with the base's own answers, among the training rows.
-        more_lookalikes: Whether the reference set of look-alikes has all prompts that nothing is measured on.
-        first_tokens: Of every training answer, so many tokens count; `None` counts all.
-        learning_rate: Times that of the others.
-        optimizer: Of transformers' names.
-        whole: Train all weights instead of an adapter.
-        linear: Of whole weights, train those of the blocks' linear layers alone.
-        osf: Train them outside their leading singular directions, with PEFT's OSF.
-        start: Of plain LoRA, another than its own. Into the complement of OGPSA's subspace with these overrides, where
-            A is then trained (`"free"`), or not (`"frozen"`); or as in the module of `baselines` with this name.
-        gain: Whether A's start and steps are enlarged by what the activation subspace leaves of the inputs.
-        held_b: Whether B, too, is held: see `held_b.HeldB`.
-        layers: Where plain LoRA sits: see `baselines.placement`.
-        scaled: Measure along the scales of the finished adapter instead of along the steps: `baselines.scaling`.
-        anchor: Weight of the divergence from the base on the training tokens: `baselines.asft`.
-        reweighted: Whether each training token's loss counts times its probability, as in ASFT.
-        ewc: Weight of EWC's penalty: `baselines.ewc`.
+        overrides: Settings of OGPSA. `None`: train without projection.
+        paper: Whether to start from the published rule and its schedule.
+        answers: Answers of the references: `"given"` (by the data) or `"own"` (by the base model).
+        loss: Loss of the references: `"answer"` (cross-entropy) or `"kl"` (KL from base).
+        replay: Without projection, weight of the mean gradient of the reference examples.
+        merged: Whether to merge all reference sets into one.
+        budget: With `replay`, number of reference examples per training example.
+        refusals: Refusals to train on: `"given"` (by the data) or `"own"` (by the base model, under an instruction
+            that the rows do not contain).
+        lookalikes: Share of benign look-alikes among the training rows. The base model answers them.
+        more_lookalikes: Whether the reference set of look-alikes contains all prompts that are not used to measure.
+        first_tokens: How many tokens of every training answer to train on. `None`: all.
+        learning_rate: Factor of the grid's learning rate.
+        optimizer: Name of the optimizer in transformers.
+        whole: Whether to train all weights instead of an adapter.
+        linear: With `whole`, whether to train only the weights of the blocks' linear layers.
+        osf: Whether to train weights outside their leading singular directions, with PEFT's OSF.
+        start: Another start for plain LoRA. `"free"` and `"frozen"`: A starts in the complement of OGPSA's subspace
+            with these overrides, and is then trained or frozen. Other names: the start in this module of `baselines`.
+        gain: Whether to enlarge A's start and steps, to make up for the part of the inputs that the activation
+            subspace takes away.
+        held_b: Whether to hold B, too. See `held_b.HeldB`.
+        layers: The layers that plain LoRA is on. See `baselines.placement`.
+        scaled: Whether to measure at several scales of the finished adapter instead of at several steps. See
+            `baselines.scaling`.
+        anchor: Weight of KL from base on the training tokens. See `baselines.asft`.
+        reweighted: Whether to multiply each training token's loss by the token's probability, as in ASFT.
+        ewc: Weight of EWC's penalty. See `baselines.ewc`.
     """
 
     overrides: dict[str, Any] | None = None

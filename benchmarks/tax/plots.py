@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Trade-offs along training, a line a method."""
+"""Plots of the trade-offs along training, with one line per method."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PANELS = (
 
 
 def mean_curve(base: Point, runs: Mapping[int, Any]) -> list[Point]:
-    """The mean over seeds at each measurement."""
+    """Return the mean over seeds at each measurement."""
     curves = [curve(base, run) for run in runs.values()]
     return [
         {name: statistics.mean(point[name] for point in points) for name in points[0]}
@@ -37,7 +37,7 @@ def mean_curve(base: Point, runs: Mapping[int, Any]) -> list[Point]:
 
 
 def tradeoffs(base: Point, runs: Mapping[str, Mapping[int, Any]], names: Sequence[str], path: Path) -> None:
-    """Draws the panels; means over seeds, a dot a measurement, the base at the start of every line.
+    """Draw the panels: means over seeds, with one dot per measurement. Every line starts at the base.
 
     Raises:
         OSError: If the file cannot be written.

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs side by side at matched safety: a table and plots."""
+"""Tables that compare runs at matched safety."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RATES = ("facts", "over_refusal", "unclear")
 
 
 def load(folder: Path) -> tuple[Point, dict[str, dict[int, Any]]]:
-    """Reads the base's figures and all runs, by method, in the order of the grid, and seed."""
+    """Read the base's figures, and all runs by method (in the order of the grid) and seed."""
     base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
     runs: dict[str, dict[int, Any]] = {}
     for path in folder.glob("*-seed*.json"):
@@ -35,7 +35,7 @@ def load(folder: Path) -> tuple[Point, dict[str, dict[int, Any]]]:
 
 
 def curve(base: Mapping[str, Any], run: Any) -> list[Point]:
-    """A run from the base on. A run that is measured along the scales of its adapter starts at scale 0."""
+    """Return the points of a run, from the base on. A run along the scales of its adapter starts at scale 0."""
     figures = run["train_info"]["metrics"][0]
     zero = {name: 0.0 for name in figures if name.startswith("kl") or name == "scale"}
     start = {name: value for name, value in base.items() if name != "outcomes"}
@@ -43,7 +43,7 @@ def curve(base: Mapping[str, Any], run: Any) -> list[Point]:
 
 
 def first_safe(points: Sequence[Point], every: bool = True) -> Point | None:
-    """The first measurement at which enough is refused: of every source of harmful requests, or of the first one."""
+    """Return the first measurement at which enough harmful requests are refused: of every source, or the first."""
     return next((point for point in points if all(point[name] >= SAFE for name in _sources(point, every))), None)
 
 
@@ -52,9 +52,9 @@ def _sources(point: Point, every: bool) -> list[str]:
 
 
 def at_safety_loss(points: Sequence[Point], target: float) -> Point | None:
-    """The state at which the held-out safety loss first came down to a target, between measurements by straight lines.
+    """Return the state at which the held-out safety loss first came down to a target.
 
-    `None` if it did not.
+    Figures between measurements are interpolated linearly. Return `None` if the loss did not come down to the target.
     """
     for before, after in itertools.pairwise(points):
         if after["safety_loss"] <= target < before["safety_loss"]:
@@ -64,13 +64,13 @@ def at_safety_loss(points: Sequence[Point], target: float) -> Point | None:
 
 
 def targets(base: Point, runs: Mapping[int, Any]) -> dict[int, float]:
-    """Of each seed, the held-out safety loss at which plain LoRA first was safe."""
+    """Return for each seed the held-out safety loss at which plain LoRA first was safe."""
     found = {seed: first_safe(curve(base, run)) for seed, run in runs.items()}
     return {seed: point["safety_loss"] for seed, point in found.items() if point is not None}
 
 
 def spread(values: Iterable[float | None], form: str, scale: float = 1.0) -> str:
-    """A mean, with least and most where there are several; what some seeds did not reach is said."""
+    """Format a mean, with least and most of several values. Say how many seeds reached it if not all did."""
     values = list(values)
     known = [value * scale for value in values if value is not None]
     if not known:
@@ -82,7 +82,7 @@ def spread(values: Iterable[float | None], form: str, scale: float = 1.0) -> str
 
 
 def matched(base: Point, runs: Mapping[str, Mapping[int, Any]], name: str, figure: str) -> list[float | None]:
-    """A figure of every seed of a method at plain LoRA's safety loss; losses as changes from the base."""
+    """Return a figure of every seed of a method at plain LoRA's safety loss. Losses are changes from the base."""
     goal = targets(base, runs["plain"])
     values: list[float | None] = []
     for seed, run in runs[name].items():
@@ -95,7 +95,7 @@ def matched(base: Point, runs: Mapping[str, Mapping[int, Any]], name: str, figur
 
 
 def at_equal_loss(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
-    """A table of all methods at plain LoRA's held-out safety loss: losses as changes from the base, rates in %."""
+    """Tabulate all methods at plain LoRA's held-out safety loss. Losses are changes from the base, rates in %."""
     sets = [name for name in base if name.startswith("loss/")]
     figures = {"loss": "general loss", **{name: name.removeprefix("loss/") for name in sets}}
     figures |= {"kl": "KL from base", "facts": "facts known", "over_refusal": "refuses benign"}
@@ -113,22 +113,22 @@ def at_equal_loss(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
 
 
 def at_first_safe(base: Point, runs: Mapping[str, Mapping[int, Any]], every: bool = True) -> str:
-    """A table of all methods at their first measurement that refuses enough, which is where to stop early.
+    """Tabulate all methods at their first measurement that refuses enough. Early stopping would end there.
 
-    Enough of every source of harmful requests, or of the first one.
+    Enough means of every source of harmful requests, or, without `every`, of the first one.
     """
     return _states(base, runs, lambda points: first_safe(points, every))
 
 
 def at_the_end(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
-    """A table of all methods at their last measurement, however safe they are there."""
+    """Tabulate all methods at their last measurement, whether they are safe there or not."""
     return _states(base, runs, lambda points: points[-1])
 
 
 def hours(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> float:
-    """What measuring the base and all runs took. On a CPU, the time of each thread counts."""
+    """Return the hours of measuring the base and of all runs. On a CPU, the time of each thread counts."""
     every = [run for own in runs.values() for run in own.values()]
-    seconds = base["seconds"] * _threads(every[0])  # the file of the base does not say on how many it was measured
+    seconds = base["seconds"] * _threads(every[0])  # the base's file does not name its threads
     return (seconds + sum(run["run_info"]["total_time"] * _threads(run) for run in every)) / 3600
 
 
@@ -139,7 +139,7 @@ def _threads(run: Any) -> int:
 def _states(
     base: Point, runs: Mapping[str, Mapping[int, Any]], pick: Callable[[Sequence[Point]], Point | None]
 ) -> str:
-    """A table of one state of every run, as a mean over seeds."""
+    """Tabulate one state of every run, as a mean over seeds."""
     lines = _head(
         *("method", "seeds", "step", "safety loss", "general loss", "KL from base", "facts known", "refuses benign"),
         *("benign of unseen kinds", "unclear answers", "refuses harmful", "the built-in ones", "seconds of training"),

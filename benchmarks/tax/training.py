@@ -56,21 +56,20 @@ LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a grid have in common.
+    """Settings that all runs of a grid share.
 
     Attributes:
         model: A name on the hub, or a folder.
         device: `cpu` or `cuda`.
         steps: Optimizer steps.
-        batch: Training examples a step.
-        learning_rate: Of SFT; the highest one where a schedule changes it.
-        schedule: One of transformers' `lr_scheduler_type`, over the steps of each stage.
-        measurements: How many along a run, evenly spaced.
-        until_safe: Instead, measure where the run first is as safe as it should be, and end it there: see
-            `crossing.UntilSafe`.
-        answer_tokens: Length of the base's own answers to reference prompts.
-        stages: `"sft"`, `"dpo"`, or both, which then share the steps.
-        dpo_learning_rate: Of preference pairs, which need less: at that of SFT, plain LoRA falls apart.
+        batch: Training examples per step.
+        learning_rate: Learning rate of SFT. With a schedule, the highest one.
+        schedule: A value of transformers' `lr_scheduler_type`, for the steps of each stage.
+        measurements: Number of measurements along a run, evenly spaced.
+        until_safe: Instead, measure when the run is first safe enough, and end it then. See `crossing.UntilSafe`.
+        answer_tokens: Largest length of the base's own answers, in tokens.
+        stages: `"sft"`, `"dpo"`, or both. Both stages share the steps.
+        dpo_learning_rate: Learning rate of DPO. It is lower: at that of SFT, plain LoRA becomes unusable.
     """
 
     model: str
@@ -95,7 +94,7 @@ class Workbench:
         self.meter = Meter(self.base, self.tokenizer, data)
 
     def references(self, answers: str, loss: str = "answer", more_lookalikes: bool = False) -> list[ReferenceSet]:
-        """The reference sets; those without given answers are answered by the base, once."""
+        """Return the reference sets. The base answers the prompts without given answers, once."""
         sets = []
         for name, rows in self.data.references.items():
             if answers == "given" and "completion" in rows[0]:
@@ -121,7 +120,7 @@ class Workbench:
         )
 
     def rows(self, method: Method, seed: int) -> list[dict[str, Any]]:
-        """What is trained on, in its order."""
+        """Return the training rows, in their order."""
         wanted = self.settings.steps * self.settings.batch
         rows = in_order(self.data.safety, wanted, seed)
         if method.refusals == "own":
@@ -132,7 +131,7 @@ class Workbench:
         return with_lookalikes(rows, answered, method.lookalikes)[:wanted]
 
     def _own_refusals(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """As many rows of the same prompts: those that the base refuses, in the base's words, again and again."""
+        """Return as many rows with the base's own refusals. Rows of the prompts that it refuses repeat."""
         own = refusals_from_prompts(
             [row["prompt"] for row in rows],
             self.base,
@@ -144,7 +143,11 @@ class Workbench:
         return [own[i % len(own)] for i in range(len(rows))]
 
     def pairs(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows with answers -> pairs: refusals over the base's own answers, its own over refusals for look-alikes."""
+        """Convert rows with answers to preference pairs.
+
+        For harmful prompts, refusals are chosen and the base's own answers are rejected. For look-alikes, the base's
+        own answers are chosen and refusals are rejected.
+        """
         harmful = {json.dumps(row["prompt"]): row["completion"] for row in self.data.safety}
         refused = [row for row in rows if json.dumps(row["prompt"]) in harmful]
         own = self._answered("rejected", [row["prompt"] for row in refused])
@@ -160,14 +163,14 @@ class Workbench:
 
 
 def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: float | None = None) -> dict[str, Any]:
-    """Trains and measures once; the base is as before afterwards.
+    """Train and measure once. Afterwards, the base is as it was before.
 
     Args:
         bench: What all runs share.
         name: The method's name.
         method: How it trains.
-        seed: Of the order of the rows, and of the adapter.
-        safety_loss: With `until_safe`, a further point to measure at.
+        seed: Seed of the order of the rows, and of the adapter.
+        safety_loss: With `until_safe`, a held-out safety loss at which to measure, too.
 
     Returns:
         `run_info`, `train_info` (with the curve as `metrics`) and `meta_info`, as in PEFT's method comparison.
@@ -176,7 +179,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
     if method.moves_base and bench.meter.answers.log_probs is None:
         raise ValueError(f"{name} changes its base, so the meter must hold the log-probabilities of the real one.")
     start = time.perf_counter()
-    parts = _parts(bench, method, seed)  # the base answers, so before it gets an adapter
+    parts = _parts(bench, method, seed)  # before the base gets an adapter, because it answers prompts here
     set_seed(seed)
     config, model, callbacks = _prepare(bench, method, seed)
     measure: Along
@@ -213,7 +216,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
         info["seconds_by_part"] = diagnostics.stopwatch.totals()
     if not method.moves_base:
         bench.base = model.unload()
-        bench.base.__dict__.pop("forward", None)  # TRL's own for DPO, which a copy would share with its original
+        bench.base.__dict__.pop("forward", None)  # set by TRL for DPO. A copy would share it with the original.
     return {
         "run_info": {
             "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -237,7 +240,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
 
 @contextmanager
 def _most_gain(most: float) -> Iterator[None]:
-    """Bounds what A's start and steps are multiplied with."""
+    """Limit the factor of A's start and steps."""
     before, inputs.MOST_GAIN = inputs.MOST_GAIN, most
     try:
         yield
@@ -246,7 +249,7 @@ def _most_gain(most: float) -> Iterator[None]:
 
 
 def _parts(bench: Workbench, method: Method, seed: int) -> list[list[dict[str, Any]]]:
-    """What each stage is trained on: an equal share of the rows, for DPO as pairs."""
+    """Return the training rows of each stage: an equal share of all rows, for DPO as pairs."""
     rows, stages = bench.rows(method, seed), bench.settings.stages
     share = len(rows) // len(stages)
     shares = [rows[i * share : (i + 1) * share] for i in range(len(stages))]
@@ -278,7 +281,7 @@ def _trainer(
         "report_to": "none",
         "seed": seed,
         "use_cpu": settings.device == "cpu",
-        # Of float32 weights; adapters have a base in bfloat16, and on a CPU all is computed in float32.
+        # For float32 weights. Adapters have a base in bfloat16, and on a CPU everything is computed in float32.
         "bf16": method.moves_base and settings.device != "cpu",
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
@@ -307,7 +310,7 @@ def _trainer(
 
 
 def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, list[TrainerCallback]]:
-    """The configuration (`None` where whole weights are merely trained), the model, and the callbacks that keep."""
+    """Return the configuration (`None` if nothing reads it later), the model, and the method's callbacks."""
     settings = bench.settings
     sets = bench.references(method.answers, method.loss, method.more_lookalikes) if method.references else []
     if method.merged:
@@ -348,7 +351,7 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
 def _baseline(
     bench: Workbench, method: Method, sets: list[ReferenceSet], seed: int
 ) -> tuple[Any, Any, list[TrainerCallback]]:
-    """LoRA that starts elsewhere, or with EWC's penalty; both may look at all references before training."""
+    """Return LoRA with another start or with EWC's penalty. Both may use all references before training."""
     examples = {own.name: own.tokenize(bench.tokenizer) for own in sets}
     if method.ewc:
         weights = [layer.weight for layer in linear_layers(bench.base).values()]
@@ -362,7 +365,7 @@ def _baseline(
 
 
 def _freeze_all_but_linear(model: Any) -> None:
-    """Leave only the weights of linear layers in training, without the output layer, which often is the embedding."""
+    """Train only the weights of linear layers. Freeze the output layer, too: it is often the embedding."""
     output = model.get_output_embeddings()
     model.requires_grad_(False)
     for module in model.modules():
@@ -373,7 +376,7 @@ def _freeze_all_but_linear(model: Any) -> None:
 def _started(
     bench: Workbench, model: Any, sets: list[ReferenceSet], *, frozen: bool
 ) -> tuple[LoraConfig, Any, list[TrainerCallback]]:
-    """Plain LoRA with the adapter that an OGPSA model starts with."""
+    """Return plain LoRA that starts with the adapter of an OGPSA model."""
     batch = bench.settings.batch
     loader = ReferenceLoader.from_sets(sets, bench.tokenizer, model.peft_config["default"], batch, batch)
     model.projector.refresh(loader.batches(bench.settings.device, everything=True), reference_loss)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
 COUNTS = {"kills": 48, "disk": 8, "fuzz": 5000, "soak": 5000}
-"""How often by default: kills, runs on a full disk, inputs of each fuzzed function, steps."""
+"""Default counts: kills, runs on a full disk, inputs per fuzzed function, and steps."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one of the tests. Return 1 if it found a failure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torture", description=__doc__)
     parser.add_argument("what", choices=list(COUNTS))
-    parser.add_argument("--count", type=int, help=f"How often. Default: {COUNTS}.")
+    parser.add_argument("--count", type=int, help=f"Kills, runs, inputs or steps. Default: {COUNTS}.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file. Default: benchmarks/results/torture_WHAT.json.")
     given = parser.parse_args(arguments)

@@ -25,7 +25,7 @@ from .processes import run
 from .runs import KINDS, parameters, trainer
 
 _ERRORS = ("No space left on device", "cannot be written", "file write failed", "PytorchStreamWriter failed")
-_TORCH = "unexpected pos"  # of torch.save, which the trainer calls
+_TORCH = "unexpected pos"  # the message of torch.save, which the trainer calls
 
 
 @contextlib.contextmanager
@@ -50,9 +50,9 @@ def disk(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
     """Fill the disk during `count` runs. Then make space, continue, and compare the weights.
 
     Args:
-        folder: For the runs.
-        count: How many runs, spread over the kinds.
-        seed: Seed of the sizes.
+        folder: Folder for the runs.
+        count: Number of runs, spread over the kinds of runs.
+        seed: Seed of the disks' sizes.
     """
     torch.set_num_threads(1)
     draw = random.Random(seed)

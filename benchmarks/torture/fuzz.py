@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Give random input to everything that reads input. It must work, or raise a documented error.
 
-What counts as a failure: an error of another type (such as KeyError), a message that does not name the file or the
-field, more than `SECONDS` for one input, and an allocation out of proportion.
+These are failures: an error of another type (such as KeyError), a message that does not name the file or the field,
+more than `SECONDS` for one input, and more than `MEMORY` of allocations.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Target:
 
 @dataclass
 class Found:
-    """What came of the inputs of a target."""
+    """The results of a target's inputs."""
 
     inputs: int = 0
     accepted: int = 0
@@ -123,7 +123,7 @@ def fuzz(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
     """Probe all targets, with `count` inputs each, and return the counts.
 
     Args:
-        folder: For files.
+        folder: Folder for files.
         count: Inputs of a target whose share is 1.
         seed: Seed of the inputs.
     """

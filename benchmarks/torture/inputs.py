@@ -53,7 +53,7 @@ _turns = st.lists(_message, max_size=4)
 
 @st.composite
 def rows(draw: Any) -> Any:
-    """A row of a reference set: some columns, with text, messages, or anything at all."""
+    """Draw a row of a reference set: some columns, with text, messages, or anything at all."""
     if draw(st.integers(0, 9)) == 0:
         return draw(anything)
     names = draw(
@@ -65,7 +65,7 @@ def rows(draw: Any) -> Any:
 
 @st.composite
 def damaged(draw: Any, valid: bytes) -> bytes:
-    """A valid file with some of its bytes changed, cut off, repeated, or put in."""
+    """Draw a valid file with some bytes changed, cut off, repeated, or inserted."""
     content = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(0, len(content) - 1)))
@@ -87,7 +87,7 @@ def damaged(draw: Any, valid: bytes) -> bytes:
 
 @st.composite
 def changed(draw: Any, valid: Any) -> Any:
-    """A valid JSON value in which entries are replaced, removed or added."""
+    """Draw a valid JSON value with some entries replaced, removed or added."""
     found = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):
         inner, step = found, draw(st.integers(0, 4))
@@ -107,7 +107,7 @@ def changed(draw: Any, valid: Any) -> Any:
 
 
 def files(valid: dict[str, Any]) -> st.SearchStrategy[bytes]:
-    """Files that should hold this JSON object: changed in meaning, or damaged in their bytes."""
+    """Return a strategy for files that should hold this JSON object, with changed entries or damaged bytes."""
     text = json.dumps(valid).encode()
     return st.one_of(
         changed(valid).map(lambda own: json.dumps(own).encode()), damaged(text), json_values.map(_encoded)
@@ -119,7 +119,7 @@ def _encoded(value: Any) -> bytes:
 
 
 def parsed(content: bytes) -> Any:
-    """What a JSON file holds. What is nested too deeply for Python's own parser counts as nothing."""
+    """Parse a JSON file. Return `None` if it is nested too deeply for Python's own parser."""
     try:
         return json.loads(content)
     except RecursionError:

@@ -3,8 +3,8 @@
 """Kill training runs, resume them, and compare their weights with those of a run that was never killed.
 
 A run is killed in one of three ways: after a random time, at a random operation on a file (open, rename, delete), or
-at a random byte of a file that is being written. The last two happen within the saving of a checkpoint. A run may be
-killed several times.
+at a random byte of a file that is being written. The last two happen while a checkpoint is saved. A run may be killed
+several times.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .runs import KINDS, SAVE_STEPS, STEPS, parameters, trainer
 
 WAYS = ("time", "operation", "byte")
 _OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
-_counting: dict[str, Any] = {}  # audit hooks stay until the process ends, so there is one, which reads this
+_counting: dict[str, Any] = {}  # read by the one audit hook, because hooks cannot be removed
 
 
 class _LimitFiles(TrainerCallback):
-    """From a step on, a write beyond a number of bytes in a file ends the process, in the midst of the write."""
+    """End the process in the middle of a write, when a file becomes larger than `size` after step `step`."""
 
     def __init__(self, step: int, size: int) -> None:
         self.step, self.size = step, size
@@ -58,7 +58,7 @@ def _audit(event: str, arguments: tuple) -> None:
 
 
 def _train(kind: str, folder: Path, kill_at: int | None = None, callbacks: list | None = None) -> None:
-    """Train, or continue from the newest whole checkpoint. At the end, save the weights and the file operations."""
+    """Train, or continue from the newest whole checkpoint. Save the weights and the count of file operations."""
     made = trainer(kind, folder / "run", callbacks or [])
     _counting.update(folder=str(folder / "run"), done=0, kill_at=kill_at)
     whole = last_whole(folder / "run")
@@ -70,7 +70,7 @@ def _train(kind: str, folder: Path, kill_at: int | None = None, callbacks: list 
 
 
 def _straight(kind: str, folder: Path) -> tuple[dict[str, torch.Tensor], int, float, int]:
-    """Run without kills: the weights, the file operations, the seconds, and the size of the largest file."""
+    """Run without kills. Return weights, number of file operations, seconds, and size of the largest file."""
     begun = time.monotonic()
     if run(lambda: _train(kind, folder), folder / "log.txt"):
         raise RuntimeError((folder / "log.txt").read_text())
@@ -86,12 +86,12 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
     """Kill `count` times, and return what happened.
 
     Args:
-        folder: For the runs.
+        folder: Folder for the runs.
         count: How often to kill, spread over the kinds of runs.
         seed: Seed of the moments.
     """
     sys.addaudithook(_audit)
-    torch.set_num_threads(1)  # a fork does not take threads along
+    torch.set_num_threads(1)  # a forked process has no other threads
     draw = random.Random(seed)
     tally: Counter[str] = Counter()
     differing: list[str] = []
@@ -106,7 +106,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
         while done < wanted:
             own = home / f"killed-{done}"
             own.mkdir()
-            for _ in range(draw.randint(1, min(3, wanted - done))):  # a run that is killed again while it resumes
+            for _ in range(draw.randint(1, min(3, wanted - done))):  # a run may be killed again while it resumes
                 way = WAYS[done % len(WAYS)]
                 ended = _kill(kind, own, way, draw, operations, seconds, largest)
                 tally[f"{way}: {'killed' if ended < 0 else 'ended before'}"] += 1

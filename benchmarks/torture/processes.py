@@ -49,7 +49,7 @@ def run(function: Callable[[], object], log: Path, kill_after: float | None = No
 
 
 def _child(function: Callable[[], object], log: Path) -> None:
-    """Run the function and leave, without the clean-up of the parent's objects."""
+    """Run the function and exit without cleaning up the parent's objects."""
     code = 1
     try:
         with open(log, "ab", buffering=0) as file:

@@ -22,7 +22,7 @@ STEPS, SAVE_STEPS = 8, 2
 
 
 def model(seed: int = 0) -> LlamaForCausalLM:
-    """A random Llama of two narrow layers."""
+    """Return a random Llama of two narrow layers."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -87,7 +87,7 @@ def trainer(kind: str, output_dir: Path, callbacks: list[TrainerCallback], **opt
 
 
 def parameters(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters."""
+    """Return the trained parameters."""
     return {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
 
 

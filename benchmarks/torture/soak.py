@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Thousands of steps with refreshes, and hundreds of models in one process: what grows, and what stays behind."""
+"""Take thousands of steps and make hundreds of models in one process, and find what grows or stays behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .runs import model
 
 WARM_UP = 500
 GROWTH = 0.01
-"""How much more memory than after the warm-up is allowed, as a share."""
+"""How much more memory than after the warm-up is allowed, as a share of it."""
 _SETTINGS: dict[str, Any] = {"rows": 8, "refresh_steps": 5, "reference_weight": 1.0}
 _LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -69,7 +69,7 @@ def train(count: int, seed: int = 0) -> dict[str, Any]:
 def drop(count: int) -> dict[str, Any]:
     """Make models of four kinds, train each for two steps, and drop it. Nothing of it may stay behind."""
     kinds = [_adapter, _plain, _whole, _closed]
-    for make in kinds:  # what is made once and kept, such as torch's own registries
+    for make in kinds:  # makes what is made once and kept, such as torch's own registries
         _trained(make)
     before, left = holdings(), 0
     for number in range(count):
@@ -85,7 +85,7 @@ def drop(count: int) -> dict[str, Any]:
 
 
 def holdings(net: torch.nn.Module | None = None) -> dict[str, int]:
-    """What the process holds: memory in KiB, objects, hooks, threads and open files."""
+    """Count what the process holds: memory in KiB, objects, hooks, threads and open files."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     held = {
@@ -104,7 +104,7 @@ def holdings(net: torch.nn.Module | None = None) -> dict[str, int]:
 
 
 def grown(held: list[dict[str, int]]) -> list[str]:
-    """Name what is more at the end than at the first count. Memory and objects may vary by `GROWTH`."""
+    """Name what is larger at the end than at the first count. Memory and objects may vary by `GROWTH`."""
     first, last = held[0], held[-1]
     return [name for name in first if last[name] > first[name] * (1 + GROWTH * (name in ("memory", "objects")))]
 
@@ -120,7 +120,7 @@ def _loss(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _trained(make: Any) -> list[weakref.ref]:
-    """Build a model, train it for two steps, and return weak references to all that is dropped."""
+    """Build a model, train it for two steps, and return weak references to what is then dropped."""
     net = make()
     projector = projector_of(net)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
@@ -142,7 +142,7 @@ def _adapter() -> PeftModel:
 
 
 def _closed() -> PeftModel:
-    """As `_adapter`, and unloaded at the end."""
+    """Return the same model as `_adapter`. `_trained` also unloads this one."""
     return _adapter()
 
 

@@ -76,7 +76,7 @@ _LORA = {
 
 
 def targets(folder: Path) -> dict[str, Target]:
-    """All targets by name. Files are written to `folder`."""
+    """Return all targets by name. They write files to `folder`."""
     return {**_configurations(), **_rows(), **_checkpoints(folder), **_adapters(folder), **_tables(folder)}
 
 
@@ -97,7 +97,7 @@ def _some(own: dict[str, st.SearchStrategy]) -> st.SearchStrategy:
 
 
 def _use(config: ProjectionConfig) -> None:
-    """What comes right after a configuration is accepted."""
+    """Do what comes right after a configuration is accepted."""
     json.dumps(config.ogpsa_dict())
     for examples in (1, 4096):
         refresh_samples(config, examples, 8, 1, 1.5)
@@ -211,7 +211,7 @@ def _checkpoints(folder: Path) -> dict[str, Target]:
 
 
 def _writing(path: Path, function: Callable[[], object]) -> Callable[[bytes], None]:
-    """A function that writes its input to a file, and then reads it."""
+    """Return a function that writes its input to a file, and then calls the given function."""
 
     def act(content: bytes) -> None:
         path.write_bytes(content)
@@ -314,7 +314,7 @@ def _adapters(folder: Path) -> dict[str, Target]:
 
 
 def _result() -> dict[str, Any]:
-    """A result of `ogpsa eval`."""
+    """Return a result of `ogpsa eval`."""
     number = Estimate(0.5, 0.4, 0.6, 10)
     loss = LossResult(0.5, 20, [0.4, 0.6], [10, 10])
     score = TaskScore("facts", "acc", 0.5, 0.1, 2, True, [0.0, 1.0], "x")

@@ -1,3 +1,3 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Methods of others that the grid compares with and the library does not have, one noun a file."""
+"""Methods of other authors that the grid compares with. The library does not have them."""

@@ -1,15 +1,15 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""ASFT, anchored supervised fine-tuning (Zhu et al. 2025, arXiv 2509.23753): near the base on the training tokens.
+"""ASFT, anchored supervised fine-tuning (Zhu et al. 2025, arXiv 2509.23753): KL from base on the training tokens.
 
 The loss of an answer's token y after the context x is
 
     -sg(p(y | x)) log p(y | x) + weight * KL(base || model)(. | x)
 
-with `sg` for no gradient, and its mean is over all answer tokens of a batch. The divergence has this direction in the
-paper's equation 6 and in its code (github.com/zhuchichi56/ASFT). The paper's weight is 0.05; the default of its first
-code, and of LLaMA-Factory's `use_asft_loss`, is 0.1. Without the factor `sg(p)`, which is that of dynamic fine-tuning
-(arXiv 2508.05629), it is cross-entropy with a divergence: the paper's baseline "SFT + KL".
+where `sg` stops the gradient. The mean is over all answer tokens of a batch. The KL has this direction in the paper's
+equation 6 and in its code (github.com/zhuchichi56/ASFT). The paper's weight is 0.05. The default of its first code,
+and of LLaMA-Factory's `use_asft_loss`, is 0.1. The factor `sg(p)` comes from dynamic fine-tuning (arXiv 2508.05629).
+Without it, the loss is cross-entropy with a KL penalty: the paper's baseline "SFT + KL".
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from peft_ogpsa.tuner.adapters import without_adapter
 
 
 class AnchoredTrainer(Trainer):
-    """A trainer with ASFT's loss, for a model with an adapter. A step needs one more forward pass, of the base.
+    """A trainer with ASFT's loss, for a model with an adapter. Each step needs one more forward pass, of the base.
 
     Args:
-        weight: Of the divergence from the base.
-        reweighted: Whether the cross-entropy of each token counts times the token's probability, as in ASFT.
+        weight: Weight of KL from base.
+        reweighted: Whether to multiply the cross-entropy of each token by the token's probability, as in ASFT.
     """
 
     def __init__(self, *args: Any, weight: float, reweighted: bool, **kwargs: Any) -> None:
@@ -50,9 +50,9 @@ def anchored_loss(logits: Tensor, base: Tensor, labels: Tensor, weight: float, r
 
     Args:
         logits: The model's logits, `(tokens, vocabulary)`.
-        base: The base's.
-        labels: `(tokens,)`.
-        weight: Of the divergence.
+        base: The base's logits, `(tokens, vocabulary)`.
+        labels: The labels, `(tokens,)`.
+        weight: Weight of KL from base.
         reweighted: See `AnchoredTrainer`.
     """
     log_model = logits.log_softmax(-1)

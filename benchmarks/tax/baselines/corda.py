@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CorDA in its knowledge-preserved mode (Yang et al. 2024, arXiv 2406.05223), by PEFT.
 
-The adapter starts as the components of each weight that matter least to the inputs of the knowledge to preserve, here
+The adapter starts as the components of each weight that matter least for the knowledge to preserve, which is here that
 of the reference sets. The base keeps the rest of the weight.
 """
 
@@ -23,9 +23,9 @@ def adapted(base: Any, knobs: dict[str, Any], sequences: Sequence[Tensor]) -> Pe
     """Give a model the adapter that CorDA starts with.
 
     Args:
-        base: A copy of the base: its weights change.
-        knobs: Of LoRA.
-        sequences: Token ids of the knowledge to preserve, `(1, tokens)` each: PEFT takes one sample at a time.
+        base: A copy of the base. Its weights change.
+        knobs: Options of LoRA.
+        sequences: Token ids of the knowledge to preserve, `(1, tokens)` each. PEFT takes one sample at a time.
     """
     own = {"target_modules": kinds(base), "init_lora_weights": "corda"}
     config = LoraConfig(**knobs | own, corda_config=CordaConfig(corda_method="kpm"))

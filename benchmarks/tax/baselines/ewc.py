@@ -3,12 +3,12 @@
 """Elastic weight consolidation (EWC; Kirkpatrick et al. 2017, arXiv 1612.00796) for LoRA.
 
 The penalty of a change D of the weights is `weight / 2 * sum F D^2`, with F the diagonal Fisher information of the
-base on the reference sets. LoRA's change is `D = scaling * B A`, so the penalty is on its effect, and not on A and B,
-of which the base has none.
+base on the reference sets. LoRA's change is `D = scaling * B A`. So the penalty is on D, and not on A and B, which the
+base does not have.
 
-The diagonal sees little of what LoRA does, since many weights change together: with SmolLM2-135M, the sum at weight 1
-was 0.0005 where the KL from base was 0.15, and 0.0011 where it was 0.22 (plain LoRA after 5 and 8 steps; 24 examples).
-So the weights of the grid are 100 to 10,000.
+The diagonal covers only a small part of what LoRA does, since many weights change together. With SmolLM2-135M and
+plain LoRA, the penalty at weight 1 was 0.0005 when KL from base was 0.15 (after 5 steps), and 0.0011 when it was 0.22
+(after 8 steps; 24 examples). So the weights of the grid are 100 to 10,000.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from .fisher import Fisher
 class EWC(TrainerCallback):
     """Add the penalty's gradient to the training gradient, in every step.
 
-    As the gradient of references in `ReferencePenalty`, it is added after the trainer has clipped the training
-    gradient.
+    Like the reference gradient in `ReferencePenalty`, it is added after the trainer has clipped the training gradient.
 
     Args:
-        fisher: Of the weights under LoRA.
-        weight: Of the penalty.
-        examples: How many reference examples F has taken.
+        fisher: Fisher information of the weights under LoRA.
+        weight: Weight of the penalty.
+        examples: Number of reference examples that F was estimated from.
     """
 
     def __init__(self, fisher: Fisher, weight: float, examples: int) -> None:
@@ -40,7 +39,7 @@ class EWC(TrainerCallback):
 
     @torch.enable_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Add it, one layer after the other, so that one dense change is in memory at a time."""
+        """Add the gradient layer by layer, so that only one dense change is in memory at a time."""
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

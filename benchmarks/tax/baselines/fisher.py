@@ -17,10 +17,10 @@ from peft_ogpsa.text.tokenization import Example
 from peft_ogpsa.tuner.adapters import same_trainable
 
 SAMPLES = 24
-"""Examples of each reference set: a pass for the gradients of all weights costs more than one of training."""
+"""Examples per reference set. They are few, because a pass for the gradients of all weights costs a lot."""
 
 Fisher = dict[nn.Parameter, Tensor]
-"""Of each weight, the mean square of the gradient of a token's log-probability, in float32 or wider."""
+"""For each weight, the mean square of the gradient of a token's log-probability, in float32 or wider."""
 
 
 def fisher(
@@ -42,10 +42,10 @@ def fisher(
 
     Args:
         model: The base, without an adapter.
-        weights: Those to estimate it for.
+        weights: Weights whose diagonal to estimate.
         sets: Examples by reference set.
-        seed: Of the labels.
-        batch_size: Examples per backward pass. The more, the faster and the less exact.
+        seed: Seed of the labels.
+        batch_size: Examples per backward pass. A larger batch is faster and less exact.
     """
     found = {
         weight: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights
@@ -54,7 +54,7 @@ def fisher(
     def add(weight: Tensor) -> None:
         gradient = weight.grad.to(found[weight].dtype)
         found[weight].addcmul_(gradient, gradient)
-        weight.grad = None  # so that one gradient at a time is in memory
+        weight.grad = None  # so that only one gradient is in memory
 
     with same_trainable(model), isolated_eval(model, gradients=True, seed=seed):
         model.requires_grad_(False)

@@ -1,11 +1,11 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA-Null (Tang et al. 2025, arXiv 2503.02659), as the paper starts it.
+"""LoRA-Null (Tang et al. 2025, arXiv 2503.02659), with the start of the paper.
 
-The null space of a layer is spanned by the r directions in which its inputs have the least energy, with r LoRA's
-rank. With these directions as the columns of V, the adapter starts as the part of the weight that reads them,
-`scaling * B A = W V V^T`, split evenly between A and B by its singular values. The base keeps `W - W V V^T`. Both A
-and B are trained.
+The null space of a layer is spanned by the r directions in which its inputs have the least energy. Here r is LoRA's
+rank, and the directions are the columns of V. The adapter starts as the part of the weight that reads these
+directions, `scaling * B A = W V V^T`, split evenly between A and B by its singular values. The base keeps
+`W - W V V^T`. Both A and B are trained.
 
 "null space at the start alone" differs: its A is random, in the complement of the 288 or 512 leading directions, which
 is wider than r. Its B starts at zero, so that the base keeps all of W.
@@ -30,8 +30,8 @@ def adapted(base: Any, knobs: dict[str, Any], sequences: Sequence[Tensor]) -> Pe
     """Give a model the adapter that LoRA-Null starts with.
 
     Args:
-        base: A copy of the base: its weights change.
-        knobs: Of LoRA.
+        base: A copy of the base. Its weights change.
+        knobs: Options of LoRA.
         sequences: Token ids of the references, `(1, tokens)` each.
     """
     moments = second_moments(base, list(linear_layers(base).values()), sequences)
@@ -46,7 +46,7 @@ def adapted(base: Any, knobs: dict[str, Any], sequences: Sequence[Tensor]) -> Pe
 def _start(layer: Any, moment: Tensor) -> None:
     weight, scaling = layer.get_base_layer().weight, layer.scaling["default"]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    null = torch.linalg.eigh(moment).eigenvectors[:, : len(a)]  # of the smallest eigenvalues
+    null = torch.linalg.eigh(moment).eigenvectors[:, : len(a)]  # those of the smallest eigenvalues
     left, sizes, right = torch.linalg.svd(weight.double() @ null, full_matrices=False)
     roots = (sizes / scaling).sqrt()
     a.copy_(roots[:, None] * (right @ null.T))
@@ -55,7 +55,7 @@ def _start(layer: Any, moment: Tensor) -> None:
 
 
 def second_moments(model: Any, layers: Sequence[nn.Linear], sequences: Sequence[Tensor]) -> dict[nn.Linear, Tensor]:
-    """Add up `x x^T` over the inputs x of each layer, `(in, in)`, in float64: the least energies must not be lost."""
+    """Add up `x x^T` over the inputs x of each layer, `(in, in)`, in float64 to keep the least energies exact."""
     found = {
         layer: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=layer.weight.device)
         for layer in layers

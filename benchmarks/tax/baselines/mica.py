@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Minor component adaptation (MiCA, arXiv 2604.01694), by PEFT.
 
-B is the r left singular vectors of the weight with the smallest singular values, and stays so. A starts at zero and is
-trained. It takes nothing from the references, and leaves the base as it is.
+B consists of the weight's r left singular vectors with the smallest singular values, and is frozen. A starts at zero
+and is trained. MiCA does not use references, and does not change the base.
 """
 
 from __future__ import annotations
@@ -16,5 +16,5 @@ from torch import Tensor
 
 
 def adapted(base: Any, knobs: dict[str, Any], sequences: Sequence[Tensor]) -> PeftModel:
-    """Give a model the adapter that MiCA starts with. `sequences` are not used."""
+    """Give a model the adapter that MiCA starts with. `sequences` is not used."""
     return get_peft_model(base, LoraConfig(**knobs, init_lora_weights="mica"))

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where LoRA sits: which layers of a block, in which blocks, at which rank.
+"""Where LoRA is placed: on which layers of a block, in which blocks, at which rank.
 
 Xue, Mirzasoleiman 2025 (arXiv 2507.17075) find that rank 1 on the up projections of middle blocks is enough to learn
 refusals, and costs less than LoRA on all layers.
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 Layers = Literal["all", "mlp", "attention", "up_proj"]
-"""All linear layers, those of the MLPs, those of the attention, or the up projections of the middle third alone."""
+"""All linear layers, those of MLPs, those of attention, or only up projections of the middle third of blocks."""
 
 KINDS: dict[Layers, list[str]] = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
@@ -24,10 +24,10 @@ KINDS: dict[Layers, list[str]] = {
 
 
 def lora_knobs(layers: Layers, blocks: int) -> dict[str, Any]:
-    """Return what differs from LoRA on all layers. The scaling `lora_alpha / r` stays 2.
+    """Return the options that differ from LoRA on all layers. The scaling `lora_alpha / r` stays 2.
 
     Args:
-        layers: Where LoRA sits.
+        layers: The layers to place LoRA on.
         blocks: Number of the model's blocks.
     """
     if layers == "all":
@@ -39,7 +39,7 @@ def lora_knobs(layers: Layers, blocks: int) -> dict[str, Any]:
 
 
 def linear_layers(model: Any) -> dict[str, nn.Linear]:
-    """Return the linear layers of the blocks by name: all but the output layer, as PEFT's `"all-linear"`."""
+    """Return the linear layers by name: all but the output layer, like PEFT's `"all-linear"`."""
     output = model.get_output_embeddings()
     return {
         name: module

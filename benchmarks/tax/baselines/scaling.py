@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scale the finished adapter: WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903), which for LoRA needs no second model.
 
-Weights between the base's and the trained ones are `W + scale * scaling * B A`. So one training gives a whole curve,
-from the base at scale 0 to the trained model at scale 1.
+The weights between those of the base and the trained ones are `W + scale * scaling * B A`. So one training run gives a
+whole curve, from the base at scale 0 to the trained model at scale 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peft.helpers import rescale_adapter_scale
 
 
 def along_scales(model: Any, count: int) -> Iterator[float]:
-    """Scale the adapter of a model, evenly from the smallest scale up to 1; after each, its scaling is as before.
+    """Scale the adapter of a model, evenly from the smallest scale up to 1. Restore the scaling after each scale.
 
     Args:
         model: A trained model with LoRA.
