@@ -4,7 +4,8 @@
 
     python examples/sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --output_dir safe --max_steps 60
 
-Every option of TRL's `SFTConfig` works. Data: the small built-in set; put your own rows and prompts in its place.
+Every option of TRL's `SFTConfig` works. Without a GPU, add `--bf16 false`.
+Data: the small built-in set; put your own rows and prompts in its place.
 """
 
 from __future__ import annotations

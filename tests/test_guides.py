@@ -23,8 +23,8 @@ CHANGES = {  # for a CPU, a tiny model that has a position for each of 512 bytes
     '"HuggingFaceTB/SmolLM2-135M-Instruct"': "TINY",
     '"Qwen/Qwen2.5-1.5B-Instruct"': "TINY",
     "torch.float16": "torch.float32",
-    "        fp16=True,\n        bf16=False,\n": "",
-    "max_steps=30": "max_steps=2, bf16=False, use_cpu=True, max_length=128, disable_tqdm=True",
+    "        fp16=True,\n": "",
+    "max_steps=30": "max_steps=2, max_length=128, disable_tqdm=True",
     "samples=48": "samples=4, max_length=400, cache_dir='answers', progress=False",
 }
 
