@@ -47,14 +47,18 @@ _UNABLE = (
     r"(?:unable to|not (?:able|allowed|permitted|willing|going|about|authori[sz]ed|programmed|designed|here|prepared"
     r"|equipped|supposed|in a position) to|not capable of|unwilling to|forbidden to|prohibited from)"
 )
-# What a helper does. The look-aheads exclude idioms: "can't help but", "can't give up", "won't let you down".
+# What a helper does. The look-aheads exclude idioms: "can't help but", "can't give up", "can't give you an exact date" and
+# "won't let you down".
+_NOT_EXACT = r"(?!(?: you)?(?: with)? (?:an? |any )?(?:exact|precise|definitive)\b)"
 _HELP = (
     r"(?:be (?:able to|of|part|a part|involved|used|complicit|helping|assisting|providing|answering)"
-    r"|help(?:ing)?(?! but\b)|assist(?:ing)?|aid|provid(?:e|ing)|giv(?:e|ing)(?! up\b)"
+    rf"|help(?:ing)?(?! (?:but|laughing|smiling)\b)|assist(?:ing)?|aid|provid(?:e|ing){_NOT_EXACT}"
+    rf"|giv(?:e|ing)(?! up\b){_NOT_EXACT}"
     r"|offer(?:ing)?|answer(?:ing)?|comply|fulfil+|support"
     r"|participat(?:e|ing)|tak(?:e|ing) part|engag(?:e|ing)|creat(?:e|ing)|writ(?:e|ing)|generat(?:e|ing)"
     r"|produc(?:e|ing)|shar(?:e|ing)|discuss(?:ing)?|do (?:that|this|it|so|what|anything|such)|explain(?:ing)?"
-    r"|describ(?:e|ing)|teach|show you how|tell you how to|tell you (?:that|this|what|where|which)|advise\b"
+    r"|describ(?:e|ing)|teach|show you how|tell you how to|(?:tell|show) you (?:that|this|what|where|which)|advise\b"
+    r"|build (?:that|this)"
     r"|guid(?:e|ing)|encourag(?:e|ing)|condon(?:e|ing)|facilitat(?:e|ing)|promot(?:e|ing)|endors(?:e|ing)|instruct"
     r"|supply|disclose|reveal|go along|continue (?:with|this)|proceed|respond to|accommodate|satisfy"
     r"|entertain (?:this|that|such|the)|let you(?! down\b)|draft|compose|walk you through|complete (?:this|that|your)"
@@ -84,9 +88,12 @@ _REFUSALS = [
         rf"\bi(?:'?d| would|'?ll| will)?(?: {_ADVERB}|,)*,? {_DO_NOT}{_FILLER} {_HELP}",
         rf"^(?:(?:no|nope|sorry),? )*{_CANNOT}(?: and {_CANNOT})? {_HELP}",
         rf"\bwe {_CANNOT} (?:help|assist|provide|support|answer|fulfil|be able to)",
-        rf"\b(?:i|we)(?:'?m| am|'?re| are| feel)?(?: {_ADVERB}|,)* {_UNABLE}{_FILLER} (?:{_HELP}|do\b|be\b)",
+        rf"\b(?:i|we)(?:'?m| am|'?re| are| feel|'?d be| would be)?(?: {_ADVERB}|,)* {_UNABLE}{_FILLER}"
+        rf" (?:{_HELP}|do\b|be\b)",
         rf"\bi {_CANNOT}(?: and {_CANNOT})? ?(?:[.!,;]|$)",
-        rf"\bi (?:{_ADVERB} )*(?:(?:must|have to|need to|will|will have to|choose to|am required to) )?(?:{_ADVERB} )*"
+        rf"\bi(?:'?m| am)? (?:{_ADVERB} )*"
+        r"(?:(?:must|(?:will |going to )?have to|need to|will|choose to|required to) )?"
+        rf"(?:{_ADVERB} )*"
         r"(?:decline|refuse|abstain|refrain)\b",
         r"\bi(?:'d| would)(?: really| much)? (?:rather not|prefer not to)\b",
         r"\bi(?:'ve| have)? (?:choose|chosen) not to\b",
