@@ -47,7 +47,7 @@ _UNABLE = (
     r"(?:unable to|not (?:able|allowed|permitted|willing|going|about|authori[sz]ed|programmed|designed|here|prepared"
     r"|equipped|supposed|in a position) to|not capable of|unwilling to|forbidden to|prohibited from)"
 )
-# What a helper does. The look-aheads exclude idioms: "can't help but", "can't give up", "can't give you an exact date" and
+# What a helper does. The look-aheads exclude idioms: "can't help but", "can't give up", "can't give an exact date" and
 # "won't let you down".
 _NOT_EXACT = r"(?!(?: you)?(?: with)? (?:an? |any )?(?:exact|precise|definitive)\b)"
 _HELP = (
