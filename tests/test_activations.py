@@ -576,6 +576,83 @@ def test_a_keeps_its_length_times_the_gain_and_the_function_stays(start):
     assert torch.equal(logits(model, batch(0)), logits(tiny_llama(), batch(0)))
 
 
+def again_with_its_references(model, projector, folder):
+    """Build the subspace again, from the same references."""
+    projector.reset()
+    projector.refresh(many(), loss_of)
+    return model, projector
+
+
+def again_with_others(model, projector, folder):
+    projector.reset()
+    projector.refresh(many(200), loss_of)
+    return model, projector
+
+
+def again_with_another_rank(model, projector, folder):
+    model.peft_config["default"].subspace_rank = 4
+    projector.refresh(many(), loss_of)
+    return model, projector
+
+
+def attached_again(model, projector, folder):
+    projector = attach(model, OGPSAConfig(subspace_rank=8))
+    projector.refresh(many(200), loss_of)
+    return model, projector
+
+
+def another_adapter_and_back(model, projector, folder):
+    if "other" not in model.peft_config:
+        model.add_adapter("other", OGPSAConfig(**LORA, subspace_rank=8))
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        projector.refresh(many(), loss_of)
+    return model, projector
+
+
+def saved_and_loaded(model, projector, folder):
+    model.save_pretrained(folder)
+    model = PeftModel.from_pretrained(tiny_llama(), folder, is_trainable=True)
+    projector_of(model).refresh(many(), loss_of)
+    return model, projector_of(model)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    "again",
+    [
+        again_with_its_references,
+        again_with_others,
+        again_with_another_rank,
+        attached_again,
+        another_adapter_and_back,
+        saved_and_loaded,
+    ],
+)
+def test_a_is_stretched_once_however_often_the_subspace_is_built_before_it_learns(again, times, tmp_path):
+    model, projector = lora()
+    if again is attached_again:
+        model = get_peft_model(tiny_llama(), LoraConfig(**LORA))
+        projector = attach(model, OGPSAConfig(subspace_rank=8))
+    lengths = {n: float(a_of(layer).norm()) for n, layer in layers_of(model).items()}
+    projector.refresh(many(), loss_of)
+    for _ in range(times):
+        model, projector = again(model, projector, tmp_path)
+    for name, layer in layers_of(model).items():
+        assert float(a_of(layer).norm()) == pytest.approx(gain_of(projector, name) * lengths[name], rel=1e-3)
+
+
+def test_a_that_was_made_anew_is_stretched_like_any_other():
+    model, projector = lora()
+    projector.refresh(many(), loss_of)
+    for layer in layers_of(model).values():
+        layer.reset_lora_parameters("default", init_lora_weights="gaussian")
+    lengths = {n: float(a_of(layer).norm()) for n, layer in layers_of(model).items()}
+    again_with_its_references(model, projector, None)
+    for name, layer in layers_of(model).items():
+        assert float(a_of(layer).norm()) == pytest.approx(gain_of(projector, name) * lengths[name], rel=1e-5)
+
+
 @pytest.mark.parametrize("start", [True, "orthogonal"])
 def test_the_build_leaves_the_model_alone(start):
     # "orthogonal": neither A nor B is zero, and B A is.
@@ -740,6 +817,14 @@ def test_another_adapter_makes_a_refresh_due():
     projector.refresh(many(), loss_of)
     for name, layer in layers_of(model).items():
         torch.testing.assert_close(a_of(layer), first[name], rtol=0, atol=1e-6)
+
+
+def test_two_adapters_in_training_at_once_are_refused():
+    model, projector = lora()
+    model.add_adapter("other", OGPSAConfig(**LORA, subspace_rank=8))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"'default' and 'other' are in training at once.*set_adapter"):
+        projector.refresh(many(), loss_of)
 
 
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
@@ -1024,6 +1109,26 @@ def test_reference_weight_alone_adds_the_projected_mean_gradient(limit):
     assert "ogpsa/removed" not in projector.diagnostics.collect()
 
 
+def test_more_sets_than_rows_can_take_turns_where_rows_are_only_added():
+    model, projector = lora(reference_weight=1.0, rows=2)
+    sets = {f"set {i}": [batch(i)] for i in range(5)}
+    projector.refresh(sets, loss_of)
+    randomize_b(model)
+    optimizer = torch.optim.SGD(parameters_of(model), lr=0.0)
+    for name, batches in sets.items():
+        own = torch.autograd.grad(loss_of(model, batches[0]), parameters_of(model))
+        assert projector.refresh({name: batches}, loss_of).keys() == {name}
+        for parameter in parameters_of(model):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # at a rate of 0; adds the gradient of this set, and of no other
+        for layer in layers_of(model).values():
+            b = layer.lora_B["default"].weight
+            place = next(i for i, p in enumerate(parameters_of(model)) if p is b)
+            torch.testing.assert_close(b.grad, own[place], rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="rows=2 cannot hold one row for each of 3 reference sets"):
+        projector.refresh(dict(list(sets.items())[:3]), loss_of)
+
+
 def test_reference_weight_and_many_steps():
     model, projector = lora(reference_weight=1.0, refresh_steps=2)
     refreshes = projector.diagnostics.refreshes
@@ -1260,7 +1365,7 @@ def test_weights_of_several_layers_are_refused():
 def test_whole_weights_of_low_precision_are_refused():
     model, projector = whole()
     model.bfloat16()
-    with pytest.raises(ValueError, match="has the dtype bfloat16"):
+    with pytest.raises(ValueError, match="has the dtype bfloat16.*dtype=torch.float32"):
         projector.refresh(few(), loss_of)
 
 

@@ -239,5 +239,5 @@ def test_a_reference_weight_draws_references_in_training(tmp_path, samples, draw
     model = model_of(reference_weight=2.0, refresh_steps=2, refresh_samples=samples)
     sft(tmp_path, model).train()
     assert model.projector.diagnostics.reference_examples == drawn  # before steps 1, 2, 4 and 6
-    assert model.projector.subspace.rows.capacity == 2  # a row for each set
+    assert model.projector.subspace.rows.capacity == samples  # a row for each set of a draw
     assert leak(model) < 1e-6

@@ -185,6 +185,13 @@ def test_gradient_checkpointing_and_bfloat16_autocast(tmp_path, checkpointing):
     assert all(torch.isfinite(value).all() for value in weights(trainer.model).values())
 
 
+def test_a_second_callback_is_refused(tmp_path):
+    trainer = sft(tmp_path)
+    trainer.add_callback(OGPSACallback(sets()))
+    with pytest.raises(ValueError, match="several callbacks OGPSACallback.*one callback with all reference sets"):
+        trainer.train()
+
+
 def test_second_stage_starts_with_rows_of_its_own(tmp_path):
     model = model_of(refresh_steps=100)
     for _ in range(2):

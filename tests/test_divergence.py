@@ -108,6 +108,31 @@ def test_without_adapter_is_the_base_and_changes_nothing(config):
         pass
 
 
+def stacked(config):
+    """A model with a frozen adapter `chat` and a new one, `safety`, both active."""
+    model = randomize(get_peft_model(tiny_llama(), config, adapter_name="chat"))
+    model.add_adapter("safety", config)
+    model.base_model.set_adapter(["chat", "safety"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".safety." in name)
+    return model
+
+
+@pytest.mark.parametrize("config", [OGPSAConfig(**LORA), LoraConfig(**LORA)])
+def test_a_frozen_adapter_below_the_one_in_training_is_refused(config):
+    model = stacked(config)
+    with pytest.raises(ValueError, match="'chat' is frozen and active together with the adapter in training"):
+        with without_adapter(model):
+            pass
+    model.base_model.set_adapter("safety")
+    with without_adapter(model):
+        pass
+    model.base_model.set_adapter(["chat", "safety"])
+    model.requires_grad_(False)  # nothing is in training: this is inference with two adapters
+    with without_adapter(model):
+        pass
+
+
 def test_tokenized_rows_keep_their_loss_when_they_are_cut():
     tokenizer = tiny_tokenizer()
     plain = ReferenceSet("set", ROWS).tokenize(tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -681,3 +682,30 @@ def test_tokens_of_no_length_limit_nothing():
     layer = nn.Linear(32, 32)
     item = one(layer, {"set": [vectors]}, layers={"a": layer}, rank=8)
     assert_leading(item, moments(layer, {"set": [vectors]}, layers={"a": layer})["a"])
+
+
+def test_a_process_without_held_out_examples_adds_zeros_on_the_device_of_the_inputs(monkeypatch):
+    # Collectives of NCCL take no tensor of the CPU.
+    watcher = SimpleNamespace(inputs={"layer": (4, torch.device("meta"))}, take=lambda *args: None)
+    given = []
+
+    def summed(tensors):
+        given.extend(tensors)
+        return [torch.tensor([1.0, 4.0])]
+
+    monkeypatch.setattr(inputs.distributed, "summed", summed)
+    found = [Input(("layer",), 4, torch.ones(1), torch.eye(4)[:, :1], 1.0)]
+    inputs._measure(found, [None], watcher, None, None)
+    assert [tensor.device.type for tensor in given] == ["meta"]
+    assert found[0].held_out == 0.25
+
+
+@pytest.mark.parametrize(("rows", "warnings"), [(1, 1), (8, 0)])
+def test_few_tokens_for_many_directions_are_a_warning(rows, warnings, caplog):
+    model = tiny_llama()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name}
+    batch = {"input_ids": torch.randint(VOCABULARY, (rows, 7)), "attention_mask": torch.ones(rows, 7)}
+    inputs.find(layers, lambda m, b: m(**b), model, {"set": [batch]}, most=lambda width: 8)
+    told = [record for record in caplog.records if "subspace_rank" in record.message]
+    assert len(told) == warnings
+    assert not told or "have 7 tokens" in told[0].message

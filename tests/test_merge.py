@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from loops import LORA
@@ -46,3 +48,35 @@ def test_quantized_base_is_refused(folders, tmp_path):
     model.save_pretrained(tmp_path / "four_bit")
     with pytest.raises(ValueError, match=r"is stored quantized.*base=NAME"):
         merge_adapter(adapter, base=tmp_path / "four_bit")
+
+
+@pytest.mark.parametrize("adapted", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_of_two_tied_layers_is_merged_into_it_alone(adapted, tmp_path):
+    tiny_llama(vocab_size=259, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    config = OGPSAConfig(**LORA | {"target_modules": ["q_proj", adapted]}, subspace="gradients")
+    model = randomize(get_peft_model(base, config)).eval()
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merged = merge_adapter(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        wanted = model(tokens()).logits
+        for own in (merged, saved):
+            torch.testing.assert_close(own(tokens()).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_base_is_of_the_revision_that_the_adapter_names(given, folders, monkeypatch):
+    base, adapter = folders
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"revision": "abc123"}))
+    load, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def loaded(name, revision=None, **settings):
+        asked.append(revision)
+        return load(name, **settings)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    merge_adapter(adapter, base=base if given else None)
+    assert asked == [None if given else "abc123"]

@@ -30,10 +30,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import distributed
 from .inputs import Input
 from .layout import LARGEST_GROUP
+from .linalg import small_dtype
 
 MOST_DIRECTIONS = 512
 """Maximum directions of an input if the energy determines their number; also limited to half of its width."""
@@ -52,6 +54,16 @@ _HOLLOW = 1e-3
 
 _MOST_LEAK = 0.25
 """An adapter whose share in the subspace is larger than this counts as trained without the subspace."""
+
+_SAME_LENGTH = 0.01
+"""A matrix A whose length has changed by a larger share since it entered a complement counts as a new one."""
+
+_STRETCHED: Any = WeakIdKeyDictionary()
+"""For each matrix A that has entered a complement: how many times as long it was made, and its length then.
+
+A subspace may be built again before the adapter learns anything, for example when the trainer retries with a smaller
+batch. A must then not be stretched a second time.
+"""
 
 
 def most_directions(width: int) -> int:
@@ -173,10 +185,15 @@ class ActivationSubspace:
             parameters = [distributed.local(own[layer].parameter) for layer in item.layers]
             low = next((p for p in parameters if p.dtype in (torch.bfloat16, torch.float16)), None)
             if low is not None:
+                remedy = (
+                    "OGPSACallback does so. In your own loop, call model.projector.upcast() before you create the "
+                    "optimizer."
+                    if self._adapter
+                    else "Load the model with dtype=torch.float32."
+                )
                 raise ValueError(
                     f"{own[item.layers[0]].name} has the dtype {str(low.dtype).removeprefix('torch.')}, in which "
-                    "rounding loses a projected step. Hold it in float32. OGPSACallback does so. In your own loop, "
-                    "call model.projector.upcast() before you create the optimizer. Layers still compute in 16 bits "
+                    f"rounding loses a projected step. Hold it in float32. {remedy} Layers still compute in 16 bits "
                     "under autocast (bf16=True)."
                 )
             rows = tuple(len(parameter) for parameter in parameters)
@@ -205,9 +222,10 @@ class ActivationSubspace:
     def enter(self) -> float:
         """Move the adapter into the complement of the subspace. Full weights stay as they are.
 
-        While B is zero, as at the usual start of LoRA, A keeps its length, times the gain. If B is not zero, removing
-        a part of A changes the model's output on reference inputs: what the adapter did to them is lost. With several
-        processes, all of them must call this method.
+        While B is zero, as at the usual start of LoRA, A keeps its length, times the gain. It does not matter how
+        often it enters: the length is that before the first time. If B is not zero, removing a part of A changes the
+        model's output on reference inputs: what the adapter did to them is lost. With several processes, all of them
+        must call this method.
 
         Returns:
             The share of the adapter's effect that lay in the subspace, from 0 to 1: the length of `B A U` relative to
@@ -217,7 +235,7 @@ class ActivationSubspace:
             ValueError: If this share is too large, because the adapter did not start in the complement, or if nothing
                 of a matrix A is left outside of the subspace. Nothing is changed.
         """
-        leaks, entered, hollow = [torch.zeros((), dtype=torch.float64, device=self.device)], [], []
+        leaks, entered, hollow = [torch.zeros((), dtype=small_dtype(self.device), device=self.device)], [], []
         for stack, place, matrix in self._each():
             if matrix.after is None:
                 continue
@@ -227,8 +245,10 @@ class ActivationSubspace:
             leaks.append(_share(b, along[0], a).to(self.device))
             whole, kept = torch.linalg.vector_norm(a), torch.linalg.vector_norm(outside)
             hollow.append((kept <= _HOLLOW * whole).to(self.device))
-            stretch = torch.where(b.any() | (kept == 0), 1.0, stack.gain[place, 0, 0] * whole / kept)
-            entered.append((matrix.parameter, outside * stretch))
+            gain = stack.gain[place, 0, 0]
+            length = gain * _length_before(matrix.parameter, whole, torch.linalg.vector_norm(a - outside), gain)
+            stretch = torch.where(b.any() | (kept == 0), 1.0, length / kept)
+            entered.append((matrix.parameter, outside * stretch, gain))
         for matrix, nothing in zip(self._afters(), torch.stack(hollow).tolist() if hollow else [], strict=True):
             if nothing:
                 raise ValueError(
@@ -242,8 +262,9 @@ class ActivationSubspace:
                 "effect in a layer acts on the reference inputs. Use the reference sets that it was trained with. Or "
                 "merge it into the base (merge_adapter) and add a new adapter. Or set subspace='gradients'."
             )
-        for parameter, full in entered:
+        for parameter, full, gain in entered:
             distributed.local(parameter).copy_(distributed.own_part(full, parameter))
+            _STRETCHED[parameter] = gain, torch.linalg.vector_norm(full)
         return most
 
     def _afters(self) -> list[InputMatrix]:
@@ -460,6 +481,23 @@ def _whole(parameter: Tensor) -> Tensor:
     return full.to(torch.promote_types(torch.float32, full.dtype))
 
 
+def _length_before(parameter: Tensor, length: Tensor, inside: Tensor, gain: Tensor) -> Tensor:
+    """The length that a matrix A had before it first entered a complement.
+
+    Args:
+        parameter: The matrix.
+        length: Its length.
+        inside: The length of its part in the subspace.
+        gain: The gain of its layer.
+    """
+    # A saved adapter that has learned nothing: nobody has seen it enter, but it is outside the subspace.
+    before = torch.where(inside <= LEAK * length, length / gain, length)
+    if parameter not in _STRETCHED:
+        return before
+    stretch, then = (value.to(length.device) for value in _STRETCHED[parameter])
+    return torch.where((length - then).abs() <= _SAME_LENGTH * then, length / stretch, before)
+
+
 def _check_directions(name: str, directions: Tensor, count: int, width: int | None) -> None:
     if directions.dim() != 2 or directions.shape[1] != count or width not in (None, directions.shape[0]):
         raise ValueError(
@@ -477,11 +515,11 @@ def _check_directions(name: str, directions: Tensor, count: int, width: int | No
 
 
 def _share(after: Tensor, along: Tensor, matrix: Tensor) -> Tensor:
-    """The length of `B A U` relative to that of `B A`, in float64; 0 if `B A` is zero.
+    """The length of `B A U` relative to that of `B A`, in `small_dtype`; 0 if `B A` is zero.
 
     It is computed from small Gram matrices.
     """
-    after, along, matrix = after.double(), along.double(), matrix.double()
+    after, along, matrix = (own.to(small_dtype(matrix.device)) for own in (after, along, matrix))
     gram = after.T @ after
     inside, total = ((gram * (part @ part.T)).sum() for part in (along, matrix))
     possible = gram.trace() * matrix.square().sum()
@@ -492,5 +530,5 @@ def _inverse(basis: Tensor) -> Tensor | None:
     """The pseudoinverse of the Gram matrices of rounded directions; `None` if the directions are not rounded."""
     if basis.dtype == torch.float32:
         return None
-    exact = basis.double()
+    exact = basis.to(small_dtype(basis.device))
     return torch.linalg.pinv(exact.mT @ exact, rtol=1e-6, hermitian=True).float()

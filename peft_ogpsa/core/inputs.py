@@ -11,6 +11,7 @@ the median length count with that length.
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from .gradients import LossFn, batch_size, examples_of, first_tensor
 from .linalg import small_dtype
 from .sketch import Sketch
 
+logger = logging.getLogger(__name__)
+
 IGNORED = -100
 """The label of a position that is not trained on, as in torch's cross-entropy."""
 
@@ -37,6 +40,9 @@ MOST_GAIN = 10.0
 
 LONGEST = 10.0
 """The maximum length with which an input counts, in median lengths of an example's tokens."""
+
+_TOKENS = 2
+"""With fewer reference tokens for each direction, the directions say little about other inputs."""
 
 _TURNS = 4
 """Wide inputs are passed twice. The first pass turns their sketches this many times, after an equal part each."""
@@ -144,6 +150,7 @@ def find(
         # Each sketch is freed as soon as its directions are found.
         found = [_input(watcher.shared[name], sketches.pop(name), rank, energy) for name in list(sketches)]
         _measure(found, held, watcher, forward, model)
+    _warn_of_few(sum(map(_count, used)), found)
     return found
 
 
@@ -405,6 +412,20 @@ def _input(layers: Sequence[str], sketch: Sketch, rank: int | None, energy: floa
     return found
 
 
+def _warn_of_few(tokens: int, found: Sequence[Input]) -> None:
+    """Warn if the directions fit the reference tokens for the sole reason that these are few."""
+    most = max(len(item.energies) for item in found)
+    if tokens < _TOKENS * most:
+        logger.warning(
+            "The references have %d tokens for the activation subspace, which has up to %d directions. With so few it "
+            "holds these tokens and little else of what they stand for, and the adapter starts up to %g times as "
+            "long. Give more reference examples, or set a smaller subspace_rank.",
+            tokens,
+            most,
+            MOST_GAIN,
+        )
+
+
 def _measure(
     found: Sequence[Input], held: Sequence[_Part], watcher: _Watcher, forward: LossFn, model: nn.Module
 ) -> None:
@@ -412,13 +433,14 @@ def _measure(
     if not held:
         return
     own = {item.layers[0]: item for item in found}
-    sums = {name: torch.zeros(2, dtype=small_dtype(watcher.inputs[name][1])) for name in own}
+    devices = {name: watcher.inputs[name][1] for name in own}  # a process without such examples adds its zeros
+    sums = {name: torch.zeros(2, dtype=small_dtype(device), device=device) for name, device in devices.items()}
 
     def take(name: str, vectors: Tensor, weight: float) -> None:
         with torch.autocast(vectors.device.type, enabled=False):
             inside = vectors.float() @ own[name].directions.to(vectors.device, torch.float32)
         squares = [part.square().sum(dtype=sums[name].dtype) for part in (inside, vectors.float())]
-        sums[name] = sums[name].to(vectors.device) + torch.stack(squares) * weight
+        sums[name] += torch.stack(squares) * weight
 
     for part in held:
         watcher.take(forward, model, part, take)

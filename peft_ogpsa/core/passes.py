@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .gradients import LossFn, batch_gradient, batch_size, example_gradients, examples_of, sharded_gradient
+from .linalg import small_dtype
 from .rows import Rows, Slots
 
 Losses = list[tuple[Tensor, float]]
@@ -95,8 +96,8 @@ class Passes:
         fillers = {"set": self._fill_with_mean, "batch": self._fill_by_batch, "example": self._fill_by_example}
         losses = fillers[self.row_of](own, slots)
         if not losses:
-            return torch.zeros(2, dtype=torch.float64, device=self._blocks.device)
-        values = torch.stack([loss for loss, _ in losses]).double()
+            return torch.zeros(2, dtype=small_dtype(self._blocks.device), device=self._blocks.device)
+        values = torch.stack([loss for loss, _ in losses]).to(small_dtype(self._blocks.device))
         weights = torch.tensor([weight for _, weight in losses], dtype=values.dtype, device=values.device)
         finite = torch.isfinite(values)
         return torch.stack([(torch.where(finite, values, 0.0) * weights).sum(), (finite * weights).sum()])

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,10 +17,26 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Disable TF32 and autocast. A training loop may call its optimizer while they are on."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # From torch 2.9 on TF32 has two settings. The older one cannot be read while the newer one differs from it.
+    older = None
+    with contextlib.suppress(RuntimeError):
+        older = torch.get_float32_matmul_precision()
+    places = [own for own in _matmuls() if hasattr(own, "fp32_precision")]
+    newer = [own.fp32_precision for own in places]
+    if older is not None:
+        torch.set_float32_matmul_precision("highest")
+    for own in places:
+        own.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for own, value in zip(places, newer, strict=True):
+            own.fp32_precision = value
+
+
+def _matmuls() -> list[Any]:
+    """Where torch keeps the precision of matrix products, by backend."""
+    return [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]

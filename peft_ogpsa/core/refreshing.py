@@ -111,7 +111,8 @@ class Refresher:
             return config.rows
         old = self.subspace if self.fits(config) else None
         held = [name for name in (old.rows.sets if old else ()) if name is not None]
-        names = dict.fromkeys([*held, *sets])
+        # Rows that do not constrain are added to the next gradient. After that, nobody needs them.
+        names = dict.fromkeys([*held, *sets] if config.constrains else sets)
         if len(names) > config.rows:
             raise ValueError(
                 f"rows={config.rows} cannot hold one row for each of {len(names)} reference sets "
@@ -157,7 +158,11 @@ class Refresher:
         device = subspace.blocks.device
         check_sizes(sets, device)
         owners = [own.name for own in sets for _ in range(own.rows(config.row_of))]
-        slots = subspace.rows.claim_for(owners) if config.row_of == "set" else subspace.rows.claim(len(owners))
+        slots = (
+            subspace.rows.claim_for(owners)
+            if config.constrains and config.row_of == "set"
+            else subspace.rows.claim(len(owners))
+        )
         passes = Passes(subspace.rows, self._linears, model, loss_fn, config.row_of)
         with self._diagnostics.stopwatch("refresh", device), isolated_eval(model, gradients=True):
             sums = self._fill(subspace, slots, sets, passes)

@@ -104,7 +104,8 @@ class OGPSACallback(TrainerCallback):
             parameters offloaded to the host), the optimizer is schedule-free, a refresh would draw more reference
             examples than `rows` holds, or the subspace of a resumed checkpoint is missing, is damaged, belongs to
             other weights, or does not fit; if an old transformers has not loaded the adapter of a resumed checkpoint;
-            if DPO of an already trained adapter would take the base as its reference policy (an old TRL).
+            if DPO of an already trained adapter would take the base as its reference policy (an old TRL); if the
+            trainer has a second OGPSACallback.
         RuntimeError: During training, if a step was not projected, because torch has no hooks for the optimizer or the
             optimizer trains other parameters.
     """
@@ -178,6 +179,7 @@ class OGPSACallback(TrainerCallback):
                 "figures."
             )
         checks.refuse_unsupported(args, model)
+        checks.refuse_second_callback(compat.trainer_of(self), self)
         projector = self._projector_of(model)
         checks.refuse_base_as_reference(compat.trainer_of(self), projector)
         if state.global_step > 0:

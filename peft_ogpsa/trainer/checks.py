@@ -15,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import compat
 from ..core import distributed
@@ -52,6 +52,16 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
         raise ValueError(
             f"The model is spread over several devices (device_map), but it is trained in {distributed.count()} "
             "processes. Load it without device_map."
+        )
+
+
+def refuse_second_callback(trainer: Trainer | None, callback: TrainerCallback) -> None:
+    """Reject a second callback of this kind, which would build its own subspace in place of the first one's."""
+    own = [] if trainer is None else trainer.callback_handler.callbacks
+    if sum(isinstance(other, type(callback)) for other in own) > 1:
+        raise ValueError(
+            f"The trainer has several callbacks {type(callback).__name__}. Each would replace the subspace of the "
+            "other. Use one callback with all reference sets."
         )
 
 

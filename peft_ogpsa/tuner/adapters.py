@@ -110,12 +110,31 @@ def refuse_merged(layers: Iterable[nn.Module]) -> None:
         )
 
 
+def _refuse_frozen_below(model: nn.Module) -> None:
+    trained: dict[str, bool] = {}
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        for path, parameter in layer.named_parameters():
+            for name in set(layer.active_adapters) & set(path.split(".")):
+                trained[name] = trained.get(name, False) or parameter.requires_grad
+    frozen = [name for name, own in trained.items() if not own]
+    if frozen and any(trained.values()):
+        raise ValueError(
+            f"The adapter {frozen[0]!r} is frozen and active together with the adapter in training. Without adapters, "
+            "the model is then not the one that training starts from. But subspace='activations', loss='kl' and the "
+            f"KL from base need that model. Merge {frozen[0]!r} into the base and add a new adapter (merge_adapter), "
+            "or activate only the adapter in training (model.set_adapter), or use subspace='gradients' and reference "
+            "sets with loss='answer'."
+        )
+
+
 def refuse_moving_base(model: nn.Module) -> None:
-    """Reject a base that is trained together with its adapter: without the adapter it is not the original model.
+    """Reject a model that is not the one before training when its adapters are off.
 
     Raises:
-        ValueError: If the configuration trains biases, or a weight outside the adapter is in training.
+        ValueError: If the configuration trains biases, if a weight outside the adapter is in training, or if a frozen
+            adapter is active together with the one in training.
     """
+    _refuse_frozen_below(model)
     configs = (getattr(module, "peft_config", None) for module in model.modules())
     for name, config in next((own for own in configs if isinstance(own, dict)), {}).items():
         bias = getattr(config, "bias", "none")

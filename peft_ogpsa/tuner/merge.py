@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
@@ -41,15 +44,33 @@ def merge_adapter(
     adapter = os.fspath(adapter)
     config = PeftConfig.from_pretrained(adapter)
     source = os.fspath(base or config.base_model_name_or_path or "")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device_map)
+    revision = {"revision": config.revision} if base is None and config.revision else {}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device_map, **revision)
     if getattr(model, "quantization_method", None) is not None:
         raise ValueError(
             f"base={source!r} is stored quantized. An adapter merged into it would lose most of what it learned. "
             "Give the unquantized model: merge_adapter(..., base=NAME)."
         )
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).to(dtype)
+    adapted: Any = PeftModel.from_pretrained(model, adapter)
+    _untie(adapted.get_base_model())
+    merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
     if output_dir is not None:
         merged.save_pretrained(os.fspath(output_dir))
         folder = adapter if os.path.isfile(os.path.join(adapter, "tokenizer_config.json")) else source
-        AutoTokenizer.from_pretrained(folder).save_pretrained(os.fspath(output_dir))
+        own = revision if folder == source else {}
+        AutoTokenizer.from_pretrained(folder, **own).save_pretrained(os.fspath(output_dir))
     return merged
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the output layer a weight of its own if it shares the embeddings' and one of the two has an adapter.
+
+    The adapter of one of them would otherwise be merged into both.
+    """
+    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output is None or not any(isinstance(layer, BaseTunerLayer) for layer in (inputs, output)):
+        return
+    own, other = (cast(Any, getattr(layer, "base_layer", layer)) for layer in (output, inputs))
+    if own.weight is other.weight:
+        own.weight = nn.Parameter(own.weight.detach().clone())
+        model.config.tie_word_embeddings = False

@@ -83,7 +83,8 @@ class LoraTargets(ABC):
             ValueError: If a layer's output depends on trained parameters other than A and B, or on A in another way
                 than through `B A x`, or if its B is trained and its A is not.
         """
-        found = []
+        found: list[InputMatrix] = []
+        adapters: dict[str, str] = {}  # by layer
         configs = self.configs()
         names = {name for name, _, _ in self.trained()}
         for name, owner, parameter in self.trained():
@@ -96,6 +97,12 @@ class LoraTargets(ABC):
                     "cannot preserve the layer's output on reference inputs. Train both, or use subspace='gradients'."
                 )
             if ".lora_A." in name:
+                if adapters.setdefault(path, adapter) != adapter:
+                    raise ValueError(
+                        f"The adapters {adapters[path]!r} and {adapter!r} are in training at once. An activation "
+                        "subspace is for one adapter. Activate only one (model.set_adapter), freeze the parameters of "
+                        "the other (requires_grad_(False)), or use subspace='gradients'."
+                    )
                 after = layer.lora_B[adapter].weight
                 found.append(InputMatrix(name, path, layer, parameter, after))
         return found
