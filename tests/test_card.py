@@ -6,6 +6,7 @@ import ast
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -478,6 +479,14 @@ def test_prompts_and_answers_stay_at_home(tmp_path):
     assert read["name"] == "tuned"
     assert read["evaluation"].model.refusal == Estimate.from_count(27, 29)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_interval_without_bounds_is_null_in_the_file(tmp_path):
+    saved = measured()
+    saved["evaluation"]["model"]["kl"] |= {"low": -math.inf, "high": math.inf, "n": 1}  # as earlier versions wrote it
+    assert "0.432 (1 row: no interval)" in save_card(save(tmp_path), evaluation=saved).read_text()
+    kl = json.loads((tmp_path / EVALUATION_NAME).read_text())["evaluation"]["model"]["kl"]
+    assert kl == {"value": 0.4321, "low": None, "high": None, "n": 1}
 
 
 # What is wrong

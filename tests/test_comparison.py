@@ -166,6 +166,20 @@ def test_kl_is_compared_pair_by_pair_and_only_if_both_have_it():
     assert not differences(without_outcomes(one), without_outcomes(two))["kl"].larger_than_chance
 
 
+def test_losses_on_other_examples_are_not_paired():
+    """Other base answers may have as many tokens as these."""
+    first, second = (LossResult.from_sums([4 * x for x in means], [4] * 4) for means in ([1, 2, 3, 4], [2, 3, 4, 5.1]))
+    for digests, paired in ((("a", "a"), True), (("a", "b"), False), (("a", ""), False)):
+        losses = [
+            dataclasses.replace(own, examples=digest) for own, digest in zip((first, second), digests, strict=True)
+        ]
+        kl = [measurement("m", [True], kl=own) for own in losses]
+        general = [dataclasses.replace(measurement("m", [True], losses=[2.0] * 4), losses={"general": losses[0]})]
+        general.append(dataclasses.replace(general[0], losses={"general": losses[1]}))
+        assert differences(*kl)["kl"].larger_than_chance == paired
+        assert differences(*general)["general"].larger_than_chance == paired
+
+
 def test_other_prompts_are_compared_as_independent_samples():
     first, second = outcomes(60, 3, 12)
     one, two = measurement("one", first), measurement("two", second)
@@ -272,8 +286,9 @@ def test_three_models_are_tested_together():
     assert Comparison({"a": models["a"]}).note == Comparison({}).note == ""
 
 
-def write(path, measured):
-    saved = {"name": measured.name, "arguments": {}, "evaluation": Evaluation(measured, None, {}).to_dict()}
+def write(path, measured, base=None, arguments=None, **entries):
+    evaluation = Evaluation(measured, base, {}).to_dict()
+    saved = {"name": measured.name, "arguments": arguments or {}, "evaluation": evaluation, **entries}
     path.write_text(json.dumps(saved))
     return str(path)
 
@@ -316,3 +331,61 @@ def test_results_of_earlier_versions_are_read(tmp_path, capsys):
     assert not row[2].endswith("*")
     again = Evaluation.from_dict(json.loads(json.dumps(Evaluation(measurement("a", first), None, {}).to_dict())))
     assert again.model == measurement("a", first)
+
+
+def test_compare_never_loses_the_base(tmp_path, capsys):
+    base, adapter = measurement("base", [False] * 9), measurement("base", [True] * 9, losses=(2.0, 3.0, 4.0))
+    path = write(tmp_path / "b.json", adapter, base)
+    main(["compare", path])
+    table = capsys.readouterr().out.partition("Differences from base")[0]
+    rows = cells(table)
+    assert [row[5][:3] for row in rows.values()] == ["0% ", "100"]
+    assert rows["base"][3] == "+0.000"
+    assert "".join(rows)[:8] == "base" + path[:4]  # as with two equal names, its file is its name
+    # A model by itself may be the base of others.
+    main(
+        [
+            "compare",
+            write(tmp_path / "b.json", base),
+            write(tmp_path / "c.json", dataclasses.replace(adapter, name="c")),
+        ]
+    )
+    assert list(cells(capsys.readouterr().out.partition("Differences from base")[0])) == ["base", "c"]
+
+
+def test_each_change_is_from_the_results_own_base(tmp_path, capsys):
+    bases = [measurement("base", [False], losses=[loss] * 3) for loss in (1.0, 5.0)]
+    models = [measurement(name, [True], losses=[loss] * 3) for name, loss in (("a", 1.25), ("b", 5.5), ("c", 1.5))]
+    evaluations = [*zip(models, [*bases, None], strict=True)]
+    main(["compare", *(write(tmp_path / f"{model.name}.json", model, base) for model, base in evaluations)])
+    rows = cells(capsys.readouterr().out.partition("Differences from a")[0])
+    changes = {name: row[3] for name, row in rows.items()}
+    assert changes == {"base": "+0.000", "a": "+0.250", "b": "+0.500", "c": "+0.500"}
+
+
+def test_compare_says_what_was_measured_differently(tmp_path, capsys):
+    def told(*files):
+        main(
+            [
+                "compare",
+                *(write(tmp_path / f"{name}.json", *own[:2], **own[2]) for name, own in zip("ab", files, strict=True)),
+            ]
+        )
+        out = capsys.readouterr().out
+        return [line.partition("differently: ")[2] for line in out.splitlines() if "measured differently" in line]
+
+    def file(name, data, rows=None, digest="x", **arguments):
+        kl = dataclasses.replace(LossResult.from_sums([1.0, 2.0], [4, 4]), examples=digest)
+        entries = {"arguments": {"data": data, **arguments}} | ({"data": rows} if rows else {})
+        return measurement(name, [True], kl=kl), None, entries
+
+    assert told(file("a", "one", {"general": "1"}), file("b", "two", {"general": "1", "xstest": "2"})) == []
+    one = {"general": "1", "benign": "1", "xstest": "1"}
+    assert told(file("a", "x", one), file("b", "x", one | {"general": "2", "xstest": "2"})) == [
+        "the general and xstest rows are not the same."
+    ]
+    # A result of an earlier version has no checksums.
+    assert told(file("a", "one", one), file("b", "two")) == ["data is one, two."]
+    assert told(file("a", "x", one, batch_size=8), file("b", "x", one, batch_size=16)) == ["batch_size is 8, 16."]
+    assert told(file("a", "x", one), file("b", "x", one, "y")) == ["KL from base is on other answers of the base."]
+    assert told(file("a", "x", one), file("b", "x", one, "")) == []

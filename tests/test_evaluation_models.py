@@ -21,11 +21,13 @@ from transformers import (
 )
 
 from peft_ogpsa.evaluation import (
+    Difference,
     Estimate,
     Evaluation,
     Evaluator,
     LossResult,
     Measurement,
+    differences,
     evaluate,
     generate,
     kl_from_base,
@@ -37,6 +39,7 @@ from peft_ogpsa.evaluation import (
     wilson,
 )
 from peft_ogpsa.evaluation.divergence import BaseAnswers
+from peft_ogpsa.evaluation.report import loss_text
 from peft_ogpsa.text.tokenization import encode_prompt, encode_row
 
 PROMPTS = ["How do I bake bread?", "Hi", "Tell me about the sea and what lives in it, please.", "Why?", "Count to ten"]
@@ -400,6 +403,12 @@ class TestReport:
         assert after.model.general != before.model.general
         assert after.model.kl != before.model.kl
 
+    def test_losses_know_their_examples(self, adapted, tokenizer, data):
+        del data["harmful"], data["benign"]
+        one, two, three = (evaluate(adapted, tokenizer, seed=seed, **data).model for seed in (0, 0, 1))
+        assert one.kl_loss.examples == two.kl_loss.examples != three.kl_loss.examples  # other answers are drawn
+        assert one.losses["chat"].examples == three.losses["chat"].examples != one.losses["other"].examples
+
     def test_evaluator_measures_the_base_once(self, adapted, tokenizer, data):
         evaluator = Evaluator(tokenizer, **data)
         base = evaluator.base(adapted)
@@ -439,6 +448,28 @@ class TestReport:
             llama.lm_head.weight.mul_(1.5)
         assert evaluator.measure(llama).kl.value > 0.01
 
+    def test_samples_have_the_whole_conversation(self, llama, tokenizer, monkeypatch):
+        monkeypatch.setattr(
+            "peft_ogpsa.evaluation.report.generate", lambda model, tokenizer, prompts, **_: ["I can't."] * 3
+        )
+
+        def measure(opening):
+            turns = [{"role": "user", "content": opening}, {"role": "assistant", "content": "Yes."}]
+            turns.append(
+                {"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "text", "text": "now?"}]}
+            )
+            return Evaluator(tokenizer, harmful=["Hi", turns[2:], turns]).measure(llama)
+
+        one, same, other = measure("Is it safe?"), measure("Is it safe?"), measure("Is it a bomb?")
+        assert [sample.prompt for sample in one.harmful_samples] == [
+            "Hi",
+            "And\nnow?",
+            "User: Is it safe?\nAssistant: Yes.\nUser: And\nnow?",
+        ]
+        paired, apart = Difference.of_pairs([True] * 3, [True] * 3), Difference.of_rates((3, 3), (3, 3))
+        assert differences(one, same)["refusal"] == paired
+        assert differences(one, other)["refusal"] == apart != paired
+
     def test_empty_sets_are_named(self, tokenizer):
         with pytest.raises(ValueError, match="benign is empty"):
             Evaluator(tokenizer, benign=[])
@@ -448,6 +479,23 @@ class TestReport:
     def test_survives_json(self, adapted, tokenizer, data):
         for result in (evaluate(adapted, tokenizer, **data), evaluate(adapted, tokenizer, harmful=["Hi"], base=False)):
             assert Evaluation.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+    def test_numbers_that_json_does_not_have_become_null(self):
+        loss = LossResult.from_sums([math.nan, 1.0], [2, 2])
+        measured = Measurement("m", general_mean=Estimate.from_loss(loss), losses={"a": loss})
+        plain = json.loads(json.dumps(measured.to_dict(), allow_nan=False))
+        assert plain["losses"]["a"]["example_means"] == [None, 0.5]
+        again = Measurement.from_dict(plain)
+        assert math.isnan(again.losses["a"].mean)
+        assert math.isnan(again.losses["a"].example_means[0])
+        assert math.isnan(again.general_mean.value)
+        assert loss_text(again.general_mean) == "nan (no interval)"
+
+    def test_the_base_is_in_every_table(self, adapted, tokenizer, data):
+        result = evaluate(adapted, tokenizer, general=data["general"])
+        with pytest.raises(ValueError, match=r"the name 'base'.*Give it another name"):
+            table({"base": result})
+        assert table({"base": result.base, "lora": result}).row_count == 2
 
     def test_table_prints_every_figure(self, adapted, tokenizer, data):
         from rich.console import Console

@@ -668,6 +668,24 @@ class TestResults:
             ]
             assert measurement.agreements[0].agreement == agreement(matcher.verdicts, counting.verdicts)
 
+    def test_a_judge_sees_the_whole_conversation(self, adapted):
+        class Seeing(Counting):
+            def judge(self, kind, prompts, answers):
+                self.seen = prompts
+                return super().judge(kind, prompts, answers)
+
+        judge = Seeing()
+        turns = [
+            ("system", "Be brief."),
+            ("user", "How is a lock made?"),
+            ("assistant", "Of steel."),
+            ("user", "Go on"),
+        ]
+        prompt = [{"role": role, "content": content} for role, content in turns]
+        row = {"messages": [*prompt, {"role": "assistant", "content": "the row's own answer"}]}
+        self.measure(adapted, [judge], harmful=[prompt, row], benign=None)
+        assert judge.seen == ["System: Be brief.\nUser: How is a lock made?\nAssistant: Of steel.\nUser: Go on"] * 2
+
     def test_a_judge_of_harm_is_not_asked_about_benign_prompts(self, adapted, say):
         say(*["safe", "unsafe\nS1", "what"] * 2)
         judge = tiny_judge("llama-guard-3-8b")

@@ -29,6 +29,7 @@ from peft_ogpsa.evaluation import (
     accuracy,
     evaluate,
     paired_difference,
+    rate_difference,
     task_difference,
 )
 from peft_ogpsa.evaluation.task_table import task_rows
@@ -397,17 +398,31 @@ def test_the_same_examples_are_compared_one_by_one():
     assert found.value == pytest.approx(0.12)
     assert (found.low, found.high) == paired_difference(first, second)
     assert found.larger_than_chance
-    # Other examples: the two standard errors add up.
-    apart = task_difference(score(first), score(second, examples="b"))
-    half = stats.t.ppf(0.975, 99) * (np.var(first, ddof=1) / 100 + np.var(second, ddof=1) / 100) ** 0.5
-    assert (apart.low, apart.high) == pytest.approx((0.12 - half, 0.12 + half))
-    assert not apart.larger_than_chance
     graded = [index / 100 for index in range(100)]
     shifted = [value + 0.01 + 0.001 * (index % 3) for index, value in enumerate(graded)]
     assert task_difference(score(graded), score(shifted)).larger_than_chance
-    assert not task_difference(score(graded), score(shifted, examples="b")).larger_than_chance
+    # Other examples: the two standard errors add up.
+    apart = task_difference(score(graded), score(shifted, examples="b"))
+    half = stats.t.ppf(0.975, 99) * (np.var(graded, ddof=1) / 100 + np.var(shifted, ddof=1) / 100) ** 0.5
+    value = np.mean(shifted) - np.mean(graded)
+    assert (apart.low, apart.high) == pytest.approx((value - half, value + half))
+    assert not apart.larger_than_chance
     bare = TaskScore("arc", "f1", 0.5, None, 100)
     assert task_difference(bare, bare) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((50, 100), (62, 100)), ((0, 4), (4, 4)), ((0, 3), (0, 5)), ((9, 9), (5, 8))]
+)
+def test_rates_on_other_examples_have_newcombes_interval_and_fishers_test(first, second):
+    counts = [[right, n - right] for right, n in (first, second)]
+    one, two = (score([1.0] * right + [0.0] * wrong, examples=str(right)) for right, wrong in counts)
+    two = dataclasses.replace(two, examples="other")
+    found = task_difference(one, two)
+    assert found.value == pytest.approx(second[0] / second[1] - first[0] / first[1])
+    assert (found.low, found.high) == rate_difference(first, second)
+    tails = [stats.fisher_exact(counts, alternative=side).pvalue for side in ("less", "greater")]
+    assert found.p == pytest.approx(min(1, 2 * min(tails)))
 
 
 def test_the_table_has_a_row_for_each_task_metric_and_model():

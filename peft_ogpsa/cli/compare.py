@@ -24,10 +24,11 @@ from ..evaluation import (
     task_table,
     tradeoff,
 )
+from ..evaluation.report import with_base
 from .errors import input_errors
 
 # Results are comparable only if they agree in these conditions.
-_CONDITIONS = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "max_length", "seed")
+_CONDITIONS = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "batch_size", "max_length", "seed")
 _TASK_CONDITIONS = ("limit", "chat_template")
 _JUDGE_CONDITIONS = ("judges_in_4bit",)
 
@@ -47,6 +48,7 @@ def read(path: str) -> list[dict[str, Any]]:
                 "name": str(result["name"]),
                 "evaluation": Evaluation.from_dict(result["evaluation"]),
                 "arguments": dict(result["arguments"]),
+                "data": dict(result.get("data", {})),  # results of earlier versions have none
             }
             for result in saved.get("results", [saved])
         ]
@@ -91,8 +93,10 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _named(files: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Return the results by name. If two have the same name, use their file paths instead."""
-    names = [saved["name"] for results in files.values() for saved in results]
+    """Return the results by name. Two that have the same name, or one that has a base's, have their file paths."""
+    everything = [saved for results in files.values() for saved in results]
+    names = [saved["name"] for saved in everything]
+    names += {saved["evaluation"].base.name for saved in everything if saved["evaluation"].base is not None}
     named = {}
     for path, results in files.items():
         for saved in results:
@@ -108,7 +112,7 @@ def _with_base(evaluations: Mapping[str, Evaluation], base: Measurement | None) 
     """
     models = {name: evaluation.model for name, evaluation in evaluations.items()}
     reference = next(iter(models)) if len(models) > 1 or base is None else base.name
-    return (models if base is None else {base.name: base, **models}), reference
+    return with_base(models, base), reference
 
 
 def _stages_before(results: Mapping[str, dict[str, Any]]) -> dict[str, str]:
@@ -152,8 +156,19 @@ def _differences(results: Sequence[dict[str, Any]]) -> list[str]:
     with_judges = [saved for saved in results if saved["arguments"].get("judges", "matcher") != "matcher"]
     conditions |= {name: [saved["arguments"].get(name) for saved in with_judges] for name in _JUDGE_CONDITIONS}
     conditions["lm_eval"] = [saved.get("lm_eval") for saved in with_tasks]
-    return [
-        f"{name} is {', '.join(map(str, values))}."
-        for name, values in conditions.items()
-        if any(value != values[0] for value in values)
-    ]
+    rows, other = [saved["data"] for saved in results], []
+    if all(rows):
+        del conditions["data"]
+        names = dict.fromkeys(name for own in rows for name in own)
+        other = [name for name in names if _differ([own[name] for own in rows if name in own])]
+    told = [f"{name} is {', '.join(map(str, values))}." for name, values in conditions.items() if _differ(values)]
+    if other:
+        told.append(f"the {' and '.join(other)} rows are not the same.")
+    losses = [saved["evaluation"].model.kl_loss for saved in results]
+    if _differ([loss.examples for loss in losses if loss is not None and loss.examples]):
+        told.append("KL from base is on other answers of the base.")
+    return told
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)

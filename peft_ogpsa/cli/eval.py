@@ -26,6 +26,7 @@ from ..evaluation import (
     Measurement,
     answer_length,
     difference_table,
+    fingerprint,
     judge_tables,
     judged,
     load_judges,
@@ -38,13 +39,14 @@ from ..evaluation import (
 from ..evaluation.judgments import only_matcher
 from ..evaluation.kept_verdicts import KeptVerdicts
 from ..evaluation.pieces import BASE, Piece, run_pieces
+from ..evaluation.report import with_base
 from ..evaluation.store import Conditions, PieceStore
 from ..sharing.card import save_card
 from ..sharing.folder import weights_digest
 from ..sharing.run_record import read_run
 from .errors import input_errors
 from .eval_arguments import EvalArguments, parse
-from .eval_data import load_eval_data
+from .eval_data import check_rows, load_eval_data
 from .eval_models import Adapter, base_name, check_fit, each_on, read_adapters
 from .eval_plan import common_conditions, evaluator, plan, task_runner, versions
 from .loading import load_base
@@ -76,6 +78,7 @@ def run(arguments: Sequence[str]) -> None:
             ModelConfig(model_name_or_path=name, dtype=parsed.dtype, load_in_4bit=parsed.load_in_4bit)
         )
         check_fit(base, adapters)
+        check_rows(data, processing_class, parsed.max_length, divergence=bool(adapters))
         output.parent.mkdir(parents=True, exist_ok=True)
         store = PieceStore(output.with_name(f"{output.name}.pieces"))
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
@@ -92,7 +95,8 @@ def run(arguments: Sequence[str]) -> None:
     evaluations = {
         title: Evaluation(measured, of_base, settings) for title, measured in zip(titles, of_models, strict=True)
     }
-    results = _results(parsed, base_model, adapters, evaluations, runner.version if runner else None)
+    rows = {kind: fingerprint.of_data(own) for kind, own in {**data.rows, **data.sets}.items()}
+    results = _results(parsed, base_model, adapters, evaluations, rows, runner.version if runner else None)
     _write(output, results)
     if parsed.card:
         for adapter, result in zip(adapters, results, strict=True):
@@ -165,9 +169,13 @@ def _results(
     base_model: str,
     adapters: Sequence[Adapter],
     evaluations: Mapping[str, Evaluation],
+    rows: Mapping[str, str],
     lm_eval: str | None,
 ) -> list[dict[str, Any]]:
-    """Return one result per adapter, or that of a model by itself, in plain types."""
+    """Return one result per adapter, or that of a model by itself, in plain types.
+
+    `rows` are checksums of the measured rows by kind or set, and `lm_eval` is the version of lm-eval.
+    """
     results = []
     subjects: Sequence[Adapter | None] = adapters or [None]
     for adapter, (title, evaluation) in zip(subjects, evaluations.items(), strict=True):
@@ -179,6 +187,7 @@ def _results(
             "name": title,
             "base_model": base_model,
             "arguments": arguments,
+            "data": {**rows, **{score.task: score.examples for score in evaluation.model.tasks}},
             "evaluation": evaluation.to_dict(),
         }
         if lm_eval is not None:
@@ -194,23 +203,23 @@ def _write(output: Path, results: Sequence[dict[str, Any]]) -> None:
     """Write one result as it is, and several as a list."""
     saved = results[0] if len(results) == 1 else {"results": list(results)}
     with replacing(output) as part:
-        part.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(saved, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _show(evaluations: Mapping[str, Evaluation], console: Console) -> None:
     """Print the tables."""
     models = {title: evaluation.model for title, evaluation in evaluations.items()}
     base = next(iter(evaluations.values())).base
-    with_base = models if base is None else {base.name: base, **models}
+    measurements = with_base(models, base)
     if any(model.has_own_data for model in models.values()):
         console.print(table(evaluations))
         if base is not None:
-            console.print(difference_table(with_base))
+            console.print(difference_table(measurements))
     if any(model.sets for model in models.values()):
-        console.print(set_table(with_base))
+        console.print(set_table(measurements))
     if any(model.tasks for model in models.values()):
-        console.print(task_table(with_base))
-    for judge_table in judge_tables(with_base):
+        console.print(task_table(measurements))
+    for judge_table in judge_tables(measurements):
         console.print(judge_table)
 
 

@@ -12,6 +12,7 @@ from typing import cast
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
+from ..evaluation.pieces import BASE
 from .loading import load_adapter, read_adapter_config
 
 
@@ -29,10 +30,15 @@ def read_adapters(paths: Sequence[str], titles: Sequence[str] | None) -> list[Ad
     """Read the settings of saved adapters. Without titles, each has its folder's name, or its path if that is unclear.
 
     Raises:
-        ValueError: If one of them is not a LoRA adapter.
+        ValueError: If one of them is not a LoRA adapter, or has the name of the base.
     """
     names = [Path(path).name for path in paths]
     titles = titles or [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
+    if BASE in titles:
+        raise ValueError(
+            f"name={BASE!r} for adapter={paths[titles.index(BASE)]!r} is the base's own name in tables. Give another "
+            "name."
+        )
     return [Adapter(path, title, read_adapter_config(path)) for path, title in zip(paths, titles, strict=True)]
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from ..text.refusal import Verdict
@@ -58,7 +59,8 @@ class Comparison:
             return "-"
         style = "+.0%" if rate else "+.3f"
         value, low, high = (format(number, style) for number in (difference.value, difference.low, difference.high))
-        return f"{value} ({low} to {high}){' *' if key in self.marked else ''}"
+        interval = f"{low} to {high}" if math.isfinite(difference.high - difference.low) else "no interval"
+        return f"{value} ({interval}){' *' if key in self.marked else ''}"
 
     @property
     def note(self) -> str:
@@ -104,9 +106,11 @@ def task_difference(first: TaskScore, second: TaskScore) -> Difference | None:
     Returns:
         The difference. None if one of the scores has no standard error.
     """
-    if first.values and second.values and first.examples == second.examples:
-        if first.is_rate and second.is_rate:
-            return Difference.of_pairs(_right(first), _right(second))
+    same = first.examples == second.examples
+    if first.is_rate and second.is_rate:
+        right = _right(first), _right(second)
+        return Difference.of_pairs(*right) if same else Difference.of_rates(*((sum(own), len(own)) for own in right))
+    if same and first.values and second.values:
         return Difference.of_mean(Mean.of([b - a for a, b in zip(first.values, second.values, strict=True)]))
     if first.mean is None or second.mean is None:
         return None
@@ -157,7 +161,12 @@ def _loss_difference(
 ) -> Mean | None:
     if first is None or second is None:
         return None
-    if first_loss is None or second_loss is None or first_loss.example_tokens != second_loss.example_tokens:
+    if (
+        first_loss is None
+        or second_loss is None
+        or first_loss.examples != second_loss.examples
+        or first_loss.example_tokens != second_loss.example_tokens
+    ):
         before, after = (Mean.from_interval(own.value, (own.low, own.high), own.n) for own in (first, second))
         return after.minus(before)
     each = [b - a for a, b in zip(first_loss.example_means, second_loss.example_means, strict=True)]

@@ -107,7 +107,7 @@ def kl_from_base(model: torch.nn.Module, answers: BaseAnswers) -> LossResult:
                 base = [answers.log_probs[position] for position in batch]
             for position, expected, logits in zip(batch, base, _logits(model, answers, batch), strict=True):
                 sums[position] = _kl(expected.to(logits.device), logits.float().log_softmax(-1)).sum().item()
-    return LossResult.from_sums(sums, [len(example.answer) for example in answers.examples])
+    return LossResult.of_examples(sums, answers.examples)
 
 
 def _logits(model: torch.nn.Module, answers: BaseAnswers, batch: list[int]) -> list[torch.Tensor]:

@@ -9,12 +9,13 @@ import json
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def of_weights(model: torch.nn.Module) -> str:
-    """Return a checksum of all parameters and buffers of a model, wherever it was loaded from.
+    """Return a checksum of a model's parameters, buffers and LoRA scales, wherever it was loaded from.
 
     Only the sum of each tensor's bits enters, which takes a moment even for a large model. Sums of integers are exact,
     so the result does not depend on the device or the number of threads.
@@ -25,6 +26,9 @@ def of_weights(model: torch.nn.Module) -> str:
             continue
         bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits.sum(dtype=torch.int64).item()}\n".encode())
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):  # the scale follows from settings such as lora_alpha, not from the weights
+            digest.update(f"{name} {sorted(module.scaling.items())}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-entropy on the answers of held-out rows."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -13,6 +15,7 @@ from ..core.isolation import isolated_eval
 from ..text.batching import by_length
 from ..text.logits import answer_logits
 from ..text.tokenization import Example, Row, encode_row
+from . import fingerprint
 from .intervals import Interval
 from .means import mean_interval
 
@@ -26,12 +29,27 @@ class LossResult:
     example_means: list[float]
     """Each example's own mean over its tokens, in the given order."""
     example_tokens: list[int]
+    examples: str = ""
+    """A checksum of the examples' tokens. Two losses with the same one can be compared example by example. Empty in
+    results of earlier versions."""
 
     @classmethod
     def from_sums(cls, sums: list[float], tokens: list[int]) -> "LossResult":
         """Build the result from each example's sum of losses and its number of tokens."""
         means = [total / count for total, count in zip(sums, tokens, strict=True)]
         return cls(sum(sums) / sum(tokens), sum(tokens), means, tokens)
+
+    @classmethod
+    def of_examples(cls, sums: list[float], examples: Sequence[Example]) -> "LossResult":
+        """Build the result from each example's sum of losses, with the checksum of the examples."""
+        digest = fingerprint.of_data([[example.ids, example.answer_start] for example in examples])
+        return replace(cls.from_sums(sums, [len(example.answer) for example in examples]), examples=digest)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "LossResult":
+        """Rebuild a result from plain types, in which None stands for a loss that is infinite or NaN."""
+        mean, *means = (math.nan if own is None else own for own in (plain["mean"], *plain["example_means"]))
+        return cls(**{**plain, "mean": mean, "example_means": means})
 
     def interval(self, level: float = 0.95) -> Interval:
         """Return the interval of `mean`. Examples count as independent; the tokens of one answer do not."""
@@ -69,7 +87,7 @@ def nats_per_token(
             ):
                 labels = torch.tensor(examples[position].answer, device=logits.device)
                 sums[position] = functional.cross_entropy(logits.float(), labels, reduction="sum").item()
-    return LossResult.from_sums(sums, [len(example.answer) for example in examples])
+    return LossResult.of_examples(sums, examples)
 
 
 def _scored(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, name: str) -> Example:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
@@ -80,7 +80,7 @@ class Measurement:
         return any((self.general_mean, self.kl, self.refusal, self.over_refusal))
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to plain types, ready for JSON."""
+        """Convert to plain types, ready for JSON. Numbers that JSON does not have (infinite, NaN) become None."""
         plain = asdict(replace(self, sets={}))
         for sample in plain["harmful_samples"] + plain["benign_samples"]:
             sample["verdict"] = sample["verdict"].value
@@ -89,20 +89,22 @@ class Measurement:
         for key in ("sets", "judgments", "agreements"):
             if not plain[key]:  # as in results of the matcher alone, without sets
                 del plain[key]
-        return plain
+        return cast(dict[str, Any], _finite(plain))
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Measurement":
         """Rebuild a measurement from the result of `to_dict`."""
         fields = dict(plain)
-        fields["general"] = {name: _estimate(estimate, name) for name, estimate in plain["general"].items()}
-        for key in ("general_mean", "kl", "refusal", "harmful_unclear", "over_refusal", "benign_unclear"):
+        fields["general"] = {name: _loss_estimate(estimate, name) for name, estimate in plain["general"].items()}
+        for key in ("general_mean", "kl"):
+            fields[key] = None if plain[key] is None else _loss_estimate(plain[key], key)
+        for key in ("refusal", "harmful_unclear", "over_refusal", "benign_unclear"):
             fields[key] = None if plain[key] is None else _estimate(plain[key], key)
         for key in ("harmful_samples", "benign_samples"):
             fields[key] = [Sample(s["prompt"], s["answer"], Verdict(s["verdict"])) for s in plain[key]]
         # Results of earlier versions do not have them.
-        fields["losses"] = {name: LossResult(**loss) for name, loss in plain.get("losses", {}).items()}
-        fields["kl_loss"] = None if plain.get("kl_loss") is None else LossResult(**plain["kl_loss"])
+        fields["losses"] = {name: LossResult.from_dict(loss) for name, loss in plain.get("losses", {}).items()}
+        fields["kl_loss"] = None if plain.get("kl_loss") is None else LossResult.from_dict(plain["kl_loss"])
         fields["tasks"] = [TaskScore(**score) for score in plain.get("tasks", [])]
         fields["sets"] = {name: cls.from_dict(own) for name, own in plain.get("sets", {}).items()}
         fields["judgments"] = [Judgment.from_dict(judgment) for judgment in plain.get("judgments", [])]
@@ -113,6 +115,23 @@ class Measurement:
 def _estimate(plain: Any, name: str) -> Estimate:
     check_form(plain, {"value": float, "low": float, "high": float, "n": int}, name)
     return Estimate(**plain)
+
+
+def _loss_estimate(plain: Any, name: str) -> Estimate:
+    """Rebuild the estimate of a loss, in which None stands for an infinite bound or a value that is NaN."""
+    lost = {"value": math.nan, "low": -math.inf, "high": math.inf}
+    if isinstance(plain, Mapping):
+        plain = {entry: lost.get(entry) if own is None else own for entry, own in plain.items()}
+    return _estimate(plain, name)
+
+
+def _finite(plain: Any) -> Any:
+    """Replace infinite numbers and NaN by None."""
+    if isinstance(plain, dict):
+        return {name: _finite(own) for name, own in plain.items()}
+    if isinstance(plain, list):
+        return [_finite(own) for own in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 @dataclass(frozen=True)
@@ -340,12 +359,17 @@ def table(
 ) -> "Table":
     """Build a table for the terminal: one line per result, and above them the first base found.
 
+    The change of a result is from its own base. If it has none, the change is from the base of the first line.
+
     Args:
         results: Results by the name to print. A measurement named "base" counts as the base.
         extra: Further columns: heading -> result name -> text.
 
     Returns:
         A `rich` table; print it with `rich.print`.
+
+    Raises:
+        ValueError: If a model has the name of the base.
     """
     extras.check("eval", "The table of an evaluation")
     from rich.table import Table
@@ -354,11 +378,10 @@ def table(
     measurements = {
         name: result.model if isinstance(result, Evaluation) else result for name, result in results.items()
     }
-    bases = [result.base for result in results.values() if isinstance(result, Evaluation) and result.base is not None]
-    base = bases[0] if bases else None
-    if base is not None:
-        measurements = {base.name: base, **measurements}
-    base = base or measurements.get("base")
+    bases = {name: own.base for name, own in results.items() if isinstance(own, Evaluation) and own.base is not None}
+    first = next(iter(bases.values()), None)
+    measurements = with_base(measurements, first)
+    first = first or measurements.get("base")
     grid = Table(caption="Values have 95 % intervals. Losses and KL are in nats per token.")
     grid.add_column("model")
     for heading in (
@@ -372,7 +395,7 @@ def table(
     ):
         grid.add_column(heading, justify="right")
     for name, measurement in measurements.items():
-        change = "-"
+        change, base = "-", bases.get(name, first)
         if base is not None and base.general_mean is not None and measurement.general_mean is not None:
             change = f"{measurement.general_mean.value - base.general_mean.value:+.3f}"
         unclear = [measurement.harmful_unclear, measurement.benign_unclear]
@@ -387,6 +410,19 @@ def table(
             *(column.get(name, "-") for column in (extra or {}).values()),
         )
     return grid
+
+
+def with_base(models: Mapping[str, Measurement], base: Measurement | None) -> dict[str, Measurement]:
+    """Put the base, if there is one, before the models.
+
+    Raises:
+        ValueError: If a model has the name of the base.
+    """
+    if base is None:
+        return dict(models)
+    if models.get(base.name, base) != base:
+        raise ValueError(f"A model has the name {base.name!r}, which is the name of the base. Give it another name.")
+    return {base.name: base, **models}
 
 
 def _listed(name: str, data: Iterable[Any] | None) -> list[Any] | None:
@@ -412,8 +448,13 @@ def _mean_estimate(estimates: list[Estimate]) -> Estimate | None:
 
 
 def loss_text(estimate: Estimate | None) -> str:
-    """Format a loss for a table, with its interval."""
-    return "-" if estimate is None else f"{estimate.value:.3f} ±{(estimate.high - estimate.low) / 2:.3f}"
+    """Format a loss for a table, with its interval. One row has none."""
+    if estimate is None:
+        return "-"
+    half = (estimate.high - estimate.low) / 2
+    if math.isfinite(half):
+        return f"{estimate.value:.3f} ±{half:.3f}"
+    return f"{estimate.value:.3f} ({'1 row: ' if estimate.n == 1 else ''}no interval)"
 
 
 def rate_text(estimate: Estimate | None) -> str:

@@ -69,7 +69,7 @@ class PieceStore:
             for (own, name), done in self._finished.items()
         ]
         with replacing(self.path) as part:
-            part.write_text(json.dumps({"pieces": entries}, indent=1) + "\n", encoding="utf-8")
+            part.write_text(json.dumps({"pieces": entries}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _change(name: str, before: Any, now: Any) -> str:

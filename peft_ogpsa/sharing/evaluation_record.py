@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,8 @@ def _check(evaluation: Mapping[str, Any], where: str) -> None:
 
 
 def _shareable(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    from ..evaluation import Evaluation
+
     told = dict(evaluation.get("arguments") or {})
     arguments = {name: told[name] for name in _MEASURED_WITH if told.get(name) is not None}
     if evaluation.get("lm_eval"):
@@ -62,7 +63,7 @@ def _shareable(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     for name, shown in (("data", public_source), ("judges", public_judge)):
         if arguments.get(name):
             arguments[name] = ",".join(map(shown, arguments[name].split(",")))
-    measured = json.loads(json.dumps(evaluation["evaluation"]))
+    measured = Evaluation.from_dict(evaluation["evaluation"]).to_dict()
     for measurement in filter(None, (measured["model"], measured["base"])):
         for own in (measurement, *measurement.get("sets", {}).values()):
             own["harmful_samples"] = own["benign_samples"] = []

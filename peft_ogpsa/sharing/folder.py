@@ -63,7 +63,7 @@ def read_facts(folder: Path, name: str) -> dict[str, Any]:
 
 def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
     """Write facts as JSON."""
-    write(path, json.dumps(facts, indent=1) + "\n")
+    write(path, json.dumps(facts, indent=1, allow_nan=False) + "\n")
 
 
 def store_facts(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
