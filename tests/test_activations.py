@@ -1365,7 +1365,7 @@ def test_weights_of_several_layers_are_refused():
 def test_whole_weights_of_low_precision_are_refused():
     model, projector = whole()
     model.bfloat16()
-    with pytest.raises(ValueError, match="has the dtype bfloat16.*dtype=torch.float32"):
+    with pytest.raises(ValueError, match=r"has the dtype bfloat16.*dtype=torch\.float32"):
         projector.refresh(few(), loss_of)
 
 

@@ -188,7 +188,7 @@ def test_gradient_checkpointing_and_bfloat16_autocast(tmp_path, checkpointing):
 def test_a_second_callback_is_refused(tmp_path):
     trainer = sft(tmp_path)
     trainer.add_callback(OGPSACallback(sets()))
-    with pytest.raises(ValueError, match="several callbacks OGPSACallback.*one callback with all reference sets"):
+    with pytest.raises(ValueError, match=r"several callbacks OGPSACallback.*one callback with all reference sets"):
         trainer.train()
 
 

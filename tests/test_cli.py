@@ -143,6 +143,38 @@ def test_bad_data(folders):
     (data / "benign_test.jsonl").unlink()
     with pytest.raises(SystemExit, match=r"does not contain benign_test\.jsonl"):
         main(["quickstart", "--model", str(model), "--data", str(data)])
+    (data / "benign_test.jsonl").write_text('{"prompt": "caf\xe9"}', encoding="latin-1")
+    with pytest.raises(SystemExit, match=r"benign_test\.jsonl is not in UTF-8. Save it as UTF-8"):
+        main(["quickstart", "--model", str(model), "--data", str(data)])
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "message"),
+    [
+        ("harmful_train", {"prompt": "a?"}, r"row 0 has the columns \['prompt'\]"),
+        ("general_train", {"question": "a?"}, r"row 0 has the columns \['question'\]"),
+        ("benign_train", {"prompt": "a?"}, r"row 0 has the columns \['prompt'\]"),  # `paper` needs answers
+        ("harmful_test", {"text": "a"}, r"row 0 has the columns \['text'\]"),
+        ("benign_test", {"prompt": 5}, "row 0 has a value of the type int"),
+        ("general_test", {"prompt": "a?"}, r"row 0 has the columns \['prompt'\]"),
+        ("general_test", chat("a" * 1100, "So."), "row 0 has no answer token left: its prompt takes 11.. tokens"),
+    ],
+)
+def test_bad_rows_are_named_before_anything_is_measured(folders, tmp_path, file, row, message):
+    model, data = folders
+    path = data / f"{file}.jsonl"
+    path.write_text(json.dumps(row) + "\n" + path.read_text(), encoding="utf-8")
+    options = ["--model", str(model), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--steps", "1"]
+    with pytest.raises(SystemExit, match=rf"^ogpsa quickstart: .*{file}\.jsonl: {message}"):
+        main(["quickstart", *options, "--methods", "plain", "paper", "--device", "cpu"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_quickstart_with_a_single_test_row(folders, tmp_path):
+    model, data = folders
+    options = ["--model", str(model), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--steps", "1"]
+    main(["quickstart", *options, "--methods", "plain", "--measurements", "1", "--test_samples", "1"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["base"]["kl"]["n"] == 1
 
 
 def test_rows_may_hold_any_line_break_of_unicode(folders):

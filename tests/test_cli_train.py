@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig, SFTTrainer
 
 from peft_ogpsa import OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli import dryrun, loading, main
-from peft_ogpsa.cli.arguments import METHODS, OGPSAArguments, adapter_config, parser
+from peft_ogpsa.cli.arguments import METHODS, DataArguments, OGPSAArguments, adapter_config, parser
 from peft_ogpsa.cli.datasets import load_rows, reference_sets
 from peft_ogpsa.cli.dryrun import planned_refreshes
 from peft_ogpsa.cli.loading import load_base
@@ -379,9 +381,35 @@ def test_specs(folder):
     DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(folder / "splits")
     assert len(load_rows(str(folder / "splits"), "dataset")) == 10
     assert len(load_rows(f"{folder / 'splits'}[test]", "dataset")) == 1
+    assert load_rows(f"{folder / 'saved'}[train[:3]]", "dataset").to_list() == rows.to_list()[:3]
+    assert load_rows(f"{folder / 'splits'}[train[8:]+test]", "dataset")["prompt"][2] == rows[0]["prompt"]
+    (folder / "upper.JSONL").write_text((folder / "rows.jsonl").read_text())
+    assert load_rows(str(folder / "upper.JSONL"), "dataset").to_list() == rows.to_list()
     assert len(load_rows("builtin:harmful", "dataset")) == 139
     assert len(load_rows("builtin:general:test", "dataset")) == 65
     assert load_rows("builtin:general", "dataset").column_names == ["prompt", "completion"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("latin.jsonl", "latin.jsonl' cannot be loaded: line 2 is not in UTF-8. Save the file as UTF-8"),
+        ("public:gsm8k:latin.jsonl", "latin.jsonl cannot be read: line 2 is not in UTF-8. Save the file as UTF-8"),
+        ("x.csv", "x.csv' cannot be loaded: its suffix '.csv' is not one of .jsonl, .json, .parquet. Give a"),
+        ("notes", "notes' cannot be loaded: its suffix '' is not one of .jsonl"),
+        ("saved[test]", "saved.*' cannot be loaded: Unknown split .*test"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, monkeypatch, spec, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lines = ['{"prompt": "tea", "completion": "x"}', '{"prompt": "caf\xe9", "completion": "x"}']
+    Path("latin.jsonl").write_text("\n".join(lines), encoding="latin-1")
+    Path("x.csv").write_text("prompt,completion\na,b\n")
+    Path("notes").write_text("a")
+    Dataset.from_list([{"prompt": "a"}]).save_to_disk("saved")
+    with pytest.raises(ValueError, match=message):
+        load_rows(spec, "dataset")
 
 
 def test_public_sets_from_a_file(folder):
@@ -452,6 +480,175 @@ def test_lookalikes_are_put_among_the_rows(folder, monkeypatch, stage):
     record = json.loads((folder / stage / "ogpsa_run.json").read_text())
     assert record["lookalikes"] == 0.2
     assert "20% of the training data: benign look-alikes" in (folder / stage / "README.md").read_text()
+
+
+USER = {"role": "user", "content": "a?"}
+ANSWER = {"role": "assistant", "content": "b."}
+ROW = {"prompt": [USER], "completion": [ANSWER]}
+PAIR = {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "message"),
+    [
+        ("sft", [ROW, {"prompt": [USER]}], "row 1 has no completion. Give every row completion, prompt"),
+        ("sft", [{"prompt": [USER], "completion": None}], "row 0 has no completion"),
+        ("sft", [{"prompt": "a?", "completion": [ANSWER]}], "row 0 has plain text in the column prompt"),
+        ("sft", [{"prompt": [USER], "completion": "b."}], "row 0 has messages in the column prompt"),
+        ("sft", [ROW, {"prompt": "a?", "completion": "b."}], "row 1 has plain text in the column completion"),
+        ("sft", [{"messages": "a?"}], "row 0 has plain text in the column messages. Give messages there"),
+        ("sft", [{"text": [ANSWER]}], "row 0 has messages in the column text. Give plain text there"),
+        ("sft", [ROW, {"messages": [USER, ANSWER]}], "row 1 has no completion, prompt"),
+        ("sft", [{"messages": [USER, ANSWER]}, {"messages": [USER]}], "row 1 has no answer: .* Add an answer"),
+        ("sft", [{"prompt": [USER], "completion": [USER]}], "row 0 has no answer"),
+        ("sft", [ROW, {"prompt": [USER], "completion": []}], "row 1 has no answer"),
+        ("sft", [{"prompt": "a?", "completion": ""}], "row 0 has no answer"),
+        ("sft", [{"prompt": [USER], "completion": [ANSWER | {"content": ""}]}], "row 0 has no answer"),
+        ("sft", [ROW, {"prompt": [USER], "completion": [ANSWER | {"content": None}]}], "row 1 has the message"),
+        ("sft", [{"prompt": [], "completion": [ANSWER]}], "row 0 has no message in the column prompt"),
+        ("sft", [{"text": "a"}, {"text": ""}], "row 1 has no answer"),
+        ("sft", [{"conversations": [{"from": "human", "value": "a?"}]}], "row 0 has no answer"),
+        ("sft", [{"prompt": 5, "completion": 5}], "row 0 has a value of the type int"),
+        ("dpo", [PAIR, {**PAIR, "rejected": None}], "row 1 has no rejected"),
+        ("dpo", [PAIR, {**PAIR, "rejected": []}], "row 1 has no answer"),
+        ("dpo", [{**PAIR, "chosen": [USER]}], "row 0 has no answer"),
+        ("dpo", [{**PAIR, "rejected": "b."}], "row 0 has plain text in the column rejected"),
+        ("dpo", [PAIR, {"chosen": [ANSWER], "rejected": [ANSWER]}], "row 1 has no prompt"),
+    ],
+)
+def test_bad_rows_are_named_before_the_model_is_loaded(folder, monkeypatch, stage, rows, message):
+    monkeypatch.setattr("peft_ogpsa.cli.training.load_base", lambda *_, **__: pytest.fail("loaded"))
+    write(folder / "bad.jsonl", rows)
+    with pytest.raises(SystemExit, match=rf"^ogpsa {stage}: dataset='.*bad\.jsonl': {message}"):
+        main([stage, "--config", str(folder / f"{stage}.yaml"), "--dataset", str(folder / "bad.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "a?"}], "has the columns question, but `ogpsa sft` needs"),
+        ([PAIR], "has the columns chosen, prompt, rejected, but .* rows for `ogpsa dpo`"),
+        ([ROW, {"prompt": [USER]}], ": row 1 has no completion"),
+    ],
+)
+def test_the_eval_dataset_is_checked_like_the_dataset(folder, monkeypatch, rows, message):
+    monkeypatch.setattr("peft_ogpsa.cli.training.load_base", lambda *_, **__: pytest.fail("loaded"))
+    write(folder / "bad.jsonl", rows)
+    with pytest.raises(SystemExit, match=rf"^ogpsa sft: eval_dataset='.*bad\.jsonl'\s?{message}"):
+        main(["sft", "--config", str(folder / "sft.yaml"), "--eval_dataset", str(folder / "bad.jsonl")])
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What the trainers are given: a list of training rows, held-out rows and reference rows, one for each trainer."""
+    seen = []
+    for stage, name in (("sft", "SFTTrainer"), ("dpo", "DPOTrainer")):
+        original = getattr(importlib.import_module(f"peft_ogpsa.cli.{stage}"), name)
+
+        class Watched(original):
+            def __init__(self, *arguments, train_dataset, eval_dataset, callbacks, **options):
+                references = [list(own.dataset) for callback in callbacks for own in callback.reference_sets]
+                held_out = None if eval_dataset is None else eval_dataset.to_list()
+                seen.append((train_dataset.to_list(), held_out, references))
+                data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+                super().__init__(*arguments, **data, callbacks=callbacks, **options)
+
+        monkeypatch.setattr(f"peft_ogpsa.cli.{stage}.{name}", Watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"input_ids": [5, 6, 7], "text": ""}],
+        [{"prompt": "a?", "messages": [USER, ANSWER]}],  # as in ultrachat_200k
+        [{"conversations": [{"from": "user", "value": "a?"}, {"from": "assistant", "value": "b."}]}],
+        [{"conversations": [USER, ANSWER]}],
+    ],
+    ids=["tokenized", "messages and prompt", "from and value", "conversations"],
+)
+def test_rows_of_other_forms_are_trained(folder, trained, rows):
+    write(folder / "own.jsonl", rows)
+    options = ["--dataset", str(folder / "own.jsonl"), "--method", "plain", "--max_steps", "1"]
+    main(["sft", "--config", str(folder / "sft.yaml"), *options])
+    ((given, _, _),) = trained
+    assert given == ([{"messages": [USER, ANSWER]}] if "input_ids" not in rows[0] else rows)
+
+
+def plain_rows(folder, stage):
+    """Plain-text rows in a file, and the same rows as messages."""
+    plain, messages = [], []
+    for i in range(4):
+        prompt, answer = f"bad {i}?", f"No {i}."
+        plain.append({"prompt": prompt, "completion": answer})
+        messages.append(chat(prompt, answer))
+        if stage == "dpo":
+            for row in (plain[-1], messages[-1]):
+                row["chosen"] = row.pop("completion")
+            plain[-1]["rejected"], messages[-1]["rejected"] = "Sure.", [{"role": "assistant", "content": "Sure."}]
+    write(folder / "plain.jsonl", plain)
+    return plain, messages
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_plain_text_is_trained_as_messages_if_there_is_a_template(folder, trained, capsys, stage, template):
+    plain, messages = plain_rows(folder, stage)
+    if not template:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(folder / "model")
+        (folder / "model" / "chat_template.jinja").unlink()
+    file = str(folder / "plain.jsonl")
+    options = ["--dataset", file, "--eval_dataset", file, "--eval_strategy", "steps", "--references", f"own={file}"]
+    main([stage, "--config", str(folder / f"{stage}.yaml"), *options, "--max_steps", "1"])
+    ((rows, held_out, references),) = trained
+    expected = messages if template else plain
+    assert rows == held_out == references[0] == expected
+    printed = capsys.readouterr().out
+    for name in ("dataset", "eval_dataset", "references: own"):
+        assert (f"{name}: plain text becomes messages, because the tokenizer has a chat template." in printed) == (
+            template
+        )
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_lookalikes_among_plain_text(folder, monkeypatch, trained, stage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
+    monkeypatch.setattr("peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE)
+    monkeypatch.setattr("peft_ogpsa.references.lookalikes.ended", lambda row: [ANSWER])
+    _, messages = plain_rows(folder, stage)
+    write(folder / "prompts.jsonl", [{"prompt": "kill it?"}])
+    options = ["--lookalikes", "0.2", "--lookalike_prompts", str(folder / "prompts.jsonl"), "--method", "plain"]
+    main([stage, "--config", str(folder / f"{stage}.yaml"), "--dataset", str(folder / "plain.jsonl"), *options])
+    ((rows, _, _),) = trained
+    assert rows[:4] == messages
+    assert rows[4]["prompt"] == [{"role": "user", "content": "kill it?"}]
+
+
+def test_rows_without_a_place_for_lookalikes_are_named_before_the_base_answers(folder, monkeypatch):
+    monkeypatch.setattr(
+        "peft_ogpsa.references.self_answers.generate_ids", lambda *_, **__: pytest.fail("the base answered")
+    )
+    write(folder / "texts.jsonl", [{"text": "a"}])
+    options = ["--dataset", str(folder / "texts.jsonl"), "--lookalikes", "0.5"]
+    with pytest.raises(SystemExit, match=r"ogpsa sft: with_lookalikes: row 0 has the columns \['text'\]"):
+        main(["sft", "--config", str(folder / "sft.yaml"), *options])
+
+
+def test_references_may_mix_prompts_and_messages(folder, monkeypatch):
+    """Data sets put None where a row lacks a column."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
+    monkeypatch.setattr("peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE)
+    write(folder / "mixed.jsonl", [{"prompt": "a?"}, {"messages": [USER, ANSWER]}])
+    options = ["--references", f"own=prompts:{folder / 'mixed.jsonl'}", "--max_steps", "1"]
+    main(["sft", "--config", str(folder / "sft.yaml"), *options])
+    assert adapter_type(folder / "sft") == "LORA"
+
+
+def test_the_help_says_which_reference_rows_are_used():
+    (told,) = [own.metadata["help"] for own in fields(DataArguments) if own.name == "reference_samples"]
+    assert "A public set is shuffled first. From other data, the first rows are used." in told
 
 
 def test_own_refusals_are_trained_on(folder, monkeypatch, capsys):

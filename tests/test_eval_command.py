@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +178,7 @@ def test_an_adapter_is_added_to_a_finished_run(folder, passes, capsys):
         ("setting", "max_length was 1024 and is 512", 4),
         ("seed", "seed was 0 and is 1", 4),
         ("weights", "other weights", 2),
+        ("scale", "other weights", 2),
         ("base", "other weights", 4),
         ("template", "other tokenizer", 4),
         ("set", "other data", 2),
@@ -189,6 +192,9 @@ def test_what_has_changed_is_measured_again(folder, passes, capsys, change, reas
     options = {"setting": ["--max_length", "512"], "seed": ["--seed", "1"]}.get(change, [])
     if change == "weights":
         save_adapter(folder, folder / "plain", LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS), 7)
+    elif change == "scale":
+        path = folder / "plain" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 80}))
     elif change == "base":
         base_model(3).save_pretrained(folder / "model")
     elif change == "template":
@@ -238,6 +244,43 @@ def test_public_sets_alone(folder, capsys):
     assert "KL from base" not in compared
 
 
+def test_data_is_compared_by_its_rows(folder, capsys):
+    evaluate(folder, "one.json", adapters=["plain"], data=str(folder / "data"))
+    shutil.copytree(folder / "data", folder / "copy")
+    other = folder / "copy" / "benign_test.jsonl"
+    for name, reasons in (("same", []), ("other", ["the benign rows are not the same"])):
+        evaluate(folder, f"{name}.json", adapters=["plain"], data=str(folder / "copy"))
+        capsys.readouterr()
+        main(["compare", str(folder / "one.json"), str(folder / f"{name}.json")])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "measured differently" in line]
+        assert lines == [f"The results were measured differently: {reason}." for reason in reasons]
+        other.write_text(other.read_text().replace("3?", "33?"), encoding="utf-8")
+
+
+def test_one_row_has_no_interval(folder, capsys):
+    def strict(name):
+        def refuse(constant):
+            raise AssertionError(f"{name} has {constant}")
+
+        return json.loads((folder / name).read_text(), parse_constant=refuse)
+
+    evaluate(folder, "run.json", "--samples", "1", "--card", adapters=["plain"])
+    told = "(1 row: no interval)"
+    assert told in capsys.readouterr().out
+    assert told in (folder / "plain" / "README.md").read_text(encoding="utf-8")
+    strict("run.json.pieces")
+    for name in ("run.json", "plain/ogpsa_eval.json"):
+        model = strict(name)["evaluation"]["model"]
+        assert model["general_mean"]["low"] is model["kl"]["high"] is None
+        loss = Measurement.from_dict(model).general_mean
+        assert (loss.low, loss.high) == (-math.inf, math.inf)
+    main(["compare", str(folder / "run.json")])
+    compared = capsys.readouterr().out
+    assert told in compared
+    assert "(no interval)" in compared.partition("Differences from base")[2]
+    assert "inf" not in compared
+
+
 def test_a_fast_look_says_what_its_intervals_are(folder, capsys):
     result = evaluate(folder, "fast.json", "--fast", "--model", str(folder / "model"), data="builtin")
     assert result["arguments"]["samples"] == 24
@@ -266,11 +309,14 @@ def test_a_fast_look_says_what_its_intervals_are(folder, capsys):
         (["--adapter", "FOLDER/plain", "FOLDER/plain"], "names an adapter twice"),
         (["--adapter", "FOLDER/plain", "FOLDER/ogpsa", "--name", "one"], "must be 2 different names"),
         (["--adapter", "FOLDER/plain", "FOLDER/other"], "names adapters of different bases"),
+        (["--adapter", "FOLDER/plain", "--name", "base"], "name='base' .*plain' is the base's own name.*another name"),
+        (["--adapter", "FOLDER/base"], "name='base' .*base' is the base's own name.*another name"),
         (["--adapter", "FOLDER/plain", "FOLDER/wide", "--data", "builtin"], "wide' does not fit the model"),
     ],
 )
 def test_errors_come_before_anything_is_measured(folder, passes, options, message):
     save_adapter(folder / "elsewhere", folder / "other", LoraConfig(target_modules=TARGETS), 1)
+    save_adapter(folder, folder / "base", LoraConfig(target_modules=TARGETS), 1)
     wide = get_peft_model(
         tiny_llama(0, vocab_size=259, hidden_size=64), LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS)
     )
@@ -282,6 +328,42 @@ def test_errors_come_before_anything_is_measured(folder, passes, options, messag
         main(["eval", "--output", str(folder / "out.json"), *model, *options])
     assert passes == []
     assert not (folder / "out.json").exists()
+
+
+QUESTION = {"role": "user", "content": "Why?"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("harmful", {"question": "Why?"}, r"row 6 has the columns \['question'\]"),
+        ("benign", {"prompt": [{"role": "user"}]}, "row 6 has the message"),
+        ("general", {"prompt": [QUESTION]}, r"row 6 has the columns \['prompt'\]"),
+        ("general", {"text": "Why?"}, r"row 6 has the columns \['text'\]"),  # no prompt for the KL from base
+        ("general", chat("Why? " * 300, "So."), "row 6 has no answer token left: .* raise --max_length"),
+    ],
+)
+def test_bad_rows_are_named_before_anything_is_measured(folder, passes, kind, row, message):
+    path = folder / "data" / f"{kind}_test.jsonl"
+    path.write_text(path.read_text() + "\n" + json.dumps(row), encoding="utf-8")
+    with pytest.raises(SystemExit, match=f"^ogpsa eval: .*{kind}_test.jsonl: {message}"):
+        evaluate(folder, "out.json", adapters=["plain"])
+    assert passes == []
+    assert not (folder / "out.json").exists()
+
+
+def test_rows_may_mix_prompts_and_messages(folder):
+    """Data sets put None where a row lacks a column."""
+    rows = [{"prompt": "Why?"}, {"messages": [QUESTION]}]
+    (folder / "data" / "harmful_test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    result = evaluate(folder, "out.json", "--model", str(folder / "model"), data=str(folder / "data"))
+    assert [own["prompt"] for own in measured(result)["model"]["harmful_samples"]] == ["Why?", "Why?"]
+
+
+def test_a_file_in_another_encoding_is_named(folder):
+    (folder / "data" / "benign_test.jsonl").write_text('{"prompt": "caf\xe9"}', encoding="latin-1")
+    with pytest.raises(SystemExit, match=r"benign_test.jsonl' cannot be loaded: line 1 is not in UTF-8"):
+        evaluate(folder, "out.json", "--model", str(folder / "model"))
 
 
 def test_a_damaged_store_is_named(folder):
@@ -326,6 +408,14 @@ def test_weights_have_a_checksum(dtype):
     with torch.no_grad():
         model.lm_head.weight[3, 5] = torch.nextafter(model.lm_head.weight[3, 5], torch.tensor(9, dtype=dtype))
     assert fingerprint.of_weights(model) != before
+
+
+def test_the_scale_of_an_adapter_is_part_of_the_checksum():
+    settings = [{}, {"lora_alpha": 80}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 80}}, {"lora_dropout": 0.5}]
+    models = [get_peft_model(base_model(), LoraConfig(target_modules=TARGETS, **own)) for own in settings]
+    plain, *scaled, dropout = [fingerprint.of_weights(randomize(model)) for model in models]
+    assert len({plain, *scaled}) == 4
+    assert dropout == plain
 
 
 def rates(refused, prompts="p"):

@@ -46,6 +46,10 @@ def test_share_and_order(share):
         ('He said "Stop!" and then', 'He said "Stop!"'),
         ("First.\n\nSecond (of two.) Third", "First.\n\nSecond (of two.)"),
         ("Whole. Sentences.", "Whole. Sentences."),
+        ("可以。先关灯,再", "可以。"),
+        ("他说“好！”然后", "他说“好！”"),
+        ("大丈夫ですか？はい", "大丈夫ですか？"),
+        ("यह सुरक्षित है। आप", "यह सुरक्षित है।"),
         ("e.g", None),
         ("No end", None),
     ],
@@ -75,6 +79,13 @@ def test_messages():
     assert mixed[0] == {"messages": rows[0]["messages"]}
 
 
+def test_columns_without_a_value_are_no_columns():
+    rows = [{"messages": row["prompt"] + row["completion"], "prompt": None, "completion": None} for row in SAFETY]
+    mixed = with_lookalikes(rows, answered("One."), 0.5)
+    assert mixed[0] == {"messages": rows[0]["messages"]}
+    assert mixed[1].keys() == {"messages"}
+
+
 @pytest.mark.parametrize("share", [0, 1, -0.1, "half"])
 def test_shares_that_are_none(share):
     with pytest.raises(ValueError, match="share="):
@@ -88,6 +99,9 @@ def test_bad_rows():
         with_lookalikes([SAFETY[0], {"text": "x"}], answered("One."))
     with pytest.raises(ValueError, match="row 0 is plain text"):
         with_lookalikes([{"prompt": "Why?", "completion": "No."}], answered("One."), 0.5)
+    mixed = [*SAFETY[:2], {"prompt": "Why?", "completion": "No."}]
+    with pytest.raises(ValueError, match="row 2 is plain text, but the look-alikes are not"):
+        with_lookalikes(mixed, answered("One."), 0.1)  # no look-alike is next to it
     with pytest.raises(ValueError, match="no answer in the reference set 'lookalikes' has a whole sentence"):
         with_lookalikes(SAFETY, answered("no end"))
 

@@ -153,6 +153,24 @@ def test_a_missing_column_is_named(name, tmp_path):
         read_prompt_set(name, write(tmp_path / file, rows))
 
 
+def test_labels_of_xstest_are_read_in_any_case_and_checked(tmp_path):
+    rows = [{**XSTEST[0], "label": label} for label in ("Unsafe ", "SAFE")]
+    assert [row["kind"] for row in read_prompt_set("xstest", write(tmp_path / "a.jsonl", rows))] == list(KINDS)
+    wrong = write(tmp_path / "b.jsonl", [XSTEST[0], {**XSTEST[1], "label": "harmful"}])
+    with pytest.raises(ValueError, match=r"'xstest': row 1: label='harmful' is unknown\. Give safe or unsafe"):
+        read_prompt_set("xstest", wrong)
+
+
+@pytest.mark.parametrize("file", ["rows.CSV", "rows.csv"])
+def test_files_must_be_in_utf8(tmp_path, file):
+    rows = [{"prompt": "Caf\xe9?", "type": "homonyms"}]
+    path = write(tmp_path / file, rows)
+    assert read_prompt_set("xstest", path) == [benign("Caf\xe9?", "homonyms")]
+    path.write_text(path.read_text(encoding="utf-8"), encoding="latin-1")
+    with pytest.raises(ValueError, match=r"'xstest': .*rows.* cannot be read: line 2 is not in UTF-8. Save the file"):
+        read_prompt_set("xstest", path)
+
+
 def test_jailbreakbench_is_two_files(tmp_path):
     for kind in KINDS:
         file, raw, _ = CASES["jailbreakbench", kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import logging
@@ -89,6 +90,49 @@ def test_answers_are_kept_and_refusals_and_loops_dropped_and_counted(answered, c
     )
 
 
+@pytest.mark.parametrize("thought", ["<think>Hm.</think>", "<think>Hm, and"])
+def test_an_answer_that_the_template_would_rewrite_keeps_its_tokens(thought, answered, taught, monkeypatch):
+    tokenizer = copy.copy(taught[1])
+    # As those of reasoning models: earlier thoughts are dropped.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'].split('</think>')[-1].replace('<think>', '')"
+    )
+    assert tokenizer.chat_template != taught[1].chat_template
+    written = {"Bird?": "A wren sings.", "Tale?": f"{thought} The fox slept."}
+    asked = []
+
+    def generate(model, tokenizer, prompts, **settings):
+        asked.extend(prompts)
+        return [tokenizer(text)["input_ids"] for text in written.values()]
+
+    monkeypatch.setattr(self_answers, "generate_ids", generate)
+    for _ in range(2):  # the second time from the file
+        own = answered(prompts=list(written), tokenizer=tokenizer, max_new_tokens=500)
+        bird, tale = own.tokenize(tokenizer)
+        assert "ids" not in own.dataset[0]
+        assert tokenizer.decode(bird.answer).startswith("A wren sings.")
+        assert tale.ids == asked[1] + tokenizer(written["Tale?"])["input_ids"]
+        assert tale.answer_start == len(asked[1])
+        assert tale.loss == own.loss
+    assert len(asked) == 2
+    own.max_length = len(asked[1]) + 5
+    assert own.tokenize(tokenizer)[1].ids == tale.ids[: len(asked[1]) + 5]
+
+
+def test_columns_for_the_chat_template_reach_it(answered, taught, generated):
+    tokenizer = copy.copy(taught[1])
+    tokenizer.chat_template = "{{ mood }}{{ tools }}" + tokenizer.chat_template
+    row = {"prompt": "Bird?", "chat_template_kwargs": {"mood": "calm"}, "tools": [{"name": "look"}]}
+    rows = [row, {**row, "chat_template_kwargs": {"mood": "wild"}}, "Bird?"]
+    sets = [answered(prompts=[own], tokenizer=tokenizer) for own in rows]
+    starts = ["calm[{'name': 'look'}]", "wild[{'name': 'look'}]", ""]
+    for own, ((ids,), start) in zip(sets, zip(generated, starts, strict=True), strict=True):
+        assert tokenizer.decode(ids).replace("<s>", "").startswith(start)
+        (example,) = own.tokenize(tokenizer)
+        assert example.ids[: example.answer_start] == ids
+    assert len(generated) == 3  # not from one another's file
+
+
 def test_a_cut_answer_does_not_teach_to_stop(answered, taught):
     tokenizer = taught[1]
     own = answered()
@@ -151,6 +195,7 @@ def test_prompts_may_be_messages_or_rows(answered):
         [messages],
         [{"prompt": "Bird?"}],
         [{"prompt": messages}],
+        [{"prompt": None, "messages": messages}],
         [{"messages": [*messages, {"role": "assistant", "content": "Another answer."}]}],
     ):
         assert answered(prompts).dataset == [{**chat("Bird?", "A wren sings."), "unfinished": False}]

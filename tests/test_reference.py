@@ -61,11 +61,24 @@ def test_datasets_and_iterators_and_samples():
     assert ReferenceSet("set", rows, samples=2).tokenize(tokenizer) == from_list[:2]
 
 
-def test_truncation_drops_what_has_no_answer_left():
+@pytest.mark.parametrize("tools", [[{"name": "look"}], '[{"name": "look"}]'])
+def test_columns_for_the_chat_template_reach_it(tools):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ mood }}{{ tools }}" + tokenizer.chat_template
+    row = {**chat("Q", "Yes"), "chat_template_kwargs": {"mood": "calm"}, "tools": tools}
+    (example,) = ReferenceSet("set", [row]).tokenize(tokenizer)
+    assert "calm[{'name': 'look'}]" in tokenizer.decode(example.ids[: example.answer_start])
+    assert "Yes" in tokenizer.decode(example.answer)
+    plain = {name: row[name] for name in ("prompt", "completion")}
+    assert "calm" not in tokenizer.decode(ReferenceSet("set", [plain]).tokenize(tokenizer)[0].ids)
+
+
+def test_truncation_drops_what_has_no_answer_left(caplog):
     rows = [chat("A question of many words, to be cut", "Yes"), chat("Q", "Yes")]
     tokenizer = tiny_tokenizer()
     (kept,) = ReferenceSet("set", rows, max_length=26).tokenize(tokenizer)
     assert len(kept.ids) <= 26
+    assert "'set': max_length=26 cuts off the answers of 1 of 2 examples" in caplog.text
     assert "Q" in tokenizer.decode(kept.ids)
     with pytest.raises(ValueError, match=r"'set': max_length=5 cuts off the answers of all 2 rows"):
         ReferenceSet("set", rows, max_length=5).tokenize(tokenizer)
@@ -93,6 +106,9 @@ def test_bad_arguments(arguments, message):
         ([{"question": "Hi"}], "'set': row 0 has the columns"),
         ([{"messages": [USER]}], "'set': row 0 has no answer"),
         ([{"prompt": [USER], "completion": "plain"}], "'set': row 0 mixes"),
+        ([{"prompt": [USER], "completion": [ANSWER | {"content": ""}]}], "'set': row 0 has no answer"),
+        ([{"prompt": [USER], "completion": [USER]}], "'set': row 0 has no answer"),
+        ([{"messages": [USER, ANSWER | {"content": None}]}], "'set': row 0 has the message"),
     ],
 )
 def test_bad_rows(rows, message):

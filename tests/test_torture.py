@@ -199,6 +199,16 @@ def test_columns_without_a_value_are_no_columns():
     row = {"messages": None, "text": None, **GENERAL[0]}
     tokenizer = tiny_tokenizer()
     assert ReferenceSet("a", [row]).tokenize(tokenizer) == ReferenceSet("a", GENERAL[:1]).tokenize(tokenizer)
+    asked = {"prompt": None, "messages": GENERAL[0]["prompt"]}
+    assert encode_prompt(tokenizer, asked) == encode_prompt(tokenizer, GENERAL[0]["prompt"])
+    with pytest.raises(ValueError, match=r"this prompt has the columns \[\]"):
+        encode_prompt(tokenizer, {"prompt": None}, "this prompt")
+
+
+def test_a_message_without_content_calls_a_tool():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    row = {"messages": [*GENERAL[0]["prompt"], call]}
+    assert ReferenceSet("a", [row]).tokenize(tiny_tokenizer())
 
 
 @pytest.mark.parametrize("prompt", [5, None, b"x", [5], [{"role": 1, "content": "x"}], "\ud800", []])

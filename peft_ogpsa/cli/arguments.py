@@ -122,7 +122,10 @@ class DataArguments:
     )
     reference_samples: int = field(
         default=ReferenceSet.samples or 0,
-        metadata={"help": "Maximum number of rows used from each reference set. The first rows are used."},
+        metadata={
+            "help": "Maximum number of rows used from each reference set. A public set is shuffled first. From other "
+            "data, the first rows are used."
+        },
     )
     reference_max_length: int = field(
         default=ReferenceSet.max_length,

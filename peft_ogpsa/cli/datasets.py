@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from .. import data
+from ..core.files import check_utf8
 from ..data import public
 from ..references.losses import LOSSES
 from ..references.sets import OF_OWN_ANSWERS, AnsweredSet, ReferenceSet
-from ..text.tokenization import Prompt
+from ..text.tokenization import Prompt, check_answer, columns_of, text_or_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -32,10 +33,10 @@ _FORMS = (
     f"(NAME is one of {', '.join(data.NAMES)}, pairs), public:NAME (NAME is one of {', '.join(public.PUBLIC)}), or a "
     "hub name, for example owner/name:config[train]."
 )
-# The columns that TRL's trainers need. The rows must have all columns of at least one of these sets.
+# The columns that TRL's trainers need. The first set whose columns are all there is the format of the rows.
 _COLUMNS: dict[str, tuple[set[str], ...]] = {
-    "sft": ({"messages"}, {"prompt", "completion"}, {"text"}, {"conversations"}, {"input_ids"}),
-    "dpo": ({"chosen", "rejected"},),
+    "sft": ({"input_ids"}, {"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}),
+    "dpo": ({"prompt", "chosen", "rejected"}, {"chosen", "rejected"}),
 }
 _OTHER_STAGE = {"sft": "dpo", "dpo": "sft"}
 
@@ -92,24 +93,25 @@ def _external(spec: str) -> Dataset:
     path = Path(source).expanduser()
     if path.is_dir():
         return _from_folder(load_from_disk(str(path)), split)
-    if path.suffix in _BUILDERS:
+    suffix = path.suffix.lower()
+    if suffix in _BUILDERS:
         if not path.is_file():
             raise FileNotFoundError("there is no such file")
         if path.stat().st_size == 0:  # datasets fails on an empty file with a bare StopIteration
             raise ValueError("the file is empty")
-        return load_dataset(_BUILDERS[path.suffix], data_files={"train": str(path)}, split=split or "train")
+        if suffix != ".parquet":
+            check_utf8(path)
+        return load_dataset(_BUILDERS[suffix], data_files={"train": str(path)}, split=split or "train")
+    if path.is_file():
+        raise ValueError(f"its suffix {path.suffix!r} is not one of {', '.join(_BUILDERS)}")
     name, _, config = source.partition(":")
     return load_dataset(name, config or None, split=split or "train")
 
 
 def _from_folder(loaded: Dataset | DatasetDict, split: str | None) -> Dataset:
-    if isinstance(loaded, DatasetDict):
-        if (split or "train") not in loaded:
-            raise ValueError(f"it has the splits {', '.join(loaded)}, but not {split or 'train'}")
-        return loaded[split or "train"]
-    if split is not None:
-        raise ValueError(f"it has a single split without a name. Leave out [{split}]")
-    return loaded
+    splits = {"train": loaded} if isinstance(loaded, Dataset) else loaded
+    parts = ReadInstruction.from_spec(split or "train").to_absolute({name: len(own) for name, own in splits.items()})
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def check_prompts(rows: Dataset, field: str, spec: str) -> None:
@@ -126,21 +128,64 @@ def check_prompts(rows: Dataset, field: str, spec: str) -> None:
         )
 
 
-def check_columns(rows: Dataset, stage: str, field: str, spec: str) -> None:
-    """Reject preference pairs for SFT, instruction data for DPO, and data that is neither.
+def training_rows(rows: Dataset, stage: str, field: str, spec: str) -> Dataset:
+    """Check rows for TRL's trainer, and leave out the columns of other formats, which would confuse it.
+
+    Rows that are tokenized already are returned as they are.
 
     Raises:
-        ValueError: If TRL's trainer for the stage cannot read the columns.
+        ValueError: If the trainer for the stage cannot read the columns, or a row lacks one of them, has no answer, or
+            has plain text where other rows or columns have messages.
     """
+    place = f"{field}={spec!r}"
+    needed = _format(rows, stage, place)
+    if "input_ids" in needed:
+        return rows
+    others = set().union(*_COLUMNS["sft"], *_COLUMNS["dpo"]) - needed
+    rows = rows.remove_columns([column for column in rows.column_names if column in others])
+    if "conversations" in needed:
+        from trl import maybe_convert_to_chatml  # not above: training tools import this module, maybe without TRL
+
+        rows, needed = rows.map(maybe_convert_to_chatml, remove_columns="conversations"), {"messages"}
+    _check_rows(rows.select_columns(sorted(needed)), place)
+    return rows
+
+
+def _check_rows(rows: Dataset, place: str) -> None:
+    """Check that each row has a value in all columns, in the same form, and an answer."""
+    plain = {"text": True, "messages": False}.get(rows.column_names[0])
+    for i, row in enumerate(rows):
+        name = f"{place}: row {i}"
+        own = columns_of(row, name)
+        if missing := [column for column in row if column not in own]:
+            raise ValueError(f"{name} has no {', '.join(missing)}. Give every row {', '.join(row)}.")
+        for column, value in own.items():
+            part = text_or_messages(value, name)
+            plain = isinstance(part, str) if plain is None else plain
+            if isinstance(part, str) != plain:
+                found, wanted = ("messages", "plain text") if plain else ("plain text", "messages")
+                raise ValueError(
+                    f"{name} has {found} in the column {column}. Give {wanted} there: all prompts and answers must "
+                    "have the same form."
+                )
+            if column != "prompt":
+                check_answer(part, name)
+            elif not plain and not part:
+                raise ValueError(f"{name} has no message in the column prompt. Give it the user's message.")
+
+
+def _format(rows: Dataset, stage: str, place: str) -> set[str]:
+    """Return the columns of the rows' format. Reject pairs for SFT, instruction data for DPO, and other data."""
     columns = set(rows.column_names)
-    if any(needed <= columns for needed in _COLUMNS[stage]):
-        return
+    for needed in _COLUMNS[stage]:
+        if needed <= columns:
+            return needed
     wanted = " or ".join("/".join(sorted(needed)) for needed in _COLUMNS[stage])
     other = _OTHER_STAGE[stage]
     fits_other = any(needed <= columns for needed in _COLUMNS[other])
     hint = f" These are rows for `ogpsa {other}`." if fits_other else ""
     raise ValueError(
-        f"{field}={spec!r} has the columns {', '.join(sorted(columns))}, but `ogpsa {stage}` needs {wanted}.{hint} "
+        f"{place} has the columns {', '.join(sorted(columns))}, but `ogpsa {stage}` needs {wanted}.{hint} "
         "Rename the columns, or give other data."
     )
 

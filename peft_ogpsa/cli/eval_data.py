@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import data
 from ..data.prompt_sets import PROMPT_SETS, PromptRow, load_prompt_set, read_prompt_set
+from ..text.tokenization import Prompt, encode_prompt, encode_row
 from .datasets import load_rows
 
 ANSWER_TOKENS = {"facts": 32, "arithmetic": 128}
@@ -55,6 +57,58 @@ def load_eval_data(source: str, samples: int | None) -> EvalData:
         sets[name] = read_prompt_set(name, path, samples) if path else load_prompt_set(name, samples)
     rows = load_test_rows(own[0] if own else source, samples) if own or not public else {}
     return EvalData(own[0] if own else "", rows, sets)
+
+
+def check_rows(data: EvalData, processing_class: Any, max_length: int, *, divergence: bool) -> None:
+    """Encode all rows once, so that a bad one is an error before anything is measured.
+
+    Args:
+        data: The rows.
+        processing_class: The base's tokenizer, or a processor that has one as `.tokenizer`.
+        max_length: Maximum number of tokens of a general row.
+        divergence: Whether the KL from base is measured on the prompts of the general rows.
+
+    Raises:
+        ValueError: If a row cannot be measured. The message names its file or set.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    for kind, rows in data.rows.items():
+        file = Path(data.name) / f"{kind}_test.jsonl"
+        place = str(file) if file.is_file() else f"data={data.name!r}: {kind}"
+        if kind == "general":
+            check_answers(tokenizer, rows, place, max_length)
+        if kind != "general" or divergence:
+            check_prompts(tokenizer, rows, place)
+    for name, prompts in data.sets.items():
+        check_prompts(tokenizer, prompts, f"The set {name!r}")
+
+
+def check_prompts(tokenizer: Any, prompts: Iterable[Prompt], place: str) -> None:
+    """Encode prompts, to find those that a model cannot answer.
+
+    Raises:
+        ValueError: If there is one. The message begins with `place`.
+    """
+    for i, prompt in enumerate(prompts):
+        if not encode_prompt(tokenizer, prompt, f"{place}: row {i}"):
+            raise ValueError(f"{place}: row {i} has no tokens. Give its prompt some text.")
+
+
+def check_answers(
+    tokenizer: Any, rows: Iterable[Mapping[str, Any]], place: str, max_length: int | None = None
+) -> None:
+    """Encode rows, to find those without an answer within `max_length` tokens.
+
+    Raises:
+        ValueError: If there is one. The message begins with `place`.
+    """
+    for i, row in enumerate(rows):
+        example = encode_row(tokenizer, row, f"{place}: row {i}")
+        if max_length is not None and example.cut(max_length) is None:
+            raise ValueError(
+                f"{place}: row {i} has no answer token left: its prompt takes {example.answer_start} tokens, and "
+                f"max_length is {max_length}. Drop the row, shorten its prompt, or raise --max_length of `ogpsa eval`."
+            )
 
 
 def load_test_rows(source: str, samples: int | None) -> dict[str, list[dict[str, Any]]]:

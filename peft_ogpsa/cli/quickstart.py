@@ -49,8 +49,10 @@ from ..trainer.penalty import ReferencePenalty
 from ..tuner.config import OGPSAConfig
 from ..tuner.model import projector_of
 from .errors import input_errors
+from .eval_data import check_answers, check_prompts
 from .models import SMOLLM2, load_model
 
+_MAX_LENGTH = 1024  # tokens of a general row
 _LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -316,7 +318,7 @@ def load_rows(folder: str | None) -> tuple[Rows, Rows]:
     """Load training and held-out rows by name: harmful, benign and general.
 
     Raises:
-        ValueError: If a file is missing or has no rows, or one of its lines is not a JSON object.
+        ValueError: If a file is missing, is not in UTF-8 or has no rows, or one of its lines is not a JSON object.
     """
     rows: dict[str, Rows] = {"train": {}, "test": {}}
     for split, of_split in rows.items():
@@ -332,6 +334,8 @@ def load_rows(folder: str | None) -> tuple[Rows, Rows]:
                 )
             try:
                 of_split[name] = list(json_lines(path.read_text(encoding="utf-8")))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not in UTF-8. Save it as UTF-8.") from error
             except ValueError as error:
                 raise ValueError(f"{path}, {error}. Correct this line.") from error
             if not of_split[name]:
@@ -376,6 +380,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
                 f"model={arguments.model!r} cannot be loaded: {error} Give a folder with a model and its tokenizer, "
                 "or a name on the Hugging Face hub that this machine can reach."
             ) from error
+        _check_rows(tokenizer, train_rows, test_rows, arguments)
     evaluator = _evaluator(tokenizer, test_rows, arguments)
     console.print(f"Measuring the base model ({source}) ...")
     measured_base = evaluator.base(base)
@@ -408,6 +413,28 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     return report
 
 
+def _check_rows(
+    tokenizer: PreTrainedTokenizerBase, train_rows: Rows, test_rows: Rows, arguments: QuickstartArguments
+) -> None:
+    """Encode the rows that are used, so that a bad one is an error before anything is measured.
+
+    Raises:
+        ValueError: If one cannot be used. The message names its file.
+    """
+    folder = Path(arguments.data or "builtin")
+    train, test = ({name: str(folder / f"{name}_{split}.jsonl") for name in data.NAMES} for split in data.SPLITS)
+    given = any(METHODS[name].answers == "given" for name in arguments.methods)
+    check_answers(tokenizer, train_rows["harmful"], train["harmful"])
+    for name in REFERENCES:
+        rows = train_rows[name][: arguments.reference_samples]
+        check_prompts(tokenizer, rows, train[name])
+        if given:
+            check_answers(tokenizer, rows, train[name])
+    for name in data.NAMES:
+        check_prompts(tokenizer, test_rows[name][: arguments.test_samples], test[name])
+    check_answers(tokenizer, test_rows["general"][: arguments.test_samples], test["general"], _MAX_LENGTH)
+
+
 def _evaluator(tokenizer: PreTrainedTokenizerBase, rows: Rows, arguments: QuickstartArguments) -> Evaluator:
     """Return the measurements on held-out rows."""
     samples = arguments.test_samples
@@ -416,7 +443,8 @@ def _evaluator(tokenizer: PreTrainedTokenizerBase, rows: Rows, arguments: Quicks
         harmful=rows["harmful"][:samples],
         benign=rows["benign"][:samples],
         general={"general": rows["general"][:samples]},
-        divergence_prompts=rows["general"][: samples // 2],
+        divergence_prompts=rows["general"][: max(1, samples // 2)],
+        max_length=_MAX_LENGTH,
         max_new_tokens=12,  # a refusal shows in its first words
         batch_size=16,
         seed=arguments.seed,

@@ -8,9 +8,10 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,13 +27,14 @@ from .. import __version__, compat
 from ..core.config import ProjectionConfig
 from ..core.files import check_writable
 from ..core.full_parameter import FullParameterConfig
-from ..references.lookalikes import with_lookalikes
+from ..references.lookalikes import safety_rows, with_lookalikes
 from ..references.refusals import refusals_from_prompts
 from ..references.sets import ReferenceSet
 from ..sharing.card import save_card
 from ..sharing.folder import weights_digest
 from ..sharing.hub import push_adapter
 from ..sharing.run_record import save_run
+from ..text.tokenization import as_messages
 from ..trainer.callback import OGPSACallback
 from ..trainer.checkpoint import CheckpointError, last_whole
 from ..tuner.config import SIDECAR_NAME, OGPSAConfig
@@ -46,7 +48,7 @@ from .arguments import (
     parser,
     whole_config,
 )
-from .datasets import PromptSet, check_columns, check_prompts, load_rows, prompt_set, reference_sets
+from .datasets import PromptSet, check_prompts, load_rows, prompt_set, reference_sets, training_rows
 from .dryrun import dry_run, save_nothing
 from .errors import input_errors
 from .launch import check_saves_whole_model, shard_on_cpu
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 LOOKALIKE_TOKENS = 512
 """Maximum number of tokens of a look-alike and its answer."""
 
+_BECOMES_MESSAGES = "{}: plain text becomes messages, because the tokenizer has a chat template."
 _LAST = ("last", "true")  # values of resume_from_checkpoint; transformers takes True for the newest checkpoint
 
 
@@ -257,7 +260,13 @@ def _prepare(
         refusals = refusals_from_prompts(train_rows.to_list(), base, processing_class)
         console.print(f"Own refusals: {refusals}.", soft_wrap=True)
         train_rows = Dataset.from_list(refusals.rows)
+    templated = getattr(processing_class, "tokenizer", processing_class).chat_template is not None
+    if templated:
+        train_rows = _as_chat(train_rows, "dataset", console)
+        held_out = held_out and _as_chat(held_out, "eval_dataset", console)
+        sets = [_reference_as_chat(s, console) if isinstance(s, ReferenceSet) else s for s in sets]
     if lookalikes is not None:
+        safety_rows(train_rows, conversational=templated)  # before the base answers
         answered = lookalikes.answered(base, processing_class)
         train_rows = Dataset.from_list(with_lookalikes(train_rows, answered, data.lookalikes))
     known = [s.answered(base, processing_class) if isinstance(s, PromptSet) else s for s in sets]
@@ -312,8 +321,29 @@ def _rows(options: _Options) -> tuple[Dataset, Dataset | None]:
         _check_own_refusals(options)
         check_prompts(rows, "dataset", data.dataset)
     else:
-        check_columns(rows, options.stage, "dataset", data.dataset)
-    return rows, load_rows(data.eval_dataset, "eval_dataset") if data.eval_dataset else None
+        rows = training_rows(rows, options.stage, "dataset", data.dataset)
+    if data.eval_dataset is None:
+        return rows, None
+    held_out = load_rows(data.eval_dataset, "eval_dataset")
+    return rows, training_rows(held_out, options.stage, "eval_dataset", data.eval_dataset)
+
+
+def _as_chat(rows: Dataset, option: str, console: Console) -> Dataset:
+    """Turn plain text into messages, as `ogpsa eval` does with prompts, so that training has the same template."""
+    if as_messages(rows[0]) == rows[0]:  # all rows have the form of the first
+        return rows
+    console.print(_BECOMES_MESSAGES.format(option), soft_wrap=True)
+    return rows.map(as_messages)
+
+
+def _reference_as_chat(own: ReferenceSet, console: Console) -> ReferenceSet:
+    """Do the same with the rows of a reference set that are used."""
+    rows = list(islice(own.dataset, own.samples))
+    chat = [as_messages(row) for row in rows]
+    if chat == rows:
+        return own
+    console.print(_BECOMES_MESSAGES.format(f"references: {own.name}"), soft_wrap=True)
+    return replace(own, dataset=chat)
 
 
 def _check_own_refusals(options: _Options) -> None:

@@ -53,6 +53,21 @@ def check_writable(folder: str | os.PathLike[str], name: str) -> None:
         ) from error
 
 
+def check_utf8(path: Path) -> None:
+    """Check the encoding of a text file. Some readers of data notice a wrong one only when a row is used.
+
+    Raises:
+        ValueError: If a line is not in UTF-8. The message names the line.
+        OSError: If the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number} is not in UTF-8. Save the file as UTF-8") from error
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -48,7 +48,10 @@ class PromptSet:
 def xstest(row: RawRow, split: str) -> PromptRow:
     """Read a row of XSTest. Without the column `label`, its unsafe prompts are those of the types `contrast_...`."""
     prompt, category = values(row, "prompt", "type")
-    unsafe = row["label"] == "unsafe" if row.get("label") else category.startswith("contrast")
+    label = str(row.get("label") or "").strip().casefold()
+    if label not in ("", "safe", "unsafe"):
+        raise ValueError(f"label={row['label']!r} is unknown. Give safe or unsafe, or leave out the column")
+    unsafe = label == "unsafe" if label else category.startswith("contrast")
     return _row(prompt, "harmful" if unsafe else "benign", category)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import extras
+from ..core.files import check_utf8
 
 RawRow = Mapping[str, Any]
 _Row = TypeVar("_Row")
@@ -42,14 +43,17 @@ def from_file(name: str, path: Path) -> Any:
         raise FileNotFoundError(
             f"The set {name!r}: path={str(path)!r} is not a file. Give the path of a downloaded file."
         )
-    if path.suffix not in _BUILDERS:
+    suffix = path.suffix.lower()
+    if suffix not in _BUILDERS:
         raise ValueError(f"The set {name!r}: path={str(path)!r} must end in one of {', '.join(_BUILDERS)}.")
     extras.check("cli", "Reading public data sets")
     from datasets import load_dataset
 
     try:
+        if suffix != ".parquet":
+            check_utf8(path)
         # Use streaming: a plain load would copy the file into the cache of `datasets`.
-        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+        return load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", streaming=True)
     except Exception as error:  # each kind of file has its own errors
         raise ValueError(f"The set {name!r}: {path} cannot be read: {error}") from error
 

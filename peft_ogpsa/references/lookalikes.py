@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..text.tokenization import columns_of
 from .self_answers import ended
 from .sets import AnsweredSet
 
@@ -55,14 +56,36 @@ def with_lookalikes(
     mixed: list[dict[str, Any]] = []
     own = itertools.cycle(answered)
     due = 0.0
-    for i, row in enumerate(safety):
-        given = _safety_row(row, i)
+    for given in safety_rows(safety, conversational=not isinstance(answered[0][0], str)):
         mixed.append(given)
         due += share / (1 - share)
         while due >= 1 - 1e-9:
-            mixed.append(_like(given, *next(own), i))
+            mixed.append(_like(given, *next(own)))
             due -= 1
     return mixed
+
+
+def safety_rows(rows: Iterable[Mapping[str, Any]], *, conversational: bool) -> list[dict[str, Any]]:
+    """Check safety rows before a model answers the look-alikes for them.
+
+    Args:
+        rows: Safety rows, as in `with_lookalikes`.
+        conversational: Whether the look-alikes are messages. They are if the tokenizer has a chat template.
+
+    Returns:
+        The rows, with the columns that look-alikes have too.
+
+    Raises:
+        ValueError: If a row has an unknown format, or only one of it and the look-alikes is conversational.
+    """
+    checked = [_safety_row(row, i) for i, row in enumerate(rows)]
+    for i, row in enumerate(checked):
+        if isinstance(row.get("messages", row.get("prompt")), str) == conversational:
+            raise ValueError(
+                f"with_lookalikes: row {i} is {'plain text' if conversational else 'conversational'}, but the "
+                "look-alikes are not. Give both in the same format."
+            )
+    return checked
 
 
 def with_contrast(
@@ -74,23 +97,18 @@ def with_contrast(
 
 
 def _safety_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    own = columns_of(row, f"with_lookalikes: row {index}")
     for columns in (("prompt", "chosen", "rejected"), ("prompt", "completion"), ("messages",)):
-        if all(column in row for column in columns):
-            return {column: row[column] for column in columns}
+        if all(column in own for column in columns):
+            return {column: own[column] for column in columns}
     raise ValueError(
-        f"with_lookalikes: row {index} has the columns {sorted(row)}. Give it the columns prompt/completion, "
+        f"with_lookalikes: row {index} has the columns {sorted(own)}. Give it the columns prompt/completion, "
         "messages, or prompt/chosen/rejected."
     )
 
 
-def _like(row: Mapping[str, Any], prompt: Any, answer: Any, index: int) -> dict[str, Any]:
+def _like(row: Mapping[str, Any], prompt: Any, answer: Any) -> dict[str, Any]:
     """Build a look-alike's row in the format of a safety row."""
-    given = row["messages"] if "messages" in row else row["prompt"]
-    if isinstance(given, str) != isinstance(prompt, str):
-        raise ValueError(
-            f"with_lookalikes: row {index} is {'plain text' if isinstance(given, str) else 'conversational'}, but the "
-            "look-alikes are not. Give both in the same format."
-        )
     if "messages" in row:
         return {"messages": [*prompt, *answer]}
     if "chosen" in row:

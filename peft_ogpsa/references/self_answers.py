@@ -23,13 +23,21 @@ from ..text.access import language_model
 from ..text.cache import cache_dir as default_cache
 from ..text.generation import generate_ids
 from ..text.refusal import Verdict, classify
-from ..text.tokenization import Message, Prompt, encode_prompt, text_or_messages
+from ..text.tokenization import (
+    Message,
+    Prompt,
+    content_of,
+    encode_prompt,
+    encode_row,
+    template_columns,
+    text_or_messages,
+)
 from ..tuner.adapters import base_of
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # version of the cache file's format
-_SENTENCE = re.compile(r"""(?s).*[.!?](?=["')\]*]*(?:\s|$))["')\]*]*""")
+_FORMAT = 2  # version of the cache file's format
+_SENTENCE = re.compile(r"""(?s).*(?:[.!?](?=["')\]*]*(?:\s|$))|[。！？।])["')\]*”’」』）]*""")
 
 Content: TypeAlias = str | list[dict[str, Any]]
 """A prompt as its row stores it: plain text, or messages."""
@@ -125,13 +133,18 @@ def base_answers(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if isinstance(prompts, str | Mapping):
         raise ValueError(f"{where}: prompts is a single {type(prompts).__name__}. Give a list of prompts.")
-    given = [_content(prompt, tokenizer, f"{where}: prompt {i}") for i, prompt in enumerate(islice(prompts, samples))]
+    asked = list(islice(prompts, samples))
+    options = [template_columns(prompt) if isinstance(prompt, Mapping) else {} for prompt in asked]
+    given = [_content(prompt, tokenizer, f"{where}: prompt {i}") for i, prompt in enumerate(asked)]
     if not given:
         raise ValueError(f"{where} has no prompts. Give it at least one prompt.")
     questions = given
     if asked_as is not None:
         questions = [asked_as(tokenizer, prompt, f"{where}: prompt {i}") for i, prompt in enumerate(given)]
-    encoded = [encode_prompt(tokenizer, asked, f"{where}: prompt {i}") for i, asked in enumerate(questions)]
+    encoded = [
+        encode_prompt(tokenizer, {"prompt": question, **own}, f"{where}: prompt {i}")
+        for i, (question, own) in enumerate(zip(questions, options, strict=True))
+    ]
     fitting = [position for position, ids in enumerate(encoded) if len(ids) < max_length]
     if not fitting:
         raise ValueError(
@@ -147,15 +160,16 @@ def base_answers(
     }
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_key(model, tokenizer, [questions[position] for position in fitting], settings)}.jsonl"
+    told = [{"prompt": questions[i], **options[i]} if options[i] else questions[i] for i in fitting]
+    path = folder / f"{_key(model, tokenizer, told, settings)}.jsonl"
     rows = _read(path, fit)
     if rows is None:
         prompt_ids = [encoded[position] for position in fitting]
         with base_of(model):
             answers = generate_ids(model, tokenizer, prompt_ids, progress=progress, **settings)
         rows = [
-            _row(tokenizer, prompt, ids, answer, max_new_tokens)
-            for prompt, ids, answer in zip(fit, prompt_ids, answers, strict=True)
+            _row(tokenizer, given[position], options[position], ids, answer, max_new_tokens)
+            for position, ids, answer in zip(fitting, prompt_ids, answers, strict=True)
         ]
         _write(path, rows)
     too_long = [prompt for prompt, ids in zip(given, encoded, strict=True) if len(ids) >= max_length]
@@ -189,10 +203,7 @@ def _kept(rows: list[dict[str, Any]], too_long: int) -> tuple[list[dict[str, Any
 
 def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> Content:
     """Return a prompt as its row stores it: messages if the tokenizer has a chat template, plain text if not."""
-    if isinstance(prompt, Mapping):
-        if "prompt" not in prompt and "messages" not in prompt:
-            raise ValueError(f"{name} has the columns {sorted(prompt)}. Give it the column prompt or messages.")
-        prompt = prompt["prompt"] if "prompt" in prompt else prompt["messages"]
+    prompt = content_of(prompt, name)
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}] if tokenizer.chat_template is not None else prompt
     if tokenizer.chat_template is None:
@@ -209,6 +220,7 @@ def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> C
 def _row(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Content,
+    options: Mapping[str, Any],
     prompt_ids: list[int],
     answer_ids: list[int],
     max_new_tokens: int,
@@ -224,7 +236,20 @@ def _row(
     if unfinished:
         text = text.rstrip("\ufffd")  # an incomplete character
     completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-    return {"prompt": prompt, "completion": completion, "unfinished": unfinished}
+    row = {"prompt": prompt, **options, "completion": completion, "unfinished": unfinished}
+    if text and not _renders(tokenizer, row, answer_ids):
+        row |= {"ids": prompt_ids + answer_ids, "answer_start": len(prompt_ids)}
+    return row
+
+
+def _renders(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], answer_ids: list[int]) -> bool:
+    """Whether a row, as it is tokenized for training, has the answer as the model wrote it.
+
+    Templates of reasoning models drop or close a thought. Then the row keeps the tokens themselves.
+    """
+    example = encode_row(tokenizer, row, "An answer")
+    shown, written = (str(tokenizer.decode(ids)).strip() for ids in (example.answer, answer_ids))
+    return shown.startswith(written.rstrip("\ufffd"))
 
 
 def answer_text(completion: str | Sequence[Mapping[str, Any]]) -> str:

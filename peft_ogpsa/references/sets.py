@@ -4,19 +4,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..text.tokenization import Example, Prompt, columns_of, shared_length
 from .losses import LOSSES
 from .losses.dpo import Pair
 from .self_answers import AnswerCounts, self_answers
+
+logger = logging.getLogger(__name__)
 
 OF_OWN_ANSWERS = sorted(
     (name for name, loss in LOSSES.items() if loss.for_own_answers), key=lambda name: LOSSES[name].learns_answers
@@ -166,20 +170,28 @@ class ReferenceSet:
         rows = list(islice(self.dataset, self.samples))
         if not rows:
             raise ValueError(f"Reference set {self.name!r} is empty. Give it at least one example.")
-        loss = LOSSES[self.loss]
         named = [(row, f"Reference set {self.name!r}: row {i}") for i, row in enumerate(rows)]
-        whole = [
-            example
-            for row, name in named
-            for example in loss.tokenize(tokenizer, columns_of(row, name), name, self.beta)
-        ]
+        whole = [example for row, name in named for example in self._encoded(tokenizer, row, name)]
         examples = [example for example in (example.cut(self.max_length) for example in whole) if example is not None]
         if not examples:
             raise ValueError(
                 f"Reference set {self.name!r}: max_length={self.max_length} cuts off the answers of all {len(rows)} "
                 "rows, so there is nothing to learn from. Raise max_length, or shorten the prompts."
             )
+        if len(examples) < len(whole):
+            logger.warning(
+                "Reference set %r: max_length=%d cuts off the answers of %d of %d examples, so they are not used. "
+                "Raise max_length, or shorten the prompts.",
+                self.name,
+                self.max_length,
+                len(whole) - len(examples),
+                len(whole),
+            )
         return examples
+
+    def _encoded(self, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name: str) -> list[Any]:
+        """Return the examples of a row, uncut."""
+        return LOSSES[self.loss].tokenize(tokenizer, columns_of(row, name), name, self.beta)
 
 
 @dataclass
@@ -192,19 +204,21 @@ class AnsweredSet(ReferenceSet):
 
     counts: AnswerCounts = field(kw_only=True)
 
-    def tokenize(self, processing_class: Any) -> list[Example]:
-        """Tokenize as in `ReferenceSet`, but without the end of the turn if the answer was cut."""
+    def _encoded(self, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name: str) -> list[Any]:
+        """Return the example of a row, uncut, without the end of the turn if the answer was cut."""
+        if "ids" in row:  # the chat template would show another answer than the model's
+            return [Example(list(row["ids"]), row["answer_start"], self.loss)]
+        (example,) = super()._encoded(tokenizer, row, name)
+        if not row["unfinished"]:
+            return [example]
         # The tokens that stay the same when the answer continues belong to the answer, whatever the template.
-        longer = ReferenceSet(self.name, [_going_on(row) for row in self.dataset], None, self.max_length, self.loss)
-        answered = cast(list[Example], super().tokenize(processing_class))
-        pairs = zip(answered, cast(list[Example], longer.tokenize(processing_class)), strict=True)
-        cut = (example.cut(shared_length(example.ids, other.ids)) for example, other in pairs)
-        return [example for example in cut if example is not None]
+        (longer,) = super()._encoded(tokenizer, _going_on(row), name)
+        cut = example.cut(shared_length(example.ids, longer.ids))
+        return [] if cut is None else [cut]
 
 
 def _going_on(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not row["unfinished"]:
-        return row
+    """Return a row whose answer continues."""
     completion = row["completion"]
     if isinstance(completion, str):
         return {**row, "completion": completion + " and"}

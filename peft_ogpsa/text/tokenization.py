@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,6 +16,8 @@ from ..core.inputs import IGNORED
 Message = Mapping[str, Any]
 Row = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Mapping[str, Any]
+
+_ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,17 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
         tokenizer: The tokenizer. It needs a chat template if the row is made of messages.
         row: A row in a format that TRL's trainers read, with messages or plain strings: `messages` (the answer is the
             last assistant turn), `prompt` and `completion`, `text` (all of it is the answer), or `chosen` and
-            `rejected` with or without their `prompt` (the answer is the chosen one).
+            `rejected` with or without their `prompt` (the answer is the chosen one). The chat template gets its
+            `tools` and `chat_template_kwargs`.
         name: Name of the row in error messages.
 
     Raises:
         ValueError: If the row has other columns or no answer, mixes a conversation and plain text, or has messages
             without a template.
     """
-    prompt, answer = (text_or_messages(part, name) for part in _split(columns_of(row, name), name))
-    if not answer:
-        raise ValueError(
-            f"{name} has no answer: its completion is empty, or its messages have no assistant turn. Add an answer."
-        )
+    columns = columns_of(row, name)
+    prompt, answer = (text_or_messages(part, name) for part in _split(columns, name))
+    check_answer(answer, name)
     if isinstance(answer, str):
         if not isinstance(prompt, str):
             raise ValueError(
@@ -83,10 +85,45 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
                 "tokenizer, set tokenizer.chat_template, or give plain text."
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        prefix = encode_prompt(tokenizer, messages, name) if messages else []
-        ids = _chat_ids(tokenizer, [*messages, *answer], name)
+        options = template_columns(columns)
+        prefix = encode_prompt(tokenizer, {"prompt": messages, **options}, name) if messages else []
+        ids = _chat_ids(tokenizer, [*messages, *answer], name, options)
     # Nothing predicts the first token.
     return Example(ids, max(shared_length(prefix, ids), 1))
+
+
+def template_columns(row: Row) -> dict[str, Any]:
+    """Return the columns for the chat template, as TRL's trainers read them: `tools` and further arguments."""
+    return {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+
+
+def as_messages(row: Row) -> dict[str, Any]:
+    """Return a row whose plain-text prompt and answers are messages of the user and the assistant.
+
+    A row without the column `prompt` stays as it is: which part of its text the user says is not known.
+    """
+    return {
+        column: [{"role": _ROLES[column], "content": value}]
+        if column in _ROLES and isinstance(value, str) and "prompt" in row
+        else value
+        for column, value in row.items()
+    }
+
+
+def check_answer(answer: str | Sequence[Message], name: str) -> None:
+    """Reject a text, or messages, without an answer to learn from.
+
+    Raises:
+        ValueError: If the text is empty, or no message of the assistant has content or calls a tool.
+    """
+    if isinstance(answer, str):
+        found = bool(answer)
+    else:
+        found = any(m["role"] == "assistant" and (m["content"] or m.get("tool_calls")) for m in answer)
+    if not found:
+        raise ValueError(
+            f"{name} has no answer: its completion is empty, or its messages have no assistant turn. Add an answer."
+        )
 
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -118,7 +155,12 @@ def text_or_messages(part: Any, name: str) -> str | list[Message]:
         raise ValueError(f"{name} has a value of the type {type(part).__name__}. Give text or a list of messages.")
     messages = list(part)
     for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+        if (
+            not isinstance(message, Mapping)
+            or not isinstance(message.get("role"), str)
+            or "content" not in message
+            or (message["content"] is None and not message.get("tool_calls"))
+        ):
             raise ValueError(f"{name} has the message {repr(message)[:80]}. Give each message a role and a content.")
     return messages
 
@@ -164,31 +206,52 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str 
     Raises:
         ValueError: If the prompt has another form, or is conversational and there is no chat template.
     """
-    content = text_or_messages(_content(prompt), name)
-    if isinstance(content, str):
-        if tokenizer.chat_template is None:
-            return _text_ids(tokenizer, content, name)
-        content = [{"role": "user", "content": content}]
-    messages = list(content)
-    if messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return _chat_ids(tokenizer, messages, name, add_generation_prompt=True)
+    content = text_or_messages(content_of(prompt, name), name)
+    if isinstance(content, str) and tokenizer.chat_template is None:
+        return _text_ids(tokenizer, content, name)
+    options = template_columns(prompt) if isinstance(prompt, Mapping) else {}
+    return _chat_ids(tokenizer, _turns(content), name, options, add_generation_prompt=True)
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """Return the part of a prompt that a person reads: its last user turn."""
-    content = text_or_messages(_content(prompt), "A prompt")
-    if isinstance(content, str):
-        return content
-    return next((str(message["content"]) for message in reversed(content) if message["role"] == "user"), "")
+    """Return a prompt as plain text, for people and judges.
+
+    A single turn is its text. Of several turns, each has a line that begins with its role: `User: ...`. A last turn of
+    the assistant is dropped, as in `encode_prompt`. Of content in parts, the texts are joined by line breaks.
+    """
+    turns = _turns(text_or_messages(content_of(prompt, "A prompt"), "A prompt"))
+    texts = [_plain(turn["content"]) for turn in turns]
+    if len(turns) == 1:
+        return texts[0]
+    return "\n".join(f"{turn['role'].capitalize()}: {text}" for turn, text in zip(turns, texts, strict=True))
 
 
-def _content(prompt: Prompt) -> str | Sequence[Message]:
+def _turns(content: str | list[Message]) -> list[Message]:
+    """Return a prompt's turns, without a last one of the assistant."""
+    turns: list[Message] = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    return turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+
+
+def _plain(content: Any) -> str:
+    """Return the text of a turn. Parts without text, such as images, are left out."""
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        return "\n".join(text for text in texts if isinstance(text, str))
+    return "" if content is None else str(content)
+
+
+def content_of(prompt: Prompt, name: str) -> str | Sequence[Message]:
+    """Return a prompt without its row.
+
+    Raises:
+        ValueError: If it is a row with neither `prompt` nor `messages`.
+    """
     if not isinstance(prompt, Mapping):
         return prompt
-    if "prompt" not in prompt and "messages" not in prompt:
-        raise ValueError(f"A prompt has the columns {sorted(prompt)}. Give it the column prompt or messages.")
-    return prompt["prompt"] if "prompt" in prompt else prompt["messages"]
+    row = columns_of(prompt, name)
+    if "prompt" not in row and "messages" not in row:
+        raise ValueError(f"{name} has the columns {sorted(row)}. Give it the column prompt or messages.")
+    return row["prompt"] if "prompt" in row else row["messages"]
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[int]:
@@ -200,14 +263,21 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[
 
 
 def _chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], name: str, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    name: str,
+    options: Mapping[str, Any],
+    add_generation_prompt: bool = False,
 ) -> list[int]:
+    tools = options.get("tools")
     try:
         ids = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=False,
+            **options.get("chat_template_kwargs", {}),
         )
     except Exception as error:  # a template is a program of the model's authors
         raise ValueError(f"{name} does not work with the tokenizer's chat template: {error}") from error
