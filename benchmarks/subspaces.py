@@ -21,8 +21,9 @@ from tqdm import tqdm
 from peft_ogpsa import ReferenceSet, data
 from peft_ogpsa.cli.models import SMOLLM2, load_model
 from peft_ogpsa.core import inputs
-from peft_ogpsa.core.activation_subspace import kind_of, most_directions
+from peft_ogpsa.core.activation_subspace import most_directions
 from peft_ogpsa.core.isolation import isolated_eval
+from peft_ogpsa.core.kinds import kind_of
 from peft_ogpsa.core.sketch import OVERSAMPLING
 from peft_ogpsa.references.loader import ReferenceLoader
 from peft_ogpsa.references.losses import reference_loss

@@ -12,8 +12,9 @@ import torch
 from models import VOCABULARY, tiny_llama, tokens
 from torch import nn
 
-from peft_ogpsa.core import inputs
-from peft_ogpsa.core.inputs import HELD_OUT, Input
+from peft_ogpsa.core import inputs, watcher
+from peft_ogpsa.core.examples import HELD_OUT
+from peft_ogpsa.core.inputs import Input
 
 RANK = 24  # with it, widths 32 and 64 are held whole
 
@@ -668,7 +669,7 @@ def test_long_inputs_count_up_to_a_limit(width, factor):
     vectors[:, 3] = long * factor
     layer = nn.Linear(width, width)
     item = one(layer, {"set": list(vectors.split(10))}, layers={"a": layer}, rank=16)
-    vectors[:, 3] = long * min(factor, inputs.LONGEST)
+    vectors[:, 3] = long * min(factor, watcher.LONGEST)
     expected = moments(layer, {"set": list(vectors.split(10))}, layers={"a": layer})["a"]
     assert len(item.energies) == 16  # a long input does not make the others' directions rounding errors
     assert_captured(item, expected, least=0.98)
@@ -686,7 +687,7 @@ def test_tokens_of_no_length_limit_nothing():
 
 def test_a_process_without_held_out_examples_adds_zeros_on_the_device_of_the_inputs(monkeypatch):
     # Collectives of NCCL take no tensor of the CPU.
-    watcher = SimpleNamespace(inputs={"layer": (4, torch.device("meta"))}, take=lambda *args: None)
+    idle = SimpleNamespace(inputs={"layer": (4, torch.device("meta"))}, take=lambda *args: None)
     given = []
 
     def summed(tensors):
@@ -695,7 +696,7 @@ def test_a_process_without_held_out_examples_adds_zeros_on_the_device_of_the_inp
 
     monkeypatch.setattr(inputs.distributed, "summed", summed)
     found = [Input(("layer",), 4, torch.ones(1), torch.eye(4)[:, :1], 1.0)]
-    inputs._measure(found, [None], watcher, None, None)
+    inputs._measure(found, [None], idle, None, None)
     assert [tensor.device.type for tensor in given] == ["meta"]
     assert found[0].held_out == 0.25
 

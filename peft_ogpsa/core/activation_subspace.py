@@ -23,19 +23,19 @@ no communication.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import distributed
 from .inputs import Input
+from .kinds import Kind, kind_of
 from .layout import LARGEST_GROUP
 from .linalg import small_dtype
+from .stacks import InputMatrix, Stack, inverse_of
 
 MOST_DIRECTIONS = 512
 """Maximum directions of an input if the energy determines their number; also limited to half of its width."""
@@ -71,79 +71,6 @@ def most_directions(width: int) -> int:
     return min(MOST_DIRECTIONS, width // 2)
 
 
-@dataclass(frozen=True)
-class InputMatrix:
-    """A matrix that is applied to a layer's input: LoRA's A, or the weight of a linear layer.
-
-    Attributes:
-        name: Name of the parameter.
-        layer: Name of the layer.
-        module: The layer. Its first argument is the input.
-        parameter: The matrix, `(out, width)`.
-        after: LoRA's B, `(features, out)`; `None` for a full weight.
-    """
-
-    name: str
-    layer: str
-    module: nn.Module
-    parameter: nn.Parameter
-    after: nn.Parameter | None = None
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """Inputs of one kind of layer, with their matrices stacked.
-
-    Attributes:
-        kind: The layers' names without the part that differs between the model's blocks: `q_proj+k_proj+v_proj`.
-        inputs: Indices of the inputs in the subspace.
-        matrices: The matrices of each input.
-        basis: `(inputs, width, k)`, in the dtype in which the directions are stored. Inputs with fewer directions are
-            padded with columns of zeros.
-        inverse: Pseudoinverse of the Gram matrices, `(inputs, k, k)`, if rounding has made the basis oblique; else
-            `None`.
-        gain: The factor of the steps, `(inputs, 1, 1)`; 1 for full weights.
-    """
-
-    kind: str
-    inputs: list[int]
-    matrices: list[list[InputMatrix]]
-    basis: Tensor
-    inverse: Tensor | None
-    gain: Tensor
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [matrix.parameter for own in self.matrices for matrix in own]
-
-    def copies(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Stack this process's part of tensors like `parameters()`: `(inputs, rows, width)`, float32 or wider."""
-        own = [distributed.local(tensor) for tensor in tensors]
-        shape = (len(self.inputs), sum(len(t) for t in own) // len(self.inputs), self.basis.shape[1])
-        stacked = own[0].new_empty(shape, dtype=torch.promote_types(torch.float32, own[0].dtype))
-        torch._foreach_copy_(self.views(stacked), own)
-        return stacked
-
-    def views(self, stacked: Tensor) -> list[Tensor]:
-        """Split a stack into its parts, in the order of `parameters()`."""
-        sizes = [len(distributed.local(matrix.parameter)) for matrix in self.matrices[0]]
-        return [part for own in stacked for part in own.split(sizes)]
-
-    def along(self, stacked: Tensor, place: int | slice = slice(None)) -> Tensor:
-        """Coordinates of every row along the directions, `(inputs, rows, k)`: `M U (U^T U)^-1`."""
-        places = slice(place, place + 1) if isinstance(place, int) else place
-        along = torch.bmm(stacked, self.basis[places].to(stacked.dtype))
-        return along if self.inverse is None else torch.bmm(along, self.inverse[places].to(stacked.dtype))
-
-    def spread(self, along: Tensor, place: int | slice = slice(None)) -> Tensor:
-        """Compute rows from their coordinates: `(inputs, rows, width)`."""
-        places = slice(place, place + 1) if isinstance(place, int) else place
-        return torch.bmm(along, self.basis[places].to(along.dtype).mT)
-
-    def inside(self, stacked: Tensor) -> Tensor:
-        """The part of every row that lies in its subspace."""
-        return self.spread(self.along(stacked))
-
-
 class ActivationSubspace:
     """Leading directions of the inputs of the projected layers, and the projection away from them.
 
@@ -170,7 +97,7 @@ class ActivationSubspace:
         for own in self.inputs:
             own.directions = own.directions[:, :0]  # stored in the stacks from now on
 
-    def _stacked(self) -> list[_Stack]:
+    def _stacked(self) -> list[Stack]:
         own: dict[str, InputMatrix] = {matrix.layer: matrix for matrix in self.matrices}
         known = [layer for item in self.inputs for layer in item.layers]
         if sorted(known) != sorted(own) or len(own) != len(self.matrices):
@@ -213,7 +140,7 @@ class ActivationSubspace:
                 matrices = [[own[layer] for layer in self.inputs[i].layers] for i in part]
                 gains = [self.inputs[i].gain if self._adapter else 1.0 for i in part]
                 gain = torch.tensor(gains, device=device).view(-1, 1, 1)
-                stacks.append(_Stack(kind, part, matrices, basis, _inverse(basis), gain))
+                stacks.append(Stack(kind, part, matrices, basis, inverse_of(basis), gain))
         return stacks
 
     # The start of training
@@ -417,62 +344,11 @@ class ActivationSubspace:
             )
         return cls(matrices, found, dtype)
 
-    def _each(self) -> Iterator[tuple[_Stack, int, InputMatrix]]:
+    def _each(self) -> Iterator[tuple[Stack, int, InputMatrix]]:
         for stack in self._stacks:
             for place, own in enumerate(stack.matrices):
                 for matrix in own:
                     yield stack, place, matrix
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Figures for the inputs of one kind of layer.
-
-    Attributes:
-        name: The kind, such as `q_proj+k_proj+v_proj`.
-        inputs: Number of inputs.
-        width: Width of an input.
-        directions: The smallest and the largest number of directions of an input.
-        share: Share of the energy of the reference inputs that lies in the directions, from 0 to 1; mean over the
-            inputs.
-        held_out: The same share for reference examples that were not used to find the directions; `None` without any.
-    """
-
-    name: str
-    inputs: int
-    width: int
-    directions: tuple[int, int]
-    share: float
-    held_out: float | None
-
-    def __str__(self) -> str:
-        few, many = self.directions
-        count = f"{few}" if few == many else f"{few} to {many}"
-        held = "" if self.held_out is None else f" and {self.held_out:.0%} of the energy of held-out ones"
-        return (
-            f"{self.name}: {self.inputs} inputs of width {self.width}. {count} directions hold {self.share:.0%} of "
-            f"the energy of reference inputs{held}"
-        )
-
-    @classmethod
-    def of(cls, name: str, inputs: Sequence[Input]) -> Kind:
-        """Compute the figures of these inputs."""
-        counts = [len(item.energies) for item in inputs]
-        held = [item.held_out for item in inputs if item.held_out is not None]
-        share = sum(item.share for item in inputs) / len(inputs)
-        return cls(
-            name,
-            len(inputs),
-            inputs[0].width,
-            (min(counts), max(counts)),
-            share,
-            sum(held) / len(held) if held else None,
-        )
-
-
-def kind_of(layers: Sequence[str]) -> str:
-    """The kind of layers that share an input: their names without the part that differs between the model's blocks."""
-    return "+".join(dict.fromkeys(re.sub(r"\d+", "*", layer.rpartition(".")[2]) for layer in layers))
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -524,11 +400,3 @@ def _share(after: Tensor, along: Tensor, matrix: Tensor) -> Tensor:
     inside, total = ((gram * (part @ part.T)).sum() for part in (along, matrix))
     possible = gram.trace() * matrix.square().sum()
     return torch.where(total > 1e-12 * possible, inside / total, 0.0).clamp(min=0).sqrt()
-
-
-def _inverse(basis: Tensor) -> Tensor | None:
-    """The pseudoinverse of the Gram matrices of rounded directions; `None` if the directions are not rounded."""
-    if basis.dtype == torch.float32:
-        return None
-    exact = basis.to(small_dtype(basis.device))
-    return torch.linalg.pinv(exact.mT @ exact, rtol=1e-6, hermitian=True).float()

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from torch import nn
 
 from . import attachment
-from .activation_subspace import InputMatrix
 from .config import ProjectionConfig
 from .projector import Projector
+from .stacks import InputMatrix
 
 # What wrappers add to parameter names. The names must be the same for any number of processes.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")

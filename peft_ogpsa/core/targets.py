@@ -9,8 +9,8 @@ from typing import Protocol
 
 from torch import nn
 
-from .activation_subspace import InputMatrix
 from .config import ProjectionConfig
+from .stacks import InputMatrix
 
 
 class Targets(Protocol):

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from ..core.inputs import IGNORED
+from ..core.examples import IGNORED
 
 Message = Mapping[str, Any]
 Row = Mapping[str, Any]

@@ -14,8 +14,8 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..core.activation_subspace import InputMatrix
 from ..core.config import ProjectionConfig
+from ..core.stacks import InputMatrix
 from .adapters import refuse_merged, without_adapter
 from .config import OGPSAConfig
 

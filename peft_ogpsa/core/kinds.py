@@ -1,0 +1,62 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of layers: those at the same place in each block of a model, and figures of their inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .inputs import Input
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Figures for the inputs of one kind of layer.
+
+    Attributes:
+        name: The kind, such as `q_proj+k_proj+v_proj`.
+        inputs: Number of inputs.
+        width: Width of an input.
+        directions: The smallest and the largest number of directions of an input.
+        share: Share of the energy of the reference inputs that lies in the directions, from 0 to 1; mean over the
+            inputs.
+        held_out: The same share for reference examples that were not used to find the directions; `None` without any.
+    """
+
+    name: str
+    inputs: int
+    width: int
+    directions: tuple[int, int]
+    share: float
+    held_out: float | None
+
+    def __str__(self) -> str:
+        few, many = self.directions
+        count = f"{few}" if few == many else f"{few} to {many}"
+        held = "" if self.held_out is None else f" and {self.held_out:.0%} of the energy of held-out ones"
+        return (
+            f"{self.name}: {self.inputs} inputs of width {self.width}. {count} directions hold {self.share:.0%} of "
+            f"the energy of reference inputs{held}"
+        )
+
+    @classmethod
+    def of(cls, name: str, inputs: Sequence[Input]) -> Kind:
+        """Compute the figures of these inputs."""
+        counts = [len(item.energies) for item in inputs]
+        held = [item.held_out for item in inputs if item.held_out is not None]
+        share = sum(item.share for item in inputs) / len(inputs)
+        return cls(
+            name,
+            len(inputs),
+            inputs[0].width,
+            (min(counts), max(counts)),
+            share,
+            sum(held) / len(held) if held else None,
+        )
+
+
+def kind_of(layers: Sequence[str]) -> str:
+    """The kind of layers that share an input: their names without the part that differs between the model's blocks."""
+    return "+".join(dict.fromkeys(re.sub(r"\d+", "*", layer.rpartition(".")[2]) for layer in layers))
