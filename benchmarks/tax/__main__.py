@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from peft_ogpsa.cli.models import SMOLLM2
 
-from .comparisons import comparisons
+from .comparisons import MAIN, comparisons
 from .grid import Grid
 from .methods import DRAWN
 from .plots import tradeoffs
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="Folder of rows. Default: the built-in rows.")
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--methods", nargs="+", help="Names of the methods to run. Default: all.")
+    parser.add_argument("--methods", nargs="+", help="Names of methods, or `main`: those of the main table.")
     parser.add_argument("--stages", nargs="+", default=["sft"], choices=["sft", "dpo"], help="Stages share the steps.")
     parser.add_argument("--whole", action="store_true", help="Train whole weights instead of adapters.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -65,7 +65,7 @@ def main() -> None:
         arguments.whole,
         arguments.heldout,
     )
-    names = arguments.methods or list(grid.methods)
+    names = list(MAIN) if arguments.methods == ["main"] else arguments.methods or list(grid.methods)
     unknown = [name for name in names if name not in grid.methods]
     if unknown:
         parser.error(f"--methods {unknown[0]!r} is unknown. Choose from: {', '.join(grid.methods)}.")
