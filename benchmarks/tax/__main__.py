@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="Folder of rows. Default: the built-in rows.")
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--methods", nargs="+", help="Names, or `main`: those of the main table. Default: all methods.")
+    parser.add_argument("--methods", nargs="+", help="Names, or `main` for those of the main table.")
     parser.add_argument("--stages", nargs="+", default=["sft"], choices=["sft", "dpo"], help="Stages share the steps.")
     parser.add_argument("--whole", action="store_true", help="Train whole weights instead of adapters.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
