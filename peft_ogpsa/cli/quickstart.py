@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`ogpsa quickstart`: safety training of a small model, with the alignment tax measured and removed."""
+"""`ogpsa quickstart`: safety training of a small model, with the alignment tax measured."""
 
 from __future__ import annotations
 
