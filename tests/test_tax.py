@@ -35,6 +35,7 @@ from peft_ogpsa.evaluation.exact import correct
 from peft_ogpsa.references.budget import refresh_samples
 from peft_ogpsa.references.losses.kl import KLLoss
 from peft_ogpsa.references.refusals import OwnRefusals
+from peft_ogpsa.text.generation import generate_ids
 from peft_ogpsa.text.refusal import Verdict
 
 BASE = {
@@ -417,6 +418,13 @@ def test_done_runs_are_not_missing(tmp_path):
     assert grid.missing(["cone, weight 1"], [0, 1]) == [("cone, weight 1", 0)]
 
 
+def some_text(model, tokenizer, prompts, **settings):
+    """What the model answers, or else a word."""
+    word = tokenizer.encode("ok", add_special_tokens=False)
+    answers = generate_ids(model, tokenizer, prompts, **settings)
+    return [ids if tokenizer.decode(ids, skip_special_tokens=True).strip("\ufffd \n") else word for ids in answers]
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """A workbench with a tiny model of random weights and a few of the built-in rows."""
@@ -428,8 +436,9 @@ def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.tax.measurement.MAX_LENGTH", 400)  # tokens are bytes
         patch.setattr("benchmarks.tax.training.MAX_LENGTH", 400)
-        # What random weights answer would not be kept, and has no whole sentence but by chance.
+        # What random weights answer would not be kept, has no whole sentence but by chance, and may be no text at all.
         patch.setattr("peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE)
+        patch.setattr("peft_ogpsa.references.self_answers.generate_ids", some_text)
         patch.setattr("peft_ogpsa.references.lookalikes.ended", lambda row: row["completion"])
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         settings = Settings(str(folder), "cpu", steps=4, batch=2, measurements=2, answer_tokens=4)
