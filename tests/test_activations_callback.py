@@ -14,6 +14,7 @@ from test_callback import GENERAL, TRAINING, sets, sft, weights
 from trl import DPOConfig, DPOTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
+from peft_ogpsa.core.projector import Projector
 from peft_ogpsa.trainer.checkpoint import TENSORS_NAME, CheckpointError
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -235,9 +236,14 @@ def test_whole_weights(tmp_path):
 
 
 @pytest.mark.parametrize(("samples", "drawn"), [(2, 8), (1, 4)])
-def test_a_reference_weight_draws_references_in_training(tmp_path, samples, drawn):
+def test_a_reference_weight_draws_references_in_training(tmp_path, samples, drawn, monkeypatch):
     model = model_of(reference_weight=2.0, refresh_steps=2, refresh_samples=samples)
+    told, memory = [], Projector.memory
+    monkeypatch.setattr(Projector, "memory", lambda self, sets: told.append(memory(self, sets)) or told[-1])
     sft(tmp_path, model).train()
+    ((held, _),) = told  # before training
+    rows = model.projector.subspace.rows.stack
+    assert held - model.projector.activations.bytes() == sum(part.nbytes for part in rows)
     assert model.projector.diagnostics.reference_examples == drawn  # before steps 1, 2, 4 and 6
     assert model.projector.subspace.rows.capacity == samples  # a row for each set of a draw
     assert leak(model) < 1e-6

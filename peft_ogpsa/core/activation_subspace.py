@@ -173,9 +173,9 @@ class ActivationSubspace:
             whole, kept = torch.linalg.vector_norm(a), torch.linalg.vector_norm(outside)
             hollow.append((kept <= _HOLLOW * whole).to(self.device))
             gain = stack.gain[place, 0, 0]
-            length = gain * _length_before(matrix.parameter, whole, torch.linalg.vector_norm(a - outside), gain)
-            stretch = torch.where(b.any() | (kept == 0), 1.0, length / kept)
-            entered.append((matrix.parameter, outside * stretch, gain))
+            before = _length_before(matrix.parameter, whole, torch.linalg.vector_norm(a - outside), gain)
+            stretch = torch.where(b.any() | (kept == 0), 1.0, gain * before / kept)
+            entered.append((matrix.parameter, outside * stretch, before))
         for matrix, nothing in zip(self._afters(), torch.stack(hollow).tolist() if hollow else [], strict=True):
             if nothing:
                 raise ValueError(
@@ -189,9 +189,10 @@ class ActivationSubspace:
                 "effect in a layer acts on the reference inputs. Use the reference sets that it was trained with. Or "
                 "merge it into the base (merge_adapter) and add a new adapter. Or set subspace='gradients'."
             )
-        for parameter, full, gain in entered:
+        for parameter, full, before in entered:
             distributed.local(parameter).copy_(distributed.own_part(full, parameter))
-            _STRETCHED[parameter] = gain, torch.linalg.vector_norm(full)
+            length = torch.linalg.vector_norm(full)
+            _STRETCHED[parameter] = length / before, length
         return most
 
     def _afters(self) -> list[InputMatrix]:

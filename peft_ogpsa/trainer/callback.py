@@ -390,7 +390,9 @@ def examples_per_step(args: TrainingArguments, batch_size: int) -> int:
 def _plan(run: _Run, step_examples: int) -> str:
     """Describe what the run will cost, to show it to the user before the run starts."""
     config = run.projector.config
-    held, more = run.projector.memory(len(run.loader.sets))
+    drawn = run.loader.samples or sum(map(len, run.loader.sets.values()))
+    # Rows that do not constrain are those of one draw.
+    held, more = run.projector.memory(len(run.loader.sets) if config.constrains else min(len(run.loader.sets), drawn))
     lines, activations = [], run.projector.activations
     if activations is not None and config.uses_activations:
         held -= activations.bytes()
@@ -401,7 +403,6 @@ def _plan(run: _Run, step_examples: int) -> str:
         ]
     if not config.refreshes:
         return "\n".join(lines)
-    drawn = run.loader.samples or sum(map(len, run.loader.sets.values()))
     share = drawn * run.loader.cost / (config.refresh_steps * step_examples)
     lines.append(
         f"OGPSA: {drawn} reference examples every {config.refresh_steps} steps, which add {share:.0%} to the passes "
