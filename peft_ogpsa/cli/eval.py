@@ -78,7 +78,7 @@ def run(arguments: Sequence[str]) -> None:
             ModelConfig(model_name_or_path=name, dtype=parsed.dtype, load_in_4bit=parsed.load_in_4bit)
         )
         check_fit(base, adapters)
-        check_rows(data, processing_class, parsed.max_length, divergence=bool(adapters))
+        check_rows(data, processing_class, parsed.max_length, kl=bool(adapters))
         output.parent.mkdir(parents=True, exist_ok=True)
         store = PieceStore(output.with_name(f"{output.name}.pieces"))
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)

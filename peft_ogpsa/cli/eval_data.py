@@ -59,14 +59,14 @@ def load_eval_data(source: str, samples: int | None) -> EvalData:
     return EvalData(own[0] if own else "", rows, sets)
 
 
-def check_rows(data: EvalData, processing_class: Any, max_length: int, *, divergence: bool) -> None:
+def check_rows(data: EvalData, processing_class: Any, max_length: int, *, kl: bool) -> None:
     """Encode all rows once, so that a bad one is an error before anything is measured.
 
     Args:
         data: The rows.
         processing_class: The base's tokenizer, or a processor that has one as `.tokenizer`.
         max_length: Maximum number of tokens of a general row.
-        divergence: Whether the KL from base is measured on the prompts of the general rows.
+        kl: Whether the KL from base is measured on the prompts of the general rows.
 
     Raises:
         ValueError: If a row cannot be measured. The message names its file or set.
@@ -76,14 +76,14 @@ def check_rows(data: EvalData, processing_class: Any, max_length: int, *, diverg
         file = Path(data.name) / f"{kind}_test.jsonl"
         place = str(file) if file.is_file() else f"data={data.name!r}: {kind}"
         if kind == "general":
-            check_answers(tokenizer, rows, place, max_length)
-        if kind != "general" or divergence:
-            check_prompts(tokenizer, rows, place)
+            refuse_bad_answers(tokenizer, rows, place, max_length)
+        if kind != "general" or kl:
+            refuse_bad_prompts(tokenizer, rows, place)
     for name, prompts in data.sets.items():
-        check_prompts(tokenizer, prompts, f"The set {name!r}")
+        refuse_bad_prompts(tokenizer, prompts, f"The set {name!r}")
 
 
-def check_prompts(tokenizer: Any, prompts: Iterable[Prompt], place: str) -> None:
+def refuse_bad_prompts(tokenizer: Any, prompts: Iterable[Prompt], place: str) -> None:
     """Encode prompts, to find those that a model cannot answer.
 
     Raises:
@@ -94,7 +94,7 @@ def check_prompts(tokenizer: Any, prompts: Iterable[Prompt], place: str) -> None
             raise ValueError(f"{place}: row {i} has no tokens. Give its prompt some text.")
 
 
-def check_answers(
+def refuse_bad_answers(
     tokenizer: Any, rows: Iterable[Mapping[str, Any]], place: str, max_length: int | None = None
 ) -> None:
     """Encode rows, to find those without an answer within `max_length` tokens.

@@ -49,7 +49,7 @@ from ..trainer.penalty import ReferencePenalty
 from ..tuner.config import OGPSAConfig
 from ..tuner.model import projector_of
 from .errors import input_errors
-from .eval_data import check_answers, check_prompts
+from .eval_data import refuse_bad_answers, refuse_bad_prompts
 from .models import SMOLLM2, load_model
 
 _MAX_LENGTH = 1024  # tokens of a general row
@@ -424,15 +424,15 @@ def _check_rows(
     folder = Path(arguments.data or "builtin")
     train, test = ({name: str(folder / f"{name}_{split}.jsonl") for name in data.NAMES} for split in data.SPLITS)
     given = any(METHODS[name].answers == "given" for name in arguments.methods)
-    check_answers(tokenizer, train_rows["harmful"], train["harmful"])
+    refuse_bad_answers(tokenizer, train_rows["harmful"], train["harmful"])
     for name in REFERENCES:
         rows = train_rows[name][: arguments.reference_samples]
-        check_prompts(tokenizer, rows, train[name])
+        refuse_bad_prompts(tokenizer, rows, train[name])
         if given:
-            check_answers(tokenizer, rows, train[name])
+            refuse_bad_answers(tokenizer, rows, train[name])
     for name in data.NAMES:
-        check_prompts(tokenizer, test_rows[name][: arguments.test_samples], test[name])
-    check_answers(tokenizer, test_rows["general"][: arguments.test_samples], test["general"], _MAX_LENGTH)
+        refuse_bad_prompts(tokenizer, test_rows[name][: arguments.test_samples], test[name])
+    refuse_bad_answers(tokenizer, test_rows["general"][: arguments.test_samples], test["general"], _MAX_LENGTH)
 
 
 def _evaluator(tokenizer: PreTrainedTokenizerBase, rows: Rows, arguments: QuickstartArguments) -> Evaluator:
