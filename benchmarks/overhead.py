@@ -168,15 +168,15 @@ def methods(settings: Settings, kernels: bool = False) -> dict[str, Callable[[],
     }
     cone, paper = OGPSAConfig(subspace="gradients", **lora), OGPSAConfig.paper("sft", **lora)
     samples = (cone.reference_budget or 0) * settings.batch * settings.steps
+    kl: dict[str, Any] = {"samples": round(samples / KLLoss.cost), "loss": KLLoss().loss}
     triton = {"OGPSA, cone, Triton kernels": functools.partial(Method, settings, cone, samples, kernels=True)}
     return {
         "plain LoRA": functools.partial(Method, settings, LoraConfig(**lora)),
-        "OGPSA, null space (default)": functools.partial(Method, settings, OGPSAConfig(**lora)),
+        "OGPSA, null space": functools.partial(Method, settings, OGPSAConfig(reference_weight=0, **lora)),
+        "OGPSA, null space, KL penalty (default)": functools.partial(Method, settings, OGPSAConfig(**lora), **kl),
         "OGPSA, cone, given answers": functools.partial(Method, settings, cone, samples),
         **(triton if kernels else {}),
-        "OGPSA, cone, KL penalty": functools.partial(
-            Method, settings, cone, round(samples / KLLoss.cost), loss=KLLoss().loss
-        ),
+        "OGPSA, cone, KL penalty": functools.partial(Method, settings, cone, **kl),
         "replay of the same examples": functools.partial(Method, settings, LoraConfig(**lora), samples, replay=True),
         "OGPSA, published rule": functools.partial(
             Method, settings, paper, PAPER_EXAMPLES * settings.steps / paper.refresh_steps

@@ -42,8 +42,8 @@ OPTIMIZERS = {
 
 
 def lora(base=None, **overrides):
-    """A model with an adapter, and its projector."""
-    settings = {**LORA, "subspace": "activations", "subspace_rank": 8, **overrides}
+    """A model with an adapter, and its projector. Unless told otherwise, it needs references only once."""
+    settings = {**LORA, "subspace": "activations", "subspace_rank": 8, "reference_weight": 0.0, **overrides}
     model = get_peft_model(tiny_llama() if base is None else base, OGPSAConfig(**settings))
     return model, model.base_model.projector
 
@@ -821,7 +821,7 @@ def test_another_adapter_makes_a_refresh_due():
 
 def test_two_adapters_in_training_at_once_are_refused():
     model, projector = lora()
-    model.add_adapter("other", OGPSAConfig(**LORA, subspace_rank=8))
+    model.add_adapter("other", OGPSAConfig(**LORA, subspace_rank=8, reference_weight=0))
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"'default' and 'other' are in training at once.*set_adapter"):
         projector.refresh(many(), loss_of)
@@ -1071,14 +1071,16 @@ def test_rows_of_a_lie_in_the_complement(rows):
 
 
 @pytest.mark.parametrize("limit", [None, 1e-2])
-def test_reference_weight_alone_adds_the_projected_mean_gradient(limit):
-    weight, sets = 0.7, {"first": [batch(1), batch(2)], "second": [batch(3)]}
+@pytest.mark.parametrize("weight", [0.7, None])
+def test_the_reference_weight_adds_the_projected_mean_gradient(weight, limit):
+    sets = {"first": [batch(1), batch(2)], "second": [batch(3)]}
+    first, second = (8.0, 1.0) if weight is None else (weight, weight)  # a set without a weight has 1
     model, projector = lora(reference_weight=weight)
     projector.max_grad_norm = limit
     projector.refresh(sets, loss_of)
     assert projector.due
     randomize_b(model)
-    losses = projector.refresh(sets, loss_of)
+    losses = projector.refresh(sets, loss_of, weights={"first": 8.0})
     assert losses.keys() == sets.keys()
     assert not projector.due
     own = torch.autograd.grad(loss_of(model, batch(0)), parameters_of(model))
@@ -1094,15 +1096,17 @@ def test_reference_weight_alone_adds_the_projected_mean_gradient(limit):
         u = directions.get(id(parameter))
         return gradient.double() if u is None else gradient.double() - gradient.double() @ u @ u.T
 
-    mean = [outside(p, (a + b) / 2) for p, a, b in zip(parameters_of(model), *means, strict=True)]
+    pairs = list(zip(parameters_of(model), *means, strict=True))
+    mean = [outside(p, (a + b) / 2) for p, a, b in pairs]
+    added = [outside(p, (first * a + second * b) / 2) for p, a, b in pairs]
     norm = float(torch.cat([m.flatten() for m in mean]).norm())
     factor = 1.0 if limit is None else min(1.0, limit / norm)
     optimizer = torch.optim.SGD(parameters_of(model), lr=0.0)
     for fresh in (True, False):
         loss_of(model, batch(0)).backward()
         optimizer.step()
-        for p, g, m in zip(parameters_of(model), own, mean, strict=True):
-            expected = outside(p, g) + (weight * factor * m if fresh else 0)
+        for p, g, m in zip(parameters_of(model), own, added, strict=True):
+            expected = outside(p, g) + (factor * m if fresh else 0)
             torch.testing.assert_close(p.grad.double(), expected, rtol=1e-3, atol=1e-7)
         optimizer.zero_grad()
     # Nothing but the subspace constrains the step.
@@ -1143,8 +1147,9 @@ def test_reference_weight_and_many_steps():
 KINDS = {
     "activations": {},
     "bfloat16": {"rows_dtype": "bfloat16"},
+    "the default weight": {"reference_weight": None},
     "reference weight": {"reference_weight": 0.5, "refresh_steps": 2},
-    "both": {"subspace": "both", "rows": 8, "refresh_steps": 2},
+    "both": {"subspace": "both", "rows": 8, "refresh_steps": 2, "reference_weight": None},
 }
 
 

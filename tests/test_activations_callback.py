@@ -25,7 +25,7 @@ def base():
 
 
 def model_of(**overrides):
-    settings = {"subspace": "activations", "subspace_rank": 8, **LORA, **overrides}
+    settings = {"subspace": "activations", "subspace_rank": 8, "reference_weight": 0.0, **LORA, **overrides}
     return get_peft_model(base(), OGPSAConfig(**settings))
 
 
@@ -92,6 +92,7 @@ def test_references_are_answered_with_the_bases_distribution(tmp_path):
         {},
         {"subspace": "both", "rows": 4, "refresh_samples": 2, "refresh_steps": 2},
         {"reference_weight": 2.0, "refresh_steps": 2},
+        {"reference_weight": None},
     ],
 )
 def test_resumed_run_equals_one_that_never_stopped(tmp_path, overrides):

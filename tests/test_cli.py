@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli import main
 from peft_ogpsa.cli.models import _wait_for
-from peft_ogpsa.cli.quickstart import load_rows
+from peft_ogpsa.cli.quickstart import METHODS, load_rows
 from peft_ogpsa.evaluation import Measurement, Verdict
 
 
@@ -43,7 +43,7 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "out"
     options = ["--model", str(model), "--data", str(data), "--output_dir", str(output), "--device", "cpu"]
-    methods = ["plain", "kl", "paper", "ogpsa", "cone"]
+    methods = ["plain", "kl", "paper", "ogpsa", "null_space", "cone"]
     main(["quickstart", *options, "--steps", "3", "--measurements", "2", "--methods", *methods])
     printed = capsys.readouterr().out
     for heading in ("general", "KL", "refuses", "seconds", "references"):
@@ -60,12 +60,13 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
         assert curve[-1].kl.value > 0
         assert curve[-1].refusal.n == curve[-1].over_refusal.n == 10
         assert result["seconds"] > 0
-        assert (result["reference_share"] > 0) == (name in ("kl", "paper", "cone"))
-        assert (result["build_seconds"] > 0) == (name == "ogpsa")
+        assert (result["reference_share"] > 0) == (name not in ("plain", "null_space"))
+        assert (result["build_seconds"] > 0) == (name in ("ogpsa", "null_space"))
     # 0.075 of 5 steps' 40 passes are 3, so 2 examples with a pass of the base beside each (3/2 an example), before the
     # first step and after it, for 3 steps of 8; the paper's rule takes all 20 both times.
     assert report["methods"]["cone"]["reference_share"] == pytest.approx(2 * 2 / 24)
-    assert report["methods"]["kl"]["reference_share"] == report["methods"]["cone"]["reference_share"]
+    for name in ("kl", "ogpsa"):
+        assert report["methods"][name]["reference_share"] == report["methods"]["cone"]["reference_share"]
     assert report["methods"]["paper"]["reference_share"] == pytest.approx(40 / 24)
 
     assert isinstance(PeftConfig.from_pretrained(str(output / "adapter")), OGPSAConfig)
@@ -77,7 +78,7 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
     assert "refuses harmful" in card
     assert "{'loss'" not in printed
     assert printed.count("Training ") == len(methods)
-    for label in ("plain LoRA", "KL penalty", "OGPSA, published rule", "OGPSA, null space", "OGPSA, cone"):
+    for label in (METHODS[name].label for name in methods):
         assert printed.count(label) >= 2  # its progress, and its row
     assert "Training data: `harmful_train.jsonl`" in card
     assert "3 optimizer steps" in card

@@ -155,18 +155,20 @@ def test_settings_without_effect_are_refused(cls, name):
     value = (OF_GRADIENTS | OF_REFRESHES | OF_ACTIVATIONS)[name]
     if cls is FullParameterConfig and name == "rows":
         value = 5
-    other = "gradients" if name in OF_ACTIVATIONS else "activations"
-    with pytest.raises(ValueError) as caught:
-        cls(subspace=other, **{name: value})
-    assert f"{name}={value!r} has no effect with subspace={other!r}. Leave it out, or set subspace=" in str(
-        caught.value
-    )
-    assert getattr(cls(subspace="both", **{name: value}), name) == value
+    chosen = {"subspace": "gradients" if name in OF_ACTIVATIONS else "activations"}
     if name in OF_REFRESHES:  # of the gradients that are added
-        assert getattr(cls(subspace="activations", reference_weight=1.0, **{name: value}), name) == value
+        chosen["reference_weight"] = 0.0
+    with pytest.raises(ValueError) as caught:
+        cls(**chosen, **{name: value})
+    given = " and ".join(f"{field}={own!r}" for field, own in chosen.items())
+    assert f"{name}={value!r} has no effect with {given}. Leave it out, or set subspace=" in str(caught.value)
+    assert getattr(cls(subspace="both", **{name: value}), name) == value
+    if name in OF_REFRESHES:
+        for weight in (1.0, None):
+            assert getattr(cls(subspace="activations", reference_weight=weight, **{name: value}), name) == value
     # A default does no harm, wherever it comes from.
     default = getattr(cls(), name)
-    assert getattr(cls(subspace=other, **{name: default}), name) == default
+    assert getattr(cls(**chosen, **{name: default}), name) == default
 
 
 def test_subspace_rank_is_at_most_rows():

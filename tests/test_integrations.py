@@ -102,7 +102,7 @@ def test_references_may_be_written_as_a_mapping_or_as_a_list(references):
         ({"references": ROWS, "reference_samples": 0}, "reference_samples=0 must be an integer of at least 1"),
         ({"references": ROWS, "reference_max_length": "9"}, "reference_max_length='9' must be an integer"),
         ({"references": ROWS, "subspace": "activation"}, "ogpsa: subspace='activation' is not allowed. Use one of"),
-        ({"references": ROWS, "rows": 3}, "ogpsa: rows=3 has no effect with subspace='activations'"),
+        ({"references": ROWS, "slices": 3}, "ogpsa: slices=3 has no effect with subspace='activations'"),
     ],
 )
 def test_a_mistake_names_its_option(options, message):

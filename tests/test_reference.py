@@ -220,14 +220,15 @@ def test_every_epoch_has_an_order_of_its_own():
 
 @pytest.mark.parametrize("samples", [None, 1, 2, 3, 4, 7, 10, 25])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("by_batch", [True, False])
-def test_the_most_that_any_draw_has(samples, batch_size, by_batch):
+@pytest.mark.parametrize("of", ["example", "batch", "set"])
+def test_the_most_that_any_draw_has(samples, batch_size, of):
     loader = ReferenceLoader({"a": examples(6), "b": examples(9, 50), "c": examples(2, 70)}, samples, batch_size)
     counts = []
     for _ in range(30):
-        batches = [batch for own in loader.draw().values() for batch in own]
-        counts.append(len(batches) if by_batch else sum(map(len, batches)))
-    assert loader.most_drawn(by_batch) == max(counts)
+        drawn = loader.draw()
+        batches = [batch for own in drawn.values() for batch in own]
+        counts.append({"example": sum(map(len, batches)), "batch": len(batches), "set": len(drawn)}[of])
+    assert loader.most_drawn(of) == max(counts)
 
 
 def rows(count):

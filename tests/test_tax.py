@@ -118,11 +118,12 @@ def test_new_runs_are_recorded_as_the_finished_ones():
     assert {"knobs", "contrast"} <= found.keys()
 
 
-def test_the_default_of_the_tables_is_that_of_the_library():
-    assert replace(OGPSAConfig(**METHODS[DEFAULT].overrides), reference_weight=None) == OGPSAConfig()
-    method, config = METHODS[GRADIENTS], OGPSAConfig(**METHODS[GRADIENTS].overrides)
+@pytest.mark.parametrize(
+    ("name", "default"), [(DEFAULT, OGPSAConfig()), (GRADIENTS, OGPSAConfig(subspace="gradients"))]
+)
+def test_the_defaults_of_the_tables_are_those_of_the_library(name, default):
+    method, config = METHODS[name], OGPSAConfig(**METHODS[name].overrides)
     assert method.loss == "kl"
-    default = OGPSAConfig(subspace="gradients")
     assert config.refresh_samples == refresh_samples(default, Settings.batch, Settings.batch, sets=4, cost=KLLoss.cost)
     assert config.reference_weight == KLLoss.default_weight
     assert replace(config, refresh_samples=None, reference_weight=None) == default
@@ -297,11 +298,12 @@ def test_outcomes_are_no_figures():
 
 def test_comparisons_with_the_base():
     known = {"kl": [0.0] * 4, "facts": "1111"}
-    runs = {DEFAULT: {0: outcomes_run(0, {"facts": "1101", "kl": [0.1] * 4})}}
-    assert f"| {DEFAULT} - base | 1 of 1 |" in comparisons(BASE | {"outcomes": known}, runs)
+    name = "null space"
+    runs = {name: {0: outcomes_run(0, {"facts": "1101", "kl": [0.1] * 4})}}
+    assert f"| {name} - base | 1 of 1 |" in comparisons(BASE | {"outcomes": known}, runs)
     assert "| -25.0 (" in comparisons(BASE | {"outcomes": known}, runs)
-    assert f"| {DEFAULT} - base | 0 of 1 |  |" in comparisons(BASE, runs)  # a base that was measured before
-    assert comparisons(BASE, {DEFAULT: {0: run_of((1, 2.0, 0.1, 1.0))}}).startswith("These runs did not keep")
+    assert f"| {name} - base | 0 of 1 |  |" in comparisons(BASE, runs)  # a base that was measured before
+    assert comparisons(BASE, {name: {0: run_of((1, 2.0, 0.1, 1.0))}}).startswith("These runs did not keep")
     assert all(name in METHODS for name in {*MAIN, *itertools.chain(*COMPARED)} - {"base"})
 
 

@@ -169,12 +169,13 @@ class Leaks(TrainerCallback):
 )
 def test_trainer_with_the_default_subspace(name, tmp_path):
     leaks = Leaks()
-    callbacks = [OGPSACallback([ReferenceSet("general", GENERAL)]), leaks]
+    sets = [ReferenceSet("general", GENERAL, loss="kl"), ReferenceSet("answers", GENERAL)]
+    callbacks = [OGPSACallback(sets), leaks]
     model = get_peft_model(base_model(), OGPSAConfig(**LORA))
     trainer = TRAINERS[name](model, str(tmp_path), callbacks)
     trainer.train()
     assert trainer.model.projector.steps == 2
-    assert trainer.model.projector.diagnostics.reference_examples == 0
+    assert trainer.model.projector.diagnostics.refreshes == 2
     assert any(key.startswith("ogpsa/removed/") for entry in trainer.state.log_history for key in entry)
     assert len(leaks.measured) == 2
     assert max(leaks.measured) <= 1e-6

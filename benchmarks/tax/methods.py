@@ -303,8 +303,8 @@ METHODS: dict[str, Method] = {
     **_WEIGHTS["EWC"],
 }
 
-DEFAULT = "null space"
-"""What `OGPSAConfig()` is."""
+DEFAULT = "null space, KL 8"
+"""What `OGPSAConfig()` with `ReferenceSet.from_prompts` is, with batches of 8."""
 
 GRADIENTS = "cone of KL, weight 8, 8 rows, 2 of 40"
 """What `OGPSAConfig(subspace="gradients")` with `ReferenceSet.from_prompts` is, with batches of 8."""
@@ -325,8 +325,8 @@ DRAWN = (
     "replay 1",
     "KL 8, 2 of 40",
     GRADIENTS,
+    "null space",
     DEFAULT,
-    "null space, KL 8",
     "cone of KL, slices",
     "cone of KL, slices, weight 5",
     "cone of KL, slices, weight 5, contrast",

@@ -81,7 +81,8 @@ METHODS: dict[str, Method] = {
     "plain": Method("plain LoRA", lambda: LoraConfig(**_LORA), None),
     "kl": Method("KL penalty", lambda: LoraConfig(**_LORA)),
     "paper": Method("OGPSA, published rule", lambda: OGPSAConfig.paper("sft", **_LORA), "given"),
-    "ogpsa": Method("OGPSA, null space", lambda: OGPSAConfig(**_LORA)),
+    "ogpsa": Method("OGPSA, null space + KL penalty", lambda: OGPSAConfig(**_LORA)),
+    "null_space": Method("OGPSA, null space", lambda: OGPSAConfig(reference_weight=0, **_LORA)),
     "cone": Method("OGPSA, cone + KL penalty", lambda: OGPSAConfig(subspace="gradients", **_LORA)),
 }
 

@@ -136,9 +136,9 @@ class ProjectionConfig:
         default=None,
         metadata={
             "help": "How much of the mean reference gradient is added to the training gradient. It is added only in "
-            "steps with a refresh, and only new gradients count. None adds nothing with subspace='activations'. "
-            "Otherwise, None uses 8 for a reference set with loss='kl', which pulls the model to the base, and 1 for "
-            "other losses, which replay the answers. 0 adds nothing."
+            "steps with a refresh, and only new gradients count. None uses 8 for a reference set with loss='kl', "
+            "which pulls the model to the base, and 1 for other losses, which replay the answers. 0 adds nothing. "
+            "With subspace='activations', 0 also leaves out the reference passes."
         },
     )
     missing_reference: Literal["error", "warn", "ignore"] = field(
@@ -207,21 +207,24 @@ class ProjectionConfig:
 
     def _check_effects(self) -> None:
         """Reject settings of a part that the configuration does not use: they would have no effect."""
+        chosen = f"subspace={self.subspace!r}"
         if not self.constrains:
-            self._refuse_set(_OF_GRADIENTS, "set subspace='gradients' or 'both'")
+            self._refuse_set(_OF_GRADIENTS, chosen, "set subspace='gradients' or 'both'")
         if not self.refreshes:
-            self._refuse_set(_OF_REFRESHES, "set subspace='gradients' or 'both', or a reference_weight")
+            self._refuse_set(
+                _OF_REFRESHES,
+                f"{chosen} and reference_weight={self.reference_weight!r}",
+                "set subspace='gradients' or 'both', or a reference_weight above 0",
+            )
         if not self.uses_activations:
-            self._refuse_set(_OF_ACTIVATIONS, "set subspace='activations' or 'both'")
+            self._refuse_set(_OF_ACTIVATIONS, chosen, "set subspace='activations' or 'both'")
 
-    def _refuse_set(self, names: tuple[str, ...], remedy: str) -> None:
+    def _refuse_set(self, names: tuple[str, ...], chosen: str, remedy: str) -> None:
         defaults = {f.name: f.default for f in fields(self)}
         for name in names:
             value = getattr(self, name)
             if value != defaults[name]:
-                raise ValueError(
-                    f"{name}={value!r} has no effect with subspace={self.subspace!r}. Leave it out, or {remedy}."
-                )
+                raise ValueError(f"{name}={value!r} has no effect with {chosen}. Leave it out, or {remedy}.")
 
     @staticmethod
     def _paper_rule(stage: str) -> dict[str, Any]:
@@ -258,10 +261,10 @@ class ProjectionConfig:
     @property
     def refreshes(self) -> bool:
         """Whether reference gradients are computed during training."""
-        return self.constrains or bool(self.reference_weight)
+        return self.constrains or self.reference_weight != 0
 
     @property
-    def row_of(self) -> str:
+    def row_of(self) -> Literal["example", "batch", "set"]:
         """What one row is the gradient of: `rows_from`, or a set if rows are only added to the training gradient."""
         return self.rows_from if self.constrains else "set"
 

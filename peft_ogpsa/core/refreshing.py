@@ -97,7 +97,8 @@ class Refresher:
         bases = 2 if config.constrains and config.constraint == "orthogonal" else 1
         numels = [group.pieces * group.numel for group in layout.groups]
         held = bases * rows * sum(numels) * DTYPES[config.rows_dtype].itemsize
-        return held, 4 * (sum(numels) + max(numels))  # the snapshot, and the correction of one group
+        # the snapshot, or the gradients of a step after a refresh; and what changes one group of it
+        return held, 4 * (sum(numels) + max(numels))
 
     # A refresh
 
@@ -212,8 +213,6 @@ class Refresher:
     def factors(self, config: ProjectionConfig) -> dict[str, float]:
         """The factor of each fresh set's mean gradient when it is added to the training gradient."""
         given = config.reference_weight
-        if given is None and not config.constrains:
-            given = 0.0
         return self.weights if given is None else dict.fromkeys(self.weights, given)
 
     # State

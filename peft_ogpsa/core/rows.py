@@ -331,10 +331,10 @@ class Rows:
             self.scaled([linalg.products(rows, vector) for rows, vector in zip(self.near(), vectors, strict=True)])
         )
 
-    def combine(self, coefficients: Tensor) -> Stack:
-        """The rows' linear combination as a stack, from `(blocks, rows)` coefficients of the unit rows."""
+    def combine(self, coefficients: Tensor) -> Iterator[Tensor]:
+        """The rows' linear combination, group by group, from `(blocks, rows)` coefficients of the unit rows."""
         spread = self.scaled(self.blocks.spread(coefficients))
-        return [linalg.combine(rows, c) for rows, c in zip(self.near(), spread, strict=True)]
+        return map(linalg.combine, self.near(), spread)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The ring as tensors by name (`rows.PARAMETER`: `(rows, *shape)`), and a JSON-ready rest.

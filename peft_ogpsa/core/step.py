@@ -110,7 +110,9 @@ class Step:
                 # A fused optimizer may unscale float16 gradients itself. Then they are still scaled here.
                 scale = compat.gradient_scale(optimizer)
                 weights = weights if scale is None else weights * scale.to(weights.device)
-                torch._foreach_add_(stack, subspace.rows.combine(weights))
+                for group, reference in zip(stack, subspace.rows.combine(weights), strict=True):
+                    group.add_(reference)
+                    del reference  # before the next group's is computed
             if project or weighted:
                 found = [
                     (distributed.local(gradient), own)

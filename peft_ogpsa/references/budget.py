@@ -48,20 +48,18 @@ def refresh_samples(
     return min(wanted, full * sets * batch_size + further)
 
 
-def check_rows(config: ProjectionConfig, examples: int, batches: int) -> None:
+def check_rows(config: ProjectionConfig, needed: int) -> None:
     """Check that `rows` can hold all reference gradients, before training and not at its first step.
 
     Args:
         config: The projection's settings.
-        examples: The maximum number of reference examples that a refresh draws.
-        batches: The maximum number of batches that these examples make.
+        needed: The largest number of examples, batches or sets (`row_of`) that a refresh draws from.
 
     Raises:
         ValueError: If there are too many.
     """
-    needed = examples if config.row_of == "example" else batches
-    if config.row_of != "set" and needed > config.rows:
-        what = "examples" if config.row_of == "example" else "batches"
+    if needed > config.rows:
+        what = {"example": "examples", "batch": "batches", "set": "sets"}[config.row_of]
         raise ValueError(
             f"rows={config.rows} is too small: a refresh uses up to {needed} reference {what}, and each of them "
             f"needs a row. Set rows={needed}, or lower refresh_samples ({config.refresh_samples}) or "

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -90,7 +91,7 @@ class ReferenceLoader:
         """
         samples = refresh_samples(config, step_examples, batch_size, len(sets), _mean_cost(sets))
         loader = cls(sets, samples, batch_size, seed, pad_token_id)
-        check_rows(config, loader.most_drawn(), loader.most_drawn(by_batch=True))
+        check_rows(config, loader.most_drawn(config.row_of))
         return loader
 
     @classmethod
@@ -178,8 +179,8 @@ class ReferenceLoader:
         self._draws += 1
         return {name: batches for name, batches in drawn.items() if batches}
 
-    def most_drawn(self, by_batch: bool = False) -> int:
-        """Return the largest number of examples, or of batches, in any draw."""
+    def most_drawn(self, of: Literal["example", "batch", "set"]) -> int:
+        """Return the largest number of examples, batches or sets in any draw."""
         if self.samples is None:
             counts = [[len(examples) for examples in self.sets.values()]]
         else:
@@ -190,7 +191,8 @@ class ReferenceLoader:
                 [min(size, share + ((place - draw) % len(sizes) < extra)) for place, size in enumerate(sizes)]
                 for draw in range(len(sizes))
             ]
-        return max(sum(-(-count // self.batch_size) if by_batch else count for count in draw) for draw in counts)
+        each = {"example": 1, "batch": self.batch_size, "set": sys.maxsize}[of]
+        return max(sum(-(-count // each) for count in draw) for draw in counts)
 
     def _take(self, name: str) -> Iterator[Any]:
         examples = self.sets[name]

@@ -80,10 +80,10 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         reference_weight (`float`, *optional*): How much of the mean fresh reference gradient is added to the training
             gradient on steps that refreshed. With `projection="gradient"` it is added after the projection. With a
             weight of 5 and 5 `refresh_steps`, a reference gradient counts as much as a training gradient. With
-            `loss="kl"` this pulls the model to its base; with other losses it replays the answers. `None` adds nothing
-            with `subspace="activations"`, which then needs no reference example during training. Otherwise `None`
-            takes 8 for sets with `loss="kl"` and 1 for other losses. Measurements showed that these values suit each
-            loss (benchmarks/results/tax.md). 0 adds nothing.
+            `loss="kl"` this pulls the model to its base; with other losses it replays the answers. `None` takes
+            8 for sets with `loss="kl"` and 1 for other losses. Measurements showed that these values suit each loss
+            (benchmarks/results/tax.md). 0 adds nothing. Then `subspace="activations"` needs no reference example
+            during training, but for more than about 25 steps it keeps less.
         missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`, or
             `"ignore"`, which silently trains plain LoRA.
 

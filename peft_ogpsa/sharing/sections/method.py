@@ -97,7 +97,7 @@ def _of_gradients(settings: Mapping[str, Any]) -> list[str]:
 
 def _of_references(settings: Mapping[str, Any], subspace: str) -> list[str]:
     weight = settings["reference_weight"]
-    if subspace == "activations" and not weight:
+    if subspace == "activations" and weight == 0:
         return ["- No reference example was used during training, after the subspace was built."]
     samples, budget = settings["refresh_samples"], settings["reference_budget"]
     if samples is None and budget is not None:
