@@ -258,6 +258,7 @@ METHODS: dict[str, Method] = {
     "null space, A frozen": replace(null_space(), start="frozen"),
     "null space, B held": replace(null_space(), held_b=True),
     "null space, contrast": null_space(subspace_energy=1.0, lookalikes=0.2),
+    "null space, KL 2, contrast": replace(_WEIGHTS["null space and KL penalty"]["null space, KL 2"], lookalikes=0.2),
     "null space, KL 8, contrast": replace(_WEIGHTS["null space and KL penalty"]["null space, KL 8"], lookalikes=0.2),
     "KL 8, 2 of 40, contrast": replace(_WEIGHTS["KL penalty"]["KL 8, 2 of 40"], lookalikes=0.2),
     "null space, KL 8, more look-alikes": replace(
