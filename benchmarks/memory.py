@@ -180,7 +180,8 @@ def adapt(model: nn.Module, settings: Settings) -> PeftModel:
     }
     config = OGPSAConfig(**own, **lora) if settings.rows else LoraConfig(**lora)
     if settings.directions:
-        config = OGPSAConfig(subspace_rank=settings.directions, rows_dtype=settings.rows_dtype, **lora)
+        alone = {"subspace_rank": settings.directions, "reference_weight": 0}
+        config = OGPSAConfig(**alone, rows_dtype=settings.rows_dtype, **lora)
     model = get_peft_model(model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -52,7 +52,7 @@ def adapter(
     config.num_hidden_layers = layers or config.num_hidden_layers
     lora = {"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "rows_dtype": rows_dtype}
     if subspace == "activations":
-        settings = OGPSAConfig(subspace_rank=rows, **lora)
+        settings = OGPSAConfig(subspace_rank=rows, reference_weight=0, **lora)
     else:
         settings = OGPSAConfig(subspace="gradients", rows=rows, rows_from="batch", refresh_steps=10**9, **lora)
     with torch.device("meta"):

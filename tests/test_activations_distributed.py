@@ -17,7 +17,7 @@ from peft_ogpsa.trainer import checkpoint
 
 TOLERANCE = 1e-5
 WRAPPERS = ("ddp", "fsdp2")
-SETTINGS = {"subspace": "activations", "subspace_rank": 6, "reference_weight": None}
+SETTINGS = {"subspace": "activations", "subspace_rank": 6, "reference_weight": 0.0}
 NOT_LINEAR = ["embed_tokens", "*norm*", "lm_head"]
 
 # Model, how it is trained. Reference batches of 3, 2 and 1 examples: no share is even.
@@ -26,8 +26,8 @@ CASES: dict[str, tuple[tuple, dict]] = {
     "LoRA, bfloat16 directions, accumulation": (("lora", {"rows_dtype": "bfloat16"}), {"accumulation": 2}),
     "LoRA, by energy": (("lora", {"subspace_rank": None, "subspace_energy": 0.6}), {"optimizer_of": sgd}),
     "LoRA, reference weight": (("lora", {"reference_weight": 0.5}), {}),
-    "full": (("full", {"exclude": NOT_LINEAR, "reference_weight": 0.0}), {}),
-    "full, SGD": (("full", {"exclude": NOT_LINEAR, "reference_weight": 0.0}), {"optimizer_of": sgd}),
+    "full": (("full", {"exclude": NOT_LINEAR}), {}),
+    "full, SGD": (("full", {"exclude": NOT_LINEAR}), {"optimizer_of": sgd}),
 }
 
 

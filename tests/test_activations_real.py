@@ -47,7 +47,7 @@ def test_reference_tokens_keep_the_bases_distribution(smollm2, adapter):
     with torch.no_grad():
         answers = [base(**inputs).logits for inputs in (references, others)]
     moved = {}
-    for config in (LoraConfig(**LORA), OGPSAConfig(**LORA, subspace_rank=128)):
+    for config in (LoraConfig(**LORA), OGPSAConfig(**LORA, subspace_rank=128, reference_weight=0)):
         torch.manual_seed(0)
         model = get_peft_model(base, config)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)

@@ -60,7 +60,8 @@ def adapter(base, tmp_path_factory):
     """The folder of an adapter that a few large steps have trained."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    config = OGPSAConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", subspace_rank=64)
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    config = OGPSAConfig(**settings, subspace_rank=64, reference_weight=0)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
 
     def encoded(texts):

@@ -29,7 +29,12 @@ STEPS = 5
 def run(shape: str, device: str, examples: int, length: int, batch: int, rows_dtype: str) -> dict[str, Any]:
     """Measure the build (seconds, peak bytes, bytes held), and a step with and without projection (seconds)."""
     config = OGPSAConfig(
-        r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", rows_dtype=rows_dtype
+        reference_weight=0,
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        rows_dtype=rows_dtype,
     )
     model: Any = get_peft_model(build(SHAPES[shape], device), config)
     generator = torch.Generator().manual_seed(0)
