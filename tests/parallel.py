@@ -135,6 +135,8 @@ def train(
         if distributed.rank() == 0:
             checkpoint.save(save, saved)
             save_file(told["parameters"], save / "parameters.safetensors")
+        if dist.is_initialized():
+            dist.barrier()  # nobody reads the files before they are complete
     return told
 
 
