@@ -32,7 +32,8 @@ def main() -> None:
     model = get_peft_model(base, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
 
-    # With the default subspace, all reference examples are passed once, before the first step.
+    # With the default subspace, all reference examples are passed once, before the first step. Then a few are passed
+    # every five steps, for the reference weight.
     references = [ReferenceSet(name, data.load(name)) for name in ("general", "benign")]
     loader = ReferenceLoader.from_sets(references, tokenizer, config, step_examples=arguments.batch_size)
     training = DataLoader(
