@@ -67,14 +67,15 @@ def train(folder, penalty, steps=7, **options):
     return before.seen, after.seen
 
 
+@pytest.mark.parametrize("most", [0.0, 1e-4, 1e3])
 @pytest.mark.parametrize(("loss", "weight", "factor"), [("kl", None, 8.0), ("answer", None, 1.0), ("kl", 3.0, 3.0)])
-def test_the_gradient_is_the_weighted_mean_over_the_examples(tmp_path, loss, weight, factor):
+def test_the_gradient_is_the_weighted_and_clipped_mean_over_the_examples(tmp_path, loss, weight, factor, most):
     torch.manual_seed(0)
     penalty = ReferencePenalty(sets(loss), weight, samples=3, every=3)
-    before, after = train(tmp_path, penalty)
+    before, after = train(tmp_path, penalty, max_grad_norm=most)
     config = OGPSAConfig(subspace="gradients", refresh_samples=3)
     loader = ReferenceLoader.from_sets(sets(loss), TOKENIZER, config, step_examples=4, batch_size=4, seed=42)
-    drawn = 0
+    drawn, clips = 0, []
     for step, ((gradients, model), (penalized, _)) in enumerate(zip(before, after, strict=True)):
         added = {name: penalized[name] - gradients[name] for name in gradients}
         if step not in (0, 1, 4):
@@ -90,10 +91,14 @@ def test_the_gradient_is_the_weighted_mean_over_the_examples(tmp_path, loss, wei
                 reference_loss(model.eval(), one).backward()
                 for name, parameter in model.named_parameters():
                     if name in expected:
-                        expected[name] = expected[name] + parameter.grad * factor / count
+                        expected[name] = expected[name] + parameter.grad / count
         drawn += count
+        norm = sum(own.double().square().sum() for own in expected.values()).sqrt()
+        clip = min(1.0, most / norm) if most else 1.0
+        clips.append(clip < 1)
         for name, own in added.items():
-            torch.testing.assert_close(own, expected[name], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(own, expected[name] * (factor * clip), rtol=1e-3, atol=1e-7)
+    assert clips == [most == 1e-4] * 3
     assert penalty.examples == drawn == 9
 
 

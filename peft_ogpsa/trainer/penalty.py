@@ -7,7 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core import distributed
@@ -24,9 +26,10 @@ if TYPE_CHECKING:
 class ReferencePenalty(TrainerCallback):
     """Add the mean gradient of a few reference examples to the training gradient, without projection.
 
-    With `loss="kl"` this is a KL penalty. With given answers it is replay. The examples are drawn as in OGPSA with
-    `subspace="gradients"`: before the first step, after it, and then every `every` steps. As with `reference_weight`,
-    the gradient is added after the trainer has clipped the training gradient.
+    With `loss="kl"` this is a KL penalty. With given answers it is replay. It adds what OGPSA adds for the same
+    `reference_weight`. The examples are drawn before the first step, after it, and then every `every` steps. Their
+    mean gradient is clipped to the trainer's `max_grad_norm`, multiplied by the weight, and added after the trainer
+    has clipped the training gradient.
 
     Args:
         reference_sets (`Sequence[ReferenceSet]`): The abilities to preserve.
@@ -104,9 +107,20 @@ class ReferencePenalty(TrainerCallback):
             return
         drawn = self._loader.batches(next(model.parameters()).device)
         count = sum(len(batch["input_ids"]) for batches in drawn.values() for batch in batches)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        training = [parameter.grad for parameter in trained]
+        mean, weighted = ([torch.zeros_like(parameter) for parameter in trained] for _ in range(2))
         with isolated_eval(model, gradients=True):
             for name, batches in drawn.items():
                 weight = self._loader.weights[name] if self.weight is None else self.weight
                 for batch in batches:
-                    (reference_loss(model, batch) * (weight * len(batch["input_ids"]) / count)).backward()
+                    model.zero_grad()
+                    (reference_loss(model, batch) * (len(batch["input_ids"]) / count)).backward()
+                    for i, parameter in enumerate(trained):
+                        if parameter.grad is not None:
+                            mean[i] += parameter.grad
+                            weighted[i].add_(parameter.grad, alpha=weight)
+        clip = (args.max_grad_norm / (get_total_norm(mean) + 1e-6)).clamp(max=1.0) if args.max_grad_norm else 1.0
+        for parameter, gradient, own in zip(trained, training, weighted, strict=True):
+            parameter.grad = own.mul_(clip) if gradient is None else gradient.add_(own.mul_(clip))
         self.examples += count
