@@ -21,7 +21,7 @@ from models import chat, tiny_llama, tiny_tokenizer
 from transformers import TrainerControl
 
 from benchmarks.tax import data, plots, report, training
-from benchmarks.tax.comparisons import COMPARED, MAIN, comparisons
+from benchmarks.tax.comparisons import COMPARED, MAIN, comparisons, task_changes
 from benchmarks.tax.crossing import UntilSafe
 from benchmarks.tax.facts import FACTS
 from benchmarks.tax.grid import Grid
@@ -29,9 +29,11 @@ from benchmarks.tax.held_b import HeldB
 from benchmarks.tax.measurement import Meter
 from benchmarks.tax.methods import DEFAULT, GRADIENTS, METHODS, WHOLE
 from benchmarks.tax.report import SAFE
+from benchmarks.tax.tasks import Tasks, scores
 from benchmarks.tax.training import LORA, Settings, Workbench, run
 from peft_ogpsa import FullParameterConfig, OGPSAConfig
 from peft_ogpsa.evaluation.exact import correct
+from peft_ogpsa.evaluation.scores import TaskScore
 from peft_ogpsa.references.budget import refresh_samples
 from peft_ogpsa.references.losses.kl import KLLoss
 from peft_ogpsa.references.refusals import OwnRefusals
@@ -177,6 +179,59 @@ def test_methods_are_compared_at_plain_loras_safety():
     assert "| better | 1 | not reached |" in report.at_first_safe(BASE, runs)
     assert "| better | 1 | 10 | 1.500 |" in report.at_first_safe(BASE, runs, every=False)
     assert "| slow | 1 | 10 | 2.800 | +0.100 | 0.100 |" in report.at_the_end(BASE, runs)
+
+
+def run_with_tasks(**tasks):
+    run = run_of((1, 2.0, 0.1, 1.0))
+    run["train_info"]["tasks"] = {f"{name}, acc": word for name, word in tasks.items()}
+    return run
+
+
+def test_scores_of_tasks_are_compared_with_the_base_example_by_example():
+    base = BASE | {"tasks": {"a, acc": "11110000" * 5, "b, acc": "1" * 40}}
+    runs = {
+        "plain": {0: run_with_tasks(a="11000000" * 5, b="1" * 40), 1: run_with_tasks(a="10000001" * 5, b="1" * 40)},
+        "null space": {0: run_with_tasks(a="11110000" * 5, b="1" * 39 + "0")},
+        "OSF": {0: run_of((1, 2.0, 0.1, 1.0))},
+    }
+    head, _, first, *rest = task_changes(base, runs).splitlines()
+    assert head == "| method | seeds | a, acc | b, acc |"
+    assert first == "| base | | 50.0 % | 100.0 % |"
+    differences = np.array([0.0, -50.0, -100.0, -100.0, 0.0, 0.0, 0.0, 50.0] * 5)
+    test = stats.ttest_1samp(differences, 0.0)
+    low, high = test.confidence_interval()
+    assert rest[0] == f"| plain | 2 | {differences.mean():+.1f} ({low:+.1f} to {high:+.1f}) * | +0.0 (+0.0 to +0.0) |"
+    assert test.pvalue < 0.05 / 4
+    assert rest[1].startswith("| null space | 1 | +0.0 (+0.0 to +0.0) | -2.5 (")
+    assert len(rest) == 2
+    assert task_changes(BASE, {"OSF": runs["OSF"]}) == "These runs scored no task.\n"
+
+
+def test_what_tasks_score_is_kept_where_it_is_right_or_wrong():
+    found = [
+        TaskScore("a", "acc", 0.5, 0.5, 2, values=[1.0, 0.0]),
+        TaskScore("b", "perplexity", 3.5, 0.5, 2, values=[3.0, 4.0]),
+    ]
+    runner = SimpleNamespace(run=lambda model, tokenizer: found)
+    assert scores(runner, None, None) == {"a, acc": "10"}
+
+
+def test_a_base_without_scores_is_scored(tmp_path, monkeypatch):
+    base = tmp_path / "base.json"
+    grid = Grid(tmp_path, Settings("model", "cpu"), None, 4, 4, tasks=Tasks(("a",)))
+    meter = type("Meter", (), {"__call__": lambda self, *_, **__: {"step": 0}, "outcomes": {"facts": "1"}})()
+    tasks = {"tasks": {"a, acc": "10"}}
+    bench = SimpleNamespace(base=None, meter=meter, references=lambda answers: None, scores=lambda model: tasks)
+    monkeypatch.setattr(Grid, "_bench", lambda self, threads: bench)
+    grid._measure_base(1)
+    whole = {"step": 0, "outcomes": {"facts": "1"}, "tasks": {"a, acc": "10"}}
+    assert json.loads(base.read_text()) == whole
+    base.write_text(json.dumps({"step": 0}))
+    grid._measure_base(1)
+    assert json.loads(base.read_text()) == {"step": 0, "tasks": {"a, acc": "10"}}
+    bench.scores = None
+    grid._measure_base(1)  # known, so nothing is scored
+    assert report.curve(whole, run_of((1, 2.0, 0.1, 1.0)))[0] == {"step": 0, "kl": 0.0, "kl/maths": 0.0}
 
 
 def test_hours_of_all_runs():

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from peft_ogpsa.cli.models import SMOLLM2
 
-from .comparisons import MAIN, comparisons
+from .comparisons import MAIN, comparisons, task_changes
 from .grid import Grid
 from .methods import DRAWN
 from .plots import tradeoffs
 from .report import SAFE, at_equal_loss, at_first_safe, at_the_end, hours, load
+from .tasks import Tasks
 from .training import Settings
 
 
@@ -40,6 +41,9 @@ def main() -> None:
     parser.add_argument("--tested", type=int, default=8, help="Held-out rows of each general set.")
     parser.add_argument("--heldout", action="store_true", help="Measure on the package's larger held-out sets.")
     parser.add_argument("--until-safe", action="store_true", help="End a run when it is safe, and measure then.")
+    parser.add_argument("--tasks", nargs="+", help="lm-eval's tasks to score at the end of every run.")
+    parser.add_argument("--include-path", type=Path, help="Folder with more of lm-eval's task files.")
+    parser.add_argument("--limit", type=int, help="Number of examples of each task.")
     parser.add_argument("--workers", type=int, default=1, help="How many runs go side by side.")
     parser.add_argument("--plot", nargs="+", help="Methods to draw.")
     arguments = parser.parse_args()
@@ -64,6 +68,7 @@ def main() -> None:
         arguments.tested,
         arguments.whole,
         arguments.heldout,
+        Tasks(tuple(arguments.tasks), arguments.include_path, arguments.limit) if arguments.tasks else None,
     )
     names = list(MAIN) if arguments.methods == ["main"] else arguments.methods or list(grid.methods)
     unknown = [name for name in names if name not in grid.methods]
@@ -104,7 +109,12 @@ All of it takes {hours(base, runs):.1f} hours of {"a CPU core" if settings.devic
 The first method minus the second one: rates in points of 100, KL in nats per token, each with its own 95 % interval. A
 star is larger than chance, by Holm's test of the whole table.
 
-{comparisons(base, runs)}"""
+{comparisons(base, runs)}
+## lm-eval's tasks at the end, minus the base's
+
+In points of 100, each with its own 95 % interval. A star is larger than chance, by Holm's test of the whole table.
+
+{task_changes(base, runs)}"""
     (arguments.output / "results.md").write_text(text, encoding="utf-8")
     drawn = [name for name in arguments.plot or DRAWN if name in runs]
     tradeoffs(base, runs, drawn, arguments.output / "tradeoffs.png")
@@ -119,7 +129,8 @@ def _command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
             continue
         words += [f"--{name.replace('_', '-')}"]
         words += [] if value is True else value if isinstance(value, list) else [str(value)]
-    words = ["FOLDER" if word == str(arguments.data) else word for word in words]
+    folders = (str(arguments.data), str(arguments.include_path))
+    words = ["FOLDER" if word in folders else word for word in words]
     return shlex.join(words)
 
 

@@ -63,13 +63,38 @@ def comparisons(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) 
             paired = [seed for seed in seeds if figure in ours[seed] and figure in theirs[seed]]
             averages = [_average([own[seed][figure] for seed in paired]) for own in (ours, theirs)]
             if paired:
-                means[figure] = Mean.of([a - b for a, b in zip(*averages, strict=True)])
+                means[figure] = _mean_difference(*averages)
         rows.append((f"{first} - {second}", f"{len(seeds)} of {len(ours)}", means))
     marks = iter(holm([mean.p for _, _, means in rows for mean in means.values()]))
     lines = ["| methods | seeds | " + " | ".join(FIGURES.values()) + " |", "|" + "---|" * (2 + len(FIGURES))]
     for methods, seeds_in, means in rows:
         cells = [_cell(means[figure], figure, next(marks)) if figure in means else "" for figure in FIGURES]
         lines.append("| " + " | ".join([methods, seeds_in, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def task_changes(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) -> str:
+    """Tabulate the last scores of lm-eval's tasks minus the base's, in points of 100.
+
+    The scores of an example are averaged over the seeds. The differences of all examples give Student's interval and
+    test. A star means larger than chance, by Holm's test of the whole table.
+    """
+    known = base.get("tasks", {})
+    rows: list[tuple[str, int, list[Mean]]] = []
+    for name, own in runs.items():
+        scores = [run["train_info"]["tasks"] for run in own.values() if "tasks" in run["train_info"]]
+        if scores:
+            pairs = [(_average([theirs[task] for theirs in scores]), _average([known[task]])) for task in known]
+            rows.append((name, len(scores), [_mean_difference(*pair) for pair in pairs]))
+    if not rows:
+        return "These runs scored no task.\n"
+    marks = iter(holm([mean.p for _, _, means in rows for mean in means]))
+    lines = ["| method | seeds | " + " | ".join(known) + " |", "|" + "---|" * (2 + len(known))]
+    rates = (f"{100 * word.count('1') / len(word):.1f} %" for word in known.values())
+    lines.append("| base | | " + " | ".join(rates) + " |")
+    for name, seeds, means in rows:
+        cells = [_cell(mean, "task", next(marks)) for mean in means]
+        lines.append("| " + " | ".join([name, str(seeds), *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -83,6 +108,10 @@ def _outcomes(base: Point, run: Any) -> Mapping[str, Any] | None:
 def _average(outcomes: Sequence[Sequence[Any]]) -> list[float]:
     """Return the mean over seeds, by prompt. Outcomes are numbers, or strings of 0 and 1."""
     return [statistics.mean(map(float, own)) for own in zip(*outcomes, strict=True)]
+
+
+def _mean_difference(first: Sequence[float], second: Sequence[float]) -> Mean:
+    return Mean.of([a - b for a, b in zip(first, second, strict=True)])
 
 
 def _cell(mean: Mean, figure: str, marked: bool) -> str:

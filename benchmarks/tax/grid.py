@@ -17,6 +17,7 @@ import torch
 from .data import load, with_heldout
 from .methods import METHODS, WHOLE, Method
 from .report import curve, first_safe
+from .tasks import Tasks
 from .training import Settings, Workbench, run
 
 Task = tuple[str, int]
@@ -35,6 +36,7 @@ class Grid:
         tested: Number of held-out rows of each set.
         whole: Whether to train whole weights instead of adapters.
         heldout: Whether to measure on the package's larger held-out sets.
+        tasks: lm-eval's tasks to score at the end of every run.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Grid:
     tested: int
     whole: bool = False
     heldout: bool = False
+    tasks: Tasks | None = None
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -62,12 +65,7 @@ class Grid:
         """Do the runs, and yield one line per run with its last figures."""
         self.folder.mkdir(parents=True, exist_ok=True)
         threads = max(1, torch.get_num_threads() // workers)
-        base = self.folder / "base.json"
-        if not base.is_file():
-            bench = self._bench(threads)
-            bench.references("own")  # answered once, before the workers need them
-            figures = bench.meter(bench.base, 0, diverges=False)
-            _write(base, figures | {"outcomes": bench.meter.outcomes})
+        self._measure_base(threads)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, _start, (self, threads)) as pool:
             plain = [task for task in tasks if task[0] == "plain"]  # first: its safety loss is needed for the others
@@ -89,11 +87,23 @@ class Grid:
         point = first_safe(curve(base, json.loads(path.read_text(encoding="utf-8"))))
         return None if point is None else point["safety_loss"]
 
+    def _measure_base(self, threads: int) -> None:
+        """Measure the base, if this folder has no measurement of it, and score the tasks, if it has no scores."""
+        path = self.folder / "base.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if found and (self.tasks is None or "tasks" in found):
+            return
+        bench = self._bench(threads)
+        if not found:
+            bench.references("own")  # answered once, before the workers need them
+            found = bench.meter(bench.base, 0, diverges=False) | {"outcomes": bench.meter.outcomes}
+        _write(path, found | bench.scores(bench.base))
+
     def _bench(self, threads: int) -> Workbench:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         torch.set_num_threads(threads)
         data = load(self.data, self.references, self.tested)
-        return Workbench(self.settings, with_heldout(data, self.tested) if self.heldout else data)
+        return Workbench(self.settings, with_heldout(data, self.tested) if self.heldout else data, self.tasks)
 
 
 _worker: tuple[Grid, Workbench]

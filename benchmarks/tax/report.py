@@ -38,7 +38,7 @@ def curve(base: Mapping[str, Any], run: Any) -> list[Point]:
     """Return the points of a run, from the base on. A run along the scales of its adapter starts at scale 0."""
     figures = run["train_info"]["metrics"][0]
     zero = {name: 0.0 for name in figures if name.startswith("kl") or name == "scale"}
-    start = {name: value for name, value in base.items() if name != "outcomes"}
+    start = {name: value for name, value in base.items() if name not in ("outcomes", "tasks")}
     return [start | zero, *run["train_info"]["metrics"]]
 
 

@@ -50,6 +50,7 @@ from .data import TaxData, in_order
 from .held_b import HeldB
 from .measurement import MAX_LENGTH, Along, Evenly, Meter
 from .methods import Method
+from .tasks import Tasks, scores
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -88,8 +89,9 @@ class Settings:
 class Workbench:
     """A base model with everything that the runs of a grid share."""
 
-    def __init__(self, settings: Settings, data: TaxData) -> None:
+    def __init__(self, settings: Settings, data: TaxData, tasks: Tasks | None = None) -> None:
         self.settings, self.data = settings, data
+        self.runner = tasks.runner() if tasks else None
         self.base, self.tokenizer, self.source = load_model(settings.model, device=settings.device)
         self.meter = Meter(self.base, self.tokenizer, data)
 
@@ -105,6 +107,10 @@ class Workbench:
                 prompts = self.data.more_lookalikes
             sets.append(self._answered(name, prompts, loss))
         return sets
+
+    def scores(self, model: Any) -> dict[str, Any]:
+        """Score lm-eval's tasks, as an entry `tasks` of a result file. Without tasks, there is no entry."""
+        return {"tasks": scores(self.runner, model, self.tokenizer)} if self.runner else {}
 
     def _answered(self, name: str, prompts: list[Any], loss: str = "answer") -> AnsweredSet:
         return ReferenceSet.from_prompts(
@@ -197,6 +203,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
         for scale in along_scales(model, settings.measurements):
             measure.record(model, measure.first, scale=scale)
     seconds = time.perf_counter() - start
+    scored = bench.scores(model)
     training = seconds - measure.seconds
     rows = steps * settings.batch
     drawn = sum(getattr(callback, "examples", 0) for callback in callbacks)
@@ -208,6 +215,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
         "metrics": measure.curve,
         "probes": measure.probes,
         "outcomes": measure.outcomes,
+        **scored,
     }
     if isinstance(config, ProjectionConfig):
         diagnostics = projector_of(model).diagnostics
