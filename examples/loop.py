@@ -46,7 +46,7 @@ def main() -> None:
     for step, batch in enumerate(itertools.islice(itertools.cycle(training), arguments.steps)):
         while model.projector.due:
             batches = loader.batches(base.device, everything=model.projector.unbuilt)
-            losses = model.projector.refresh(batches, reference_loss, weights=loader.weights)
+            losses = model.projector.refresh(batches, reference_loss)
             print(f"step {step}: reference losses " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
         loss = answer_loss(model, batch)
         loss.backward()

@@ -986,6 +986,57 @@ def test_a_missing_build_can_warn_once_or_be_ignored(mode, warnings, caplog):
     assert unchanged(model, copies(plain))
 
 
+@pytest.mark.parametrize(("mode", "warnings"), [("error", 0), ("warn", 1), ("ignore", 0)])
+def test_without_reference_gradients_only_their_weight_is_not_applied(mode, warnings, caplog):
+    model, projector = lora(missing_reference=mode, reference_weight=8.0)
+    other, _ = lora()
+    for own in (model, other):
+        own.projector.refresh(many(), loss_of)  # builds the activation subspace alone
+    caplog.clear()
+    if mode == "error":
+        with pytest.raises(RuntimeError, match=r"no reference gradients, so the reference weight.*reference_weight=0"):
+            train(model, adamw(model))
+        return
+    for own in (model, other):
+        train(own, adamw(own))
+    assert len(caplog.records) == warnings
+    assert unchanged(model, copies(other))  # both are projected
+    assert leak(model, held(projector)) <= TOLERANCE
+    projector.refresh(many(), loss_of)
+    train(model, adamw(model), range(1))
+    assert not unchanged(model, copies(other))
+
+
+def test_layers_that_the_weighted_gradients_do_not_reach_are_no_cause_for_a_warning(caplog):
+    def of_the_first_layer(model, inputs):
+        return model(**inputs, output_hidden_states=True).hidden_states[1].square().mean()
+
+    model, projector = lora(reference_weight=1.0, refresh_steps=1)
+    optimizer = adamw(model)
+    projector.refresh(many(), of_the_first_layer)  # builds the activation subspace
+    caplog.clear()
+    for number in range(5):
+        projector.refresh(many(), of_the_first_layer)
+        train(model, optimizer, range(number, number + 1))
+    assert projector.diagnostics.refreshes == 5
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("constraint", "rank"), [("cone", 4), ("orthogonal", 4), ("orthogonal", None)])
+def test_with_both_subspaces_the_rank_is_that_of_the_inputs(constraint, rank):
+    model, projector = lora(subspace="both", subspace_rank=rank, constraint=constraint, rows=8)
+    sets = {"set": [examples(seed, rows=4) for seed in range(2)]}
+    projector.refresh(sets, loss_of)
+    randomize_b(model)
+    projector.refresh(sets, loss_of)
+    if rank is not None:
+        assert all(u.shape[1] == rank for u in held(projector).values())
+    assert projector.subspace.rows.filled == 8
+    if constraint == "orthogonal":  # every row constrains the step
+        spans = [torch.linalg.matrix_rank(part.flatten(2), rtol=1e-4) for part in projector.subspace.directions]
+        assert {int(rank) for span in spans for rank in span} == {8}
+
+
 def test_it_is_due_once():
     model, projector = lora()
     optimizer = adamw(model)
@@ -1073,14 +1124,14 @@ def test_rows_of_a_lie_in_the_complement(rows):
 @pytest.mark.parametrize("limit", [None, 1e-2])
 @pytest.mark.parametrize("weight", [0.7, None])
 def test_the_reference_weight_adds_the_projected_mean_gradient(weight, limit):
-    sets = {"first": [batch(1), batch(2)], "second": [batch(3)]}
+    sets = {"first": [{**batch(1), "reference_weight": 8.0}, batch(2)], "second": [batch(3)]}
     first, second = (8.0, 1.0) if weight is None else (weight, weight)  # a set without a weight has 1
     model, projector = lora(reference_weight=weight)
     projector.max_grad_norm = limit
     projector.refresh(sets, loss_of)
     assert projector.due
     randomize_b(model)
-    losses = projector.refresh(sets, loss_of, weights={"first": 8.0})
+    losses = projector.refresh(sets, loss_of)
     assert losses.keys() == sets.keys()
     assert not projector.due
     own = torch.autograd.grad(loss_of(model, batch(0)), parameters_of(model))
@@ -1113,8 +1164,8 @@ def test_the_reference_weight_adds_the_projected_mean_gradient(weight, limit):
     assert "ogpsa/removed" not in projector.diagnostics.collect()
 
 
-def test_more_sets_than_rows_can_take_turns_where_rows_are_only_added():
-    model, projector = lora(reference_weight=1.0, rows=2)
+def test_sets_can_take_turns_where_their_gradients_are_only_added():
+    model, projector = lora(reference_weight=1.0)
     sets = {f"set {i}": [batch(i)] for i in range(5)}
     projector.refresh(sets, loss_of)
     randomize_b(model)
@@ -1129,8 +1180,9 @@ def test_more_sets_than_rows_can_take_turns_where_rows_are_only_added():
             b = layer.lora_B["default"].weight
             place = next(i for i, p in enumerate(parameters_of(model)) if p is b)
             torch.testing.assert_close(b.grad, own[place], rtol=1e-4, atol=1e-7)
-    with pytest.raises(ValueError, match="rows=2 cannot hold one row for each of 3 reference sets"):
-        projector.refresh(dict(list(sets.items())[:3]), loss_of)
+        assert projector.subspace.rows.capacity == 1
+    many_sets = {f"set {i}": [batch(i)] for i in range(9)}
+    assert projector.refresh(many_sets, loss_of).keys() == many_sets.keys()
 
 
 def test_reference_weight_and_many_steps():

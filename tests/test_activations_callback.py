@@ -123,6 +123,17 @@ def test_resuming_with_other_reference_examples_is_refused(tmp_path):
     assert leak(rebuilt.model) < 1e-6
 
 
+@pytest.mark.parametrize("weight", [8.0, None])
+def test_a_checkpoint_without_the_reference_gradients_of_a_weight_says_so(tmp_path, weight):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    sft(tmp_path, model_of(reference_weight=0.0), **options).train()
+    resumed = sft(tmp_path, model_of(reference_weight=weight), **{**options, "max_steps": 4})
+    with pytest.raises(
+        CheckpointError, match=rf"no reference gradients.*reference_weight={weight}.*reference_weight=0.0"
+    ):
+        resumed.train(resume_from_checkpoint=True)
+
+
 def test_other_settings_and_damaged_directions_are_refused(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     sft(tmp_path, model_of(), **options).train()

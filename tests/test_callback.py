@@ -645,10 +645,6 @@ def test_a_budget_never_draws_more_batches_than_rows(tmp_path, accumulation, who
         ({"rows": 2, "rows_from": "batch", "refresh_samples": 9}, "up to 3 reference batches"),
         ({"rows": 8, "refresh_samples": None, "reference_budget": None}, "up to 120 reference examples"),
         ({"rows": 2, "rows_from": "set", "refresh_samples": None, "reference_budget": None}, "up to 3 reference sets"),
-        (
-            {"subspace": "activations", "reference_weight": None, "rows": 2, "refresh_samples": 4},
-            "up to 3 reference sets",
-        ),
     ],
 )
 def test_more_reference_gradients_than_rows_are_refused_before_training(tmp_path, overrides, message):
@@ -656,6 +652,19 @@ def test_more_reference_gradients_than_rows_are_refused_before_training(tmp_path
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("weight", [None, 0.0])
+def test_references_that_do_not_constrain_may_come_from_any_number_of_sets(tmp_path, weight):
+    sets = [ReferenceSet(f"set {i}", [chat(f"What is {i}?", f"It is {i}.")], loss="kl") for i in range(9)]
+    settings = {"r": 4, "target_modules": "all-linear", "subspace_rank": 8, "reference_weight": weight}
+    base = tiny_llama(vocab_size=259, max_position_embeddings=256)
+    model = get_peft_model(base, OGPSAConfig(**settings, task_type="CAUSAL_LM"))
+    trainer = sft(tmp_path, model, [OGPSACallback(sets)], per_device_train_batch_size=64, max_steps=3)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    drawn = projector_of(trainer.model).diagnostics.reference_examples
+    assert drawn >= 9 if weight is None else drawn == 0
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -300,6 +300,7 @@ def test_several_processes_are_refused(folder, monkeypatch):
 def test_dry_run(folder, capsys, method):
     before = files(folder)
     options = ["--dry_run", "--max_steps", "12", "--save_strategy", "steps", "--save_steps", "1", "--method", method]
+    options += ["--warmup_steps", "5"]  # a step of the warm-up's first, at rate 0, would call for no refresh
     main(["sft", "--config", str(folder / "sft.yaml"), *options])
     printed = capsys.readouterr().out
     assert files(folder) == before

@@ -143,9 +143,10 @@ OF_GRADIENTS = {
     "projection": "gradient",
     "scope": "module",
     "slices": 4,
+    "rows": 4,
     "rows_from": "set",
 }
-OF_REFRESHES = {"rows": 4, "refresh_steps": 3, "reference_budget": None, "refresh_samples": 5}
+OF_REFRESHES = {"refresh_steps": 3, "reference_budget": None, "refresh_samples": 5}
 OF_ACTIVATIONS = {"subspace_energy": 0.9, "tokens": "answer"}
 
 

@@ -247,7 +247,6 @@ def test_a_loader_for_a_loop_of_ones_own_keeps_to_the_budget(loss, budget, expec
     drawn = loader.batches("cpu")
     assert sum(len(batch["input_ids"]) for own in drawn.values() for batch in own) == expected
     assert all(len(batch["input_ids"]) <= 2 for own in drawn.values() for batch in own)
-    assert loader.weights == dict.fromkeys("ab", 8.0 if loss == "kl" else 1.0)
     assert loader.pad_token_id == tiny_tokenizer().pad_token_id
 
 
@@ -260,7 +259,7 @@ def test_a_loop_of_ones_own_with_the_exported_names():
     )
     sets = [ReferenceSet("answers", rows(6)), ReferenceSet("own", rows(4), loss="kl")]
     loader = ReferenceLoader.from_sets(sets, tiny_tokenizer(), model.projector.config, step_examples=4)
-    losses = model.projector.refresh(loader.batches(model.device), reference_loss, weights=loader.weights)
+    losses = model.projector.refresh(loader.batches(model.device), reference_loss)
     assert losses["answers"] > 0
     assert losses["own"] == 0
     assert model.projector._refresher.factors(model.projector.config) == {"answers": 1.0, "own": 8.0}

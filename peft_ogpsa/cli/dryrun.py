@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from ..core.config import ProjectionConfig
 from ..core.projector import Projector
@@ -83,6 +83,7 @@ def dry_run(trainer: Trainer, config: MethodConfig, console: Console) -> None:
     """
     steps = planned_steps(trainer)
     trainer.args.max_steps = _STEPS
+    trainer.args.lr_scheduler_type = SchedulerType.CONSTANT  # a step at rate 0, as in a warm-up, calls for no refresh
     clock = _Clock(isinstance(config, ProjectionConfig))
     trainer.add_callback(clock)  # after OGPSACallback, so that the step's time does not include the refresh
     trainer.train()

@@ -20,8 +20,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _COUNTS = ("slices", "rows", "refresh_steps")
 _OPTIONAL_COUNTS = ("refresh_samples", "subspace_rank")
-_OF_GRADIENTS = ("constraint", "projection", "scope", "slices", "rows_from")
-_OF_REFRESHES = ("rows", "refresh_steps", "reference_budget", "refresh_samples")
+_OF_GRADIENTS = ("constraint", "projection", "scope", "slices", "rows", "rows_from")
+_OF_REFRESHES = ("refresh_steps", "reference_budget", "refresh_samples")
 _OF_ACTIVATIONS = ("subspace_energy", "tokens")
 _PAPER_REFRESH_STEPS = {"sft": 30, "dpo": 5}
 

@@ -58,39 +58,48 @@ class Guard:
     def is_ready(self, optimizer: Optimizer, config: ProjectionConfig) -> bool:
         """Whether everything that is needed to project a step of this optimizer is available.
 
+        Reference gradients that do not constrain the step are not needed. Without them, only the reference weight is
+        not applied.
+
         Args:
             optimizer: The optimizer of the parameters.
             config: The projection's settings.
 
         Raises:
-            RuntimeError: If a subspace is missing and `missing_reference="error"`, or if the optimizer does not hold
+            RuntimeError: If something is missing and `missing_reference="error"`, or if the optimizer does not hold
                 all parameters in training.
         """
-        missing = []
-        if self._builder.lacks(config):
-            missing.append(("activation subspace", self._builder.subspace is not None))
-        if config.refreshes and not self._refresher.covers_training():
-            missing.append(("reference gradients", self._refresher.subspace is not None))
-        if missing:
-            if self._schedule.moves:
-                self._report_missing(*missing[0], config.missing_reference)
-            # Otherwise nothing moves. torch makes such a step when it loads an optimizer's state from shards.
+        without_subspace = self._builder.lacks(config)
+        without_rows = config.refreshes and not self._refresher.covers_training()
+        if (
+            self._schedule.moves
+        ):  # torch makes a step that moves nothing when it loads an optimizer's state from shards
+            if without_subspace:
+                self._report_missing("activation subspace", self._builder.subspace is not None, config)
+            elif without_rows:
+                self._report_missing("reference gradients", self._refresher.subspace is not None, config)
+        if without_subspace or (without_rows and config.constrains):
             return False
         self._parameters.check_all_stepped_by(optimizer)
         return True
 
-    def _report_missing(self, what: str, outdated: bool, mode: str) -> None:
-        if mode == "ignore":
+    def _report_missing(self, what: str, outdated: bool, config: ProjectionConfig) -> None:
+        if config.missing_reference == "ignore":
             return
         targets = self._parameters.targets
         found = f"only the {what} of other parameters" if outdated else f"no {what}"
+        if config.constrains or what == "activation subspace":
+            effect = "the step cannot be projected"
+            without = f'To train without projection, set missing_reference="ignore" in {targets.settings}.'
+        else:
+            effect = "the reference weight cannot be applied"
+            without = f"To train without it, set reference_weight=0 in {targets.settings}."
         message = (
-            f"The optimizer makes a step with {targets.what} that has {found}, so the step cannot be projected. Add "
+            f"The optimizer makes a step with {targets.what} that has {found}, so {effect}. Add "
             "OGPSACallback(reference_sets=[ReferenceSet(...)]) to the trainer. In your own loop, call "
-            "model.projector.refresh(batches, loss_fn) before the step, while model.projector.due is true. To train "
-            f'without projection, set missing_reference="ignore" in {targets.settings}.'
+            f"model.projector.refresh(batches, loss_fn) before the step, while model.projector.due is true. {without}"
         )
-        if mode == "error":
+        if config.missing_reference == "error":
             raise RuntimeError(message)
         if not self._warned_of_missing:
             logger.warning(message)
@@ -98,18 +107,19 @@ class Guard:
 
     # Check that every parameter in training has had a reference gradient
 
-    def after_refresh(self, moved: int) -> None:
-        """Warn about parameters without a nonzero reference gradient.
+    def after_refresh(self, moved: int, config: ProjectionConfig) -> None:
+        """Warn about parameters without a nonzero reference gradient, if these gradients constrain the step.
 
         It does so at the second refresh after a step that moved any parameter. At the start of training the gradients
         of A are zero because B is zero, so the first refresh shows nothing. All processes must call it.
 
         Args:
             moved: Number of steps so far that could move the parameters.
+            config: The projection's settings.
         """
         self._note_versions()
         subspace = self._refresher.subspace
-        if subspace is None or self._counted >= 2:
+        if not config.constrains or subspace is None or self._counted >= 2:
             return
         seen = subspace.rows.parameters_with_rows()
         self._seen = seen if self._seen is None else self._seen | seen

@@ -20,6 +20,10 @@ Losses = list[tuple[Tensor, float]]
 """The losses of passes, each with its weight in the mean."""
 
 
+WEIGHT = "reference_weight"
+"""Key of a batch that holds the reference weight of its set, for a configuration with `reference_weight=None`."""
+
+
 @dataclass(frozen=True)
 class SetBatches:
     """The batches of one reference set.
@@ -33,6 +37,12 @@ class SetBatches:
     name: str
     batches: Sequence[Any]
     sizes: Sequence[int]
+
+    @property
+    def weight(self) -> float:
+        """The set's reference weight, which its first batch names. 1 without a name."""
+        first = self.batches[0]
+        return float(first.get(WEIGHT, 1.0)) if isinstance(first, Mapping) else 1.0
 
     def rows(self, row_of: str) -> int:
         """Number of rows that the batches need, if one row is the gradient of a set, a batch or an example."""

@@ -177,7 +177,6 @@ class Projector:
         batches: Mapping[str, Iterable[Any]],
         loss_fn: LossFn,
         model: nn.Module | None = None,
-        weights: Mapping[str, float] | None = None,
         progress: Callable[[list], Iterable] = iter,
     ) -> dict[str, float]:
         """Build the activation subspace, if it is configured and missing; otherwise compute reference gradients.
@@ -192,14 +191,14 @@ class Projector:
         Args:
             batches (`Mapping[str, Iterable]`): The batches of each reference set, by name. With `rows_from="batch"`
                 each batch gives one reference gradient, with `"example"` each example gives one, and with `"set"` the
-                gradient is the mean over all batches of the set, weighted by their numbers of examples.
+                gradient is the mean over all batches of the set, weighted by their numbers of examples. With
+                `reference_weight=None`, the entry `"reference_weight"` of a set's first batch says how much of the
+                set's mean gradient is added to the training gradient. Batches of `ReferenceLoader` have it if their
+                loss calls for another weight than 1. Without this entry, the weight is 1.
             loss_fn (`Callable`): `loss_fn(model, batch)` returns the scalar loss to preserve, a mean over the batch.
             model (`nn.Module`, *optional*): The model that is passed to `loss_fn`; by default the OGPSA model itself,
                 uncompiled. Under FSDP2 it must be, or be inside, the module that was sharded as a whole by the
                 outermost `fully_shard`.
-            weights (`Mapping[str, float]`, *optional*): For each set, how much of its mean gradient is added to the
-                training gradient if the configuration has `reference_weight=None`. A set without an entry has the
-                weight 1, which suits losses of given answers.
             progress (`Callable`, *optional*): Wraps the list of passes that build the activation subspace, for a
                 progress bar.
 
@@ -229,9 +228,9 @@ class Projector:
         self.targets.check()
         self._prepare(config, own)
         activations = self.activations if config.uses_activations else None
-        losses = self._refresher.refresh(config, own, loss_fn, model, weights, activations)
+        losses = self._refresher.refresh(config, own, loss_fn, model, activations)
         self._schedule.since_refresh = 0
-        self.guard.after_refresh(self._schedule.moved)
+        self.guard.after_refresh(self._schedule.moved, config)
         return losses
 
     def _prepare(self, config: ProjectionConfig, sets: Sequence[SetBatches]) -> None:

@@ -72,7 +72,7 @@ class Refresher:
             capacity,
             config.constraint,
             DTYPES[config.rows_dtype],
-            config.subspace_rank,
+            None if config.uses_activations else config.subspace_rank,
             self._parameters.targets.rows_on_host,
         )
 
@@ -111,9 +111,10 @@ class Refresher:
         if config.row_of != "set":
             return config.rows
         old = self.subspace if self.fits(config) else None
+        if not config.constrains:  # the rows are added to the next gradient, and then nobody needs them
+            return max(len(sets), old.rows.capacity if old else 0)
         held = [name for name in (old.rows.sets if old else ()) if name is not None]
-        # Rows that do not constrain are added to the next gradient. After that, nobody needs them.
-        names = dict.fromkeys([*held, *sets] if config.constrains else sets)
+        names = dict.fromkeys([*held, *sets])
         if len(names) > config.rows:
             raise ValueError(
                 f"rows={config.rows} cannot hold one row for each of {len(names)} reference sets "
@@ -136,7 +137,6 @@ class Refresher:
         sets: Sequence[SetBatches],
         loss_fn: LossFn,
         model: nn.Module,
-        weights: Mapping[str, float] | None,
         activations: ActivationSubspace | None,
     ) -> dict[str, float]:
         """Compute reference gradients and store them in the subspace, which `prepare` has made.
@@ -148,7 +148,6 @@ class Refresher:
             sets (`Sequence[SetBatches]`): The batches.
             loss_fn (`Callable`): `loss_fn(model, batch)` returns a scalar.
             model (`nn.Module`): Passed to `loss_fn`.
-            weights (`Mapping[str, float]`, *optional*): See `Projector.refresh`.
             activations (`ActivationSubspace`, *optional*): The part of the rows in this subspace is removed.
 
         Returns:
@@ -178,7 +177,7 @@ class Refresher:
         losses = {own.name: total / weight if weight else math.nan for own, (total, weight) in pairs}
         self._report_bad(bad, slots, owners)
         self.fresh = [slot for slot in slots if slot not in bad]
-        self.weights = {name: 1.0 if weights is None else weights.get(name, 1.0) for name in losses}
+        self.weights = {own.name: own.weight for own in sets}
         self._diagnostics.refreshes += 1
         self._diagnostics.reference_examples += sum(sum(own.sizes) for own in sets)
         self._diagnostics.record_losses(losses)

@@ -99,10 +99,19 @@ class State:
         self._parameters.targets.forget()
         subspace = self._refresher.restored(config, tensors, rest)
         activations = self._builder.restored(config, directions, rest.get("inputs"))
-        if (subspace is None and config.refreshes) or (activations is None and config.uses_activations):
+        missing = []
+        if activations is None and config.uses_activations:
+            missing.append("activation subspace")
+        if subspace is None and config.refreshes:
+            missing.append("reference gradients")
+        if missing:
+            now, saved = (
+                ", ".join(f"{name}={own.get(name)!r}" for name in ("subspace", "reference_weight"))
+                for own in (config.ogpsa_dict(), rest["config"])
+            )
             raise ValueError(
-                f"The saved state does not contain the kind of subspace that subspace={config.subspace!r} needs. Use "
-                "the saved settings, or rebuild the subspace from the references."
+                f"The saved state has no {' and no '.join(missing)}, which {now} needs. It was saved with {saved}. "
+                "Use the saved settings, or rebuild the subspace from the references."
             )
         self._parameters.check_fingerprint(rest["fingerprint"])
         if masters:

@@ -76,7 +76,9 @@ class Step:
         if self.device is None:
             return
         with full_precision(self.device):
-            if self._refresher.subspace is not None and config.refreshes:
+            # Without rows of these parameters, only a step that they do not constrain is processed.
+            if config.refreshes and self._refresher.covers_training():
+                assert self._refresher.subspace is not None
                 self._process_with_rows(self._refresher.subspace, optimizer, config, max_grad_norm)
             if config.uses_activations:
                 assert self._builder.subspace is not None

@@ -53,12 +53,13 @@ def check_rows(config: ProjectionConfig, needed: int) -> None:
 
     Args:
         config: The projection's settings.
-        needed: The largest number of examples, batches or sets (`row_of`) that a refresh draws from.
+        needed: The largest number of rows that one refresh needs.
 
     Raises:
-        ValueError: If there are too many.
+        ValueError: If there are too many. Rows that do not constrain the step are only added to the training gradient.
+            Their number has no limit.
     """
-    if needed > config.rows:
+    if config.constrains and needed > config.rows:
         what = {"example": "examples", "batch": "batches", "set": "sets"}[config.row_of]
         raise ValueError(
             f"rows={config.rows} is too small: a refresh uses up to {needed} reference {what}, and each of them "

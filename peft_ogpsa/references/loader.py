@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.forms import Form, check_form
+from ..core.passes import WEIGHT
 from ..text.batching import by_length, padded_examples, padding_of
 from ..text.tokenization import Example
 from .budget import check_rows, refresh_samples
@@ -41,8 +42,6 @@ class ReferenceLoader:
 
     Attributes:
         losses (`dict[str, ReferenceLoss]`): The loss of each set, which its examples name.
-        weights (`dict[str, float]`): Reference weights for `refresh`: how much of each set's mean gradient is added to
-            the training gradient if the configuration leaves it to the loss. 8 with `loss="kl"`, 1 with other losses.
         cost (`float`): Mean cost of an example. A training example costs 1.
     """
 
@@ -60,7 +59,6 @@ class ReferenceLoader:
         self.seed = seed
         self.pad_token_id = pad_token_id
         self.losses = {name: loss_of(examples) for name, examples in self.sets.items()}
-        self.weights = {name: loss.default_weight for name, loss in self.losses.items()}
         self.cost = _mean_cost(self.sets)
         self._drawn = dict.fromkeys(self.sets, 0)
         self._draws = 0
@@ -111,7 +109,7 @@ class ReferenceLoader:
         projector = model.projector
         while projector.due:
             batches = loader.batches(model.device, everything=projector.unbuilt)
-            projector.refresh(batches, reference_loss, weights=loader.weights)
+            projector.refresh(batches, reference_loss)
         ```
 
         Args:
@@ -168,10 +166,13 @@ class ReferenceLoader:
                 name: [padded_examples(batch, self.pad_token_id, device) for batch in own]
                 for name, own in whole.items()
             }
-        return {
-            name: [self.losses[name].collate(batch, self.pad_token_id, device) for batch in own]
-            for name, own in self.draw().items()
-        }
+        return {name: [self._batch(name, batch, device) for batch in own] for name, own in self.draw().items()}
+
+    def _batch(self, name: str, examples: Sequence[Any], device: torch.device | str) -> dict[str, Any]:
+        loss = self.losses[name]
+        batch = loss.collate(examples, self.pad_token_id, device)
+        # Without an entry the weight is 1, so that batches of answers stay what `model(**batch)` accepts.
+        return batch if loss.default_weight == 1 else {**batch, WEIGHT: loss.default_weight}
 
     def draw(self) -> dict[str, list[list[Any]]]:
         """Return the next examples by set, in batches. Sets without an example in this draw are left out."""

@@ -316,7 +316,7 @@ class OGPSACallback(TrainerCallback):
                 bar.update()
                 return reference_loss(model, batch)
 
-            run.projector.refresh(batches, loss, model, run.loader.weights)
+            run.projector.refresh(batches, loss, model)
 
     def on_log(
         self,

@@ -112,7 +112,7 @@ class ReferencePenalty(TrainerCallback):
         mean, weighted = ([torch.zeros_like(parameter) for parameter in trained] for _ in range(2))
         with isolated_eval(model, gradients=True):
             for name, batches in drawn.items():
-                weight = self._loader.weights[name] if self.weight is None else self.weight
+                weight = self._loader.losses[name].default_weight if self.weight is None else self.weight
                 for batch in batches:
                     model.zero_grad()
                     (reference_loss(model, batch) * (len(batch["input_ids"]) / count)).backward()

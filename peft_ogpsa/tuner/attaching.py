@@ -19,10 +19,12 @@ def attach(model: nn.Module, config: ProjectionConfig) -> Projector:
 
     ```py
     model = get_peft_model(base, LoraConfig(...))  # or the model that another tool made
-    projector = attach(model, OGPSAConfig())  # LoRA's settings are those of the adapter
+    config = OGPSAConfig()  # LoRA's settings are those of the adapter
+    projector = attach(model, config)
+    loader = ReferenceLoader.from_sets(references, tokenizer, config, step_examples=8)
     for batch in training:
         while projector.due:
-            projector.refresh({"general": [next(general)]}, loss_fn)
+            projector.refresh(loader.batches(model.device, everything=projector.unbuilt), reference_loss)
         loss_fn(model, batch).backward()
         optimizer.step()  # projected
         optimizer.zero_grad()
