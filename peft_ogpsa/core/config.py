@@ -114,7 +114,8 @@ class ProjectionConfig:
         default=5,
         metadata={
             "help": "Optimizer steps from one refresh of the rows to the next. There is always another refresh after "
-            "the first step, because the gradient of A is zero while B is zero."
+            "the first step, because the gradient of A is zero while B is zero. reference_weight is added once per "
+            "refresh, so more frequent refreshes also make its pull stronger."
         },
     )
     reference_budget: float | None = field(

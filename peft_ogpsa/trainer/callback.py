@@ -72,8 +72,8 @@ class OGPSACallback(TrainerCallback):
 
     It adds these figures to the trainer's logs: with an activation subspace `ogpsa/removed/KIND`, `ogpsa/energy/KIND`,
     `ogpsa/seconds_build` and `ogpsa/seconds_projection`; with reference gradients `ogpsa/loss/SET`,
-    `ogpsa/cosine/SET`, `ogpsa/reference_norm`, `ogpsa/removed` and `ogpsa/seconds_refresh` (see
-    `Diagnostics.collect`).
+    `ogpsa/cosine/SET`, `ogpsa/reference_norm` and `ogpsa/seconds_refresh`; with a gradient subspace `ogpsa/removed`
+    (see `Diagnostics.collect`).
 
     It saves the subspace in each checkpoint of the trainer, so that a resumed run continues exactly.
 

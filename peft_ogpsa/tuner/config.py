@@ -71,7 +71,8 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             for each row of a matrix. `"int8"` works only with the cone, because a basis of the span needs more digits.
             The directions of an activation subspace are stored in the same type.
         refresh_steps (`int`): Optimizer steps from one refresh of the rows to the next. There is always another
-            refresh after the first step, because LoRA starts with B = 0, where the gradient of A is zero.
+            refresh after the first step, because LoRA starts with B = 0, where the gradient of A is zero. The
+            reference weight is added once per refresh, so more frequent refreshes also make its pull stronger.
         reference_budget (`float`, *optional*): Passes of reference examples for each pass of a training example. This
             is the share that references add to the cost of training. `OGPSACallback` converts it to a number of
             examples per refresh, at least one. An example with `loss="kl"` counts 3/2, because it also needs a forward
