@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 QLORA = ["--load_in_4bit", "--use_bnb_nested_quant", "--gradient_checkpointing", "true", "--optim", "paged_adamw_8bit"]
 SHORT = [
     "--max_steps",
-    "3",
+    "2",
     "--warmup_steps",
     "0",
     "--save_strategy",

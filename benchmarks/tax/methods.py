@@ -257,6 +257,9 @@ METHODS: dict[str, Method] = {
     "null space at the start alone": replace(null_space(), start="free"),
     "null space, A frozen": replace(null_space(), start="frozen"),
     "null space, B held": replace(null_space(), held_b=True),
+    "null space, given answers, weight 1": Method(
+        {"subspace": "activations", "reference_weight": 1.0, "refresh_samples": 3}, answers="given"
+    ),
     "null space, contrast": null_space(subspace_energy=1.0, lookalikes=0.2),
     "null space, KL 2, contrast": replace(_WEIGHTS["null space and KL penalty"]["null space, KL 2"], lookalikes=0.2),
     "null space, KL 8, contrast": replace(_WEIGHTS["null space and KL penalty"]["null space, KL 8"], lookalikes=0.2),
