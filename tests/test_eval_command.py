@@ -372,10 +372,11 @@ def test_a_damaged_store_is_named(folder):
         evaluate(folder, "run.json", adapters=["plain"])
 
 
-def test_help_says_what_is_the_default():
-    command = [sys.executable, "-m", "peft_ogpsa.cli", "eval", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "500"})
-    (line,) = [line for line in done.stdout.splitlines() if "Do not apply the chat template" in line]
+def test_help_says_what_is_the_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Do not apply the chat template" in line]
     assert "default" not in line
 
 

@@ -146,7 +146,8 @@ class ProjectionConfig:
         default="error",
         metadata={
             "help": "What happens at an optimizer step before there is a subspace. 'error' stops the run. 'warn' and "
-            "'ignore' train without projection, with or without a warning."
+            "'ignore' train without projection, with or without a warning. If only the gradients of a "
+            "reference_weight are missing, the activation subspace still projects."
         },
     )
 

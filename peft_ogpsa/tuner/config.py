@@ -85,8 +85,9 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             8 for sets with `loss="kl"` and 1 for other losses. Measurements showed that these values suit each loss
             (benchmarks/results/tax.md). 0 adds nothing. Then `subspace="activations"` needs no reference example
             during training, but for more than about 25 steps it keeps less.
-        missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`, or
-            `"ignore"`, which silently trains plain LoRA.
+        missing_reference (`str`): What an optimizer step before there is a subspace does: `"error"`, `"warn"`, or
+            `"ignore"`, which silently trains plain LoRA. If only the reference gradients of a `reference_weight` are
+            missing, the activation subspace still projects.
 
     Raises:
         ValueError: If a value is not allowed, or if two values contradict each other.
