@@ -170,15 +170,33 @@ def test_methods_are_compared_at_plain_loras_safety():
     assert "| better | 1 | +12% | +0.080 | -0.080 | 0.080 | 79 | 48 |" in text
     text = report.at_first_safe(BASE, runs)
     assert "| slow | 1 | not reached |" in text
-    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 50 |  | 1 | 100 |  | 8 | 2.1 |" in text
+    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 |  | 50 |  | 1 | 100 |  | 8 | 2.1 |" in text
     runs["better"][0]["train_info"]["metrics"][1]["refusal/built-in"] = 0.98
     runs["better"][0]["train_info"]["metrics"][1]["over_refusal/unseen"] = 0.3
+    runs["better"][0]["train_info"]["metrics"][1]["facts_refused"] = 0.04
     text = report.at_first_safe(BASE, runs)
-    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 50 | 30 | 1 | 100 | 98 | 8 | 2.1 |" in text
+    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 4 | 50 | 30 | 1 | 100 | 98 | 8 | 2.1 |" in text
     runs["better"][0]["train_info"]["metrics"][1]["refusal/built-in"] = 0.9
     assert "| better | 1 | not reached |" in report.at_first_safe(BASE, runs)
     assert "| better | 1 | 10 | 1.500 |" in report.at_first_safe(BASE, runs, every=False)
     assert "| slow | 1 | 10 | 2.800 | +0.100 | 0.100 |" in report.at_the_end(BASE, runs)
+
+
+def test_the_state_that_is_nearest_to_the_base_of_those_that_are_safe():
+    points = (
+        (5, 2.5, 0.02, 0.9),
+        (10, 2.0, 0.3, 0.96),
+        (15, 1.8, 0.1, 1.0),
+        (20, 1.7, 0.05, 0.94),
+        (25, 1.6, 0.2, 0.95),
+    )
+    runs = {"falls again": {0: run_of(*points)}, "never": {0: run_of(points[0])}}
+    text = report.at_smallest_kl(BASE, runs)
+    assert "| falls again | 1 | 15 | 1.800 | +0.100 | 0.100 |" in text
+    assert "| never | 1 | not reached |" in text
+    runs["falls again"][0]["train_info"]["metrics"][2]["refusal/built-in"] = 0.9
+    assert "| falls again | 1 | 25 | 1.600 |" in report.at_smallest_kl(BASE, runs)
+    assert report.refused({"refusal": 0.9, "refusal/built-in": 0.8, "over_refusal": 0.1}) == 0.8
 
 
 def run_with_tasks(**tasks):

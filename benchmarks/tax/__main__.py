@@ -17,7 +17,7 @@ from .comparisons import MAIN, comparisons, task_changes
 from .grid import Grid
 from .methods import DRAWN
 from .plots import tradeoffs
-from .report import SAFE, at_equal_loss, at_first_safe, at_the_end, hours, load
+from .report import SAFE, at_equal_loss, at_first_safe, at_smallest_kl, at_the_end, hours, load
 from .tasks import Tasks
 from .training import Settings
 
@@ -101,6 +101,9 @@ All of it takes {hours(base, runs):.1f} hours of {"a CPU core" if settings.devic
 ## Where at least {SAFE:.0%} of the first source are refused first
 
 {at_first_safe(base, runs, every=False)}
+## Where at least {SAFE:.0%} of every source are refused, at the smallest KL
+
+{at_smallest_kl(base, runs)}
 ## At the last measurement
 
 {at_the_end(base, runs)}

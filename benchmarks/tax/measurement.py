@@ -81,6 +81,7 @@ class Meter:
         told = self._answers(model, prompts, NEW_TOKENS["facts"])
         outcomes["facts"] = _word(map(correct, data.facts, told))
         figures["facts"] = outcomes["facts"].count("1") / len(data.facts)
+        figures["facts_refused"] = _refused([classify(answer) for answer in told])
         self.outcomes = outcomes
         figures["seconds"] = time.perf_counter() - start
         return figures

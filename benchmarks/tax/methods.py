@@ -25,6 +25,7 @@ class Method:
         replay: Without projection, weight of the mean gradient of the reference examples.
         merged: Whether to merge all reference sets into one.
         budget: With `replay`, number of reference examples per training example.
+        every: With `replay`, number of steps from one draw of reference examples to the next.
         refusals: Refusals to train on: `"given"` (by the data) or `"own"` (by the base model, under an instruction
             that the rows do not contain).
         lookalikes: Share of benign look-alikes among the training rows. The base model answers them.
@@ -55,6 +56,7 @@ class Method:
     merged: bool = False
     replay: float = 0.0
     budget: float = 0.1
+    every: int = 5
     refusals: Literal["given", "own"] = "given"
     lookalikes: float = 0.0
     more_lookalikes: bool = False
@@ -173,6 +175,9 @@ _WEIGHTS: dict[str, dict[str, Method]] = {
     "KL penalty": {
         f"KL {w:g}, 2 of 40": Method(loss="kl", replay=w, budget=0.05) for w in (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
     },
+    "KL penalty at every step": {
+        f"KL {w:g}, 2 of 8": Method(loss="kl", replay=w, budget=0.25, every=1) for w in (0.5, 2.0, 8.0)
+    },
     "ASFT": {f"ASFT {w:g}": Method(anchor=w, reweighted=True) for w in (0.01, 0.05, 0.25)},
     "KL on training rows": {f"KL {w:g} on training rows": Method(anchor=w) for w in (0.05, 0.25, 1.0)},
     "EWC": {f"EWC {w:g}": Method(ewc=w) for w in (100.0, 1000.0, 10000.0)},
@@ -205,6 +210,7 @@ METHODS: dict[str, Method] = {
     "KL 1": Method(loss="kl", replay=1.0),
     "KL 5": Method(loss="kl", replay=5.0),
     **_WEIGHTS["KL penalty"],
+    **_WEIGHTS["KL penalty at every step"],
     "cone of KL": cone(loss="kl"),
     "cone of KL, weight 1": cone(loss="kl", reference_weight=1.0),
     "cone of KL, weight 5": cone(loss="kl", reference_weight=5.0),

@@ -12,26 +12,26 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .report import SAFE, Point, curve
+from .report import SAFE, Point, curve, refused
 
-PANELS = (
-    (
-        "safety_loss",
-        "kl",
-        "held-out safety loss (nats per token; right is safer)",
-        "KL from the base (nats per token)",
-    ),
-    ("safety_loss", "loss", "held-out safety loss (nats per token; right is safer)", "general loss (nats per token)"),
-    ("refusal", "over_refusal", "refuses harmful requests", "refuses benign look-alikes"),
-    ("safety_loss", "facts", "held-out safety loss (nats per token; right is safer)", "plain facts known"),
-)
+PANELS = {
+    "kl": "KL from the base (nats per token)",
+    "loss": "general loss (nats per token)",
+    "over_refusal": "refuses benign look-alikes",
+    "facts": "plain facts known",
+}
+"""What is drawn over the share of harmful requests that is refused."""
 
 
 def mean_curve(base: Point, runs: Mapping[int, Any]) -> list[Point]:
     """Return the mean over seeds at each measurement."""
     curves = [curve(base, run) for run in runs.values()]
     return [
-        {name: statistics.mean(point[name] for point in points) for name in points[0]}
+        {
+            name: statistics.mean(point[name] for point in points)
+            for name in points[0]
+            if all(name in point for point in points)
+        }
         for points in zip(*curves, strict=True)
     ]
 
@@ -44,17 +44,14 @@ def tradeoffs(base: Point, runs: Mapping[str, Mapping[int, Any]], names: Sequenc
     """
     figure = Figure(figsize=(12, 9), layout="constrained")
     colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    for axes, (across, up, across_label, up_label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    for axes, (up, label) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for name, color in zip(names, colors, strict=False):
             points = mean_curve(base, runs[name])
             style = "-" if "cone" in name or "null space" in name else "--"
-            axes.plot([p[across] for p in points], [p[up] for p in points], style, marker="o", markersize=4)
+            axes.plot([refused(p) for p in points], [p[up] for p in points], style, marker="o", markersize=4)
             axes.lines[-1].set(color=color, label=name)
-        if across == "refusal":
-            axes.axvline(SAFE, color="grey", linewidth=0.8)
-        else:
-            axes.invert_xaxis()
-        axes.set(xlabel=across_label, ylabel=up_label)
+        axes.axvline(SAFE, color="grey", linewidth=0.8)
+        axes.set(xlabel="refuses harmful requests (of the source of which fewer are refused)", ylabel=label)
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)

@@ -47,6 +47,11 @@ def first_safe(points: Sequence[Point], every: bool = True) -> Point | None:
     return next((point for point in points if all(point[name] >= SAFE for name in _sources(point, every))), None)
 
 
+def refused(point: Point) -> float:
+    """Return the share of harmful requests that is refused: of the source of which fewer are."""
+    return min(point[name] for name in _sources(point, every=True))
+
+
 def _sources(point: Point, every: bool) -> list[str]:
     return [name for name in point if name == "refusal" or (every and name.startswith("refusal/"))]
 
@@ -120,6 +125,19 @@ def at_first_safe(base: Point, runs: Mapping[str, Mapping[int, Any]], every: boo
     return _states(base, runs, lambda points: first_safe(points, every))
 
 
+def at_smallest_kl(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
+    """Tabulate all methods at the measurement with the smallest KL of those that refuse enough of every source.
+
+    A method whose KL falls again after it became safe, as with a KL penalty, is read later here than at `first_safe`.
+    """
+    return _states(base, runs, _closest)
+
+
+def _closest(points: Sequence[Point]) -> Point | None:
+    safe = [point for point in points if first_safe([point])]
+    return min(safe, key=lambda point: point["kl"], default=None)
+
+
 def at_the_end(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
     """Tabulate all methods at their last measurement, whether they are safe there or not."""
     return _states(base, runs, lambda points: points[-1])
@@ -141,9 +159,9 @@ def _states(
 ) -> str:
     """Tabulate one state of every run, as a mean over seeds."""
     lines = _head(
-        *("method", "seeds", "step", "safety loss", "general loss", "KL from base", "facts known", "refuses benign"),
-        *("benign of unseen kinds", "unclear answers", "refuses harmful", "the built-in ones", "seconds of training"),
-        "peak GB",
+        *("method", "seeds", "step", "safety loss", "general loss", "KL from base", "facts known", "facts refused"),
+        *("refuses benign", "benign of unseen kinds", "unclear answers", "refuses harmful", "the built-in ones"),
+        *("seconds of training", "peak GB"),
     )
     for name, own in runs.items():
         states = [pick(curve(base, run)) for run in own.values()]
@@ -151,7 +169,15 @@ def _states(
         for figure, form in (("step", ".0f"), ("safety_loss", ".3f"), ("loss", "+.3f"), ("kl", ".3f")):
             offset = base["loss"] if figure == "loss" else 0.0
             cells.append(spread((None if point is None else point[figure] - offset for point in states), form))
-        for figure in ("facts", "over_refusal", "over_refusal/unseen", "unclear", "refusal", "refusal/built-in"):
+        for figure in (
+            "facts",
+            "facts_refused",
+            "over_refusal",
+            "over_refusal/unseen",
+            "unclear",
+            "refusal",
+            "refusal/built-in",
+        ):
             known = [None if point is None else point.get(figure) for point in states]
             cells.append(spread(known, ".0f", 100) if any(value is not None for value in known) else "")
         cells.append(f"{statistics.mean(run['train_info']['seconds'] for run in own.values()):.0f}")

@@ -351,8 +351,9 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
         held = [HeldB(sets)] if method.held_b else []
         return config, model, [OGPSACallback(sets, seed=seed), *held]
     if method.replay:
-        samples = round(method.budget * 5 * settings.batch)
-        return config, model, [ReferencePenalty(sets, method.replay, samples, processing_class=bench.tokenizer)]
+        samples = round(method.budget * method.every * settings.batch)
+        penalty = ReferencePenalty(sets, method.replay, samples, method.every, processing_class=bench.tokenizer)
+        return config, model, [penalty]
     return config, model, []
 
 
