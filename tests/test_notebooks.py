@@ -98,7 +98,7 @@ def test_runs(name, tmp_path, monkeypatch):
         for word in ("KL from base", "refuses benign", "total"):
             assert word in text
     else:
-        assert set(adapters) == {"plain_LoRA", "OGPSA"}
+        assert set(adapters) == {"plain_LoRA", "null_space_and_KL_penalty"}
         for word in (
             "general loss",
             "KL from base",
