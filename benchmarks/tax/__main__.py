@@ -58,6 +58,8 @@ def main() -> None:
         dpo_learning_rate=arguments.dpo_learning_rate,
         until_safe=arguments.until_safe,
     )
+    if not arguments.tasks and (arguments.include_path or arguments.limit):
+        parser.error("--include-path and --limit have no effect without --tasks. Name the tasks, or leave them out.")
     if arguments.until_safe and len(arguments.stages) > 1:
         parser.error("--until-safe ends a run where it is safe, so a second stage would not begin. Give one stage.")
     grid = Grid(
