@@ -71,9 +71,8 @@ class Guard:
         """
         without_subspace = self._builder.lacks(config)
         without_rows = config.refreshes and not self._refresher.covers_training()
-        if (
-            self._schedule.moves
-        ):  # torch makes a step that moves nothing when it loads an optimizer's state from shards
+        # A step that moves nothing needs nothing. torch makes one when it loads an optimizer's state from shards.
+        if self._schedule.moves:
             if without_subspace:
                 self._report_missing("activation subspace", self._builder.subspace is not None, config)
             elif without_rows:
