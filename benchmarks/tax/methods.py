@@ -185,6 +185,12 @@ _WEIGHTS: dict[str, dict[str, Method]] = {
         f"null space, KL {w:g}": null_space(subspace_energy=1.0, reference_weight=w, refresh_samples=2)
         for w in (2.0, 8.0, 32.0)
     },
+    "null space and KL penalty at every step": {
+        f"null space, KL {w:g}, 2 of 8": null_space(
+            subspace_energy=1.0, reference_weight=w, refresh_samples=2, refresh_steps=1
+        )
+        for w in (0.5, 2.0)
+    },
 }
 """Families whose main knob is a weight."""
 
