@@ -21,6 +21,7 @@ from models import chat, tiny_llama, tiny_tokenizer
 from transformers import TrainerControl
 
 from benchmarks.tax import data, plots, report, training
+from benchmarks.tax.__main__ import main as tax
 from benchmarks.tax.comparisons import COMPARED, MAIN, comparisons, task_changes
 from benchmarks.tax.crossing import UntilSafe
 from benchmarks.tax.facts import FACTS
@@ -250,6 +251,22 @@ def test_a_base_without_scores_is_scored(tmp_path, monkeypatch):
     bench.scores = None
     grid._measure_base(1)  # known, so nothing is scored
     assert report.curve(whole, run_of((1, 2.0, 0.1, 1.0)))[0] == {"step": 0, "kl": 0.0, "kl/maths": 0.0}
+
+
+def test_runs_that_ended_without_scores_are_not_scored_in_silence(tmp_path, monkeypatch, capsys):
+    grid = Grid(tmp_path / "runs", Settings("model", "cpu"), None, 4, 4, tasks=Tasks(("a",)))
+    grid.folder.mkdir()
+    scored, not_scored = grid.path("plain", 0), grid.path("null space", 1)
+    scored.write_text(json.dumps(run_with_tasks(a="1")), encoding="utf-8")
+    not_scored.write_text(json.dumps(run_of((1, 2.0, 0.1, 1.0))), encoding="utf-8")
+    assert grid.unscored(["plain", "null space", "cone"], [0, 1]) == [not_scored]
+    assert replace(grid, tasks=None).unscored(["null space"], [1]) == []
+    monkeypatch.setattr(Grid, "run", lambda *_: pytest.fail("A run began."))
+    options = ["--output", str(tmp_path), "--tasks", "a", "--seeds", "1", "--methods", "null space"]
+    monkeypatch.setattr("sys.argv", ["tax", *options])
+    with pytest.raises(SystemExit):
+        tax()
+    assert f"{not_scored.name} has ended without. Give another --output." in capsys.readouterr().err
 
 
 def test_hours_of_all_runs():

@@ -76,6 +76,9 @@ def main() -> None:
     unknown = [name for name in names if name not in grid.methods]
     if unknown:
         parser.error(f"--methods {unknown[0]!r} is unknown. Choose from: {', '.join(grid.methods)}.")
+    unscored = grid.unscored(names, arguments.seeds)
+    if unscored:
+        parser.error(f"--tasks scores new runs, and {unscored[0].name} has ended without. Give another --output.")
     tasks = grid.missing(names, arguments.seeds)
     for line in tqdm(grid.run(tasks, arguments.workers), "Runs", total=len(tasks)):
         tqdm.write(line)

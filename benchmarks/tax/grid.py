@@ -61,6 +61,13 @@ class Grid:
         """List the runs that are missing, seed by seed."""
         return [(name, seed) for seed in seeds for name in names if not self.path(name, seed).is_file()]
 
+    def unscored(self, names: Sequence[str], seeds: Sequence[int]) -> list[Path]:
+        """List the files of finished runs that lack scores of the tasks. Their adapters are gone."""
+        if self.tasks is None:
+            return []
+        found = [path for seed in seeds for name in names if (path := self.path(name, seed)).is_file()]
+        return [path for path in found if "tasks" not in json.loads(path.read_text(encoding="utf-8"))["train_info"]]
+
     def run(self, tasks: Sequence[Task], workers: int) -> Iterator[str]:
         """Do the runs, and yield one line per run with its last figures."""
         self.folder.mkdir(parents=True, exist_ok=True)
