@@ -261,6 +261,7 @@ METHODS: dict[str, Method] = {
     "null space": null_space(subspace_energy=1.0),
     "null space, answers": null_space(subspace_energy=1.0, tokens="answer"),
     **_WEIGHTS["null space and KL penalty"],
+    **_WEIGHTS["null space and KL penalty at every step"],
     "null space, cone, KL 8": null_space(
         subspace="both", subspace_energy=1.0, reference_weight=8.0, refresh_samples=2
     ),
