@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from loops import batch, loss_of, parameters_of, step_violations
-from models import randomize, tiny_llama
+from models import randomize, tiny_llama, tiny_t5
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.layer import LoraLayer
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
@@ -772,7 +772,7 @@ def test_a_trained_adapter_with_almost_its_references_is_accepted_with_a_warning
     model, projector = loaded(trained)
     before = copies(model)
     projector.refresh(changed, loss_of)
-    assert "The adapter was trained with other reference sets" in caplog.text
+    assert "Not all of the adapter was in the null space of the reference sets" in caplog.text
     assert leak(model, held(projector)) <= TOLERANCE
     # Of an adapter in use what is inside is removed, and nothing is stretched.
     for parameter, was in zip(parameters_of(model), before, strict=True):
@@ -1052,16 +1052,95 @@ def test_it_is_due_once():
     assert projector.subspace is None
 
 
-def test_training_without_projection_for_a_while():
+def test_training_without_projection_for_a_while(caplog):
     model, projector = lora()
     projector.refresh(many(), loss_of)
     projector.enabled = False
     optimizer = adamw(model)
     train(model, optimizer, range(3))
     assert leak(model, held(projector)) > 100 * TOLERANCE
+    assert not caplog.records
+    projector.enabled = True
+    assert "Not all of the adapter was in the null space" in caplog.text
+    assert leak(model, held(projector)) <= TOLERANCE
+    caplog.clear()
     projector.enabled = True
     train(model, optimizer, range(3, 4))
     assert leak(model, held(projector)) <= TOLERANCE
+    assert not caplog.records
+
+
+def other_weights(model, projector, share):
+    """Put weights into the adapter whose matrices A have this share in the subspace."""
+    u = held(projector)
+    with torch.no_grad():
+        for name, layer in layers_of(model).items():
+            inside = torch.randn(a_of(layer).shape, generator=torch.Generator().manual_seed(3)).to(u[name].dtype)
+            inside = inside @ u[name] @ u[name].T
+            a = layer.lora_A["default"].weight
+            a.add_(inside * a.norm() / inside.norm() * share)
+
+
+def test_other_weights_are_moved_into_the_null_space_at_a_reset(caplog):
+    model, projector = lora()
+    train(model, adamw(model), sets=many())
+    before = copies(model)
+    projector.reset()  # nothing has left it
+    assert unchanged(model, before)
+    assert not caplog.records
+    other_weights(model, projector, 0.1)
+    assert 0.05 < leak(model, held(projector)) < 0.2
+    projector.reset()
+    assert "Not all of the adapter was in the null space" in caplog.text
+    assert leak(model, held(projector)) <= TOLERANCE
+    for parameter, was in zip(parameters_of(model), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), was, rtol=0, atol=1e-5)
+
+
+def test_other_weights_that_are_not_from_the_null_space_are_refused_at_a_reset():
+    model, projector = lora()
+    train(model, adamw(model), sets=many())
+    other_weights(model, projector, 1.0)
+    before = copies(model)
+    with pytest.raises(ValueError, match="not trained in the null space"):
+        projector.reset()
+    projector.enabled = False
+    projector.reset()  # the next steps are not projected
+    with pytest.raises(ValueError, match="not trained in the null space"):
+        projector.enabled = True
+    assert not projector.enabled
+    assert unchanged(model, before)
+    projector.reset(rebuild=True)
+    assert projector.unbuilt
+
+
+def test_an_encoder_decoder_takes_examples_without_padding():
+    model = get_peft_model(
+        tiny_t5(), OGPSAConfig(r=4, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM", reference_weight=0.0)
+    )
+    ids = torch.randint(0, 90, (2, 8), generator=torch.Generator().manual_seed(0))
+    own = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    model.projector.refresh({"set": [own]}, loss_of)
+    assert model.projector.activations is not None
+    padded = {**own, "attention_mask": (torch.arange(8) < 5).long().expand(2, -1)}
+    projector = get_peft_model(tiny_t5(), model.peft_config["default"]).projector
+    with pytest.raises(ValueError, match=r"is an encoder-decoder, .* batches without padding"):
+        projector.refresh({"set": [padded]}, loss_of)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    model, projector = lora(subspace_rank=2)
+    projector.refresh(many(), loss_of)
+    u, a = held(projector), [copy.double() for copy in copies(model)]
+    model, projector = lora(subspace_rank=2)
+    torch.set_default_dtype(dtype)
+    try:
+        projector.refresh(many(), loss_of)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(u[name], other) for name, other in held(projector).items())
+    assert all(torch.equal(was, copy.double()) for was, copy in zip(a, copies(model), strict=True))
 
 
 # With reference gradients

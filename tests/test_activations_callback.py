@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from models import chat, tiny_llama, tiny_tokenizer
+from models import chat, randomize, tiny_llama, tiny_tokenizer
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_callback import GENERAL, TRAINING, sets, sft, weights
@@ -193,6 +193,76 @@ def test_a_second_stage_goes_on_in_the_subspace_of_the_first(tmp_path, caplog):
         sft(tmp_path, model, [OGPSACallback([ReferenceSet("new", TRAINING)])]).train()
     assert model.projector.activations is first
     assert "earlier stage, which was built from other reference sets" in caplog.text
+    assert "rebuild_subspace=True" in caplog.text
+
+
+def similar():
+    """Nearly the same references, so that an adapter of the others' null space is nearly in theirs."""
+    general, benign = sets()
+    return [general, ReferenceSet("benign", [*benign.dataset[:-1], chat("How do I kill process 9?", "Run kill 9.")])]
+
+
+def digest(callback):
+    return callback._runs[-1].loader.digest
+
+
+def test_a_second_stage_is_built_from_its_own_sets_if_told(tmp_path, caplog):
+    model = model_of()
+    sft(tmp_path, model).train()
+    first = model.projector.activations
+    callback = OGPSACallback(similar(), rebuild_subspace=True)
+    trainer = sft(tmp_path, model, [callback])
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        trainer.train()
+    assert model.projector.activations is not first
+    assert model.projector.activations.references == digest(callback)
+    assert leak(model) < 1e-6
+    assert "earlier stage" not in caplog.text
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_resumed_run_builds_its_subspace_again_if_told(tmp_path, used, caplog):
+    """Also in a model that has another subspace, of an earlier run in this process."""
+    sft(tmp_path, model_of(), [OGPSACallback(sets())], save_strategy="steps", save_steps=3).train()
+    model = model_of()
+    if used:
+        sft(
+            tmp_path, model, [OGPSACallback([ReferenceSet("new", TRAINING)])], output_dir=str(tmp_path / "else")
+        ).train()
+    callback = OGPSACallback(similar(), rebuild_subspace=True)
+    trainer = sft(tmp_path, model, [callback], max_steps=8)
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        trainer.train(resume_from_checkpoint=True)
+    assert model.projector.activations.references == digest(callback)
+    assert leak(model) < 1e-6
+    assert "earlier stage" not in caplog.text
+
+
+def test_weights_that_were_loaded_between_stages_are_checked(tmp_path):
+    model = model_of()
+    sft(tmp_path, model).train()
+    other = model_of()
+    randomize(other)
+    other.save_pretrained(tmp_path / "other")
+    model.load_adapter(str(tmp_path / "other"), "default", is_trainable=True)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"not trained in the null space .*merge_adapter"):
+        sft(tmp_path, model).train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_a_second_adapter_is_not_said_to_continue_the_first(tmp_path, caplog):
+    model = model_of()
+    settings = {"subspace": "activations", "subspace_rank": 8, "reference_weight": 0.0}
+    model.add_adapter("two", OGPSAConfig(**LORA, **settings))
+    sft(tmp_path, model).train()
+    model.set_adapter("two")
+    callback = OGPSACallback([ReferenceSet("new", TRAINING)])
+    trainer = sft(tmp_path, model, [callback])
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        trainer.train()
+    assert model.projector.activations.references == digest(callback)
+    assert "earlier stage" not in caplog.text
 
 
 def test_a_second_stage_from_a_saved_adapter_is_built_from_the_same_references(tmp_path, caplog):

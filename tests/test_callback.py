@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from loops import LORA, parameters_of
-from models import chat, randomize, tiny_llama, tiny_tokenizer
+from models import chat, randomize, tiny_llama, tiny_t5, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -714,11 +714,43 @@ def test_checkpoints_without_subspace(tmp_path):
         ({"reference_sets": []}, "reference_sets is empty"),
         ({"reference_sets": [ReferenceSet("a", GENERAL), ReferenceSet("a", BENIGN)]}, "two sets with the name 'a'"),
         ({"reference_sets": [ReferenceSet("a", GENERAL)], "batch_size": 0}, "batch_size=0"),
+        ({"reference_sets": GENERAL}, r"contains an object of the type dict\. Give .* \[ReferenceSet\(name, rows\)\]"),
+        ({"reference_sets": {"a": GENERAL}}, "contains an object of the type str"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         OGPSACallback(**arguments)
+
+
+@pytest.mark.parametrize("subspace", ["activations", "gradients"])
+def test_an_adapter_that_was_loaded_for_inference_is_refused_with_the_remedy(tmp_path, subspace):
+    get_peft_model(tiny_llama(), OGPSAConfig(**LORA, subspace=subspace)).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    with pytest.raises(ValueError, match=r"is_trainable=True to PeftModel\.from_pretrained"):
+        projector_of(model).refresh(loops.references(0), loops.loss_of)
+
+
+def test_a_set_of_a_generator_can_be_used_again(tmp_path):
+    callback = OGPSACallback([ReferenceSet("general", (row for row in GENERAL), samples=5)])
+    trainer = sft(tmp_path, callbacks=[callback], max_steps=2)
+    trainer.train()
+    trainer.train()
+    assert len(callback._runs[-1].loader.sets["general"]) == 5
+
+
+def test_encoder_decoders_are_refused(tmp_path):
+    model = get_peft_model(tiny_t5(), OGPSAConfig(r=4, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    trainer = Trainer(
+        model,
+        TrainingArguments(**options),
+        train_dataset=[{"input_ids": [1, 2, 3], "labels": [4, 5]}] * 2,
+        processing_class=tiny_tokenizer(),
+        callbacks=[OGPSACallback(sets())],
+    )
+    with pytest.raises(ValueError, match="does not work with encoder-decoder models"):
+        trainer.train()
 
 
 def test_bad_sets_stop_before_the_first_step(tmp_path):

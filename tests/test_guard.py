@@ -417,6 +417,67 @@ def test_changes_are_noticed_in_a_loop_that_refreshes_on_a_schedule_of_its_own(c
     assert len([r for r in caplog.records if "changed outside a projected optimizer step" in r.getMessage()]) == 1
 
 
+# Reference gradients are computed as often as the settings say
+
+REFRESHED = {"gradients": {}, "weight": {"subspace": "activations", "subspace_rank": 8, "reference_weight": 8.0}}
+
+
+def refreshing(**overrides):
+    settings = {"subspace": "gradients", "rows": 8, "refresh_samples": 4, "refresh_steps": 2}
+    if overrides.get("subspace") == "activations":
+        del settings["rows"]
+    return get_peft_model(
+        tiny_llama(vocab_size=259, max_position_embeddings=256), OGPSAConfig(**{**LORA, **settings, **overrides})
+    )
+
+
+@pytest.mark.parametrize("kind", REFRESHED)
+def test_a_second_trainer_without_references_stops(kind, tmp_path):
+    model = refreshing(**REFRESHED[kind])
+    sft(tmp_path, model, max_steps=4).train()  # the last refresh is before the last step
+    effect = {"gradients": "projected with old rows", "weight": "weight is no longer applied"}[kind]
+    with pytest.raises(RuntimeError, match=rf"are 4 steps old, with refresh_steps=2, .*{effect}.*OGPSACallback"):
+        sft(tmp_path, model, callbacks=[]).train()
+    assert model.projector.steps == 7
+    sft(tmp_path, model).train()
+
+
+@pytest.mark.parametrize("kind", REFRESHED)
+@pytest.mark.parametrize("mode", ["error", "warn", "ignore"])
+def test_a_loop_that_forgets_to_refresh_is_told(kind, mode, caplog):
+    model = refreshing(**REFRESHED[kind], missing_reference=mode)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-3)
+
+    def steps(count):
+        for number in range(count):
+            loss_of(model, batch(number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def refresh():
+        while model.projector.due:
+            model.projector.refresh(references(0), loss_of)
+
+    refresh()
+    steps(1)
+    refresh()
+    steps(4)
+    refresh()  # late, but not too late
+    steps(4)
+    assert not caplog.records
+    before = [p.detach().clone() for p in parameters_of(model)]
+    if mode == "error":
+        with pytest.raises(RuntimeError, match=r"4 steps old, .*projector\.due.*larger refresh_steps"):
+            steps(1)
+        assert all(torch.equal(p, was) for p, was in zip(parameters_of(model), before, strict=True))
+    else:
+        steps(2)
+        warned = [record for record in caplog.records if "4 steps old" in record.getMessage()]
+        assert len(warned) == (mode == "warn")
+    refresh()
+    steps(1)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscaled", [False, True])  # by the trainer's clipping
 def test_an_overflow_that_a_gradient_scaler_finds_is_no_missed_step(fused, unscaled):

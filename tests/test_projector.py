@@ -637,6 +637,9 @@ def test_refresh_refuses_bad_input():
     refresh = model.projector.refresh
     with pytest.raises(ValueError, match="no reference set"):
         refresh({}, loss_of)
+    for shape in ([batch(0)], {"set": batch(0)}):
+        with pytest.raises(ValueError, match="expects a mapping from the names of the reference sets to lists"):
+            refresh(shape, loss_of)
     with pytest.raises(ValueError, match="'empty' has no batch"):
         refresh({"empty": []}, loss_of)
     with pytest.raises(ValueError, match=r"6 reference gradients do not fit into rows=4"):

@@ -93,7 +93,7 @@ class ActivationSubspace:
         self.device = self._stacks[0].basis.device
         self._before: list[Tensor] | None = None
         # For each stack: squared lengths of the parts removed from steps, and of the steps.
-        self._squares = [torch.zeros(2, device=stack.basis.device) for stack in self._stacks]
+        self._squares = [torch.zeros(2, dtype=torch.float32, device=stack.basis.device) for stack in self._stacks]
         for own in self.inputs:
             own.directions = own.directions[:, :0]  # stored in the stacks from now on
 
@@ -139,7 +139,7 @@ class ActivationSubspace:
                     held[:, : found.shape[1]] = found.to(device, self.dtype)
                 matrices = [[own[layer] for layer in self.inputs[i].layers] for i in part]
                 gains = [self.inputs[i].gain if self._adapter else 1.0 for i in part]
-                gain = torch.tensor(gains, device=device).view(-1, 1, 1)
+                gain = torch.tensor(gains, dtype=torch.float32, device=device).view(-1, 1, 1)
                 stacks.append(Stack(kind, part, matrices, basis, inverse_of(basis), gain))
         return stacks
 
@@ -155,21 +155,19 @@ class ActivationSubspace:
         must call this method.
 
         Returns:
-            The share of the adapter's effect that lay in the subspace, from 0 to 1: the length of `B A U` relative to
-            that of `B A`, the maximum over the layers.
+            The share of the adapter's effect that lay in the subspace. See `leak`.
 
         Raises:
             ValueError: If this share is too large, because the adapter did not start in the complement, or if nothing
                 of a matrix A is left outside of the subspace. Nothing is changed.
         """
-        leaks, entered, hollow = [torch.zeros((), dtype=small_dtype(self.device), device=self.device)], [], []
+        most = self.leak()
+        entered, hollow = [], []
         for stack, place, matrix in self._each():
             if matrix.after is None:
                 continue
             a, b = _whole(matrix.parameter), _whole(matrix.after).to(stack.basis.device)
-            along = stack.along(a[None], place)
-            outside = a - stack.spread(along, place)[0]
-            leaks.append(_share(b, along[0], a).to(self.device))
+            outside = a - stack.spread(stack.along(a[None], place), place)[0]
             whole, kept = torch.linalg.vector_norm(a), torch.linalg.vector_norm(outside)
             hollow.append((kept <= _HOLLOW * whole).to(self.device))
             gain = stack.gain[place, 0, 0]
@@ -182,7 +180,6 @@ class ActivationSubspace:
                     f"No part of {matrix.name} is left outside the activation subspace, so the layer could not "
                     "learn. Set a smaller subspace_rank."
                 )
-        most = float(torch.stack(leaks).max())
         if most > _MOST_LEAK:
             raise ValueError(
                 f"The adapter was not trained in the null space of this activation subspace: up to {most:.0%} of its "
@@ -194,6 +191,20 @@ class ActivationSubspace:
             length = torch.linalg.vector_norm(full)
             _STRETCHED[parameter] = length / before, length
         return most
+
+    @torch.no_grad()
+    def leak(self) -> float:
+        """Return the share of the adapter's effect that lies in the subspace, from 0 to 1.
+
+        It is the length of `B A U` relative to that of `B A`, the maximum over the layers; 0 for full weights. Waits
+        for the device. With several processes, all of them must call this method.
+        """
+        shares = [torch.zeros((), dtype=small_dtype(self.device), device=self.device)]
+        for stack, place, matrix in self._each():
+            if matrix.after is not None:
+                a, b = _whole(matrix.parameter), _whole(matrix.after).to(stack.basis.device)
+                shares.append(_share(b, stack.along(a[None], place)[0], a).to(self.device))
+        return float(torch.stack(shares).max())
 
     def _afters(self) -> list[InputMatrix]:
         """The matrices that belong to an adapter, in the order of `_each`."""

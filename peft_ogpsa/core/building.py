@@ -75,6 +75,7 @@ class Builder:
         targets.check()
         matrices = targets.matrices()
         if not matrices:
+            self._parameters.layout(config)  # raises a better error if nothing at all is in training
             raise ValueError(
                 f"subspace={config.subspace!r} projects LoRA matrices A or weights of linear layers, but none of "
                 "them is in training. Train at least one of them, or set subspace='gradients'."
@@ -99,6 +100,18 @@ class Builder:
             _enter(subspace)
             self.hold(subspace, config)
             self._diagnostics.record_energies({own.name: own.held_out for own in subspace.kinds()})
+
+    def enter_again(self, config: ProjectionConfig) -> None:
+        """Move the adapter into the complement again, if its weights have left it without a projection.
+
+        Raises:
+            ValueError: See `ActivationSubspace.enter`.
+        """
+        if self.subspace is None or not config.uses_activations or self.lacks(config):
+            return
+        with full_precision(self.subspace.device):
+            if self.subspace.leak() > LEAK:
+                _enter(self.subspace)
 
     def hold(self, subspace: ActivationSubspace, config: ProjectionConfig) -> None:
         """Store a subspace. It replaces the previous one."""
@@ -130,8 +143,8 @@ def _enter(subspace: ActivationSubspace) -> None:
     leak = subspace.enter()
     if leak > LEAK:
         logger.warning(
-            "The adapter was trained with other reference sets. Up to %.1f %% of its effect in a layer acted on the "
-            "reference inputs. This part was removed.",
+            "Not all of the adapter was in the null space of the reference sets. Up to %.1f %% of its effect in a "
+            "layer acted on the reference inputs. This part was removed.",
             100 * leak,
         )
     else:

@@ -145,9 +145,10 @@ class ProjectionConfig:
     missing_reference: Literal["error", "warn", "ignore"] = field(
         default="error",
         metadata={
-            "help": "What happens at an optimizer step before there is a subspace. 'error' stops the run. 'warn' and "
-            "'ignore' train without projection, with or without a warning. If only the gradients of a "
-            "reference_weight are missing, the activation subspace still projects."
+            "help": "What happens at an optimizer step before there is a subspace, or with reference gradients that "
+            "are older than twice refresh_steps. 'error' stops the run. 'warn' and 'ignore' go on, with or without a "
+            "warning: without a subspace the step is not projected. If only the gradients of a reference_weight are "
+            "missing, the activation subspace still projects."
         },
     )
 

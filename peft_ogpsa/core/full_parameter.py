@@ -50,8 +50,9 @@ class FullParameterConfig(ProjectionConfig):
         reference_budget (`float`, *optional*): See [`OGPSAConfig`].
         refresh_samples (`int`, *optional*): See [`OGPSAConfig`].
         reference_weight (`float`, *optional*): See [`OGPSAConfig`]; the default is 0.
-        missing_reference (`str`): What a first optimizer step without any reference rows does: `"error"`, `"warn"`, or
-            `"ignore"`, which silently trains without projection.
+        missing_reference (`str`): What an optimizer step does without reference rows, or with rows that are older than
+            twice `refresh_steps`: `"error"`, `"warn"`, or `"ignore"`. Without rows, the last two train without
+            projection.
         exclude (`Sequence[str]`): Modules whose parameters are trained but not projected, and for which no rows are
             stored. Give names or parts of dotted names, with `*` as in file names, such as `"embed_tokens"`,
             `"lm_head"`, `"*norm*"`, `"layers.0"`.

@@ -23,6 +23,14 @@ from .schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
+_LATE = 2
+"""Reference gradients that are older than so many times `refresh_steps` are not those that were asked for."""
+
+_REMEDY = (
+    "Add OGPSACallback(reference_sets=[ReferenceSet(...)]) to the trainer. In your own loop, call "
+    "model.projector.refresh(batches, loss_fn) before the step, while model.projector.due is true."
+)
+
 
 class Guard:
     """The checks of one projector.
@@ -77,14 +85,14 @@ class Guard:
                 self._report_missing("activation subspace", self._builder.subspace is not None, config)
             elif without_rows:
                 self._report_missing("reference gradients", self._refresher.subspace is not None, config)
+            elif config.refreshes and self._schedule.since_refresh >= _LATE * config.refresh_steps:
+                self._report_late(config)
         if without_subspace or (without_rows and config.constrains):
             return False
         self._parameters.check_all_stepped_by(optimizer)
         return True
 
     def _report_missing(self, what: str, outdated: bool, config: ProjectionConfig) -> None:
-        if config.missing_reference == "ignore":
-            return
         targets = self._parameters.targets
         found = f"only the {what} of other parameters" if outdated else f"no {what}"
         if config.constrains or what == "activation subspace":
@@ -93,11 +101,23 @@ class Guard:
         else:
             effect = "the reference weight cannot be applied"
             without = f"To train without it, set reference_weight=0 in {targets.settings}."
-        message = (
-            f"The optimizer makes a step with {targets.what} that has {found}, so {effect}. Add "
-            "OGPSACallback(reference_sets=[ReferenceSet(...)]) to the trainer. In your own loop, call "
-            f"model.projector.refresh(batches, loss_fn) before the step, while model.projector.due is true. {without}"
+        step = f"The optimizer makes a step with {targets.what} that has {found}, so {effect}."
+        self._report(f"{step} {_REMEDY} {without}", config)
+
+    def _report_late(self, config: ProjectionConfig) -> None:
+        if config.constrains:
+            effect = "steps are projected with old rows"
+        else:
+            effect = "the reference weight is no longer applied"
+        self._report(
+            f"The last reference gradients are {self._schedule.since_refresh} steps old, with refresh_steps="
+            f"{config.refresh_steps}, so {effect}. {_REMEDY} If you want fewer refreshes, set a larger refresh_steps.",
+            config,
         )
+
+    def _report(self, message: str, config: ProjectionConfig) -> None:
+        if config.missing_reference == "ignore":
+            return
         if config.missing_reference == "error":
             raise RuntimeError(message)
         if not self._warned_of_missing:
@@ -156,7 +176,7 @@ class Guard:
             return
         self._warned_of_changes = True
         logger.warning(
-            "The projected parameters changed outside a projected optimizer step. Such changes are not projected. "
+            "The projected parameters changed outside a projected optimizer step. These changes were not projected. "
             "There are two possible causes. First, the optimizer, or a wrapper around it, does not call "
             "super().__init__() of torch.optim.Optimizer, so torch calls no hooks. Then use another optimizer. "
             "Second, your code changed the weights. If it loaded them on purpose, call projector.reset() afterwards."

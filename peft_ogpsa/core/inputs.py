@@ -111,11 +111,13 @@ def find(
         The inputs, in the order in which the model computes them.
 
     Raises:
-        ValueError: If a batch does not define which positions are tokens, if an input has other positions, if a layer
+        ValueError: If a batch does not define which positions are tokens, if the model is an encoder-decoder and a
+            batch has padding, if an input has other positions, if a layer
             was never called, or if a layer does not always get the input that it got first.
         FloatingPointError: If an input is not finite.
     """
     used, held = split(batches, tokens)
+    _refuse_padded_pairs(model, [*used, *held])
     watcher = Watcher(layers)
     with watcher.watching():
         watcher.discover(forward, model, used[0].of([0]))
@@ -136,6 +138,19 @@ def find(
         _measure(found, held, watcher, forward, model)
     _warn_of_few(sum(map(count, used)), found)
     return found
+
+
+def _refuse_padded_pairs(model: nn.Module, parts: Sequence[Part]) -> None:
+    """Reject padding for an encoder-decoder: the mask is the encoder's, and the decoder has other positions."""
+    config = getattr(getattr(model, "module", model), "config", None)
+    if getattr(config, "is_encoder_decoder", False) and not all(
+        part.tokens is None or bool(part.tokens.all()) for part in parts
+    ):
+        raise ValueError(
+            "The model is an encoder-decoder, and a reference batch has positions that do not count. The mask says so "
+            "of one half of the model only. Give batches without padding, for example of one example each, and "
+            "tokens='all'. Or use subspace='gradients'."
+        )
 
 
 def _not_finite(layer: str) -> FloatingPointError:

@@ -81,8 +81,8 @@ class Blocks:
     ) -> None:
         if not parameters:
             raise ValueError(
-                "There is no parameter to project: the adapter in training has no trainable LoRA weight. Unfreeze its "
-                "LoRA weights."
+                "There is no parameter to project: no LoRA weight of the adapter is in training. Give "
+                "is_trainable=True to PeftModel.from_pretrained, or unfreeze the LoRA weights."
             )
         if scope not in _BLOCK_OF:
             raise ValueError(f"scope={scope!r} is unknown. Choose one of {sorted(_BLOCK_OF)}.")

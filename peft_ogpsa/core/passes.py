@@ -53,8 +53,14 @@ def checked(batches: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
     """The batches of each set as lists.
 
     Raises:
-        ValueError: If there is no set, or a set without batches.
+        ValueError: If the batches are not in a mapping, if one batch stands where a list of batches is expected, if
+            there is no set, or if a set has no batch.
     """
+    if not isinstance(batches, Mapping) or any(isinstance(items, Mapping) for items in batches.values()):
+        raise ValueError(
+            "refresh() expects a mapping from the names of the reference sets to lists of batches, such as "
+            '{"general": [batch]}.'
+        )
     sets = {name: list(items) for name, items in batches.items()}
     if not sets:
         raise ValueError(

@@ -52,7 +52,8 @@ class Projector:
     not meet it.
 
     Attributes:
-        enabled (`bool`): Set to `False` to train without projection for a while.
+        enabled (`bool`): Set to `False` to train without projection for a while. Set to `True` again, it moves the
+            adapter back into the null space, with a warning, or a `ValueError` if too much of it has left.
         diagnostics (`Diagnostics`): What was done and what it cost.
         kernels (`bool`): Set to `True`, or set the environment variable `PEFT_OGPSA_KERNELS=1`, to use the Triton
             kernels of `kernels.py` where they apply: the cone on the update of float32 parameters on CUDA, with up to
@@ -67,7 +68,7 @@ class Projector:
 
     def __init__(self, targets: Targets) -> None:
         self.targets = targets
-        self.enabled = True
+        self._enabled = True
         self.diagnostics = Diagnostics()
         self.kernels = os.environ.get("PEFT_OGPSA_KERNELS") == "1"
         self.max_grad_norm: float | None = None
@@ -114,6 +115,19 @@ class Projector:
     def skipped(self) -> int:
         """Number of steps that a gradient scaler has skipped. `steps` does not count them."""
         return self._schedule.skipped
+
+    @property
+    def enabled(self) -> bool:
+        """Whether steps are projected."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, wanted: bool) -> None:
+        again = wanted and not self._enabled
+        if again:
+            self._builder.enter_again(self.config)
+            self.guard.after_step()
+        self._enabled = wanted
 
     @property
     def kernels(self) -> bool:
@@ -257,21 +271,33 @@ class Projector:
         rows_held, rows_more = self._refresher.memory(self.config, sets)
         return held + rows_held, more + rows_more
 
-    def reset(self) -> None:
+    def reset(self, *, rebuild: bool = False) -> None:
         """Forget the rows and restart the counters, for a new stage of training.
 
-        The activation subspace stays if the adapter in its complement is in use.
+        The activation subspace stays if the adapter in its complement is in use. If other weights have been loaded
+        into the adapter, their part in the subspace is removed, with a warning.
+
+        Args:
+            rebuild (`bool`): Forget the activation subspace, too, so that the next refresh builds it.
+
+        Raises:
+            ValueError: If too much of the adapter is in the subspace that stays. Nothing is changed.
         """
-        if self.activations is not None and not self.activations.in_use():
+        if self.activations is not None and (rebuild or not self.activations.in_use()):
             self._builder.drop()
+        elif self.activations is not None and self.enabled:
+            self._builder.enter_again(self.config)
+        self._restart()
+
+    def _restart(self) -> None:
         self._schedule.reset()
         self._forget_rows()
         self.diagnostics.forget()
 
     def close(self) -> None:
         """Stop watching the optimizer's steps permanently, because the adapter has been unloaded."""
-        self.reset()
         self._builder.drop()
+        self._restart()
         hooks.unwatch(self)
 
     # The optimizer step; see `hooks.Watcher`

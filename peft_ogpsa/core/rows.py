@@ -154,7 +154,9 @@ class Rows:
         self.blocks = blocks
         self.capacity = capacity
         self.stack = blocks.zeros(capacity, dtype, on_host)
-        self.scales: Stack = [torch.ones(part.shape[:2], device=part.device) for part in self.stack]
+        self.scales: Stack = [
+            torch.ones(part.shape[:2], dtype=torch.float32, device=part.device) for part in self.stack
+        ]
         self.norms = torch.zeros(blocks.count, capacity, dtype=linalg.small_dtype(blocks.device), device=blocks.device)
         # Saved with the rows. If it were recomputed in one piece, its last bit and a resumed run could differ.
         self.gram = torch.zeros(blocks.count, capacity, capacity, dtype=self.norms.dtype, device=blocks.device)

@@ -47,7 +47,7 @@ class Sketch:
         if 2 * columns < width:
             # Drawn on the CPU, so that every device has the same matrix.
             generator = torch.Generator().manual_seed(seed)
-            self._test = torch.randn(width, columns, generator=generator).to(device)
+            self._test = torch.randn(width, columns, generator=generator, dtype=torch.float32).to(device)
         self.exact = self._test is None
         double = small_dtype(device)
         # A full second moment is small enough for the wider dtype, in which rounding creates no directions.

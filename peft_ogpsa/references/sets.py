@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -168,6 +168,8 @@ class ReferenceSet:
         """
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         rows = list(islice(self.dataset, self.samples))
+        if isinstance(self.dataset, Iterator):
+            self.dataset = rows  # it can be read once only, and a second stage reads it again
         if not rows:
             raise ValueError(f"Reference set {self.name!r} is empty. Give it at least one example.")
         named = [(row, f"Reference set {self.name!r}: row {i}") for i, row in enumerate(rows)]
@@ -226,7 +228,7 @@ def _going_on(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_sets(reference_sets: Sequence[ReferenceSet], where: str) -> None:
-    """Reject a list without sets, or with two sets of the same name. A mapping by name would lose one of the two.
+    """Reject a list without sets, with other objects, or with two sets of one name: a mapping would lose one of them.
 
     Raises:
         ValueError: If the list is rejected. The message begins with `where`.
@@ -235,6 +237,12 @@ def check_sets(reference_sets: Sequence[ReferenceSet], where: str) -> None:
         raise ValueError(
             f"{where}: reference_sets is empty. Give at least one ReferenceSet(name, rows) for an ability to "
             "preserve. A few hundred examples are enough."
+        )
+    other = next((own for own in reference_sets if not hasattr(own, "name")), None)
+    if other is not None:
+        raise ValueError(
+            f"{where}: reference_sets contains an object of the type {type(other).__name__}. Give reference sets: "
+            "[ReferenceSet(name, rows)]."
         )
     names = [own.name for own in reference_sets]
     twice = sorted({name for name in names if names.count(name) > 1})

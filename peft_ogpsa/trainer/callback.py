@@ -94,8 +94,10 @@ class OGPSACallback(TrainerCallback):
             size of the adapter. For an activation subspace, a line before training gives the size.
         resume_from (`str`, *optional*): Checkpoint directory to load the subspace from when a run is resumed. Default:
             `checkpoint-STEP` in the output directory.
-        rebuild_subspace (`bool`): When resuming, compute new reference gradients instead of loading the saved ones.
-            The run then continues correctly, but not bit for bit as if it had never stopped.
+        rebuild_subspace (`bool`): Build the subspace from these sets, instead of loading that of a checkpoint or
+            continuing in that of an earlier stage. A resumed run then continues correctly, but not bit for bit as if
+            it had never stopped. The part of a trained adapter that lies in the new subspace is removed, with a
+            warning, or refused if it is too large.
 
     Raises:
         ValueError: At construction, if there is no set or two sets have the same name. At the start of training, if a
@@ -195,17 +197,20 @@ class OGPSACallback(TrainerCallback):
                 lambda name, passes: tqdm(passes, f"Reference policy on {name}", disable=args.disable_tqdm),
             )
         projector.max_grad_norm = args.max_grad_norm or None
-        # A second stage (SFT, then DPO) starts where the first ended, and uses its own rows.
-        projector.reset()
+        # A second stage (SFT, then DPO) starts where the first ended, and uses its own rows. A resumed run loads its
+        # subspace or builds it, and does not go on in that of another run.
+        projector.reset(rebuild=self.rebuild_subspace or state.global_step > 0)
         self._runs = [run for run in self._runs if run.projector is not projector]  # drops an earlier stage
         run = _Run(weakref.ref(state, self._forget), projector, loader, state.global_step)
         self._runs.append(run)
         if state.global_step > 0 and not self.rebuild_subspace:
             self._resume(args, state, run)
-        if projector.activations is not None and projector.activations.references not in ("", loader.digest):
+        kept = None if projector.unbuilt else projector.activations
+        if kept is not None and kept.references not in ("", loader.digest):
             logger.warning(
                 "The adapter continues in the activation subspace of its earlier stage, which was built from other "
-                "reference sets. Abilities that only the new sets cover are not protected."
+                "reference sets. Abilities that only the new sets cover are not protected. To build the subspace from "
+                "the new sets, give OGPSACallback(rebuild_subspace=True)."
             )
         if projector.enabled and projector.unbuilt:
             self._refresh(run, args, model)

@@ -31,7 +31,12 @@ _MOST_OF_ANSWERS = 2.0
 
 
 def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
-    """Reject kinds of distributed training in which steps cannot be projected."""
+    """Reject models and kinds of distributed training in which steps cannot be projected."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "OGPSACallback does not work with encoder-decoder models. Use your own loop: call "
+            "model.projector.refresh(batches, loss_fn) before a step, while model.projector.due is true."
+        )
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
             "OGPSA does not work with DeepSpeed. Its engine stores gradients and updates parameters in flat "

@@ -85,8 +85,9 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             8 for sets with `loss="kl"` and 1 for other losses. Measurements showed that these values suit each loss
             (benchmarks/results/tax.md). 0 adds nothing. Then `subspace="activations"` needs no reference example
             during training, but for more than about 25 steps it keeps less.
-        missing_reference (`str`): What an optimizer step before there is a subspace does: `"error"`, `"warn"`, or
-            `"ignore"`, which silently trains plain LoRA. If only the reference gradients of a `reference_weight` are
+        missing_reference (`str`): What an optimizer step does before there is a subspace, or with reference gradients
+            that are older than twice `refresh_steps`: `"error"`, `"warn"`, or `"ignore"`. Before there is a subspace,
+            the last two train plain LoRA. If only the reference gradients of a `reference_weight` are
             missing, the activation subspace still projects.
 
     Raises:
