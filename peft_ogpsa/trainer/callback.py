@@ -354,8 +354,9 @@ class OGPSACallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Switch the projection on again, if the run was resumed after its end."""
+        """Leave the projector as a loop of the user's own expects it."""
         run = self._run_of(state)
+        run.projector.max_grad_norm = None
         if run.still:
             run.projector.enabled, run.still = True, False
 
