@@ -680,19 +680,25 @@ def test_a_base_that_is_trained_is_no_base_to_stay_close_to(tmp_path, bias):
 
 
 @pytest.mark.parametrize(
-    ("losses", "weight", "expected"),
+    ("subspace", "losses", "weight", "expected"),
     [
-        (("kl", "answer"), None, {"general": 8.0, "benign": 1.0}),
-        (("kl", "kl"), None, {"general": 8.0, "benign": 8.0}),
-        (("kl", "answer"), 3.0, {"general": 3.0, "benign": 3.0}),
+        ("gradients", ("kl", "answer"), None, {"general": 8.0, "benign": 1.0}),
+        ("gradients", ("kl", "kl"), None, {"general": 8.0, "benign": 8.0}),
+        ("gradients", ("kl", "answer"), 3.0, {"general": 3.0, "benign": 3.0}),
+        ("activations", ("kl", "answer"), None, {"general": 2.0, "benign": 1.0}),
+        ("activations", ("kl", "answer"), 3.0, {"general": 3.0, "benign": 3.0}),
+        ("both", ("kl", "kl"), None, {"general": 2.0, "benign": 2.0}),
     ],
 )
-def test_the_weight_of_each_set_is_what_its_loss_calls_for(tmp_path, losses, weight, expected):
+def test_the_weight_of_each_set_is_what_its_loss_calls_for(tmp_path, subspace, losses, weight, expected):
     references = [
         ReferenceSet(name, rows, loss=loss)
         for name, rows, loss in zip(("general", "benign"), (GENERAL, BENIGN), losses, strict=True)
     ]
-    model = model_of(reference_weight=weight)
+    rank = {} if subspace == "gradients" else {"subspace_rank": 8}
+    rows = {} if subspace == "activations" else {"rows": 8}
+    settings = {"subspace": subspace, **rank, **rows, "refresh_samples": 4, "reference_weight": weight}
+    model = get_peft_model(tiny_llama(vocab_size=259, max_position_embeddings=256), OGPSAConfig(**LORA, **settings))
     seen = {}
 
     class Look(TrainerCallback):

@@ -53,14 +53,21 @@ def test_every_loss_is_found_from_its_name_its_examples_and_its_batches(name, mo
 
 def test_what_each_loss_says_of_itself():
     assert {
-        name: (own.cost, own.default_weight, own.learns_answers, own.needs_base, own.needs_policy)
+        name: (
+            own.cost,
+            own.default_weight,
+            own.null_space_weight,
+            own.learns_answers,
+            own.needs_base,
+            own.needs_policy,
+        )
         for name, own in LOSSES.items()
     } == {
-        "answer": (1, 1, True, False, False),
-        "all": (1, 1, True, False, False),
-        "kl": (1.5, 8, False, True, False),
-        "both": (1, 1, True, False, False),
-        "dpo": (1, 1, True, True, True),
+        "answer": (1, 1, None, True, False, False),
+        "all": (1, 1, None, True, False, False),
+        "kl": (1.5, 8, 2, False, True, False),
+        "both": (1, 1, None, True, False, False),
+        "dpo": (1, 1, None, True, True, True),
     }
     assert OF_OWN_ANSWERS == ["kl", "answer"]
     for own in LOSSES.values():
@@ -82,7 +89,7 @@ def test_a_new_loss_is_a_class_and_an_entry(monkeypatch):
 
     monkeypatch.setitem(LOSSES, "twice", Twice())
     sets = [ReferenceSet("a", ROWS, loss="twice"), ReferenceSet("b", ROWS)]
-    config = OGPSAConfig(subspace="gradients", refresh_samples=6)
+    config = OGPSAConfig(refresh_samples=6)
     loader = ReferenceLoader.from_sets(sets, tiny_tokenizer(), config, step_examples=4)
     assert loader.cost == 1.5
     model, batches = tiny_llama(vocab_size=259), loader.batches("cpu")

@@ -320,7 +320,7 @@ METHODS: dict[str, Method] = {
     **_WEIGHTS["EWC"],
 }
 
-DEFAULT = "null space, KL 8"
+DEFAULT = "null space, KL 2"
 """What `OGPSAConfig()` with `ReferenceSet.from_prompts` is, with batches of 8."""
 
 GRADIENTS = "cone of KL, weight 8, 8 rows, 2 of 40"

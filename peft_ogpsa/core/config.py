@@ -137,8 +137,9 @@ class ProjectionConfig:
         default=None,
         metadata={
             "help": "How much of the mean reference gradient is added to the training gradient. It is added only in "
-            "steps with a refresh, and only new gradients count. None uses 8 for a reference set with loss='kl', "
-            "which pulls the model to the base, and 1 for other losses, which replay the answers. 0 adds nothing. "
+            "steps with a refresh, and only new gradients count. For a reference set with loss='kl', which pulls the "
+            "model to the base, None uses 2, or 8 with subspace='gradients'. For other losses, which replay the "
+            "answers, it uses 1. 0 adds nothing. "
             "With subspace='activations', 0 also leaves out the reference passes."
         },
     )

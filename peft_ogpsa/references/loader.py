@@ -39,6 +39,7 @@ class ReferenceLoader:
         batch_size (`int`): Examples per batch. A batch holds examples of similar length.
         seed (`int`): Seed of the order, which differs from epoch to epoch.
         pad_token_id (`int`): Token id that pads short examples in `batches`.
+        null_space (`bool`): Whether an activation subspace projects, so that smaller reference weights are enough.
 
     Attributes:
         losses (`dict[str, ReferenceLoss]`): The loss of each set, which its examples name.
@@ -52,12 +53,14 @@ class ReferenceLoader:
         batch_size: int,
         seed: int = 0,
         pad_token_id: int = 0,
+        null_space: bool = False,
     ) -> None:
         self.sets = {name: list(examples) for name, examples in sets.items()}
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
         self.pad_token_id = pad_token_id
+        self._null_space = null_space
         self.losses = {name: loss_of(examples) for name, examples in self.sets.items()}
         self.cost = _mean_cost(self.sets)
         self._drawn = dict.fromkeys(self.sets, 0)
@@ -88,7 +91,7 @@ class ReferenceLoader:
             ValueError: If a refresh would draw more than `rows` holds, or would omit a set with `rows_from="set"`.
         """
         samples = refresh_samples(config, step_examples, batch_size, len(sets), _mean_cost(sets))
-        loader = cls(sets, samples, batch_size, seed, pad_token_id)
+        loader = cls(sets, samples, batch_size, seed, pad_token_id, config.uses_activations)
         check_rows(config, loader.most_drawn(config.row_of))
         return loader
 
@@ -171,8 +174,10 @@ class ReferenceLoader:
     def _batch(self, name: str, examples: Sequence[Any], device: torch.device | str) -> dict[str, Any]:
         loss = self.losses[name]
         batch = loss.collate(examples, self.pad_token_id, device)
+        other = loss.null_space_weight if self._null_space else None
+        weight = loss.default_weight if other is None else other
         # Without an entry the weight is 1, so that batches of answers stay what `model(**batch)` accepts.
-        return batch if loss.default_weight == 1 else {**batch, WEIGHT: loss.default_weight}
+        return batch if weight == 1 else {**batch, WEIGHT: weight}
 
     def draw(self) -> dict[str, list[list[Any]]]:
         """Return the next examples by set, in batches. Sets without an example in this draw are left out."""

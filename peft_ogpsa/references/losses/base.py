@@ -34,6 +34,8 @@ class ReferenceLoss(ABC):
     """Cost of an example. A forward and a backward pass together cost 1."""
     default_weight: ClassVar[float] = 1.0
     """How much of the mean reference gradient is added to the training gradient, with `reference_weight=None`."""
+    null_space_weight: ClassVar[float | None] = None
+    """The same with an activation subspace, where less may be enough. `None`: the default weight."""
     learns_answers: ClassVar[bool] = True
     """Whether it falls as the model learns the given answers. A large weight then slows safety learning."""
     needs_base: ClassVar[bool] = False

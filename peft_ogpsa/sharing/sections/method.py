@@ -109,7 +109,8 @@ def _of_references(settings: Mapping[str, Any], subspace: str) -> list[str]:
         f"{settings['refresh_steps']} steps. {amount}."
     ]
     if weight != 0:
-        value = "8 for sets with `loss=kl`, 1 for other losses" if weight is None else f"{weight:g}"
+        of_kl = 8 if subspace == "gradients" else 2
+        value = f"{of_kl} for sets with `loss=kl`, 1 for other losses" if weight is None else f"{weight:g}"
         lines.append(
             f"- Reference weight: {value}. After each refresh, the mean fresh reference gradient was multiplied by "
             "this weight and added to the training gradient."
