@@ -344,6 +344,7 @@ DRAWN = (
     GRADIENTS,
     "null space",
     DEFAULT,
+    "null space, KL 8",
     "cone of KL, slices",
     "cone of KL, slices, weight 5",
     "cone of KL, slices, weight 5, contrast",
