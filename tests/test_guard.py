@@ -475,7 +475,11 @@ def test_a_loop_that_forgets_to_refresh_is_told(kind, mode, caplog):
         warned = [record for record in caplog.records if "4 steps old" in record.getMessage()]
         assert len(warned) == (mode == "warn")
     refresh()
-    steps(1)
+    steps(4)
+    if mode == "warn":
+        caplog.clear()
+        steps(2)
+        assert len([record for record in caplog.records if "4 steps old" in record.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -137,6 +137,7 @@ class Guard:
             config: The projection's settings.
         """
         self._note_versions()
+        self._warned_of_missing = False  # what was missing is here; if it goes missing again, that is news
         subspace = self._refresher.subspace
         if not config.constrains or subspace is None or self._counted >= 2:
             return

@@ -147,9 +147,10 @@ def _refuse_padded_pairs(model: nn.Module, parts: Sequence[Part]) -> None:
         part.tokens is None or bool(part.tokens.all()) for part in parts
     ):
         raise ValueError(
-            "The model is an encoder-decoder, and a reference batch has positions that do not count. The mask says so "
-            "of one half of the model only. Give batches without padding, for example of one example each, and "
-            "tokens='all'. Or use subspace='gradients'."
+            "The model is an encoder-decoder, and a reference batch has positions that do not count. Its mask belongs "
+            "to the encoder or to the decoder, and nothing says which positions of the other one are tokens. Give "
+            "batches without padding, for example of one example each, with tokens='all'. Or use "
+            "subspace='gradients'."
         )
 
 

@@ -118,13 +118,16 @@ class Projector:
 
     @property
     def enabled(self) -> bool:
-        """Whether steps are projected."""
+        """Whether steps are projected.
+
+        Raises:
+            ValueError: If it is set to `True` again, and too much of the adapter has left the null space.
+        """
         return self._enabled
 
     @enabled.setter
     def enabled(self, wanted: bool) -> None:
-        again = wanted and not self._enabled
-        if again:
+        if wanted and not self._enabled:
             self._builder.enter_again(self.config)
             self.guard.after_step()
         self._enabled = wanted

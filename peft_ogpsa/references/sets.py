@@ -238,6 +238,7 @@ def check_sets(reference_sets: Sequence[ReferenceSet], where: str) -> None:
             f"{where}: reference_sets is empty. Give at least one ReferenceSet(name, rows) for an ability to "
             "preserve. A few hundred examples are enough."
         )
+    # Not isinstance: the command line has sets whose prompts are answered later.
     other = next((own for own in reference_sets if not hasattr(own, "name")), None)
     if other is not None:
         raise ValueError(

@@ -81,15 +81,15 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         reference_weight (`float`, *optional*): How much of the mean fresh reference gradient is added to the training
             gradient on steps that refreshed. With `projection="gradient"` it is added after the projection. With a
             weight of 5 and 5 `refresh_steps`, a reference gradient counts as much as a training gradient. With
-            `loss="kl"` this pulls the model to its base; with other losses it replays the answers. For sets
-            with `loss="kl"`, `None` takes 2 with an activation subspace and 8 with a gradient subspace alone. For
-            other losses it takes 1. Measurements showed that these values suit them (benchmarks/results/tax.md). 0
-            adds nothing. Then `subspace="activations"` needs no reference example
-            during training, but for more than about 25 steps it keeps less.
+            `loss="kl"` this pulls the model to its base; with other losses it replays the answers. For sets with
+            `loss="kl"`, `None` takes 2 with an activation subspace and 8 with a gradient subspace alone; these values
+            were measured (benchmarks/results/tax.md). For other losses it takes 1. 0 adds nothing. Then
+            `subspace="activations"` needs no reference example during training, but for more than about 25 steps it
+            keeps less.
         missing_reference (`str`): What an optimizer step does before there is a subspace, or with reference gradients
             that are older than twice `refresh_steps`: `"error"`, `"warn"`, or `"ignore"`. Before there is a subspace,
-            the last two train plain LoRA. If only the reference gradients of a `reference_weight` are
-            missing, the activation subspace still projects.
+            the last two train plain LoRA. If only the reference gradients of a `reference_weight` are missing, the
+            activation subspace still projects.
 
     Raises:
         ValueError: If a value is not allowed, or if two values contradict each other.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 
+from ...references.losses.kl import KLLoss
 from ...tuner.config import OGPSAConfig
 
 _RULES = {
@@ -109,8 +110,8 @@ def _of_references(settings: Mapping[str, Any], subspace: str) -> list[str]:
         f"{settings['refresh_steps']} steps. {amount}."
     ]
     if weight != 0:
-        of_kl = 8 if subspace == "gradients" else 2
-        value = f"{of_kl} for sets with `loss=kl`, 1 for other losses" if weight is None else f"{weight:g}"
+        of_kl = KLLoss.default_weight if subspace == "gradients" else KLLoss.null_space_weight
+        value = f"{of_kl:g} for sets with `loss=kl`, 1 for other losses" if weight is None else f"{weight:g}"
         lines.append(
             f"- Reference weight: {value}. After each refresh, the mean fresh reference gradient was multiplied by "
             "this weight and added to the training gradient."
