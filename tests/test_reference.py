@@ -265,6 +265,29 @@ def test_a_loop_of_ones_own_with_the_exported_names():
     assert model.projector._refresher.factors(model.projector.config) == {"answers": 1.0, "own": 8.0}
 
 
+@pytest.mark.parametrize("subspace", ["activations", "gradients"])
+def test_batches_of_a_loader_are_for_one_thing_only(subspace):
+    """A subspace of one draw would cover little, and all examples come without their loss and its weight."""
+    model = get_peft_model(
+        tiny_llama(vocab_size=259, max_position_embeddings=256),
+        OGPSAConfig(subspace=subspace, r=4, target_modules="all-linear", task_type="CAUSAL_LM", refresh_samples=2),
+    )
+    projector = model.projector
+    loader = ReferenceLoader.from_sets(
+        [ReferenceSet("own", rows(9), loss="kl")], tiny_tokenizer(), projector.config, 4
+    )
+    if projector.unbuilt:
+        with pytest.raises(ValueError, match="builds the activation subspace, but these batches are one draw"):
+            projector.refresh(loader.batches(model.device), reference_loss)
+        assert projector.unbuilt
+        projector.refresh(loader.batches(model.device, everything=True), reference_loss)
+    with pytest.raises(ValueError, match="needs one draw, but these batches are all examples"):
+        projector.refresh(loader.batches(model.device, everything=True), reference_loss)
+    assert projector.due
+    assert projector.refresh(loader.batches(model.device), reference_loss).keys() == {"own"}
+    assert not projector.due
+
+
 @pytest.mark.parametrize(
     ("names", "message"), [([], "reference_sets is empty"), (["a", "b", "a"], "two sets with the name 'a'")]
 )

@@ -49,6 +49,33 @@ class SetBatches:
         return {"set": 1, "batch": len(self.sizes), "example": sum(self.sizes)}[row_of]
 
 
+class ReferenceBatches(dict[str, list[Any]]):
+    """The batches of each reference set, made for one of the two things that `refresh` does.
+
+    Attributes:
+        everything: Whether they hold all examples, to build an activation subspace. Otherwise they are one draw, for
+            reference gradients.
+    """
+
+    def __init__(self, sets: Mapping[str, list[Any]], everything: bool) -> None:
+        super().__init__(sets)
+        self.everything = everything
+
+
+def check_purpose(batches: Mapping[str, Iterable[Any]], build: bool) -> None:
+    """Check that batches of a `ReferenceLoader` are for what `refresh` will do now. Other batches may be for both.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if isinstance(batches, ReferenceBatches) and batches.everything != build:
+        now, given = ("builds the activation subspace", "one draw") if build else ("needs one draw", "all examples")
+        raise ValueError(
+            f"refresh() now {now}, but these batches are {given} of the reference sets. Call "
+            "loader.batches(device, everything=projector.unbuilt) for every refresh."
+        )
+
+
 def checked(batches: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
     """The batches of each set as lists.
 

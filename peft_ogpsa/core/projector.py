@@ -30,7 +30,7 @@ from .gradient_subspace import Subspace
 from .gradients import LossFn
 from .guard import Guard, refuse_averaging
 from .parameters import Parameters
-from .passes import SetBatches, checked, sized
+from .passes import SetBatches, check_purpose, checked, sized
 from .refreshing import Refresher
 from .schedule import Schedule
 from .state import State
@@ -206,12 +206,13 @@ class Projector:
         between the micro-batches of one step.
 
         Args:
-            batches (`Mapping[str, Iterable]`): The batches of each reference set, by name. With `rows_from="batch"`
-                each batch gives one reference gradient, with `"example"` each example gives one, and with `"set"` the
-                gradient is the mean over all batches of the set, weighted by their numbers of examples. With
-                `reference_weight=None`, the entry `"reference_weight"` of a set's first batch says how much of the
-                set's mean gradient is added to the training gradient. Batches of `ReferenceLoader` have it if their
-                loss calls for another weight than 1. Without this entry, the weight is 1.
+            batches (`Mapping[str, Iterable]`): The batches of each reference set, by name. To build the activation
+                subspace, give all examples: `loader.batches(device, everything=projector.unbuilt)`. With
+                `rows_from="batch"` each batch gives one reference gradient, with `"example"` each example gives one,
+                and with `"set"` the gradient is the mean over all batches of the set, weighted by their numbers of
+                examples. With `reference_weight=None`, the entry `"reference_weight"` of a set's first batch says how
+                much of the set's mean gradient is added to the training gradient. Batches of `ReferenceLoader` have it
+                if their loss calls for another weight than 1. Without this entry, the weight is 1.
             loss_fn (`Callable`): `loss_fn(model, batch)` returns the scalar loss to preserve, a mean over the batch.
             model (`nn.Module`, *optional*): The model that is passed to `loss_fn`; by default the OGPSA model itself,
                 uncompiled. Under FSDP2 it must be, or be inside, the module that was sharded as a whole by the
@@ -224,7 +225,8 @@ class Projector:
             `loss_fn` only passes the batches through the model, without its adapter.
 
         Raises:
-            ValueError: If there is no set, a set without batches, or more reference gradients than `rows`; if
+            ValueError: If there is no set, a set without batches, or more reference gradients than `rows`; if a
+                `ReferenceLoader` gave one draw and the subspace must be built, or gave all examples and it is; if
                 `loss_fn` returns no scalar that depends on the adapter; if the adapter is merged, or two parameters
                 share memory; if processes get different batches. Existing rows are kept, except after a failed FSDP2
                 pass, which clears them.
@@ -234,12 +236,14 @@ class Projector:
         config = self.config
         sets = checked(batches)
         model = self.targets.model if model is None else model
-        if self._builder.lacks(config):
+        build = self._builder.lacks(config)
+        if not build and not config.refreshes:
+            return {}
+        check_purpose(batches, build)
+        if build:
             self._builder.build(config, sets, loss_fn, model, progress)
             self._forget_rows()  # they belong to the adapter as it was
             self.guard.after_step()
-            return {}
-        if not config.refreshes:
             return {}
         own = sized(sets)
         self.targets.check()

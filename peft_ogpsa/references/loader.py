@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core.forms import Form, check_form
-from ..core.passes import WEIGHT
+from ..core.passes import WEIGHT, ReferenceBatches
 from ..text.batching import by_length, padded_examples, padding_of
 from ..text.tokenization import Example
 from .budget import check_rows, refresh_samples
@@ -155,21 +155,23 @@ class ReferenceLoader:
             collate = partial(loss.collate, pad_token_id=self.pad_token_id, device=device)
             self.sets[name] = loss.prepare(self.sets[name], model, self.batch_size, collate, partial(progress, name))
 
-    def batches(self, device: torch.device | str, everything: bool = False) -> dict[str, list[dict[str, Any]]]:
+    def batches(self, device: torch.device | str, everything: bool = False) -> ReferenceBatches:
         """Draw and pad the next examples. Pass them to `refresh` as `batches`, with `reference_loss` as `loss_fn`.
 
         Args:
             device: The device of the tensors.
             everything: Return all examples of all sets once, as token sequences, to build an activation subspace from
-                them. Nothing is drawn then.
+                them. Nothing is drawn then. `projector.unbuilt` says whether the next refresh builds it.
         """
         if everything:
             whole = {name: self._batched(self._sequences(name)) for name in self.sets}
-            return {
+            padded = {
                 name: [padded_examples(batch, self.pad_token_id, device) for batch in own]
                 for name, own in whole.items()
             }
-        return {name: [self._batch(name, batch, device) for batch in own] for name, own in self.draw().items()}
+            return ReferenceBatches(padded, everything=True)
+        drawn = {name: [self._batch(name, batch, device) for batch in own] for name, own in self.draw().items()}
+        return ReferenceBatches(drawn, everything=False)
 
     def _batch(self, name: str, examples: Sequence[Any], device: torch.device | str) -> dict[str, Any]:
         loss = self.losses[name]
