@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from filelock import FileLock
 from loops import batch, loss_of
 from models import tiny_llama
 from peft import get_peft_model
@@ -161,23 +165,44 @@ def violation(projector: Any, was: dict, now: dict) -> float:
     return worst
 
 
+def common_folder(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder of this session of tests, the same for all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def spawn(work: Callable, count: int, folder: Path) -> list[Any]:
-    """Runs `work(folder)` in so many processes and returns what each of them returned."""
+    """Runs `work(folder)` in so many processes and returns what each of them returned.
+
+    In a folder that workers of pytest-xdist share, the first one runs it, and the others wait for the results.
+    """
+    results = [folder / f"{work.__name__}.{rank}.pt" for rank in range(count)]
+    # More threads than cores make tiny models wait for one another.
+    with FileLock(folder / f"{work.__name__}.lock"), patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        if not all(path.is_file() for path in results):
+            torch.multiprocessing.spawn(_start, (work, results, folder), nprocs=1)
+    return [torch.load(path, weights_only=True) for path in results]
+
+
+def _start(_: int, work: Callable, results: list[Path], folder: Path) -> None:
+    """Runs in one new process, which imports everything, and then forks, so that this is done once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # More threads than cores make tiny models wait for one another.
-    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
-        torch.multiprocessing.spawn(_process, (work, count, folder, port), nprocs=count)
-    return [torch.load(folder / f"result.{rank}.pt", weights_only=True) for rank in range(count)]
+    gc.freeze()  # what is imported stays
+    how = "fork" if sys.platform == "linux" else "spawn"
+    torch.multiprocessing.start_processes(_process, (work, results, folder, port), len(results), start_method=how)
 
 
-def _process(rank: int, work: Callable, count: int, folder: Path, port: int) -> None:
+def _process(rank: int, work: Callable, results: list[Path], folder: Path, port: int) -> None:
+    count = len(results)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     dist.init_process_group("gloo", rank=rank, world_size=count)
     try:
-        torch.save(work(folder), folder / f"result.{rank}.pt")
+        torch.save(work(folder), results[rank])
     finally:
         dist.destroy_process_group()

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from loops import batch, loss_of
-from parallel import build, references, sgd, spawn, train, whole, wrap
+from parallel import build, common_folder, references, sgd, spawn, train, whole, wrap
 
 from peft_ogpsa import projector_of
 from peft_ogpsa.core import distributed
@@ -175,19 +175,19 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("processes")
+    return common_folder(tmp_path_factory, "activation subspaces")
 
 
 @pytest.fixture(scope="module")
 def two(folder) -> list[dict]:
     for how in WRAPPERS:
-        (folder / how).mkdir()
+        (folder / how).mkdir(exist_ok=True)
     return spawn(_two, 2, folder)
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory) -> list[dict]:
-    return spawn(_four, 4, tmp_path_factory.mktemp("four"))
+def four(folder) -> list[dict]:
+    return spawn(_four, 4, folder)
 
 
 @pytest.fixture(scope="module")

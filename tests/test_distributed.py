@@ -13,7 +13,7 @@ import pytest
 import torch
 from loops import batch, loss_of
 from models import tiny_llama
-from parallel import SHAPE, build, mine, references, sgd, spawn, train, wrap
+from parallel import SHAPE, build, common_folder, mine, references, sgd, spawn, train, wrap
 from parallel_trainers import trained
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -143,14 +143,14 @@ def _unbroken(kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("processes")
+    return common_folder(tmp_path_factory, "whole weights and gradients")
 
 
 @pytest.fixture(scope="module")
 def two(folder) -> list[dict]:
     for how in WRAPPERS:
         for kind in ("full", "lora"):
-            (folder / f"{kind} {how}").mkdir()
+            (folder / f"{kind} {how}").mkdir(exist_ok=True)
     return spawn(_two, 2, folder)
 
 
@@ -295,12 +295,17 @@ def trainers(folder) -> list[dict]:
     return spawn(_trainers, 2, folder)
 
 
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("alone")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kind", "how"), TRAINERS)
-def test_trainer_in_two_processes_equals_one(trainers, folder, stage, kind, how):
+def test_trainer_in_two_processes_equals_one(trainers, own_folder, stage, kind, how):
     ours, second = (told[f"{stage} {kind} {how}"] for told in trainers)
     assert_close(ours, second, 0.0)
-    assert_close(ours, _alone(stage, kind, folder))
+    assert_close(ours, _alone(stage, kind, own_folder))
 
 
 @pytest.mark.slow
