@@ -28,6 +28,7 @@ class ScriptArguments:
     model_name_or_path: str = field(default=SMOLLM2, metadata={"help": "Instruct model to train."})
     lora: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
     layers: int | None = field(default=None, metadata={"help": "Keep only so many layers, to try the script."})
+    reference_samples: int = field(default=200, metadata={"help": "Examples used from each reference set."})
     rows: int = field(default=4, metadata={"help": "Reference gradients held."})
     paper: bool = field(default=False, metadata={"help": "The paper's rule and schedule (all weights)."})
 
@@ -47,7 +48,9 @@ def main() -> None:
     else:
         # Rows of the embeddings would cost as much as those of several layers.
         config = FullParameterConfig(rows=script.rows, exclude=["embed_tokens"])
-    references = [ReferenceSet("general", data.load("general")), ReferenceSet("benign", data.load("benign"))]
+    references = [
+        ReferenceSet(name, data.load(name), samples=script.reference_samples) for name in ("general", "benign")
+    ]
     trainer = SFTTrainer(
         model,
         args=training,

@@ -27,6 +27,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # otherwise some libraries report leaks at the end
+
+
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch):
     # Before transformers 5, TrainingArguments(bf16=True) sets it for the whole process.

@@ -331,7 +331,7 @@ def test_documented_commands(tmp_path, configuration, flags):
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(root / f"examples/accelerate/{configuration}.yaml"), "--main_process_port", "0"]
     command += [str(root / "examples/full_parameter.py"), *flags, *options.split(), "--report_to", "none"]
-    command += ["--output_dir", str(tmp_path), "--max_length", "64"]
+    command += ["--output_dir", str(tmp_path), "--max_length", "64", "--reference_samples", "16"]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
