@@ -23,6 +23,10 @@ TAX_ROWS = (
 """The rows of `docs/results.md`, by their names in `benchmarks.tax`."""
 
 
+TRAINING = (("sft", "bf16"), ("dpo", "bf16"), ("sft", "fp16"), ("dpo", "fp16"))
+TOY_TRAINING = (("sft", "bf16"), ("dpo", "fp16"))
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the stages run, and at which size.
@@ -87,7 +91,7 @@ def stages(place: Place) -> list[Stage]:
     found = [
         _tests(place),
         _quickstart(place),
-        *(_training(place, *kind) for kind in (("sft", "bf16"), ("dpo", "bf16"), ("sft", "fp16"), ("dpo", "fp16"))),
+        *(_training(place, *kind) for kind in (TOY_TRAINING if place.toy else TRAINING)),
         *_ratios(place),
         _memory(place),
         _building(place),
