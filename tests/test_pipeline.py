@@ -14,19 +14,8 @@ from peft_ogpsa.cli import main
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QLORA = ["--load_in_4bit", "--use_bnb_nested_quant", "--gradient_checkpointing", "true", "--optim", "paged_adamw_8bit"]
 # On a CPU every pass in 4 bits is slow, and so is every token of an answer.
-SHORT = [
-    "--max_steps",
-    "2",
-    "--warmup_steps",
-    "0",
-    "--save_strategy",
-    "no",
-    "--logging_steps",
-    "1",
-    "--lookalikes",
-    "0",
-]
-SHORT += ["--reference_samples", "2", "--reference_max_length", "72"]
+SHORT = ["--max_steps", "2", "--warmup_steps", "0", "--save_strategy", "no", "--logging_steps", "1"]
+SHORT += ["--lookalikes", "0", "--reference_samples", "2", "--reference_max_length", "72"]
 SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--learning_rate", "2e-3"]
 
 
