@@ -22,9 +22,9 @@ TAX_ROWS = (
 )
 """The rows of `docs/results.md`, by their names in `benchmarks.tax`."""
 
-
 TRAINING = (("sft", "bf16"), ("dpo", "bf16"), ("sft", "fp16"), ("dpo", "fp16"))
 TOY_TRAINING = (("sft", "bf16"), ("dpo", "fp16"))
+"""In a rehearsal, each stage of training and each precision once."""
 
 
 @dataclass(frozen=True)
