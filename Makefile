@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/ogpsa quickstart $(ARGS)
 
 test: test-quick
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --maxschedchunk 1 $(ARGS)
 
 test-quick: $(VENV)/.installed-test
 	# Tiny models are fastest with one thread a process. The real one takes several GB, so slow tests have few processes.

@@ -19,6 +19,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if reason := needs.missing(item.nodeid):
             item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: "long" not in item.keywords)  # started last, they would keep one process waiting
 
 
 def pytest_collection_finish():

@@ -324,6 +324,7 @@ def _alone(stage: str, kind: str, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("configuration", "flags"), [("fsdp2", []), ("ddp", ["--lora"])])
 def test_documented_commands(tmp_path, configuration, flags):
     root = Path(__file__).parents[1]

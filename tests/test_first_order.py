@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_reference_losses_do_not_rise_under_conflict(smollm2):
     from first_order import curves
 

@@ -73,6 +73,7 @@ def test_committed_outputs_are_of_one_clean_run(name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @each_notebook
 def test_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("OGPSA_NOTEBOOK_STEPS", "2")

@@ -29,6 +29,7 @@ PAIRS = ["--references", "general=builtin:general", "pairs:dpo=builtin:pairs"]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sft_then_dpo_in_4_bits(tmp_path, capsys):
     train("sft", tmp_path / "plain", "--method", "plain")
     train("sft", tmp_path / "sft")
@@ -57,6 +58,7 @@ def test_sft_then_dpo_in_4_bits(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_gradients_in_4_bits_with_pairs_as_references(tmp_path):
     train("sft", tmp_path / "sft", *GRADIENTS)
     train("dpo", tmp_path / "dpo", "--adapter", str(tmp_path / "sft"), *GRADIENTS, *PAIRS)
