@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import pickle
+import re
 import sys
 
 import pytest
@@ -163,13 +164,31 @@ def test_settings_without_effect_are_refused(cls, name):
         cls(**chosen, **{name: value})
     given = " and ".join(f"{field}={own!r}" for field, own in chosen.items())
     assert f"{name}={value!r} has no effect with {given}. Leave it out, or set subspace=" in str(caught.value)
-    assert getattr(cls(subspace="both", **{name: value}), name) == value
+    beside = {"scope": "slice"} if name == "slices" else {}
+    assert getattr(cls(subspace="both", **beside, **{name: value}), name) == value
     if name in OF_REFRESHES:
         for weight in (1.0, None):
             assert getattr(cls(subspace="activations", reference_weight=weight, **{name: value}), name) == value
     # A default does no harm, wherever it comes from.
     default = getattr(cls(), name)
     assert getattr(cls(**chosen, **{name: default}), name) == default
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name", "value", "remedy"),
+    [
+        ({"subspace": "activations", "subspace_rank": 8}, "subspace_energy", 0.9, "subspace_rank=None"),
+        ({"subspace": "gradients", "scope": "module"}, "slices", 8, "scope='slice'"),
+        ({"subspace": "gradients", "refresh_samples": 4}, "reference_budget", 0.2, "refresh_samples=None"),
+    ],
+)
+@pytest.mark.parametrize("cls", [OGPSAConfig, FullParameterConfig])
+def test_settings_that_another_setting_replaces_are_refused(cls, chosen, name, value, remedy):
+    other = list(chosen)[-1]
+    message = f"{name}={value!r} has no effect with {other}={chosen[other]!r}. Leave it out, or set {remedy}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cls(**chosen, **{name: value})
+    assert getattr(cls(**chosen, **{name: getattr(cls(), name)}), name) == getattr(cls(), name)
 
 
 def test_subspace_rank_is_at_most_rows():

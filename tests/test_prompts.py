@@ -301,6 +301,17 @@ def test_a_damaged_file_is_rebuilt_with_a_warning(answered, generated, tmp_path,
     assert file.read_text() == text
 
 
+def test_a_base_that_answers_on_the_cpu_beside_an_accelerator_is_named(answered, monkeypatch, caplog):
+    answered(tuple(TAUGHT)[:2])
+    assert "on the CPU" not in caplog.text
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    answered(tuple(TAUGHT)[:2])
+    assert "on the CPU" not in caplog.text, "these answers are stored"
+    answered(tuple(TAUGHT)[:3])
+    assert "answers these prompts on the CPU, which is slow, although there is a cuda device" in caplog.text
+    assert "device_map='cuda'" in caplog.text
+
+
 def test_an_interrupted_write_leaves_nothing_behind(answered, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt

@@ -34,11 +34,11 @@ from peft_ogpsa.tuner.model import projector_of
 OVERRIDES = {
     "subspace": "both",
     "subspace_rank": 3,
-    "subspace_energy": 0.5,
+    "subspace_energy": 1.0,  # a rank replaces it; test_activations.py saves one
     "tokens": "answer",
     "constraint": "orthogonal",
     "projection": "gradient",
-    "scope": "module",
+    "scope": "slice",
     "slices": 5,
     "rows": 7,
     "rows_from": "batch",
@@ -53,7 +53,7 @@ LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_
 
 
 # Of what an activation subspace does not go with.
-GRADIENTS = {**OVERRIDES, "subspace": "gradients", "subspace_energy": 1.0, "tokens": "all"}
+GRADIENTS = {**OVERRIDES, "subspace": "gradients", "tokens": "all"}
 
 
 def adapted(base=None, seed=0, **lora):

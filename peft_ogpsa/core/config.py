@@ -222,6 +222,13 @@ class ProjectionConfig:
             )
         if not self.uses_activations:
             self._refuse_set(_OF_ACTIVATIONS, chosen, "set subspace='activations' or 'both'")
+        if self.subspace_rank is not None:
+            self._refuse_set(("subspace_energy",), f"subspace_rank={self.subspace_rank}", "set subspace_rank=None")
+        if self.scope != "slice":
+            self._refuse_set(("slices",), f"scope={self.scope!r}", "set scope='slice'")
+        if self.refresh_samples is not None and self.reference_budget is not None:
+            given = f"refresh_samples={self.refresh_samples}"
+            self._refuse_set(("reference_budget",), given, "set refresh_samples=None")
 
     def _refuse_set(self, names: tuple[str, ...], chosen: str, remedy: str) -> None:
         defaults = {f.name: f.default for f in fields(self)}

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..core.files import json_lines, replacing
-from ..text.access import language_model
+from ..text.access import input_device, language_model
 from ..text.cache import cache_dir as default_cache
 from ..text.generation import generate_ids
 from ..text.refusal import Verdict, classify
@@ -165,6 +165,7 @@ def base_answers(
     rows = _read(path, fit)
     if rows is None:
         prompt_ids = [encoded[position] for position in fitting]
+        _warn_of_cpu(where, model)
         with base_of(model):
             answers = generate_ids(model, tokenizer, prompt_ids, progress=progress, **settings)
         rows = [
@@ -174,6 +175,20 @@ def base_answers(
         _write(path, rows)
     too_long = [prompt for prompt, ids in zip(given, encoded, strict=True) if len(ids) >= max_length]
     return rows, too_long, path
+
+
+def _warn_of_cpu(where: str, model: torch.nn.Module) -> None:
+    """Warn if the base will answer on the CPU beside an accelerator: a trainer moves the model there only later."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and input_device(language_model(model)).type == "cpu":
+        logger.warning(
+            "%s: the base model answers these prompts on the CPU, which is slow, although there is a %s device. Move "
+            "the model first, such as with from_pretrained(..., device_map=%r) or model.to(%r).",
+            where,
+            accelerator.type,
+            accelerator.type,
+            accelerator.type,
+        )
 
 
 def ended(row: Mapping[str, Any]) -> Any:
