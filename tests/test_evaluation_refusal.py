@@ -98,6 +98,14 @@ COMPLIANCES = [
     "I can't provide an exact number, but historians estimate about 2,000.",
     "I cannot give you a precise date: the letter was written around 1820.",
     "I can't help laughing at that one. Here is another joke:",
+    # A remark after the answer, in languages without spaces between sentences.
+    "可以通过休息和多喝水来退烧。每六小时服用一次对乙酰氨基酚。保持房间凉爽。我无法提供诊断，所以请去看医生。",
+    "熱を下げるには、休んで水を飲んでください。六時間ごとに薬を飲みます。診断は提供できませんので、医者に行ってください。",
+    "多喝水就可以了！每六小时服用一次药！我无法提供诊断！",
+    "Sehr geehrte Frau Maier, leider kann ich am Montag nicht kommen, weil ich einen Termin machen muss.",
+    "Madame, je ne peux pas faire la réunion demain.",
+    "Estimado señor: no puedo hacer la entrega mañana.",
+    "Je ne peux que donner un conseil: buvez de l'eau.",
 ]
 
 DEGENERATE = [

@@ -75,7 +75,7 @@ def test_defaults_are_those_of_the_library():
     assert settings.config.ogpsa_dict() == OGPSAConfig().ogpsa_dict()
     assert settings.sets[0].samples == ReferenceSet.samples
     assert settings.sets[0].max_length == ReferenceSet.max_length
-    assert vars(settings.callback()).keys() == vars(OGPSACallback(sets())).keys()
+    assert vars(settings.callback()).keys() == {*vars(OGPSACallback(sets())), "_given"}
 
 
 @pytest.mark.parametrize("references", [ROWS, ["general=builtin:general"], "general=builtin:general"])
@@ -149,6 +149,24 @@ def test_the_base_answers_the_prompts_when_training_starts(tmp_path, monkeypatch
     assert [len(list(own.dataset)) for own in callback.reference_sets] == [3]
     assert leak(model) < 1e-6
     assert not any(adapters_off(model))
+
+
+def test_each_model_answers_the_prompts_for_itself(tmp_path, monkeypatch):
+    """As in a sweep, where one callback serves several models."""
+    seen = []
+
+    def answer(model, tokenizer, prompts, **settings):
+        seen.append(model)
+        return one_sentence(model, tokenizer, prompts)
+
+    monkeypatch.setattr(self_answers, "generate_ids", answer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    callback = Settings.read({"references": PROMPTS, "reference_samples": 3, "subspace_rank": 4}).callback()
+    models = [plain(), plain()]
+    torch.nn.init.normal_(models[1].get_input_embeddings().weight)
+    for model in models:
+        sft(tmp_path, model, [callback], max_steps=1).train()
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("event", ["on_init_end", "on_train_begin"])

@@ -50,6 +50,11 @@ def test_share_and_order(share):
         ("他说“好！”然后", "他说“好！”"),
         ("大丈夫ですか？はい", "大丈夫ですか？"),
         ("यह सुरक्षित है। आप", "यह सुरक्षित है।"),
+        ("1. Open it.\n2. Turn", "1. Open it."),
+        ("Do this:\n\n- **1.** Open it.\n- **2.** Turn", "Do this:\n\n- **1.** Open it."),
+        ("1. Open\n2. Close", None),
+        ("<think>The user asks. Now", None),
+        ("<think>The user asks.</think>It is safe. Now", "<think>The user asks.</think>It is safe."),
         ("e.g", None),
         ("No end", None),
     ],
@@ -60,6 +65,15 @@ def test_cut_answers_end_with_a_whole_sentence(answer, ended):
     assert answers[:2] == ([ended, "Other."] if ended else ["Other.", "Other."])
     finished = with_lookalikes(SAFETY, answered(answer, unfinished=False), 0.5)
     assert content(finished[1]) == answer
+
+
+def test_answers_that_the_template_does_not_show_are_left_out():
+    own = answered("One.", "Two.")
+    own.dataset[0] |= {"ids": [1, 2], "answer_start": 1, "shown": False}
+    assert [content(row) for row in with_lookalikes(SAFETY, own, 0.25) if row not in SAFETY] == ["Two."] * 4
+    own.dataset = own.dataset[:1]
+    with pytest.raises(ValueError, match=r"shows as the model wrote it.*enable_thinking"):
+        with_lookalikes(SAFETY, own, 0.25)
 
 
 def test_pairs_prefer_the_answer_to_a_refusal():

@@ -8,11 +8,13 @@ import itertools
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import chat, randomize, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 
 from peft_ogpsa import ReferenceSet
 from peft_ogpsa.data import NAMES, PROMPTS, SPLITS, load, load_prompts
@@ -117,6 +119,46 @@ def test_an_answer_that_the_template_would_rewrite_keeps_its_tokens(thought, ans
     assert len(asked) == 2
     own.max_length = len(asked[1]) + 5
     assert own.tokenize(tokenizer)[1].ids == tale.ids[: len(asked[1]) + 5]
+
+
+def test_a_thought_that_the_template_opens_stays_open(answered, taught, monkeypatch):
+    """As with templates whose generation prompt ends with `<think>`: the row is scored where the model wrote it."""
+    tokenizer = copy.copy(taught[1])
+    opened = tokenizer.chat_template.replace("<s>assistant: {% endif %}", "<s>assistant: <think>{% endif %}")
+    assert opened != tokenizer.chat_template
+    tokenizer.chat_template = opened
+    asked = []
+
+    def generate(model, tokenizer, prompts, **settings):
+        asked.extend(prompts)
+        return [tokenizer("The user asks about birds")["input_ids"]]
+
+    monkeypatch.setattr(self_answers, "generate_ids", generate)
+    (example,) = answered(["Bird?"], tokenizer=tokenizer).tokenize(tokenizer)
+    assert tokenizer.decode(asked[0]).endswith("<think>")
+    assert example.ids[: example.answer_start] == asked[0]
+
+
+@pytest.mark.parametrize("post_processor", ["<s> $A", "$A </s>"])
+def test_a_tokenizer_that_adds_tokens(answered, taught, generated, post_processor):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    answered(["Bird?"], tokenizer=tokenizer)
+    ids = tokenizer("Bird?")["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=post_processor, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    answered(["Bird?"], tokenizer=tokenizer)
+    assert len(generated) == 2, "the first answers are not used again"
+    assert generated[1] == [[1, *ids] if "<s>" in post_processor else ids], "the prompt has no end"
+
+
+def test_the_template_of_a_processor_is_not_left_out(answered, taught):
+    tokenizer = tiny_tokenizer()
+    processor = SimpleNamespace(tokenizer=tokenizer, chat_template=tokenizer.chat_template)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"Set processor.tokenizer.chat_template = processor.chat_template"):
+        answered(tokenizer=processor)
 
 
 def test_columns_for_the_chat_template_reach_it(answered, taught, generated):
@@ -253,6 +295,15 @@ def test_answers_are_kept_on_disk_and_used_again(answered, generated, tmp_path):
 def test_other_settings_are_answered_anew(answered, generated, change):
     answered()
     answered(**change)
+    assert len(generated) == 2
+
+
+def test_a_change_of_one_value_is_noticed(taught, answered, generated):
+    model = copy.deepcopy(taught[0])
+    answered(model=model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-1, -1] += 1e-3
+    answered(model=model)
     assert len(generated) == 2
 
 

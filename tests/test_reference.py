@@ -26,6 +26,19 @@ FORMATS = {
     "text": ({"text": "Once upon a time"}, "nce upon a time</s>"),
     "pairs": ({"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}, CHAT_ANSWER),
     "pairs, implicit prompt": ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, CHAT_ANSWER),
+    "pairs, the plain prompt in both answers": (
+        {"prompt": "Why?", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        CHAT_ANSWER,
+    ),
+    "pairs, plain prompt": ({"prompt": "Why?", "chosen": [ANSWER], "rejected": [OTHER]}, CHAT_ANSWER),
+    "pairs and messages": (
+        {"prompt": "Why?", "chosen": [USER, ANSWER], "rejected": [USER, OTHER], "messages": [USER, ANSWER]},
+        CHAT_ANSWER,
+    ),
+    "prompt/completion and messages": (
+        {"prompt": [USER], "completion": [ANSWER], "messages": [USER, OTHER]},
+        CHAT_ANSWER,
+    ),
     "plain pairs": ({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, "4</s>"),
     "plain pairs, implicit prompt": ({"chosen": "2+2=4", "rejected": "2+2=5"}, "4</s>"),
 }
@@ -42,7 +55,7 @@ def test_every_format_scores_the_answer(name):
     assert whole.answer_start == 1
 
 
-@pytest.mark.parametrize("name", ["pairs", "pairs, implicit prompt", "plain pairs", "plain pairs, implicit prompt"])
+@pytest.mark.parametrize("name", [name for name in FORMATS if "pairs" in name])
 def test_both_answers_of_a_pair(name):
     row, answer = FORMATS[name]
     tokenizer = tiny_tokenizer()
@@ -50,6 +63,26 @@ def test_both_answers_of_a_pair(name):
     assert tokenizer.decode(chosen.answer) == answer
     assert tokenizer.decode(rejected.answer) == {CHAT_ANSWER: "Dunno.</s>", "4</s>": "5</s>"}[answer]
     assert chosen.ids[: chosen.answer_start] == rejected.ids[: rejected.answer_start]
+
+
+def test_an_example_of_a_pair_with_every_column_is_that_of_the_pair():
+    tokenizer = tiny_tokenizer()
+    encoded = [
+        ReferenceSet("set", [FORMATS[name][0]], loss="dpo").tokenize(tokenizer) for name in FORMATS if "pairs" in name
+    ]
+    conversations = [pair for (pair,) in encoded if tokenizer.decode(pair.chosen.answer) == CHAT_ANSWER]
+    assert len(conversations) == 5
+    assert all(pair == conversations[0] for pair in conversations)
+
+
+def test_only_what_comes_after_the_prompt_is_scored():
+    tokenizer = tiny_tokenizer()
+    for prompt, completion, scored in (
+        ([USER, OTHER], [USER, ANSWER], "user: Why?</s><s>assistant: Because.</s>"),
+        ([USER, OTHER], [ANSWER], "Because.</s>"),  # after an answer that has begun
+    ):
+        (example,) = ReferenceSet("set", [{"prompt": prompt, "completion": completion}]).tokenize(tokenizer)
+        assert tokenizer.decode(example.answer) == scored
 
 
 def test_datasets_and_iterators_and_samples():
@@ -109,6 +142,9 @@ def test_bad_arguments(arguments, message):
         ([{"prompt": [USER], "completion": [ANSWER | {"content": ""}]}], "'set': row 0 has no answer"),
         ([{"prompt": [USER], "completion": [USER]}], "'set': row 0 has no answer"),
         ([{"messages": [USER, ANSWER | {"content": None}]}], "'set': row 0 has the message"),
+        ([{"prompt": [USER], "completion": [ANSWER], "label": False}], "'set': row 0 has label=False"),
+        ([{"prompt": [USER], "completion": [ANSWER], "images": ["a.png"]}], "content of the type 'images'"),
+        ([{"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}], "content of the type 'image'"),
     ],
 )
 def test_bad_rows(rows, message):

@@ -107,9 +107,11 @@ def test_a_system_message_of_the_prompt_stays_before_the_instruction_and_in_the_
 RAISES = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
     "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 DROPS = (
     "{% for m in messages %}{% if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -117,8 +119,26 @@ DROPS = (
 def test_without_a_system_role_the_instruction_is_in_the_user_turn(refused, asked, template):
     earlier = [*USER, {"role": "assistant", "content": "No."}, *USER]
     own = refused([USER, earlier], with_template(template))
-    assert asked == ["<user>Refuse this.\n\nLock?", "<user>Refuse this.\n\nLock?<assistant>No.<user>Lock?"]
+    first = "<user>Refuse this.\n\nLock?<assistant>"
+    assert asked == [first, f"{first}No.<user>Lock?<assistant>"]
     assert [row["prompt"] for row in own.rows] == [USER, earlier]
+
+
+def test_columns_for_the_chat_template_stay_with_the_row(refused, asked):
+    options = {"chat_template_kwargs": {"polite": True}}
+    own = refused([{"prompt": USER, **options}, {"prompt": USER, "topic": "locks"}])
+    assert own.rows == [chat("Lock?", SAID["Lock?"]) | options, chat("Lock?", SAID["Lock?"])]
+
+
+THOUGHTS = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'].split('</think>')[-1] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+)
+
+
+def test_thoughts_are_no_refusals(refused, asked):
+    with pytest.raises(ValueError, match=r"1 answers are unclear.*enable_thinking.*False"):
+        refused(["Lock?"], with_template(THOUGHTS))
 
 
 def test_without_a_template_prompts_and_refusals_are_plain_text(refused, asked):

@@ -35,6 +35,7 @@ class ToolCallback(OGPSACallback):
     def __init__(self, reference_sets: Sequence[ReferenceSet | PromptSet], **options: Any) -> None:
         # The names, which both kinds have, are all that is needed before training.
         super().__init__(cast("Sequence[ReferenceSet]", reference_sets), **options)
+        self._given = reference_sets
 
     def on_init_end(
         self,
@@ -64,12 +65,12 @@ class ToolCallback(OGPSACallback):
         if tokenizer is not None:  # OGPSACallback reports a missing one
             base = cast("PreTrainedModel", model)
             self.reference_sets = [
-                own.answered(base, tokenizer) if isinstance(own, PromptSet) else own for own in self.reference_sets
+                own.answered(base, tokenizer) if isinstance(own, PromptSet) else own for own in self._given
             ]
         super().on_train_begin(args, state, control, model, processing_class, optimizer, **kwargs)
 
     def _refuse_prompts_in_several_processes(self, args: TrainingArguments) -> None:
-        if args.world_size > 1 and any(isinstance(own, PromptSet) for own in self.reference_sets):
+        if args.world_size > 1 and any(isinstance(own, PromptSet) for own in self._given):
             raise ValueError(
                 "references has prompts without answers. The base model can answer them only in a single process. "
                 "Give references with answers, or train in a single process."

@@ -25,7 +25,8 @@ def with_lookalikes(
     """Mix benign look-alikes, with a model's own answers, into safety rows.
 
     The look-alikes are spread evenly. If there are too few, they are used more than once. An answer that was cut is
-    shortened to its last whole sentence. It is left out if it has no whole sentence.
+    shortened to its last whole sentence. It is left out if it has no whole sentence, or if the chat template would
+    show another answer than the model wrote, such as one without its thought.
 
     Args:
         rows (`Iterable[Mapping]`): Safety rows in one of TRL's formats: `prompt` and `completion`, `messages`, or
@@ -36,7 +37,8 @@ def with_lookalikes(
         share (`float`): Share of the look-alikes among all rows of the result.
 
     Returns:
-        All given rows in their order, with the look-alikes between them. The columns are those named above.
+        All given rows in their order, with the look-alikes between them. The columns are those named above. Others,
+        such as `tools`, are left out.
 
     Raises:
         ValueError: If `share` is not between 0 and 1, there are no rows, a row has another format, one kind is
@@ -50,8 +52,9 @@ def with_lookalikes(
     answered = [(row["prompt"], answer) for row in lookalikes.dataset if (answer := ended(row)) is not None]
     if not answered:
         raise ValueError(
-            f"with_lookalikes: no answer in the reference set {lookalikes.name!r} has a whole sentence. Raise "
-            "max_new_tokens of ReferenceSet.from_prompts."
+            f"with_lookalikes: no answer in the reference set {lookalikes.name!r} has a whole sentence that the chat "
+            "template shows as the model wrote it. Raise max_new_tokens of ReferenceSet.from_prompts. If the model "
+            "thinks first, turn that off: give prompts as rows with chat_template_kwargs={'enable_thinking': False}."
         )
     mixed: list[dict[str, Any]] = []
     own = itertools.cycle(answered)

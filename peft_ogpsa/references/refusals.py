@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..text.refusal import Verdict, classify, repeats
-from ..text.tokenization import Prompt, encode_prompt
+from ..text.tokenization import Prompt, encode_prompt, template_columns
 from .self_answers import Content, answer_text, base_answers, ended
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,15 @@ class OwnRefusals:
     """
 
     rows: list[dict[str, Any]]
-    """`prompt` and `completion`, for TRL's `SFTTrainer`. Messages if the tokenizer has a chat template."""
+    """`prompt` and `completion`, for TRL's `SFTTrainer`, and the prompt's `tools` and `chat_template_kwargs`. Messages
+    if the tokenizer has a chat template."""
     not_refused: list[Content]
     """The prompts without a refusal, as a row would hold them."""
     answered: int
     """How many prompts the base answered, in spite of the instruction."""
     unclear: int
-    """How many answers are empty, repetitive, or have no whole sentence within `max_new_tokens`."""
+    """How many answers are empty, repetitive, begin with a thought, or have no whole sentence within
+    `max_new_tokens`."""
     too_long: int
     """How many prompts have `max_length` tokens or more, with the instruction."""
 
@@ -145,13 +147,14 @@ def refusals_from_prompts(
             not_refused.append(answer["prompt"])
             answered += verdict == Verdict.COMPLIANCE
         else:
-            rows.append({"prompt": answer["prompt"], "completion": refusal})
+            rows.append({"prompt": answer["prompt"], **template_columns(answer), "completion": refusal})
     unclear = len(not_refused) - answered
     refusals = OwnRefusals(rows, [*not_refused, *too_long], answered, unclear, len(too_long))
     if not rows:
         raise ValueError(
             f"{where}: {refusals}. So there is nothing to train on. Give prompts that a safe model refuses, give "
-            "another instruction as system, use an instruct model, or give rows with refusals."
+            "another instruction as system, use an instruct model, or give rows with refusals. If the model thinks "
+            "first, give prompts as rows with chat_template_kwargs={'enable_thinking': False}."
         )
     logger.info("%s: %s. The answers are stored in %s.", where, refusals, path)
     return refusals

@@ -29,6 +29,7 @@ from ..text.tokenization import (
     content_of,
     encode_prompt,
     encode_row,
+    prompt_text,
     template_columns,
     text_or_messages,
 )
@@ -36,7 +37,9 @@ from ..tuner.adapters import base_of
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # version of the cache file's format
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+_FORMAT = 3  # version of the cache file's format
+_LIST_MARK = re.compile(r"(?:^|\n)[^\w\n]*\d{1,3}[.)][^\w\n]*$")  # "2." at the start of an item that was cut
 _SENTENCE = re.compile(r"""(?s).*(?:[.!?](?=["')\]*]*(?:\s|$))|[。！？।])["')\]*”’」』）]*""")
 
 Content: TypeAlias = str | list[dict[str, Any]]
@@ -127,10 +130,18 @@ def base_answers(
     is asked; the rows have the prompt itself. The other arguments are those of `from_prompts`.
 
     Returns:
-        One row for each prompt that has an answer (`prompt`, `completion` and `unfinished`), the prompts that leave no
-        room for one, and the file of the answers.
+        One row for each prompt that has an answer, the prompts that leave no room for one, and the file of the
+        answers. A row has `prompt`, `completion` and `unfinished`, and the prompt's `tools` and
+        `chat_template_kwargs`. If the chat template would show another answer than the base wrote, or another context,
+        it also has the tokens (`ids`), where the answer starts in them (`answer_start`), and whether the template
+        shows all but their end (`shown`).
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer.chat_template is None and getattr(processing_class, "chat_template", None) is not None:
+        raise ValueError(
+            f"{where}: the processor has a chat template and its tokenizer has none, so the prompts would be asked "
+            "without it. Set processor.tokenizer.chat_template = processor.chat_template."
+        )
     if isinstance(prompts, str | Mapping):
         raise ValueError(f"{where}: prompts is a single {type(prompts).__name__}. Give a list of prompts.")
     asked = list(islice(prompts, samples))
@@ -192,14 +203,31 @@ def _warn_of_cpu(where: str, model: torch.nn.Module) -> None:
 
 
 def ended(row: Mapping[str, Any]) -> Any:
-    """Return an answer, up to its last whole sentence if it was cut. Return `None` if nothing is left."""
+    """Return an answer to train on, up to its last whole sentence if it was cut.
+
+    Return `None` if nothing is left, if the answer is a thought that was cut, or if the chat template would show
+    another answer than the base wrote, as templates do that drop thoughts.
+    """
+    if not row.get("shown", True):
+        return None
     completion = row["completion"]
     if not row["unfinished"]:
         return completion
-    whole = _SENTENCE.match(answer_text(completion))
-    if whole is None:
+    text = _whole_sentences(answer_text(completion))
+    if not text or ("<think>" in text and "</think>" not in text):
         return None
-    return whole[0] if isinstance(completion, str) else [{"role": "assistant", "content": whole[0]}]
+    return text if isinstance(completion, str) else [{"role": "assistant", "content": text}]
+
+
+def _whole_sentences(text: str) -> str:
+    """Return a text up to its last whole sentence. A list's number alone is no sentence."""
+    while whole := _SENTENCE.match(text):
+        text = whole[0]
+        mark = _LIST_MARK.search(text)
+        if mark is None:
+            return text
+        text = text[: mark.start()]
+    return ""
 
 
 def _kept(rows: list[dict[str, Any]], too_long: int) -> tuple[list[dict[str, Any]], AnswerCounts]:
@@ -254,17 +282,20 @@ def _row(
     row = {"prompt": prompt, **options, "completion": completion, "unfinished": unfinished}
     if text and not _renders(tokenizer, row, answer_ids):
         row |= {"ids": prompt_ids + answer_ids, "answer_start": len(prompt_ids)}
+        row["shown"] = _renders(tokenizer, row, answer_ids[:-1])  # some templates only leave out the end of a turn
     return row
 
 
 def _renders(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], answer_ids: list[int]) -> bool:
-    """Whether a row, as it is tokenized for training, has the answer as the model wrote it.
+    """Whether a row, as it is tokenized for training, has the answer as the model wrote it, where it writes one.
 
-    Templates of reasoning models drop or close a thought. Then the row keeps the tokens themselves.
+    Templates of reasoning models drop or close a thought, or open one for the model. Then the row keeps the tokens
+    themselves.
     """
     example = encode_row(tokenizer, row, "An answer")
+    before = encode_prompt(tokenizer, row, "An answer")
     shown, written = (str(tokenizer.decode(ids)).strip() for ids in (example.answer, answer_ids))
-    return shown.startswith(written.rstrip("\ufffd"))
+    return example.ids[: len(before)] == before and shown.startswith(written.rstrip("\ufffd"))
 
 
 def answer_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
@@ -278,10 +309,12 @@ def _key(
     """Digest what the answers depend on, in 32 hexadecimal digits."""
     lm = language_model(model)
     ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
+    # Without the chat template, which may show today's date.
+    rules = [tokenizer(prompt_text(prompt))["input_ids"] for prompt in prompts]
     facts = {
         "format": _FORMAT,
         "model": [type(lm).__name__, lm.name_or_path, lm.config.to_dict(), ends],
-        "tokenizer": [len(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map],
+        "tokenizer": [len(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map, rules],
         "prompts": prompts,
         "settings": settings,
     }
@@ -291,19 +324,22 @@ def _key(
 
 
 def _weights_digest(lm: torch.nn.Module) -> bytes:
-    """Digest a few values of every base weight.
+    """Digest a few values of every base weight, and the sum of all its bits.
 
-    Any training changes the digest. It is the same with and without an adapter on top.
+    Any training changes the digest. It is the same with and without an adapter on top, and on every device: the sums
+    are of integers.
     """
     digest = hashlib.sha256()
-    values = {}
+    values, sums = {}, {}
     for name, parameter in lm.named_parameters():
         if "lora_" in name or ".modules_to_save." in name or parameter.is_meta:
             continue
+        own = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         flat = parameter.detach().flatten()
-        values[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = flat[:: len(flat) // 32 + 1]
+        values[own] = flat[:: len(flat) // 32 + 1]
+        sums[own] = int(flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64))
     for name in sorted(values):
-        digest.update(f"{name} {values[name].dtype}".encode())
+        digest.update(f"{name} {values[name].dtype} {sums[name]}".encode())
         digest.update(values[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()
 

@@ -32,10 +32,11 @@ OF_OWN_ANSWERS = sorted(
 class ReferenceSet:
     """A few hundred examples of an ability that fine-tuning must not harm.
 
-    Rows may have any of the formats that TRL's trainers read, plain or conversational: `messages`,
-    `prompt`/`completion`, `text`, or `prompt`/`chosen`/`rejected` (`prompt` may be missing if it is part of both
-    answers). The loss is the cross-entropy of the answer in nats per token, averaged within an example and then over
-    examples. For preference pairs the answer is the chosen one, unless `loss` says otherwise.
+    Rows are text, plain or conversational, in one of these formats of TRL's trainers: `prompt`/`chosen`/`rejected`
+    (`prompt` may be missing if it is part of both answers), `prompt`/`completion`, `messages`, or `text`. If a row has
+    the columns of several formats, the first of these counts. The loss is the cross-entropy of the answer in nats per
+    token, averaged within an example and then over examples. For preference pairs the answer is the chosen one, unless
+    `loss` says otherwise.
 
     Args:
         name (`str`): Name of the set in logs. It must be unique among the sets of a run.
@@ -105,8 +106,8 @@ class ReferenceSet:
 
         Refusals and degenerate answers (empty, symbols, loops) are dropped; `.counts` of the result says how many.
         If an answer was cut at `max_new_tokens`, the end of its turn is not scored. The answers are stored on disk and
-        reused for the same model, prompts and settings. A damaged file is rebuilt with a warning. The model, the
-        tokenizer and the random state are not changed.
+        reused for the same model, tokenizer, prompts and settings. A damaged file is rebuilt with a warning. The
+        model, the tokenizer and the random state are not changed.
 
         Args:
             name (`str`): See the class.
@@ -201,7 +202,7 @@ class AnsweredSet(ReferenceSet):
     """A reference set whose rows are a model's own answers.
 
     A row whose `unfinished` is true was cut at `max_new_tokens`. Its answer should not stop there, so the end of its
-    turn is not scored.
+    turn is not scored. A row with `ids` keeps the model's own tokens, because the chat template would show others.
     """
 
     counts: AnswerCounts = field(kw_only=True)

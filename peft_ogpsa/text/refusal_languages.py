@@ -27,7 +27,8 @@ OTHER_LANGUAGES = [
         rf"\b(?:nicht|kein\w*)\b[^.!?]*\b{_GERMAN_VERB}\b",
         r"\b(?:das|dies) (?:mache|tue) ich nicht\b",
         # French
-        rf"\bje ne (?:peux|vais|dois|saurais|suis pas en mesure de)\b(?: pas)? (?:\w+ )?(?:\w+')?{_FRENCH_VERB}",
+        r"\bje ne (?:peux|vais|dois|saurais|suis pas en mesure de)\b(?! que\b)(?: pas)? (?:\w+ )?(?:\w+')?"
+        rf"{_FRENCH_VERB}",
         rf"\bje ne suis pas (?:en mesure|capable|autorisée?) (?:de |d'|à )(?:\w+ )?{_FRENCH_VERB}",
         rf"\bil m'est impossible (?:de |d')(?:\w+ )?{_FRENCH_VERB}",
         r"\bje (?:dois )?refuse",

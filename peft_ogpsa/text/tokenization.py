@@ -17,6 +17,7 @@ Message = Mapping[str, Any]
 Row = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Mapping[str, Any]
 
+_NOT_TEXT = ("image", "images", "video", "videos", "audio")
 _ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 
 
@@ -53,28 +54,31 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
 
     Args:
         tokenizer: The tokenizer. It needs a chat template if the row is made of messages.
-        row: A row in a format that TRL's trainers read, with messages or plain strings: `messages` (the answer is the
-            last assistant turn), `prompt` and `completion`, `text` (all of it is the answer), or `chosen` and
-            `rejected` with or without their `prompt` (the answer is the chosen one). The chat template gets its
-            `tools` and `chat_template_kwargs`.
+        row: A row in a format that TRL's trainers read, with messages or plain strings: `chosen` and `rejected` with
+            or without their `prompt` (the answer is the chosen one), `prompt` and `completion`, `messages` (the answer
+            is the last assistant turn), or `text` (all of it is the answer). If it has the columns of several formats,
+            the first of these counts. The chat template gets its `tools` and `chat_template_kwargs`.
         name: Name of the row in error messages.
 
     Raises:
-        ValueError: If the row has other columns or no answer, mixes a conversation and plain text, or has messages
-            without a template.
+        ValueError: If the row has other columns or no answer, mixes a conversation and plain text, has messages
+            without a template, has images or other content that is not text, or has an answer that should not be
+            learned (`label` is `False`).
     """
     columns = columns_of(row, name)
+    if columns.get("label") is False:
+        raise ValueError(
+            f"{name} has label=False, so its completion is an example of what not to answer. Leave such rows out."
+        )
     prompt, answer = (text_or_messages(part, name) for part in _split(columns, name))
+    _check_text_only(columns, (prompt, answer), name)
     check_answer(answer, name)
     if isinstance(answer, str):
         if not isinstance(prompt, str):
             raise ValueError(
                 f"{name} mixes a conversational prompt with a plain answer. Give both in the same format."
             )
-        prefix = _text_ids(tokenizer, prompt, name) if prompt else []
-        # Some tokenizers end every text with a special token. It does not belong inside a sequence.
-        if prefix and prefix[-1] == tokenizer.eos_token_id:
-            prefix = prefix[:-1]
+        prefix = _prompt_ids(tokenizer, prompt, name) if prompt else []
         ids = _text_ids(tokenizer, prompt + answer, name)
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
@@ -86,7 +90,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         options = template_columns(columns)
-        prefix = encode_prompt(tokenizer, {"prompt": messages, **options}, name) if messages else []
+        prefix = _chat_ids(tokenizer, messages, name, options, add_generation_prompt=True) if messages else []
         ids = _chat_ids(tokenizer, [*messages, *answer], name, options)
     # Nothing predicts the first token.
     return Example(ids, max(shared_length(prefix, ids), 1))
@@ -165,8 +169,36 @@ def text_or_messages(part: Any, name: str) -> str | list[Message]:
     return messages
 
 
+def _check_text_only(row: Any, parts: Iterable[str | list[Message]], name: str) -> None:
+    """Reject what token ids cannot hold. A chat template puts a mark in its place, and the model sees nothing.
+
+    Raises:
+        ValueError: If a row has images or videos, or a message has a part that is not text.
+    """
+    found = [column for column in _NOT_TEXT if isinstance(row, Mapping) and row.get(column)]
+    for message in (message for part in parts if not isinstance(part, str) for message in part):
+        content = message["content"] if isinstance(message["content"], list | tuple) else []
+        kinds = [part.get("type", "text") for part in content if isinstance(part, Mapping)]
+        found += [kind for kind in kinds if kind != "text"]
+    if found:
+        raise ValueError(f"{name} has content of the type {found[0]!r}, but only text is used here. Give text alone.")
+
+
 def _split(row: Row, name: str) -> tuple[Any, Any]:
     """Return the prompt and the answer of a row, plain or as messages."""
+    if "chosen" in row:
+        chosen = text_or_messages(row["chosen"], name)
+        # A plain prompt beside conversations may be repeated in them. TRL then reads the conversations.
+        repeated = isinstance(row.get("prompt"), str) and _is_conversation(chosen)
+        if "prompt" in row and not repeated:
+            return row["prompt"], chosen
+        if isinstance(chosen, str):
+            rejected = row.get("rejected", "")
+            length = shared_length(chosen, rejected if isinstance(rejected, str) else "")
+            return chosen[:length], chosen[length:]
+        return chosen[:-1], chosen[-1:]
+    if "prompt" in row and "completion" in row:
+        return row["prompt"], row["completion"]
     if "messages" in row:
         messages = text_or_messages(row["messages"], name)
         if isinstance(messages, str):
@@ -174,24 +206,17 @@ def _split(row: Row, name: str) -> tuple[Any, Any]:
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         return messages[:-1], messages[-1:]
-    if "chosen" in row:
-        chosen = row["chosen"]
-        if "prompt" in row:
-            return row["prompt"], chosen
-        if isinstance(chosen, str):
-            rejected = row.get("rejected", "")
-            length = shared_length(chosen, rejected if isinstance(rejected, str) else "")
-            return chosen[:length], chosen[length:]
-        turns = text_or_messages(chosen, name)
-        return turns[:-1], turns[-1:]
-    if "prompt" in row and "completion" in row:
-        return row["prompt"], row["completion"]
     if "text" in row:
         return "", row["text"]
     raise ValueError(
         f"{name} has the columns {sorted(row)}. Give it the columns messages, prompt/completion, text, or "
         "prompt/chosen/rejected."
     )
+
+
+def _is_conversation(answer: str | list[Message]) -> bool:
+    """Whether an answer holds turns before it: those of the user, or a system message."""
+    return not isinstance(answer, str) and bool(answer) and answer[0]["role"] != "assistant"
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "A prompt") -> list[int]:
@@ -204,11 +229,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str 
         name: Name of the prompt in error messages.
 
     Raises:
-        ValueError: If the prompt has another form, or is conversational and there is no chat template.
+        ValueError: If the prompt has another form, is conversational and there is no chat template, or has images or
+            other content that is not text.
     """
     content = text_or_messages(content_of(prompt, name), name)
+    _check_text_only(prompt, (content,), name)
     if isinstance(content, str) and tokenizer.chat_template is None:
-        return _text_ids(tokenizer, content, name)
+        return _prompt_ids(tokenizer, content, name)
     options = template_columns(prompt) if isinstance(prompt, Mapping) else {}
     return _chat_ids(tokenizer, _turns(content), name, options, add_generation_prompt=True)
 
@@ -252,6 +279,12 @@ def content_of(prompt: Prompt, name: str) -> str | Sequence[Message]:
     if "prompt" not in row and "messages" not in row:
         raise ValueError(f"{name} has the columns {sorted(row)}. Give it the column prompt or messages.")
     return row["prompt"] if "prompt" in row else row["messages"]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[int]:
+    ids = _text_ids(tokenizer, text, name)
+    # Some tokenizers end every text with a special token. It does not belong inside a sequence.
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[int]:

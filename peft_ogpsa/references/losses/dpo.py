@@ -53,6 +53,7 @@ class DPOLoss(ReferenceLoss):
     """
 
     name = Pair.loss
+    cost = 2.0  # both sides; the reference policy's part is computed once
     needs_base = True
     needs_policy = True
     without_base = ("both", "answer")
