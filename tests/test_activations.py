@@ -15,7 +15,14 @@ import torch
 import transformers
 from loops import batch, loss_of, parameters_of, step_violations
 from models import randomize, tiny_llama, tiny_t5
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora.layer import LoraLayer
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
@@ -1329,7 +1336,7 @@ def test_state_that_was_restored_is_that_which_was_saved():
         ({"subspace": "both"}, "subspace='both' .saved: 'activations'"),
         ({"subspace": "gradients", "subspace_rank": None}, "subspace='gradients' .saved: 'activations'"),
         ({"subspace_rank": 7}, "subspace_rank=7 .saved: 8"),
-        ({"subspace_energy": 0.5}, "subspace_energy=0.5"),
+        ({"subspace_energy": 0.5, "subspace_rank": None}, "subspace_energy=0.5"),
         ({"tokens": "answer"}, "tokens='answer' .saved: 'all'"),
         ({"rows_dtype": "bfloat16"}, "rows_dtype='bfloat16'"),
         ({"target_modules": ["q_proj"]}, "not the layers in training"),
@@ -1421,6 +1428,72 @@ def test_state_of_other_weights_is_refused():
     with pytest.raises(ValueError, match="other weights"):
         own.load_state_dict(projector.state_dict())
     assert own.activations is None
+
+
+class Around(torch.optim.Optimizer):
+    """Steps another optimizer. With `back`, it then goes half of the way back to where it was two steps ago."""
+
+    def __init__(self, inner, back):
+        self.inner, self.back, self.count = inner, back, 0
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.inner.step()
+        self.count += 1
+        if self.back and self.count % 2 == 0:
+            for slow, p in zip(self.slow, (p for group in self.param_groups for p in group["params"]), strict=True):
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+def test_a_wrapper_that_does_nothing_more_changes_nothing():
+    models = [lora(subspace_rank=28)[0] for _ in range(2)]
+    train(models[0], adamw(models[0], lr=1e-3), range(6), sets=many())
+    train(models[1], Around(adamw(models[1], lr=1e-3), back=False), range(6), sets=many())
+    for one, other in zip(*map(parameters_of, models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_way_back_of_lookahead_is_not_enlarged():
+    model, projector = lora(subspace_rank=30)
+    projector.refresh(many(), loss_of)
+    assert max(float(stack.gain.max()) for stack in projector.activations._stacks) > 4  # else it comes to rest anyway
+    before = copies(model)
+    train(model, Around(adamw(model, lr=1e-3), back=True), range(40), sets=many())
+    for parameter, old in zip(parameters_of(model), before, strict=True):
+        assert (parameter - old).norm() < 2 * old.norm().clamp(min=1)  # B was zero
+    assert leak(model, held(projector)) <= TOLERANCE
+
+
+def test_weights_loaded_without_a_reset_are_refused_at_the_next_step():
+    other, _ = lora()
+    randomize(other)
+    model, projector = lora()
+    projector.refresh(many(), loss_of)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    before = copies(model)
+    loss_of(model, batch(0)).backward()
+    with pytest.raises(ValueError, match="not trained in the null space"):
+        adamw(model).step()
+    assert unchanged(model, before)
+
+
+def test_an_adapter_that_became_low_precision_is_refused():
+    model, projector = lora()
+    projector.refresh(many(), loss_of)
+    model.half()
+    for parameter in parameters_of(model):
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r"has the dtype float16.*projector.upcast"):
+        adamw(model).step()
+
+
+def test_whole_weights_without_a_dimension_left_are_refused():
+    model = tiny_llama()
+    config = FullParameterConfig(subspace="activations", subspace_rank=32, exclude=["*norm*", "embed_tokens"])
+    with pytest.raises(ValueError, match=r"takes all 32 dimensions of the input of .*Set a smaller subspace_rank"):
+        attach(model, config).refresh(many(), loss_of)
 
 
 def test_settings_travel_with_the_adapter(tmp_path):

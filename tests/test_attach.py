@@ -26,6 +26,8 @@ from torch import nn
 
 import peft_ogpsa
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, attach, projector_of
+from peft_ogpsa.core import hooks
+from peft_ogpsa.core.attachment import projectors_in
 from peft_ogpsa.core.config import ProjectionConfig
 from peft_ogpsa.core.diagnostics import Diagnostics
 
@@ -310,3 +312,18 @@ def test_adapters_of_low_precision_are_trained_in_float32(tmp_path):
 
 def test_attach_is_public():
     assert peft_ogpsa.attach is attach
+
+
+def test_two_models_in_one_are_refused():
+    both = nn.ModuleList([plain(), plain()])
+    with pytest.raises(ValueError, match=r"contains 2 models with adapters. Attach to each of them separately"):
+        attach(both, OGPSAConfig(**ACTIVATIONS))
+
+
+@pytest.mark.parametrize("first", ["adapter", "weights"])
+def test_a_second_call_replaces_the_first_whatever_it_is_for(first):
+    model = plain()
+    calls = [OGPSAConfig(**ACTIVATIONS), FullParameterConfig()]
+    one, other = (attach(model, config) for config in (calls if first == "adapter" else calls[::-1]))
+    assert list(projectors_in(model)) == [other]
+    assert one not in hooks._watchers

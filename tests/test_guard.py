@@ -303,6 +303,16 @@ def test_changes_outside_of_projected_steps_are_warned_of_once(make, warned, cap
     assert len(found) == warned
 
 
+def test_other_trained_parameters_are_named_in_a_loop_of_ones_own(caplog):
+    model = ogpsa_model(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        train_by_hand(model, torch.optim.SGD(parameters_of(model), lr=1e-2).step)
+    found = [record.getMessage() for record in caplog.records if "not projected" in record.getMessage()]
+    assert len(found) == 1
+    assert "1 parameters are trained but not projected" in found[0]
+    assert "lm_head" in found[0]
+
+
 # Optimizers whose saved weights are not those of their steps
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from loops import LORA
 from models import randomize, tiny_llama, tiny_tokenizer, tokens
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForSequenceClassification
 
 from peft_ogpsa import OGPSAConfig, merge_adapter
 
@@ -80,3 +80,11 @@ def test_the_base_is_of_the_revision_that_the_adapter_names(given, folders, monk
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
     merge_adapter(adapter, base=base if given else None)
     assert asked == [None if given else "abc123"]
+
+
+def test_an_adapter_with_a_head_of_its_own_is_refused(tmp_path):
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    base = tiny_llama(cls=LlamaForSequenceClassification)
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"task_type='SEQ_CLS'.*would lose the trained head"):
+        merge_adapter(tmp_path)

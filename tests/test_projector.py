@@ -13,6 +13,8 @@ from models import tiny_llama, tokens
 from peft import LoraConfig, get_peft_model
 
 from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, projector_of
+from peft_ogpsa.core import linalg
+from peft_ogpsa.core.rows import Rows
 
 TOLERANCE = 1e-5
 
@@ -39,7 +41,8 @@ def test_update_meets_the_constraint(constraint, scope, rows_dtype):
             ogpsa_model(constraint=constraint, rows_dtype=rows_dtype)
         return
     # Of more slices the rows leave so little that float32 parameters cannot hold it.
-    model = ogpsa_model(constraint=constraint, scope=scope, rows_dtype=rows_dtype, slices=2)
+    slices = {"slices": 2} if scope == "slice" else {}
+    model = ogpsa_model(constraint=constraint, scope=scope, rows_dtype=rows_dtype, **slices)
     violations = list(step_violations(model, OPTIMIZERS["adamw"](model.parameters())))
     assert max(violations) <= TOLERANCE
 
@@ -673,6 +676,108 @@ def test_refresh_that_fails_leaves_the_older_rows_usable():
     assert float(subspace.rows.products(change).amax()) <= TOLERANCE
 
 
+def _no_memory(*_):
+    raise MemoryError
+
+
+def test_a_first_refresh_that_fails_leaves_no_subspace():
+    model = ogpsa_model(refresh_steps=30)
+    with pytest.raises(MemoryError):
+        model.projector.refresh({"set": [batch(0)]}, _no_memory)
+    assert model.projector.due
+    loss_of(model, batch(1)).backward()
+    with pytest.raises(RuntimeError, match="has no reference gradients, so the step cannot be projected"):
+        torch.optim.AdamW(model.parameters(), lr=1e-2).step()
+
+
+@pytest.mark.parametrize(
+    ("constraint", "owner", "method"),
+    [("cone", Rows, "commit"), ("orthogonal", linalg, "orthonormal_rows"), ("cone", Rows, "add_up")],
+)
+def test_a_refresh_that_fails_after_its_passes_keeps_the_constraint(constraint, owner, method, monkeypatch):
+    model = ogpsa_model(constraint=constraint, rows_from="batch", rows=2, refresh_steps=30)
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    own, projector = parameters_of(model), model.projector
+    projector.refresh({"old": [batch(1)], "other": [batch(2)]}, loss_of)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, _no_memory)
+        with pytest.raises(MemoryError):
+            projector.refresh({"new": [batch(3)]}, loss_of)
+    if projector.due:  # nothing could be kept
+        assert projector.subspace is None
+        return
+    assert projector.subspace.rows.sets == [None, "other"]
+    gradients = torch.autograd.grad(loss_of(model, batch(2)), own)
+    loss_of(model, batch(4)).backward()
+    before = [parameter.detach().clone() for parameter in own]
+    torch.optim.SGD(own, lr=0.1).step()
+    for parameter, old, gradient in zip(own, before, gradients, strict=True):
+        change = (parameter.detach() - old).double()
+        along = float((gradient.double() * change).sum() / (gradient.double().norm() * change.norm()))
+        assert (along if constraint == "cone" else abs(along)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("subspace", ["activations", "gradients"])
+@pytest.mark.parametrize("rows_from", ["example", "set"])
+def test_sets_refreshed_in_turn_are_all_added(subspace, rows_from):
+    """The gradient that is added is the mean over the sets, whether one call passes them or two."""
+
+    def added(*calls):
+        settings = {"rows_from": rows_from, "projection": "gradient"} if subspace == "gradients" else {}
+        config = OGPSAConfig(subspace=subspace, reference_weight=1.0, **settings, **LORA)
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), config)
+        if subspace == "activations":
+            model.projector.refresh({"kept": [{**batch(9), "attention_mask": torch.ones(4, 7).long()}]}, loss_of)
+        for names in calls:
+            model.projector.refresh({name: [batch(len(name))] for name in names}, loss_of)
+        own = parameters_of(model)
+        for parameter in own:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.optim.SGD(own, lr=1e-9).step()
+        return torch.cat([parameter.grad.flatten() for parameter in own])
+
+    torch.testing.assert_close(added(["a"], ["bb"]), added(["a", "bb"]), rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(added(["bb"]), added(["a", "bb"]), rtol=1e-2)
+
+
+def test_rows_of_tied_embeddings_are_whole():
+    model = tiny_llama(tie_word_embeddings=True).train()
+    projector = attach(model, FullParameterConfig(rows=4, rows_from="example", exclude=["*norm*"]))
+    inputs = batch(3)
+    projector.refresh({"set": [inputs]}, loss_of)
+    blocks, name = projector.subspace.blocks, "model.embed_tokens.weight"
+    rows = dict(zip(blocks.names(), blocks.views(projector.subspace.rows.stack), strict=True))[name]
+    model.eval()
+    for row, ids in zip(rows, inputs["input_ids"], strict=True):
+        loss = loss_of(model, {"input_ids": ids[None], "labels": ids[None]})
+        (gradient,) = torch.autograd.grad(loss, model.get_input_embeddings().weight)
+        assert torch.nn.functional.cosine_similarity(row.flatten(), gradient.flatten(), dim=0) > 1 - 1e-5
+
+
+def test_parameters_whose_type_has_changed_need_new_rows():
+    model = ogpsa_model(refresh_steps=30)
+    model.projector.refresh(references(0), loss_of)
+    model.to(torch.bfloat16)
+    assert model.projector.due
+    assert max(step_violations(model, torch.optim.AdamW(parameters_of(model), lr=1e-2), steps=1)) < 0.1
+    assert model.projector._step.masters is not None
+
+
+@pytest.mark.parametrize("rows_dtype", ["bfloat16", "int8"])
+def test_the_default_type_does_not_matter(rows_dtype):
+    model = ogpsa_model(rows_dtype=rows_dtype)
+    for parameter in parameters_of(model):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert max(step_violations(model, optimizer)) <= TOLERANCE
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("rows_from", ["example", "batch", "set"])
 def test_losses_that_are_not_finite(rows_from, caplog):
     def poisoned(model, inputs):
@@ -903,7 +1008,9 @@ class Convolution(torch.nn.Module):
 @pytest.mark.parametrize("adapter", [True, False])
 def test_parameters_that_are_not_contiguous(adapter, scope, projection):
     torch.manual_seed(0)
-    overrides = {"rows": 4, "rows_from": "example", "scope": scope, "slices": 4, "projection": projection}
+    overrides = {"rows": 4, "rows_from": "example", "scope": scope, "projection": projection}
+    if scope == "slice":
+        overrides["slices"] = 4
     network = Convolution()
     if adapter:
         model = get_peft_model(

@@ -12,9 +12,9 @@ instead. This is Gradient Projection Memory (Saha, Garg, Roy 2021, arXiv 2103.09
 
 The part of an input outside span(U) is short: with 90 % of the energy in U, it has a third of the input's length. An
 adapter that sees only this part learns slowly with any optimizer. A therefore starts longer, and its steps are
-multiplied by the gain `1 / sqrt(1 - energy)`, as if the projected input had its original length again. The gradient of
-A is also projected before the optimizer, so that the optimizer scales its step to the remaining part. The usual
-learning rates then work.
+multiplied by the gain `1 / sqrt(1 - energy)`. The gradient of A is also projected before the optimizer. With Adam and
+similar optimizers, which scale their step to the remaining part, this is as if the projected input had its original
+length again. The usual learning rates then work.
 
 The projection acts only on the input axis. FSDP2 shards the first axis and keeps the input axis whole, so a step needs
 no communication.
@@ -35,6 +35,7 @@ from .inputs import Input
 from .kinds import Kind, kind_of
 from .layout import LARGEST_GROUP
 from .linalg import small_dtype
+from .precision import LOW_PRECISION
 from .stacks import InputMatrix, Stack, inverse_of
 
 MOST_DIRECTIONS = 512
@@ -92,6 +93,8 @@ class ActivationSubspace:
         self._stacks = self._stacked()
         self.device = self._stacks[0].basis.device
         self._before: list[Tensor] | None = None
+        self._before_inner: list[Tensor] | None = None
+        self._gained = False  # whether a step within the current step has had its gain
         # For each stack: squared lengths of the parts removed from steps, and of the steps.
         self._squares = [torch.zeros(2, dtype=torch.float32, device=stack.basis.device) for stack in self._stacks]
         for own in self.inputs:
@@ -109,20 +112,14 @@ class ActivationSubspace:
             )
         kinds: dict[tuple, list[int]] = {}
         for i, item in enumerate(self.inputs):
-            parameters = [distributed.local(own[layer].parameter) for layer in item.layers]
-            low = next((p for p in parameters if p.dtype in (torch.bfloat16, torch.float16)), None)
-            if low is not None:
-                remedy = (
-                    "OGPSACallback does so. In your own loop, call model.projector.upcast() before you create the "
-                    "optimizer."
-                    if self._adapter
-                    else "Load the model with dtype=torch.float32."
-                )
+            for layer in item.layers:
+                self._refuse_low_precision(own[layer])
+            if not self._adapter and item.directions.shape[1] >= item.width:
                 raise ValueError(
-                    f"{own[item.layers[0]].name} has the dtype {str(low.dtype).removeprefix('torch.')}, in which "
-                    f"rounding loses a projected step. Hold it in float32. {remedy} Layers still compute in 16 bits "
-                    "under autocast (bf16=True)."
+                    f"The activation subspace takes all {item.width} dimensions of the input of {item.layers[0]}, so "
+                    "nothing of its weight could be trained. Set a smaller subspace_rank."
                 )
+            parameters = [distributed.local(own[layer].parameter) for layer in item.layers]
             rows = tuple(len(parameter) for parameter in parameters)
             key = (kind_of(item.layers), item.width, rows, parameters[0].dtype, parameters[0].device)
             kinds.setdefault(key, []).append(i)
@@ -142,6 +139,20 @@ class ActivationSubspace:
                 gain = torch.tensor(gains, dtype=torch.float32, device=device).view(-1, 1, 1)
                 stacks.append(Stack(kind, part, matrices, basis, inverse_of(basis), gain))
         return stacks
+
+    def _refuse_low_precision(self, matrix: InputMatrix) -> None:
+        dtype = matrix.parameter.dtype
+        if dtype not in LOW_PRECISION:
+            return
+        remedy = (
+            "OGPSACallback does so. In your own loop, call model.projector.upcast() before you create the optimizer."
+            if self._adapter
+            else "Load the model with dtype=torch.float32."
+        )
+        raise ValueError(
+            f"{matrix.name} has the dtype {str(dtype).removeprefix('torch.')}, in which rounding loses a projected "
+            f"step. Hold it in float32. {remedy} Layers still compute in 16 bits under autocast (bf16=True)."
+        )
 
     # The start of training
 
@@ -223,8 +234,36 @@ class ActivationSubspace:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Copy the matrices before a step."""
+        """Copy the matrices before a step.
+
+        Raises:
+            ValueError: If a matrix has lower precision than float32 by now, for example after `model.half()`.
+        """
+        for matrix in self.matrices:
+            self._refuse_low_precision(matrix)
         self._before = [stack.copies(stack.parameters()) for stack in self._stacks]
+        self._before_inner, self._gained = None, False
+
+    @torch.no_grad()
+    def remember_inner(self) -> None:
+        """Copy the matrices before a step within the step, such as the one that Lookahead wraps."""
+        self._before_inner = [stack.copies(stack.parameters()) for stack in self._stacks]
+
+    @torch.no_grad()
+    def project_inner_step(self) -> None:
+        """Project the change since `remember_inner`, and apply the gain to it.
+
+        The gain belongs to the step along the gradient. What a wrapper does with the weights around it, such as
+        Lookahead's way back to the slow weights, must not be enlarged: it would not come to rest.
+        """
+        if self._before_inner is None:
+            return
+        for stack, before in zip(self._stacks, self._before_inner, strict=True):
+            step = stack.copies(stack.parameters()) - before
+            step -= stack.inside(step)
+            own = [distributed.local(parameter) for parameter in stack.parameters()]
+            torch._foreach_copy_(own, stack.views(before + stack.gain * step))
+        self._before_inner, self._gained = None, True
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -252,7 +291,8 @@ class ActivationSubspace:
                 removed = stack.inside(step)
                 self._squares[i] += torch.stack([removed.square().sum(), step.square().sum()])
                 step -= removed
-                step *= stack.gain
+                if not self._gained:
+                    step *= stack.gain
                 now = torch.add(before, step, out=now)
             if self._adapter:
                 # A was in the complement before. Project A itself, so that rounding errors do not add up.

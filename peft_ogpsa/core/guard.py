@@ -55,6 +55,7 @@ class Guard:
         self._versions: list[int] | None = None
         self._warned_of_changes = False
         self._warned_of_others = False
+        self._looked_for_others = False
         self.note_step()
 
     def projected(self) -> dict[str, Tensor]:
@@ -84,7 +85,9 @@ class Guard:
             if without_subspace:
                 self._report_missing("activation subspace", self._builder.subspace is not None, config)
             elif without_rows:
-                self._report_missing("reference gradients", self._refresher.subspace is not None, config)
+                subspace = self._refresher.subspace
+                outdated = subspace is not None and subspace.rows.filled > 0
+                self._report_missing("reference gradients", outdated, config)
             elif config.refreshes and self._schedule.since_refresh >= _LATE * config.refresh_steps:
                 self._report_late(config)
         if without_subspace or (without_rows and config.constrains):
@@ -168,10 +171,16 @@ class Guard:
         """How often each parameter was changed in place, as torch counts. Changes through `.data` do not count."""
         return [parameter._version for parameter in self.projected().values()]
 
-    def check_changes(self) -> None:
-        """Warn if parameters have changed since the last step or refresh.
+    def check_changes(self, config: ProjectionConfig) -> None:
+        """Warn if parameters have changed since the last step or refresh. Then move them into the null space again.
 
         It runs before a step, and when the projector checks whether a refresh is due.
+
+        Args:
+            config: The projection's settings.
+
+        Raises:
+            ValueError: If too much of the new weights acts on the reference inputs.
         """
         if self._versions is None or self._warned_of_changes or self._versions == self._current_versions():
             return
@@ -182,6 +191,8 @@ class Guard:
             "super().__init__() of torch.optim.Optimizer, so torch calls no hooks. Then use another optimizer. "
             "Second, your code changed the weights. If it loaded them on purpose, call projector.reset() afterwards."
         )
+        self._builder.enter_again(config)  # otherwise the next step would do so without a word
+        self._note_versions()
 
     def expect_changes(self) -> None:
         """Skip the next check, because torch may count a fused step that skipped itself as a change."""
@@ -236,26 +247,39 @@ class Guard:
         Raises:
             RuntimeError: If a projected parameter is not the model's own.
         """
-        own = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         for name, parameter in self.projected().items():
-            if id(parameter) not in own:
+            if id(parameter) not in trained:
                 raise RuntimeError(
                     f"The projected parameter {name} is not, or is no longer, a trainable parameter of this "
                     f"{type(model).__name__}. Create the optimizer and the trainer after the last change to the "
                     "adapter."
                 )
-            del own[id(parameter)]
+        self._report_others(model, optimizer)
+
+    def check_others(self, optimizer: Optimizer) -> None:
+        """Name the parameters that the optimizer trains without projection, before the first step of a stage."""
+        if not self._looked_for_others:
+            self._looked_for_others = True
+            self._report_others(self._parameters.targets.model, optimizer)
+
+    def _report_others(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         if self._warned_of_others or not self._parameters.targets.names_others:
             return
+        projected = {id(parameter) for parameter in self.projected().values()}
         held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-        others = [name for key, name in own.items() if held is None or key in held]
-        if others:
+        names = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in projected and (held is None or id(parameter) in held)
+        ]
+        if names:
             self._warned_of_others = True
             logger.warning(
                 "%d parameters are trained but not projected, because they are not LoRA matrices A or B: %s. Nothing "
                 "prevents their steps from harming the abilities in the reference sets.",
-                len(others),
-                _some(others),
+                len(names),
+                _some(names),
             )
 
 

@@ -4,7 +4,8 @@
 
 torch calls global hooks around the `step` of every optimizer class that it knows. One step of the user's loop may
 contain several such calls: a wrapper (Lookahead, SAM) calls the optimizer inside it, and a subclass calls
-`super().step()`, whose class has its own hooks. Only the outermost call sees the full change of the parameters.
+`super().step()`, whose class has its own hooks. Only the outermost call sees the full change of the parameters. The
+innermost one is the step that an optimizer takes along the gradient.
 """
 
 from __future__ import annotations
@@ -35,12 +36,20 @@ class Watcher(Protocol):
     def end_step(self, optimizer: Optimizer) -> None:
         """Act after the step; not called if the step raised an error."""
 
+    def begin_inner_step(self) -> None:
+        """Act before a step within the step that has begun."""
+
+    def end_inner_step(self) -> None:
+        """Act after the innermost of the steps within the step; not called if it raised an error."""
+
 
 # A watcher that is no longer referenced disappears from the set.
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
 _lock = threading.Lock()  # protects the set: another thread may add a watcher while we iterate over it
 # The call of `step` that each watcher acts around. If the step raises an error, its entry stays.
 _running: weakref.WeakKeyDictionary[Watcher, FrameType] = weakref.WeakKeyDictionary()
+# The call of an inner `step` that has begun last. Calls around it do not end an inner step of their own.
+_inner: weakref.WeakKeyDictionary[Watcher, FrameType] = weakref.WeakKeyDictionary()
 _handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
@@ -55,6 +64,7 @@ def unwatch(watcher: Watcher) -> None:
     with _lock:
         _watchers.discard(watcher)
     _running.pop(watcher, None)
+    _inner.pop(watcher, None)
 
 
 def closure_of(args: tuple, kwargs: dict) -> Callable[[], Any] | None:
@@ -99,8 +109,11 @@ def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, d
                 continue
             around = _running.pop(watcher, None)
             if around is not None and _is_running(around):
-                _running[watcher] = around
-                continue  # this step is part of an outer one
+                _running[watcher] = around  # this step is part of an outer one
+                _inner[watcher] = _step_frame()
+                watcher.begin_inner_step()
+                _call_back_first(optimizer)
+                continue
             result = watcher.begin_step(optimizer, args, kwargs)
             _running[watcher] = _step_frame()
             _call_back_first(optimizer)
@@ -125,8 +138,12 @@ def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     step = _step_frame()
     with torch.no_grad():
         for watcher in _all_watchers():
-            if _running.get(watcher) is step:
+            if _inner.get(watcher) is step:
+                del _inner[watcher]
+                watcher.end_inner_step()
+            elif _running.get(watcher) is step:
                 del _running[watcher]
+                _inner.pop(watcher, None)
                 watcher.end_step(optimizer)
 
 

@@ -243,7 +243,7 @@ def snapshot(addresses: Tensor, numel: int) -> Tensor:
     Returns:
         `(pieces, numel)`, float32.
     """
-    stack = torch.empty(len(addresses), numel, device=addresses.device)
+    stack = torch.empty(len(addresses), numel, dtype=torch.float32, device=addresses.device)
     chunks = _chunks(numel)
     _launch(_snapshot, len(addresses) * chunks, addresses, stack, numel, chunks, CHUNK=CHUNK)
     return stack
@@ -356,8 +356,9 @@ class Launcher:
             The squared norms, over all blocks, of the removed part and of the step before projection.
         """
         with _on(self.blocks.device):
-            partials = torch.empty(self._chunks, subspace.rows.capacity, device=self.blocks.device)
-            squares = torch.empty(self._chunks, device=self.blocks.device)
+            sizes = (self._chunks, subspace.rows.capacity)
+            partials = torch.empty(sizes, dtype=torch.float32, device=self.blocks.device)
+            squares = torch.empty(self._chunks, dtype=torch.float32, device=self.blocks.device)
             for group in zip(self._pointers, before, subspace.rows.stack, self._positions, strict=True):
                 products(*group, partials, squares)
             coefficients, removed, lengths = solve(subspace.active_gram, partials, squares, self._offsets)

@@ -135,6 +135,14 @@ class Blocks:
         """The parameters themselves by name, in the order of their pieces."""
         return dict(zip(self.names(), self.flat_parameters(), strict=True))
 
+    def are_as_grouped(self) -> bool:
+        """Whether the parameters still have the dtype and the device of their group: `model.to(...)` changes them."""
+        return all(
+            local.dtype == group.dtype and local.device == group.device
+            for group, parameters in zip(self.groups, self.local_parameters(), strict=True)
+            for local in parameters
+        )
+
     def local_parameters(self) -> list[list[Tensor]]:
         """What this process holds of the parameters, for each group, as views in the parameters' own shapes."""
         return [[distributed.local(parameter) for parameter in parameters] for parameters in self.parameters]

@@ -162,7 +162,7 @@ def products(rows: Tensor, vectors: Tensor) -> Tensor:
     factors = vectors.float().unsqueeze(-2)
     if rows.dtype == torch.float32:
         return torch.bmm(factors, rows.mT).squeeze(-2)
-    result = torch.zeros(rows.shape[0], 1, rows.shape[1], device=rows.device)
+    result = torch.zeros(rows.shape[0], 1, rows.shape[1], dtype=torch.float32, device=rows.device)
     for b, k, tile in _converted(rows, torch.float32):
         result[b] += factors[b, :, k] @ tile.mT
     return result.squeeze(-2)
@@ -189,7 +189,7 @@ def combine(rows: Tensor, coefficients: Tensor) -> Tensor:
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         index = used.flatten().nonzero().squeeze(-1)
         return F.embedding_bag(index, rows.reshape(-1, d), starts, mode="sum", per_sample_weights=weights[used])
-    result = torch.empty(blocks, d, device=rows.device)
+    result = torch.empty(blocks, d, dtype=torch.float32, device=rows.device)
     for b, k, tile in _converted(rows, torch.float32):
         result[b, k] = (weights[b] @ tile).squeeze(-2)
     return result

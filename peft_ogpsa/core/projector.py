@@ -186,7 +186,7 @@ class Projector:
             return True
         if config.refreshes and not self._refresher.fits(config):
             return True
-        self.guard.check_changes()
+        self.guard.check_changes(config)
         return config.refreshes and self._schedule.due(config)
 
     def refresh(
@@ -228,8 +228,8 @@ class Projector:
             ValueError: If there is no set, a set without batches, or more reference gradients than `rows`; if a
                 `ReferenceLoader` gave one draw and the subspace must be built, or gave all examples and it is; if
                 `loss_fn` returns no scalar that depends on the adapter; if the adapter is merged, or two parameters
-                share memory; if processes get different batches. Existing rows are kept, except after a failed FSDP2
-                pass, which clears them.
+                share memory; if processes get different batches. The slots of a refresh that fails are empty
+                afterwards, and all other rows are kept. A failed FSDP2 pass clears all rows.
             FloatingPointError: If no reference gradient is finite. If only some are not finite, their rows are left
                 out, with a warning.
         """
@@ -327,7 +327,8 @@ class Projector:
         if not (self.enabled and self.guard.is_ready(optimizer, config)):
             return None
         refuse_averaging(optimizer, config)
-        self.guard.check_changes()
+        self.guard.check_changes(config)
+        self.guard.check_others(optimizer)
         closure = hooks.closure_of(args, kwargs)
         if closure is None:
             self._step.process_gradients(optimizer, config, self.max_grad_norm)
@@ -353,6 +354,14 @@ class Projector:
             self._refresher.fresh = []
         self.guard.after_step()
 
+    def begin_inner_step(self) -> None:
+        """Run before a step of an optimizer within the step that has begun, such as the one that Lookahead wraps."""
+        self._step.remember_inner()
+
+    def end_inner_step(self) -> None:
+        """Run after that step."""
+        self._step.project_inner()
+
     # State
 
     def state_dict(self) -> dict[str, Any]:
@@ -361,10 +370,11 @@ class Projector:
         Under FSDP2 all processes must call it. The first process gets the full tensors; the others get none.
 
         Returns:
-            `{"tensors": {name: Tensor}, "rest": JSON-ready dict}`.
+            `{"tensors": {name: Tensor}, "rest": JSON-ready dict}`. The tensors are the projector's own: copy them if
+            you keep them while the training goes on.
 
         Raises:
-            RuntimeError: If no reference gradients have been computed yet.
+            RuntimeError: If there is no subspace yet.
         """
         return self._state.save()
 

@@ -58,8 +58,14 @@ class Refresher:
         return {} if self.subspace is None else self.subspace.blocks.by_name()
 
     def covers_training(self) -> bool:
-        """Whether the subspace was made for the parameters in training."""
-        return self.subspace is not None and self._parameters.same_as(self.subspace.blocks.by_name())
+        """Whether the subspace has rows of the parameters in training, with their present dtype and device."""
+        subspace = self.subspace
+        return (
+            subspace is not None
+            and subspace.rows.filled > 0  # not so after a first refresh that failed
+            and self._parameters.same_as(subspace.blocks.by_name())
+            and subspace.blocks.are_as_grouped()
+        )
 
     def fits(self, config: ProjectionConfig) -> bool:
         """Whether the subspace was made for the parameters in training, with these settings."""
@@ -112,7 +118,7 @@ class Refresher:
             return config.rows
         old = self.subspace if self.fits(config) else None
         if not config.constrains:  # the rows are added to the next gradient, and then nobody needs them
-            return max(len(sets), old.rows.capacity if old else 0)
+            return max(len(sets) + len(self.fresh if old else ()), old.rows.capacity if old else 0)
         held = [name for name in (old.rows.sets if old else ()) if name is not None]
         names = dict.fromkeys([*held, *sets])
         if len(names) > config.rows:
@@ -158,43 +164,45 @@ class Refresher:
         device = subspace.blocks.device
         check_sizes(sets, device)
         owners = [own.name for own in sets for _ in range(own.rows(config.row_of))]
-        slots = (
-            subspace.rows.claim_for(owners)
-            if config.constrains and config.row_of == "set"
-            else subspace.rows.claim(len(owners))
-        )
+        if not config.constrains:  # only the fresh rows are needed
+            slots = [slot for slot in range(subspace.rows.capacity) if slot not in self.fresh][: len(owners)]
+        elif config.row_of == "set":
+            slots = subspace.rows.claim_for(owners)
+        else:
+            slots = subspace.rows.claim(len(owners))
         passes = Passes(subspace.rows, self._linears, model, loss_fn, config.row_of)
         with self._diagnostics.stopwatch("refresh", device), isolated_eval(model, gradients=True):
-            sums = self._fill(subspace, slots, sets, passes)
-            if activations is not None:
-                with full_precision(device):
-                    for rows in subspace.rows.views_of(slots):
-                        activations.project_rows(rows)
-            subspace.rows.add_up(slots)
-            bad = subspace.commit(slots, owners)
+            try:
+                free = iter(slots)
+                sums = [passes.fill(own, [next(free) for _ in range(own.rows(passes.row_of))]) for own in sets]
+                if activations is not None:
+                    with full_precision(device):
+                        for rows in subspace.rows.views_of(slots):
+                            activations.project_rows(rows)
+                subspace.rows.add_up(slots)
+                bad = subspace.commit(slots, owners)
+            except BaseException:
+                self._discard(subspace, slots)
+                raise
             (means,) = distributed.summed([torch.stack(sums)])
         pairs = zip(sets, means.tolist(), strict=True)
         losses = {own.name: total / weight if weight else math.nan for own, (total, weight) in pairs}
         self._report_bad(bad, slots, owners)
-        self.fresh = [slot for slot in slots if slot not in bad]
-        self.weights = {own.name: own.weight for own in sets}
+        # Sets may be refreshed one after another before a step. Then all of them are fresh.
+        self.fresh = sorted({*self.fresh, *slots} - set(bad))
+        self.weights |= {own.name: own.weight for own in sets}
         self._diagnostics.refreshes += 1
         self._diagnostics.reference_examples += sum(sum(own.sizes) for own in sets)
         self._diagnostics.record_losses(losses)
         return losses
 
-    def _fill(
-        self, subspace: Subspace, slots: Sequence[int], sets: Sequence[SetBatches], passes: Passes
-    ) -> list[Tensor]:
-        free = iter(slots)
-        try:
-            return [passes.fill(own, [next(free) for _ in range(own.rows(passes.row_of))]) for own in sets]
-        except BaseException:
-            if subspace.blocks.sharded:
-                self.subspace = None  # all processes must discard it, and some may be at a different point
-            else:
-                subspace.discard(slots)  # the older rows stay as they were
-            raise
+    def _discard(self, subspace: Subspace, slots: Sequence[int]) -> None:
+        """Empty the slots of a refresh that failed. The older rows stay as they were, if that is possible."""
+        self.fresh = [slot for slot in self.fresh if slot not in slots]
+        self.subspace = None  # with shards, all processes must discard it, and some may be at a different point
+        if not subspace.blocks.sharded:
+            subspace.discard(slots)  # may fail too, for example if memory is short
+            self.subspace = subspace
 
     def _report_bad(self, bad: Sequence[int], slots: Sequence[int], owners: Sequence[str]) -> None:
         if not bad:
@@ -252,9 +260,10 @@ def _shape_of(config: ProjectionConfig) -> tuple:
 
 
 def _linears_of(model: nn.Module) -> dict[int, nn.Linear | None]:
-    """The linear modules by the `id` of their weight; `None` if several modules share one."""
+    """The linear modules by the `id` of their weight; `None` if several modules share one, as tied embeddings do."""
     linears: dict[int, nn.Linear | None] = {}
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            linears[id(module.weight)] = None if id(module.weight) in linears else module
+        for name, parameter in module.named_parameters(recurse=False):
+            alone = name == "weight" and id(parameter) not in linears
+            linears[id(parameter)] = module if alone and isinstance(module, nn.Linear) else None
     return linears

@@ -156,6 +156,21 @@ class Step:
             ]
         return stored
 
+    # Around a step within the step
+
+    def remember_inner(self) -> None:
+        """Copy what the activation subspace projects, before a step within the step."""
+        if self._remembered:
+            assert self._builder.subspace is not None
+            self._builder.subspace.remember_inner()
+
+    def project_inner(self) -> None:
+        """Project the change since `remember_inner`, with its gain."""
+        if self._remembered:
+            assert self._builder.subspace is not None
+            with full_precision(self._builder.subspace.device):
+                self._builder.subspace.project_inner_step()
+
     # After the optimizer
 
     def project(self, kernels: bool) -> None:

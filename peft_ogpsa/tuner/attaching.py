@@ -34,7 +34,8 @@ def attach(model: nn.Module, config: ProjectionConfig) -> Projector:
     and loads the adapter as before. With an activation subspace, attach before the adapter is trained, or continue an
     adapter that was trained in the complement of the same subspace. If you wrap the model in `DistributedDataParallel`
     afterwards, keep passing the inner model to `attach` and `refresh`. If you shard it with `fully_shard`, before or
-    after this call, nothing changes. A second call replaces the first.
+    after this call, nothing changes. A second call replaces the first. A copy of the model has no projector: attach
+    again.
 
     Args:
         model (`nn.Module`): A model with plain LoRA adapters (a `PeftModel`, or a base with injected adapters), of
@@ -52,7 +53,7 @@ def attach(model: nn.Module, config: ProjectionConfig) -> Projector:
             `FullParameterConfig` names something in `exclude` that is not in the model, or leaves nothing to project.
     """
     if isinstance(config, FullParameterConfig):
-        return full_parameter.attach(model, config)
+        return _alone(full_parameter.attach(model, config), model)
     if not isinstance(config, ProjectionConfig):
         raise ValueError(
             f"attach: config={config!r} must be an OGPSAConfig (for a LoRA adapter) or a FullParameterConfig (for the "
@@ -63,6 +64,15 @@ def attach(model: nn.Module, config: ProjectionConfig) -> Projector:
     targets.configs()  # reports what does not fit
     projector = Projector(targets)
     attachment.attach(base, projector)
+    return _alone(projector, model)
+
+
+def _alone(projector: Projector, model: nn.Module) -> Projector:
+    """Detach what an earlier call attached to another module of the model: it would project, too."""
+    for module in model.modules():
+        other = attachment.attached_to(module)
+        if other is not None and other is not projector and not isinstance(other.targets, AdapterTargets):
+            attachment.detach(module)
     return projector
 
 
@@ -83,11 +93,20 @@ def _same(first: ProjectionConfig, second: ProjectionConfig) -> bool:
 
 def _base_with_adapters(model: nn.Module) -> nn.Module:
     """The base model inside, which carries PEFT's dictionary of its adapters."""
-    for module in model.modules():
-        if "peft_config" not in module.__dict__ or isinstance(module, BaseTuner):
-            continue
-        if not any(isinstance(layer, BaseTunerLayer) for layer in module.modules()):
-            continue  # unloaded: before PEFT 0.19, the dictionary stays
+    bases = [
+        module
+        for module in model.modules()
+        if "peft_config" in module.__dict__
+        and not isinstance(module, BaseTuner)
+        # not so once it is unloaded: before PEFT 0.19, the dictionary stays
+        and any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
+    ]
+    if len(bases) > 1:
+        raise ValueError(
+            f"This {type(model).__name__} contains {len(bases)} models with adapters. Attach to each of them "
+            "separately."
+        )
+    for module in bases:
         projector = attachment.attached_to(module)
         if projector is not None and isinstance(projector.targets, AdapterTargets):
             raise ValueError(

@@ -39,10 +39,17 @@ def merge_adapter(
         The merged model, without an adapter.
 
     Raises:
-        ValueError: If the base itself is stored quantized, or if the merged weights are not finite.
+        ValueError: If the adapter is for another task than a causal language model, whose head would be lost, if the
+            base itself is stored quantized, or if the merged weights are not finite.
     """
     adapter = os.fspath(adapter)
     config = PeftConfig.from_pretrained(adapter)
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"adapter={adapter!r} has task_type={config.task_type!r}, but merge_adapter loads the base as a causal "
+            "language model and would lose the trained head. Load the base with the class of its task, then call "
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload()."
+        )
     source = os.fspath(base or config.base_model_name_or_path or "")
     revision = {"revision": config.revision} if base is None and config.revision else {}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device_map, **revision)
