@@ -1489,6 +1489,26 @@ def test_an_adapter_that_became_low_precision_is_refused():
         adamw(model).step()
 
 
+def test_a_first_example_without_an_answer_does_not_lift_the_limit_on_long_inputs():
+    """A few long inputs count at most ten times the median length, which is that of an example with tokens."""
+
+    def longest(first_is_empty):
+        sets = {"set": [examples(100 + i) for i in range(4)]}
+        for own in sets["set"]:
+            own["labels"] = own["labels"].clone()
+            own["labels"][:, :2] = -100
+        if first_is_empty:
+            sets["set"][0]["labels"][0] = -100
+        base = tiny_llama()
+        long = torch.where(torch.arange(7) == 4, 300.0, 1.0)[:, None]
+        base.model.layers[0].mlp.up_proj.register_forward_hook(lambda *call: call[-1] * long)
+        _, projector = lora(base, tokens="answer", target_modules=["down_proj"])
+        projector.refresh(sets, loss_of)
+        return projector.activations.inputs[0].energy
+
+    assert longest(True) < 1.5 * longest(False)
+
+
 def test_whole_weights_without_a_dimension_left_are_refused():
     model = tiny_llama()
     config = FullParameterConfig(subspace="activations", subspace_rank=32, exclude=["*norm*", "embed_tokens"])

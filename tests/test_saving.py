@@ -442,10 +442,17 @@ def test_from_the_hub(hub):
     assert torch.equal(logits(model), expected)
 
 
-def test_from_the_hub_without_a_sidecar(hub):
+def test_from_the_hub_without_a_sidecar(hub, caplog):
     cache, snapshot, _ = hub
     (snapshot / SIDECAR_NAME).unlink()
     assert type(PeftConfig.from_pretrained("someone/adapter", **cache)) is LoraConfig
+    assert "someone/adapter is loaded as plain LoRA. If it was trained with OGPSA" in caplog.text
+    caplog.clear()
+    missing = snapshot.parent.parent / ".no_exist" / "abc"  # the hub has said that there is none
+    missing.mkdir(parents=True)
+    (missing / SIDECAR_NAME).touch()
+    assert type(PeftConfig.from_pretrained("someone/adapter", **cache)) is LoraConfig
+    assert not caplog.records
     assert type(PeftConfig.from_pretrained("someone/adapter", subfolder="inside", **cache)) is OGPSAConfig
 
 

@@ -120,7 +120,7 @@ def find(
     _refuse_padded_pairs(model, [*used, *held])
     watcher = Watcher(layers)
     with watcher.watching():
-        watcher.discover(forward, model, used[0].of([0]))
+        watcher.discover(forward, model, _first_with_tokens(used))
         sketches = {
             name: Sketch(width, rank or most(width), device, seed) for name, (width, device) in watcher.inputs.items()
         }
@@ -138,6 +138,12 @@ def find(
         _measure(found, held, watcher, forward, model)
     _warn_of_few(sum(map(count, used)), found)
     return found
+
+
+def _first_with_tokens(parts: Sequence[Part]) -> Part:
+    """The first example of which some token counts. `split` has checked that there is one."""
+    examples = (part.of([i]) for part in parts for i in range(part.size))
+    return next(example for example in examples if count(example))
 
 
 def _refuse_padded_pairs(model: nn.Module, parts: Sequence[Part]) -> None:

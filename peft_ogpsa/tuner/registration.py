@@ -4,16 +4,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, LoraModel, PeftConfig
 from peft.utils import CONFIG_NAME
 
 from .. import compat
 from .config import SIDECAR_NAME, OGPSAConfig
+
+logger = logging.getLogger(__name__)
 
 
 def register(config_cls: type[OGPSAConfig], model_cls: type[LoraModel]) -> None:
@@ -43,5 +46,16 @@ def _find_sidecar(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str
         return sidecar if os.path.isfile(sidecar) else None
     try:
         return hf_hub_download(name_or_path, SIDECAR_NAME, subfolder=subfolder, **hub_kwargs)
+    except LocalEntryNotFoundError:  # the hub cannot be asked, and its cache does not have the file
+        filename = f"{subfolder}/{SIDECAR_NAME}" if subfolder else SIDECAR_NAME
+        where = {name: hub_kwargs[name] for name in ("cache_dir", "revision") if name in hub_kwargs}
+        if try_to_load_from_cache(name_or_path, filename, **where) is None:  # not known to be missing
+            logger.warning(
+                "%s is loaded as plain LoRA. If it was trained with OGPSA, its %s is missing in the hub's cache, and "
+                "the hub cannot be reached. Load it once while you are online to continue its training with OGPSA.",
+                name_or_path,
+                SIDECAR_NAME,
+            )
+        return None
     except EntryNotFoundError:
         return None
