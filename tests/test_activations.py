@@ -1489,6 +1489,18 @@ def test_an_adapter_that_became_low_precision_is_refused():
         adamw(model).step()
 
 
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_frozen_part_that_has_learned_is_named(learned, caplog):
+    model, projector = lora()
+    for name, parameter in model.named_parameters():
+        if "layers.0." in name and "lora_" in name:
+            parameter.requires_grad_(False)
+            if learned:
+                torch.nn.init.normal_(parameter)
+    projector.refresh(many(), loss_of)
+    assert ("7 matrices B of the adapter in training are frozen and not zero" in caplog.text) == learned
+
+
 def test_a_first_example_without_an_answer_does_not_lift_the_limit_on_long_inputs():
     """A few long inputs count at most ten times the median length, which is that of an example with tokens."""
 

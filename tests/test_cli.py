@@ -48,6 +48,7 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for heading in ("general", "KL", "refuses", "seconds", "references"):
         assert heading in printed
+    assert "Plot, report and adapter: " in printed
     assert (output / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
 
     report = json.loads((output / "report.json").read_text())
@@ -171,10 +172,12 @@ def test_bad_rows_are_named_before_anything_is_measured(folders, tmp_path, file,
     assert not (tmp_path / "out").exists()
 
 
-def test_quickstart_with_a_single_test_row(folders, tmp_path):
+def test_quickstart_with_a_single_test_row(folders, tmp_path, capsys):
     model, data = folders
     options = ["--model", str(model), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--steps", "1"]
     main(["quickstart", *options, "--methods", "plain", "--measurements", "1", "--test_samples", "1"])
+    assert "Plot and report: " in capsys.readouterr().out  # only `ogpsa` has its adapter saved
+    assert not (tmp_path / "out" / "adapter").exists()
     assert json.loads((tmp_path / "out" / "report.json").read_text())["base"]["kl"]["n"] == 1
 
 

@@ -389,3 +389,20 @@ def test_compare_says_what_was_measured_differently(tmp_path, capsys):
     assert told(file("a", "x", one, batch_size=8), file("b", "x", one, batch_size=16)) == ["batch_size is 8, 16."]
     assert told(file("a", "x", one), file("b", "x", one, "y")) == ["KL from base is on other answers of the base."]
     assert told(file("a", "x", one), file("b", "x", one, "")) == []
+    # Results of an earlier version have no revision, checksum of the tokenizer, or judges.
+    now = {"base_revision": "main", "asked_as": "1", "judges": {"openai:m": {"judge_address": "https://a"}}}
+    old, new = file("a", "x", one), file("b", "x", one)
+    new[2].update(now)
+    assert told(old, new) == []
+    old[2].update(now | {"base_revision": "v1", "asked_as": "2"})
+    assert told(old, new) == [
+        "base_revision is v1, main.",
+        "the chat template or the end token is not the same.",
+    ]
+    files = {"judge_files": [["a", 1, 2]], "judges_in_4bit": True}
+    old[2].update(now | {"judges": {"openai:m": {"judge_address": "https://b"}, "model:x": files, "model:y": files}})
+    new[2]["judges"] = now["judges"] | {"model:x": {**files, "judge_files": [["a", 1, 3]]}}
+    assert told(old, new) == [
+        "judge_address of openai:m is https://b, https://a.",
+        "the files of model:x are not the same.",
+    ]

@@ -14,6 +14,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli.datasets import PromptSet, reference_sets
+from peft_ogpsa.evaluation import evaluate
 from peft_ogpsa.references.losses import LOSSES, collate, reference_loss
 from peft_ogpsa.references.losses.kl import _Divergence
 from peft_ogpsa.text.tokenization import Example, encode_row
@@ -129,6 +130,23 @@ def test_a_frozen_adapter_below_the_one_in_training_is_refused(config):
         pass
     model.base_model.set_adapter(["chat", "safety"])
     model.requires_grad_(False)  # nothing is in training: this is inference with two adapters
+    with without_adapter(model):
+        pass
+
+
+@pytest.mark.parametrize("start", ["pissa", "PiSSA_niter_4", "olora"])
+def test_a_start_that_moves_weights_out_of_the_base_is_refused(start):
+    config = LoraConfig(**{**LORA, "init_lora_weights": start.lower()})
+    model = get_peft_model(tiny_llama(vocab_size=259), config)
+    model.peft_config["default"].init_lora_weights = start
+    message = f"init_lora_weights='{start}' in the configuration of adapter 'default' .*Set init_lora_weights=True"
+    with pytest.raises(ValueError, match=message), without_adapter(model):
+        pass
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, tiny_tokenizer(), benign=["Why?"], max_new_tokens=2)
+    evaluate(model, tiny_tokenizer(), benign=["Why?"], max_new_tokens=2, base=False)
+    # After PEFT has converted the adapter, the base is the original one.
+    model.peft_config["default"].init_lora_weights = True
     with without_adapter(model):
         pass
 

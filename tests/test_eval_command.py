@@ -15,10 +15,14 @@ import pytest
 import torch
 import yaml
 from models import chat, randomize, tiny_llama, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from peft_ogpsa import OGPSAConfig, merge_adapter
 from peft_ogpsa.cli import main
+from peft_ogpsa.cli.loading import load_base
+from peft_ogpsa.data.prompt_sets import read_prompt_set
 from peft_ogpsa.evaluation import (
     Comparison,
     Estimate,
@@ -30,8 +34,10 @@ from peft_ogpsa.evaluation import (
     fingerprint,
     wilson,
 )
+from peft_ogpsa.evaluation import evaluate as measure
 from peft_ogpsa.evaluation.set_table import set_rows
 from peft_ogpsa.evaluation.store import PieceStore
+from peft_ogpsa.text.generation import generate
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -40,8 +46,12 @@ def base_model(seed=0):
     return tiny_llama(seed, vocab_size=259, max_position_embeddings=1024)
 
 
-def save_adapter(folder, path, config, seed):
-    model = randomize(get_peft_model(base_model(), config), seed)
+def save_adapter(folder, path, config, seed, base=None):
+    model = randomize(get_peft_model(base or base_model(), config), seed)
+    with torch.no_grad():  # what is trained beside LoRA's matrices: biases, and copies of the base's modules
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
     model.peft_config["default"].base_model_name_or_path = str(folder / "model")
     model.save_pretrained(path)
 
@@ -78,6 +88,10 @@ def without_seconds(value):
 
 def measured(result):
     return without_seconds(result["evaluation"])
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.fixture
@@ -165,6 +179,49 @@ def test_a_stopped_run_continues(folder, passes, capsys):
         assert [measured(own) for own in result["results"]] == [measured(own) for own in whole["results"]]
 
 
+def answers(measured):
+    own = measured["sets"]["xstest"]
+    return [sample["answer"] for sample in own["harmful_samples"] + own["benign_samples"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kl"),
+    [
+        ({"modules_to_save": ["lm_head"]}, True),
+        ({"bias": "all"}, False),
+        ({"init_lora_weights": "pissa"}, False),
+        ({"layer_replication": [[0, 2], [1, 2]]}, False),
+    ],
+)
+def test_an_adapter_that_changes_the_base_changes_no_other_result(folder, settings, kl):
+    biased = tiny_llama(0, vocab_size=259, max_position_embeddings=1024, attention_bias=True)
+    biased.save_pretrained(folder / "model")
+    options = {"task_type": "CAUSAL_LM", "target_modules": TARGETS}
+    save_adapter(folder, folder / "changes", LoraConfig(**options, **settings), 5, biased)
+    data = None if kl else f"xstest={folder / 'xstest.jsonl'}"
+    base = measured(evaluate(folder, "base.json", "--model", str(folder / "model"), data=data))["model"]
+    plain = measured(evaluate(folder, "plain.json", adapters=["plain"], data=data))
+    alone = measured(evaluate(folder, "alone.json", adapters=["changes"], data=data))
+    both = evaluate(folder, "both.json", adapters=["changes", "plain"], data=data)["results"]
+    assert [measured(own) for own in both] == [alone, plain]
+    assert [alone["base"][name] for name in ("general_mean", "harmful_samples")] == [
+        base[name] for name in ("general_mean", "harmful_samples")
+    ]
+    assert answers(alone["base"]) == answers(base) != answers(alone["model"])
+    # As PEFT loads it onto a new base.
+    tokenizer = tiny_tokenizer()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "changes")
+    rows = read_prompt_set("xstest", folder / "xstest.jsonl", None)
+    rows.sort(key=lambda row: row["kind"] == "benign")
+    prompts = [row["prompt"] for row in rows]
+    assert answers(alone["model"]) == generate(model, tokenizer, prompts, max_new_tokens=4)
+    if kl:
+        general = [chat(f"general {i}?", "It is so.") for i in range(6)]
+        own = measure(model, tokenizer, divergence_prompts=general, max_new_tokens=4)
+        assert alone["model"]["kl"]["value"] == pytest.approx(own.model.kl.value)
+        assert own.model.kl.value > 0.01
+
+
 def test_an_adapter_is_added_to_a_finished_run(folder, passes, capsys):
     evaluate(folder, "run.json", adapters=["plain"])
     passes.clear()
@@ -181,6 +238,10 @@ def test_an_adapter_is_added_to_a_finished_run(folder, passes, capsys):
         ("scale", "other weights", 2),
         ("base", "other weights", 4),
         ("template", "other tokenizer", 4),
+        ("vocabulary", "other tokenizer", 4),
+        ("end", "other config", 4),
+        ("rope_parameters", "other config", 4),
+        ("rms_norm_eps", "other config", 4),
         ("set", "other data", 2),
         ("rows", "other data", 2),
     ],
@@ -193,14 +254,25 @@ def test_what_has_changed_is_measured_again(folder, passes, capsys, change, reas
     if change == "weights":
         save_adapter(folder, folder / "plain", LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS), 7)
     elif change == "scale":
-        path = folder / "plain" / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 80}))
+        edit(folder / "plain" / "adapter_config.json", lora_alpha=80)
     elif change == "base":
         base_model(3).save_pretrained(folder / "model")
     elif change == "template":
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template += " "
         tokenizer.save_pretrained(folder / "model")
+    elif change == "vocabulary":  # of the same size
+        file = folder / "model" / "tokenizer.json"
+        tokenizer = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+        file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    elif change == "end":
+        edit(folder / "model" / "generation_config.json", eos_token_id=[2, 100])
+    elif change == "rope_parameters":
+        edit(folder / "model" / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 50.0})
+    elif change == "rms_norm_eps":
+        edit(folder / "model" / "config.json", rms_norm_eps=1.0)
     elif change in ("set", "rows"):
         path = folder / ("xstest.jsonl" if change == "set" else "data/harmful_test.jsonl")
         path.write_text(path.read_text().replace("3?", "33?"), encoding="utf-8")
@@ -312,6 +384,17 @@ def test_a_fast_look_says_what_its_intervals_are(folder, capsys):
         (["--adapter", "FOLDER/plain", "--name", "base"], "name='base' .*plain' is the base's own name.*another name"),
         (["--adapter", "FOLDER/base"], "name='base' .*base' is the base's own name.*another name"),
         (["--adapter", "FOLDER/plain", "FOLDER/wide", "--data", "builtin"], "wide' does not fit the model"),
+        (
+            ["--adapter", "FOLDER/renamed"],
+            "renamed' does not fit .* no weights for some of the layers .*q_proj.lora_A",
+        ),
+        (["--adapter", "FOLDER/plain", "--adapter", "FOLDER/ogpsa"], "--adapter is given 2 times.*--adapter A B"),
+        (["--adapter", "FOLDER/plain", "FOLDER/pissa"], "pissa' has init_lora_weights='pissa'.* Merge the adapter"),
+        (["--adapter", "FOLDER/bias"], "bias' has bias='all', which changes the base itself.* Merge the adapter"),
+        (["--adapter", "FOLDER/deep"], r"deep' has layer_replication=\[\[0, 2\], \[1, 2\]\]"),
+        (["--adapter", "FOLDER/plain", "FOLDER/v1"], "different revisions of .*plain: main, .*v1: v1.0.* one by one"),
+        (["--adapter", "FOLDER/plain", "FOLDER/asked"], "different chat templates or end tokens: .*plain and .*asked"),
+        (["--adapter", "FOLDER/torn"], "torn' has a tokenizer that cannot be loaded: .* delete its files"),
     ],
 )
 def test_errors_come_before_anything_is_measured(folder, passes, options, message):
@@ -322,12 +405,79 @@ def test_errors_come_before_anything_is_measured(folder, passes, options, messag
     )
     wide.peft_config["default"].base_model_name_or_path = str(folder / "model")
     wide.save_pretrained(folder / "wide")
+    for name, settings in (
+        ("pissa", {"init_lora_weights": "pissa"}),
+        ("bias", {"bias": "all"}),
+        ("deep", {"layer_replication": [[0, 2], [1, 2]]}),
+        ("v1", {"revision": "v1.0"}),
+        ("asked", {}),
+        ("torn", {}),
+        ("renamed", {}),
+    ):
+        save_adapter(folder, folder / name, LoraConfig(target_modules=TARGETS, task_type="CAUSAL_LM", **settings), 1)
+    ask_otherwise(folder / "asked")
+    (folder / "torn" / "tokenizer_config.json").write_text("{")
+    weights = load_file(folder / "renamed" / "adapter_model.safetensors")
+    weights = {name.replace(".model.layers", ".model.language_model.layers"): own for name, own in weights.items()}
+    save_file(weights, folder / "renamed" / "adapter_model.safetensors")
     options = [option.replace("FOLDER", str(folder)) for option in options]
     model = [] if "--adapter" in options else ["--model", str(folder / "model")]
     with pytest.raises(SystemExit, match=f"(?s)^ogpsa eval: .*{message}"):
         main(["eval", "--output", str(folder / "out.json"), *model, *options])
     assert passes == []
     assert not (folder / "out.json").exists()
+
+
+def ask_otherwise(path):
+    """Save a tokenizer with another chat template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<s>", "[")
+    tokenizer.save_pretrained(path)
+
+
+@pytest.mark.parametrize("base_has_one", [True, False])
+def test_the_tokenizer_beside_an_adapter_asks_it_and_the_base(folder, base_has_one, capsys):
+    """Training may have used another chat template than the base's."""
+    told = "The tokenizer in {} has another chat template or end token than the base's."
+    tiny_tokenizer().save_pretrained(folder / "ogpsa")  # the base's
+    evaluate(folder, "same.json", adapters=["ogpsa"])
+    assert "chat template" not in capsys.readouterr().out
+    if not base_has_one:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = None
+        (folder / "model" / "chat_template.jinja").unlink()
+        tokenizer.save_pretrained(folder / "model")
+    for name in ("plain", "ogpsa"):
+        ask_otherwise(folder / name)
+    own = evaluate(folder, "own.json", adapters=["plain", "ogpsa"])["results"]
+    assert told.format(folder / "plain") in capsys.readouterr().out
+    ask_otherwise(folder / "model")
+    anew = evaluate(folder, "anew.json", adapters=["plain", "ogpsa"])["results"]
+    assert told.partition("has")[2] not in capsys.readouterr().out
+    assert [measured(result) for result in own] == [measured(result) for result in anew]
+    assert own[0]["asked_as"] == anew[0]["asked_as"]
+    if base_has_one:
+        main(["compare", str(folder / "same.json"), str(folder / "own.json")])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "measured differently: the chat template or the end token is not the same." in printed
+
+
+@pytest.mark.parametrize("model", [None, "model", "copy"])
+def test_the_base_has_the_revision_that_the_adapters_name(folder, model, monkeypatch):
+    shutil.copytree(folder / "model", folder / "copy")
+    for name in ("plain", "ogpsa"):
+        edit(folder / name / "adapter_config.json", revision="v1.0")
+    revisions = []
+
+    def load(options):
+        revisions.append(options.model_revision)
+        return load_base(options)
+
+    monkeypatch.setattr("peft_ogpsa.cli.eval.load_base", load)
+    options = [] if model is None else ["--model", str(folder / model)]
+    results = evaluate(folder, "run.json", *options, adapters=["plain", "ogpsa"])["results"]
+    assert revisions == ["main" if model == "copy" else "v1.0"]
+    assert [result["base_revision"] for result in results] == revisions * 2
 
 
 QUESTION = {"role": "user", "content": "Why?"}

@@ -807,6 +807,8 @@ class TestCommand:
         assert [j["judge"] for j in model["judgments"]] == ["matcher", "matcher", name, name]
         assert model["judgments"][2]["verdicts"] == [None, None]
         assert len(model["agreements"]) == 2
+        assert saved["judges"].keys() == {name}
+        assert saved["judges"][name]["judge_source"] == str(base)
         assert "Agreement of judges" in capsys.readouterr().out
         compare.run([str(tmp_path / "a.json"), str(tmp_path / "a.json")])
         out = capsys.readouterr().out

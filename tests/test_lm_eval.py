@@ -114,6 +114,24 @@ def test_a_local_task_with_the_adapter_on_and_off(lm_eval, local_tasks, chat):
     assert scores[0].examples == base[0].examples
 
 
+def test_the_checksum_of_a_task_covers_its_few_shot_examples(lm_eval, local_tasks):
+    file = local_tasks / "shots.jsonl"
+    file.write_text(json.dumps({"question": "One?", "choices": ["a", "b"], "gold": 0}), encoding="utf-8")
+    settings = yaml.safe_load((local_tasks / "pairs.yaml").read_text(encoding="utf-8"))
+    settings["dataset_kwargs"]["data_files"]["train"] = str(file)
+
+    def digest(shots):
+        task = settings | {"fewshot_split": "train", "num_fewshot": shots}
+        (local_tasks / "pairs.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+        return TaskRunner(["local_pairs"], include_path=str(local_tasks)).digest("local_pairs")
+
+    before = [digest(shots) for shots in (0, 1)]
+    assert [digest(shots) for shots in (0, 1)] == before
+    file.write_text(file.read_text(encoding="utf-8").replace("One", "Two"), encoding="utf-8")
+    assert digest(0) == before[0]
+    assert digest(1) != before[1]
+
+
 def test_training_can_continue_as_if_nothing_had_happened(lm_eval, local_tasks):
     model, tokenizer = adapted().train(), tiny_tokenizer()
     tokenizer.pad_token = None

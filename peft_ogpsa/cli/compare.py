@@ -150,6 +150,7 @@ def _curves(evaluations: Mapping[str, Evaluation], before: Mapping[str, str]) ->
 def _differences(results: Sequence[dict[str, Any]]) -> list[str]:
     """List the conditions in which the results differ."""
     conditions = {"base_model": [saved.get("base_model") for saved in results]}
+    conditions["base_revision"] = [saved.get("base_revision", "main") for saved in results]
     conditions |= {name: [saved["arguments"].get(name) for saved in results] for name in _CONDITIONS}
     with_tasks = [saved for saved in results if saved["arguments"].get("tasks")]
     conditions |= {name: [saved["arguments"].get(name) for saved in with_tasks] for name in _TASK_CONDITIONS}
@@ -164,9 +165,28 @@ def _differences(results: Sequence[dict[str, Any]]) -> list[str]:
     told = [f"{name} is {', '.join(map(str, values))}." for name, values in conditions.items() if _differ(values)]
     if other:
         told.append(f"the {' and '.join(other)} rows are not the same.")
+    if _differ([saved["asked_as"] for saved in results if "asked_as" in saved]):
+        told.append("the chat template or the end token is not the same.")
+    told += _judge_differences([saved.get("judges", {}) for saved in results])
     losses = [saved["evaluation"].model.kl_loss for saved in results]
     if _differ([loss.examples for loss in losses if loss is not None and loss.examples]):
         told.append("KL from base is on other answers of the base.")
+    return told
+
+
+def _judge_differences(results: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """List how judges of one name differ. `results` are the conditions of their judges, by the judges' names."""
+    told = []
+    for name in dict.fromkeys(name for own in results for name in own):
+        each = [own[name] for own in results if name in own]
+        for condition in sorted({condition for own in each for condition in own} - {*_JUDGE_CONDITIONS}):
+            values = [own.get(condition) for own in each]
+            if not _differ(values):
+                continue
+            if condition == "judge_files":  # sizes and dates, which say nothing to a reader
+                told.append(f"the files of {name} are not the same.")
+            else:
+                told.append(f"{condition} of {name} is {', '.join(map(str, values))}.")
     return told
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from ..core.files import check_writable, replacing
@@ -47,7 +46,16 @@ from ..sharing.run_record import read_run
 from .errors import input_errors
 from .eval_arguments import EvalArguments, parse
 from .eval_data import check_rows, load_eval_data
-from .eval_models import Adapter, base_name, check_fit, each_on, read_adapters
+from .eval_models import (
+    Adapter,
+    Base,
+    asked_as,
+    base_name,
+    base_revision,
+    common_tokenizer,
+    read_adapters,
+    refuse_moved_base,
+)
 from .eval_plan import common_conditions, evaluator, plan, task_runner, versions
 from .loading import load_base
 
@@ -65,6 +73,7 @@ def run(arguments: Sequence[str]) -> None:
         judges = load_judges(parsed.judges, load_in_4bit=parsed.judges_in_4bit, progress=sys.stderr.isatty())
         for judge in judges:
             judge.prepare()
+        judges_state = {judge.name: dict(judge.conditions) for judge in judges if judge.conditions}
         parsed.max_new_tokens = answer_length(parsed.max_new_tokens, judges)
         data = load_eval_data(parsed.data, parsed.samples)
         if parsed.plot and not {"harmful", "general"} <= data.rows.keys():
@@ -74,19 +83,34 @@ def run(arguments: Sequence[str]) -> None:
             )
         adapters = read_adapters(parsed.adapter or [], parsed.name)
         name = parsed.model or base_name(adapters)
-        base, processing_class = load_base(
-            ModelConfig(model_name_or_path=name, dtype=parsed.dtype, load_in_4bit=parsed.load_in_4bit)
+        if "general" in data.rows:
+            refuse_moved_base(adapters)
+        options = ModelConfig(
+            model_name_or_path=name,
+            model_revision=base_revision(adapters, name),
+            dtype=parsed.dtype,
+            load_in_4bit=parsed.load_in_4bit,
         )
-        check_fit(base, adapters)
-        check_rows(data, processing_class, parsed.max_length, kl=bool(adapters))
+        loaded, processing_class = load_base(options)
+        base = Base(loaded, lambda: load_base(options)[0])
+        del loaded  # so that the memory holds the base once when it is loaded again
+        tokenizer, owner = common_tokenizer(adapters, getattr(processing_class, "tokenizer", processing_class))
+        conditions = common_conditions(parsed, base.model, tokenizer)
+        base.check_fit(adapters)
+        check_rows(data, tokenizer, parsed.max_length, kl=bool(adapters))
         output.parent.mkdir(parents=True, exist_ok=True)
         store = PieceStore(output.with_name(f"{output.name}.pieces"))
-    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
-    base_model = str(base.name_or_path)
+    base_model = str(base.model.name_or_path)
     console = Console(width=None if sys.stdout.isatty() else 150)
+    if owner is not None:
+        console.print(
+            f"The tokenizer in {owner} has another chat template or end token than the base's. It is used for the "
+            "base and for every adapter.",
+            soft_wrap=True,
+            markup=False,
+        )
     settings = evaluator(parsed, tokenizer).settings
     pieces = plan(parsed, data, runner, tokenizer, divergence=bool(adapters))
-    conditions = common_conditions(parsed, base_model, tokenizer)
     of_base, of_models = _measure(base, adapters, pieces, store, conditions, console)
     del base, pieces  # a judge may need their memory
     verdicts = KeptVerdicts(store, versions(), lambda text: console.print(text, soft_wrap=True, markup=False))
@@ -96,7 +120,16 @@ def run(arguments: Sequence[str]) -> None:
         title: Evaluation(measured, of_base, settings) for title, measured in zip(titles, of_models, strict=True)
     }
     rows = {kind: fingerprint.of_data(own) for kind, own in {**data.rows, **data.sets}.items()}
-    results = _results(parsed, base_model, adapters, evaluations, rows, runner.version if runner else None)
+    shared: dict[str, Any] = {
+        "base_model": base_model,
+        "base_revision": options.model_revision,
+        "asked_as": asked_as(tokenizer),
+    }
+    if runner is not None:
+        shared["lm_eval"] = runner.version
+    if judges_state:
+        shared["judges"] = judges_state
+    results = _results(parsed, shared, adapters, evaluations, rows)
     _write(output, results)
     if parsed.card:
         for adapter, result in zip(adapters, results, strict=True):
@@ -117,7 +150,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _measure(
-    base: PreTrainedModel,
+    base: Base,
     adapters: Sequence[Adapter],
     pieces: Sequence[Piece],
     store: PieceStore,
@@ -141,9 +174,9 @@ def _measure(
 
     with bar:
         if not adapters:
-            return None, [measure(base, _MODEL, str(base.name_or_path))]
-        of_base = measure(base, BASE, BASE)
-        return of_base, [measure(model, _MODEL, adapter.path) for adapter, model in each_on(base, adapters)]
+            return None, [measure(base.model, _MODEL, str(base.model.name_or_path))]
+        of_base = measure(base.model, BASE, BASE)
+        return of_base, base.on_each(adapters, lambda adapter, model: measure(model, _MODEL, adapter.path))
 
 
 def _judged(
@@ -166,15 +199,14 @@ def _judged(
 
 def _results(
     parsed: EvalArguments,
-    base_model: str,
+    shared: Mapping[str, Any],
     adapters: Sequence[Adapter],
     evaluations: Mapping[str, Evaluation],
     rows: Mapping[str, str],
-    lm_eval: str | None,
 ) -> list[dict[str, Any]]:
     """Return one result per adapter, or that of a model by itself, in plain types.
 
-    `rows` are checksums of the measured rows by kind or set, and `lm_eval` is the version of lm-eval.
+    `shared` are the facts that all results have, and `rows` are checksums of the measured rows by kind or set.
     """
     results = []
     subjects: Sequence[Adapter | None] = adapters or [None]
@@ -185,13 +217,11 @@ def _results(
         }
         result: dict[str, Any] = {
             "name": title,
-            "base_model": base_model,
+            **shared,
             "arguments": arguments,
             "data": {**rows, **{score.task: score.examples for score in evaluation.model.tasks}},
             "evaluation": evaluation.to_dict(),
         }
-        if lm_eval is not None:
-            result["lm_eval"] = lm_eval
         if adapter is not None:  # `compare` uses them to find the adapter that a stage continued
             result["weights"] = weights_digest(adapter.path)
             result["started_from"] = read_run(adapter.path).get("started_from_weights")

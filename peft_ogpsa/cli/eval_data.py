@@ -59,19 +59,18 @@ def load_eval_data(source: str, samples: int | None) -> EvalData:
     return EvalData(own[0] if own else "", rows, sets)
 
 
-def check_rows(data: EvalData, processing_class: Any, max_length: int, *, kl: bool) -> None:
+def check_rows(data: EvalData, tokenizer: Any, max_length: int, *, kl: bool) -> None:
     """Encode all rows once, so that a bad one is an error before anything is measured.
 
     Args:
         data: The rows.
-        processing_class: The base's tokenizer, or a processor that has one as `.tokenizer`.
+        tokenizer: The tokenizer with which the base and the adapters are asked.
         max_length: Maximum number of tokens of a general row.
         kl: Whether the KL from base is measured on the prompts of the general rows.
 
     Raises:
         ValueError: If a row cannot be measured. The message names its file or set.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     for kind, rows in data.rows.items():
         file = Path(data.name) / f"{kind}_test.jsonl"
         place = str(file) if file.is_file() else f"data={data.name!r}: {kind}"

@@ -4,16 +4,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import has_file
 
+from ..evaluation import fingerprint
 from ..evaluation.pieces import BASE
+from ..tuner.adapters import moving_setting
 from .loading import load_adapter, read_adapter_config
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,25 +63,129 @@ def base_name(adapters: Sequence[Adapter]) -> str | None:
     return next(iter(named.values()), None)
 
 
-def each_on(base: PreTrainedModel, adapters: Sequence[Adapter]) -> Iterator[tuple[Adapter, PeftModel]]:
-    """Load one adapter after the other onto the base, and take it off again.
-
-    One at a time, because a model cannot hold adapters of two types, such as plain LoRA and OGPSA.
+def base_revision(adapters: Sequence[Adapter], name: str | None) -> str:
+    """Return the revision of a base that the adapters of this base name.
 
     Raises:
-        ValueError: If an adapter does not fit the base.
+        ValueError: If they name different ones.
+    """
+    own = [adapter for adapter in adapters if adapter.config.base_model_name_or_path == name]
+    named = {adapter.path: adapter.config.revision or "main" for adapter in own}
+    if len(set(named.values())) > 1:
+        told = ", ".join(f"{path}: {revision}" for path, revision in named.items())
+        raise ValueError(
+            f"adapter names adapters of different revisions of {name!r} ({told}). Measure them one by one."
+        )
+    return next(iter(named.values()), "main")
+
+
+def refuse_moved_base(adapters: Sequence[Adapter]) -> None:
+    """Reject adapters whose KL from base cannot be measured, because the model without them is not the base.
+
+    Raises:
+        ValueError: If there is one.
     """
     for adapter in adapters:
-        model = load_adapter(base, adapter.path, adapter.config, trainable=False)
-        yield adapter, model
-        base = cast(PreTrainedModel, model.unload())
+        setting = moving_setting(adapter.config) or ("layer_replication" if adapter.config.layer_replication else None)
+        if setting is not None:
+            raise ValueError(
+                f"adapter={adapter.path!r} has {setting}={getattr(adapter.config, setting)!r}, which changes the base "
+                "itself. So the model without the adapter is not the base, and the KL from base cannot be measured. "
+                "Merge the adapter (peft_ogpsa.merge_adapter) and give the merged model as model. Or, after "
+                "init_lora_weights='pissa' or 'olora', save the adapter with PEFT's "
+                "path_initial_model_for_weight_conversion. Or give data without general rows."
+            )
 
 
-def check_fit(base: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
-    """Load every adapter once, so that one that does not fit is an error before anything is measured.
+def common_tokenizer(adapters: Sequence[Adapter], base: Any) -> tuple[Any, str | None]:
+    """Return the tokenizer with which the base and all adapters are asked.
+
+    This is the base's, unless a tokenizer is saved beside the adapters that has another chat template or end token:
+    the adapters were trained with it.
+
+    Args:
+        adapters: The adapters.
+        base: The base's tokenizer.
+
+    Returns:
+        The tokenizer, and the path of an adapter if it is that adapter's.
 
     Raises:
-        ValueError: If an adapter does not fit the base.
+        ValueError: If the adapters need different ones, or one of them cannot be loaded.
     """
-    for _ in each_on(base, adapters):
-        pass
+    found = {adapter.path: _saved_tokenizer(adapter.path) or base for adapter in adapters}
+    kinds = {path: asked_as(own) for path, own in found.items()}
+    if len(set(kinds.values())) > 1:
+        first, *others = found
+        other = next(path for path in others if kinds[path] != kinds[first])
+        raise ValueError(
+            f"adapter names adapters with different chat templates or end tokens: {first} and {other}. (An adapter "
+            "without a tokenizer in its folder has the base's.) Measure them one by one."
+        )
+    for path, kind in kinds.items():
+        if kind != asked_as(base):
+            return found[path], path
+    return base, None
+
+
+def asked_as(tokenizer: Any) -> str:
+    """Return a checksum of what a tokenizer puts around a prompt and an answer: the chat template, the end token."""
+    return fingerprint.of_data(tokenizer.chat_template, tokenizer.eos_token)
+
+
+def _saved_tokenizer(adapter: str) -> Any:
+    """Load the tokenizer in an adapter's folder. Return None if there is none."""
+    try:
+        if not has_file(adapter, "tokenizer_config.json"):
+            return None
+        return AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"adapter={adapter!r} has a tokenizer that cannot be loaded: {error} Save the tokenizer again, or delete "
+            "its files to use the base's."
+        ) from error
+
+
+class Base:
+    """The base, as it was loaded. If an adapter has changed it, it is loaded again.
+
+    PEFT leaves trained biases, the modules of `modules_to_save` and what PiSSA left of the weights in the base when
+    an adapter is taken off.
+
+    Args:
+        model: The base.
+        load: Loads it again.
+    """
+
+    def __init__(self, model: PreTrainedModel, load: Callable[[], PreTrainedModel]):
+        self.model = model
+        self._load = load
+        self._weights = fingerprint.of_weights(self.model)
+
+    def on_each(self, adapters: Sequence[Adapter], act: Callable[[Adapter, PeftModel], T]) -> list[T]:
+        """Load one adapter after the other onto the base, call a function, and take the adapter off again.
+
+        One at a time, because a model cannot hold adapters of two types, such as plain LoRA and OGPSA.
+
+        Raises:
+            ValueError: If an adapter does not fit the base.
+        """
+        results = []
+        for adapter in adapters:
+            model = load_adapter(self.model, adapter.path, adapter.config, trainable=False)
+            results.append(act(adapter, model))
+            self.model = cast(PreTrainedModel, model.unload())
+            del model
+            if fingerprint.of_weights(self.model) != self._weights:
+                del self.model  # the memory may not hold two
+                gc.collect()
+                self.model = self._load()
+        return results
+
+    def check_fit(self, adapters: Sequence[Adapter]) -> None:
+        """Load every adapter once, so that one that does not fit is an error before anything is measured.
+
+        Raises:
+            ValueError: If an adapter does not fit the base.
+        """
+        self.on_each(adapters, lambda adapter, model: None)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import peft
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from .. import __version__
 from ..data.prompt_sets import PromptRow
@@ -60,7 +61,7 @@ def plan(
         parsed: The options.
         data: The rows and the sets.
         runner: The lm-eval tasks.
-        tokenizer: The base's tokenizer.
+        tokenizer: The tokenizer with which the base and the adapters are asked.
         divergence: Measure the KL from base on the general rows. A model without an adapter is the base itself.
     """
     rows = data.rows
@@ -90,13 +91,14 @@ def plan(
     return pieces
 
 
-def common_conditions(parsed: EvalArguments, base_model: str, tokenizer: Any) -> Conditions:
+def common_conditions(parsed: EvalArguments, base: PreTrainedModel, tokenizer: Any) -> Conditions:
     """Return what the results of all pieces depend on, apart from the weights."""
     return {
-        "base_model": base_model,
+        "base_model": str(base.name_or_path),
+        "config": fingerprint.of_settings(base),
         "dtype": parsed.dtype,
         "load_in_4bit": parsed.load_in_4bit,
-        "tokenizer": fingerprint.of_data(tokenizer.chat_template, len(tokenizer)),
+        "tokenizer": fingerprint.of_tokenizer(tokenizer),
         **versions(),
     }
 

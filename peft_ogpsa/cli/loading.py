@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +110,20 @@ def load_adapter(base: PreTrainedModel, adapter: str, config: LoraConfig, *, tra
     """Load a saved adapter onto its base model.
 
     Raises:
-        ValueError: If the adapter does not fit the model.
+        ValueError: If the adapter does not fit the model, or has no weights for some of the layers that it names.
     """
     try:
-        return PeftModel.from_pretrained(base, adapter, is_trainable=trainable, config=config)
+        with warnings.catch_warnings():
+            # PEFT only warns, and the layers without weights would do nothing.
+            warnings.filterwarnings("error", ".*Found missing adapter keys", UserWarning)
+            return PeftModel.from_pretrained(base, adapter, is_trainable=trainable, config=config)
+    except UserWarning as error:
+        raise ValueError(
+            f"adapter={adapter!r} does not fit the model {base.name_or_path!r}: it has no weights for some of the "
+            f"layers that it adapts. {textwrap.shorten(str(error), 300)}\nIt was made for "
+            f"{config.base_model_name_or_path!r}. Give that model instead, or save the adapter from the class "
+            f"{type(base).__name__}."
+        ) from error
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"adapter={adapter!r} does not fit the model {base.name_or_path!r}: {error}\nIt was made for "

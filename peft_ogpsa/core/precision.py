@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Numerical precision: dtypes that lose a projected step to rounding, and a context with full precision."""
+"""Numerical precision: dtypes that lose a projected step to rounding, a context with full precision, exact sums."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from typing import Any
 import torch
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def bit_sum(tensor: torch.Tensor) -> int:
+    """Sum a tensor's bits as integers: a checksum that is the same on every device and with any number of threads."""
+    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))
 
 
 @contextmanager

@@ -73,6 +73,6 @@ class PieceStore:
 
 
 def _change(name: str, before: Any, now: Any) -> str:
-    if name in ("weights", "data", "tokenizer", "judge_files"):  # checksums, which say nothing to a reader
+    if name in ("weights", "config", "data", "tokenizer", "judge_files"):  # checksums, which say nothing to a reader
         return f"other {name}"
     return f"{name} was {before} and is {now}"

@@ -104,12 +104,20 @@ class TaskRunner:
         return _scores(results)
 
     def digest(self, name: str) -> str:
-        """Return a checksum of a task, or of a group's tasks: of their settings, and of the examples that are used."""
+        """Return a checksum of a task, or of a group's tasks: of their settings, and of the examples that are used.
+
+        Those are the examples that are scored, and those from which few-shot examples are drawn.
+        """
         tasks = self._manager.load([name])["tasks"]
         return checksum(
             json.dumps(entry, sort_keys=True, default=str)
             for task_name, task in sorted(tasks.items())
-            for entry in (task_name, task.dump_config(), *itertools.islice(task.eval_docs, self.limit))
+            for entry in (
+                task_name,
+                task.dump_config(),
+                *itertools.islice(task.eval_docs, self.limit),
+                *((task.fewshot_docs() or ()) if task.get_config("num_fewshot") else ()),
+            )
         )
 
     def _load(self) -> None:

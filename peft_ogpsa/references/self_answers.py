@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..core.files import json_lines, replacing
+from ..core.precision import bit_sum
 from ..text.access import input_device, language_model
 from ..text.cache import cache_dir as default_cache
 from ..text.generation import generate_ids
@@ -37,7 +38,6 @@ from ..tuner.adapters import base_of
 
 logger = logging.getLogger(__name__)
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 _FORMAT = 3  # version of the cache file's format
 _LIST_MARK = re.compile(r"(?:^|\n)[^\w\n]*\d{1,3}[.)][^\w\n]*$")  # "2." at the start of an item that was cut
 _SENTENCE = re.compile(r"""(?s).*(?:[.!?](?=["')\]*]*(?:\s|$))|[。！？।])["')\]*”’」』）]*""")
@@ -326,8 +326,7 @@ def _key(
 def _weights_digest(lm: torch.nn.Module) -> bytes:
     """Digest a few values of every base weight, and the sum of all its bits.
 
-    Any training changes the digest. It is the same with and without an adapter on top, and on every device: the sums
-    are of integers.
+    Any training changes the digest. It is the same with and without an adapter on top, and on every device.
     """
     digest = hashlib.sha256()
     values, sums = {}, {}
@@ -337,7 +336,7 @@ def _weights_digest(lm: torch.nn.Module) -> bytes:
         own = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         flat = parameter.detach().flatten()
         values[own] = flat[:: len(flat) // 32 + 1]
-        sums[own] = int(flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64))
+        sums[own] = bit_sum(flat)
     for name in sorted(values):
         digest.update(f"{name} {values[name].dtype} {sums[name]}".encode())
         digest.update(values[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())

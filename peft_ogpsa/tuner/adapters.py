@@ -13,6 +13,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from torch import nn
 
 from .. import compat
+from .config import MOVING_STARTS
+
+_MOVING = {
+    "bias": ("trains the base model's own biases", "bias='none'"),
+    "init_lora_weights": ("moves a part of the base model's weights into the adapter", "init_lora_weights=True"),
+}
+"""The settings of an adapter that can change the base itself: how, and the values with which they do not."""
 
 
 @contextlib.contextmanager
@@ -35,7 +42,7 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: If the model has no adapter, if its adapter is merged into the base, or if the base itself is
-            trained.
+            trained or was changed when the adapter was made.
     """
     if not has_adapter(model):
         raise ValueError(
@@ -127,23 +134,36 @@ def _refuse_frozen_below(model: nn.Module) -> None:
         )
 
 
+def moving_setting(config: Any) -> str | None:
+    """Return the name of an adapter's setting that changes the base itself, or None.
+
+    `bias` trains the base's own biases. `init_lora_weights` moves a part of the base's weights into the adapter with
+    starts such as "pissa".
+    """
+    if getattr(config, "bias", "none") != "none":
+        return "bias"
+    start = getattr(config, "init_lora_weights", None)
+    return "init_lora_weights" if isinstance(start, str) and start.lower().startswith(MOVING_STARTS) else None
+
+
 def refuse_moving_base(model: nn.Module) -> None:
     """Reject a model that is not the one before training when its adapters are off.
 
     Raises:
-        ValueError: If the configuration trains biases, if a weight outside the adapter is in training, or if a frozen
-            adapter is active together with the one in training.
+        ValueError: If the configuration trains biases or moves weights of the base into the adapter, if a weight
+            outside the adapter is in training, or if a frozen adapter is active together with the one in training.
     """
     _refuse_frozen_below(model)
     configs = (getattr(module, "peft_config", None) for module in model.modules())
     for name, config in next((own for own in configs if isinstance(own, dict)), {}).items():
-        bias = getattr(config, "bias", "none")
-        if bias != "none":
+        if (setting := moving_setting(config)) is not None:
+            does, remedy = _MOVING[setting]
             raise ValueError(
-                f"bias={bias!r} in the configuration of adapter {name!r} trains the base model's own biases. The "
-                "model without its adapter is then not the original model. But subspace='activations', loss='kl' and "
-                "the KL from base need the original model. Set bias='none', or use subspace='gradients' and reference "
-                "sets with loss='answer'."
+                f"{setting}={getattr(config, setting)!r} in the configuration of adapter {name!r} {does}. The model "
+                "without its adapter is then not the original model. But subspace='activations', loss='kl', answers "
+                f"of the base and the KL from base need the original model. Set {remedy}, or use subspace='gradients' "
+                "and reference sets with loss='answer'. Before the model gets its adapter, the base can answer "
+                "(ReferenceSet.from_prompts) and be measured (Evaluator.base)."
             )
     inside = {
         id(parameter)

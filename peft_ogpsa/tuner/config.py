@@ -24,7 +24,7 @@ DAMAGED = (KeyError, TypeError, AttributeError, RecursionError)
 """What PEFT raises for a damaged `adapter_config.json`, besides `ValueError`."""
 
 # Initializations after which the base without the adapter is not the model that was loaded.
-_MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
     def _check_lora(self) -> None:
         """Reject LoRA settings for which an activation subspace cannot keep the outputs unchanged."""
         start = self.init_lora_weights
-        if isinstance(start, str) and start.lower().startswith(_MOVING_STARTS):
+        if isinstance(start, str) and start.lower().startswith(MOVING_STARTS):
             raise ValueError(
                 f"init_lora_weights={start!r} is not allowed with subspace={self.subspace!r}: it moves part of the "
                 "base's weights into the adapter, and the adapter then acts on reference inputs. Use "

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
@@ -14,10 +15,13 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..core import distributed
 from ..core.config import ProjectionConfig
 from ..core.stacks import InputMatrix
 from .adapters import refuse_merged, without_adapter
 from .config import OGPSAConfig
+
+logger = logging.getLogger(__name__)
 
 _LORA_WEIGHT = re.compile(
     r"(?P<owner>.*)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(?:\.weight)?"
@@ -83,6 +87,7 @@ class LoraTargets(ABC):
             ValueError: If a layer's output depends on trained parameters other than A and B, or on A in another way
                 than through `B A x`, or if its B is trained and its A is not.
         """
+        self._warn_of_frozen_parts()
         found: list[InputMatrix] = []
         adapters: dict[str, str] = {}  # by layer
         configs = self.configs()
@@ -106,6 +111,24 @@ class LoraTargets(ABC):
                 after = layer.lora_B[adapter].weight
                 found.append(InputMatrix(name, path, layer, parameter, after))
         return found
+
+    def _warn_of_frozen_parts(self) -> None:
+        """Warn of parts of an adapter in training that are frozen and have an effect: the base is without them."""
+        training = {owner.rpartition(":")[2] for _, owner, _ in self.trained()}
+        frozen = [
+            name
+            for name, owner, parameter in self._weights()
+            if ".lora_B." in name and not parameter.requires_grad and owner.rpartition(":")[2] in training
+            if distributed.local(parameter).any()
+        ]
+        if frozen:
+            logger.warning(
+                "%d matrices B of the adapter in training are frozen and not zero, for example %s. The references "
+                "pass the base without them, so what these layers do to reference inputs is not preserved, unless "
+                "they were trained in the null space of the same references.",
+                len(frozen),
+                frozen[0],
+            )
 
     def original(self) -> AbstractContextManager:
         """A context with the base model: the adapter is off."""
