@@ -212,6 +212,42 @@ def test_how_it_was_trained(tmp_path):
     assert json.loads((tmp_path / RUN_NAME).read_text()).items() >= RUN.items()
 
 
+def test_the_step_of_the_weights_is_told(tmp_path):
+    text = save_card(save(tmp_path), run=RUN | {"best_step": 1200}).read_text()
+    assert "1234 optimizer steps (the weights are those of step 1200, the best in evaluation), 99 seconds" in text
+    text = save_card(tmp_path, run=RUN | {"best_step": 1234}).read_text()
+    assert "1234 optimizer steps, 99 seconds" in text
+
+
+def test_the_revision_of_the_base_is_told(tmp_path):
+    text = save_card(save(tmp_path, OGPSAConfig(revision="v1.0", **LORA))).read_text()
+    assert f"[{BASE}](https://huggingface.co/{BASE}), revision `v1.0`" in text
+    snippet = snippet_of(text)
+    assert "AutoModelForCausalLM.from_pretrained(base, revision='v1.0', dtype=\"auto\")" in snippet
+    assert "AutoTokenizer.from_pretrained(base, revision='v1.0')" in snippet
+    assert "revision" not in save_card(save(tmp_path)).read_text()
+
+
+def test_the_dataset_of_an_earlier_training_leaves_the_metadata(tmp_path):
+    def datasets():
+        return ModelCard.load(tmp_path / "README.md").data.datasets
+
+    save_card(save(tmp_path), run=RUN)
+    assert datasets() == ["some-org/pairs"]
+    save_file({"a": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")  # a second training, saved by PEFT
+    save(tmp_path, weights=False)
+    assert datasets() is None
+    save_card(tmp_path, run=RUN | {"dataset": "other-org/rows[train]"})
+    assert datasets() == ["other-org/rows"]
+    card = ModelCard.load(tmp_path / "README.md")
+    card.data.datasets = ["other-org/rows", "mine/data"]
+    card.save(tmp_path / "README.md")
+    save_card(tmp_path, run=RUN | {"dataset": "other-org/rows[test]"})
+    assert datasets() == ["other-org/rows", "mine/data"]
+    save_card(tmp_path, run=RUN | {"dataset": "rows.jsonl"})
+    assert datasets() == ["mine/data"]
+
+
 def test_lookalikes_and_the_old_name_of_their_share(tmp_path):
     text = save_card(save(tmp_path), run=RUN | {"lookalikes": 0.2}).read_text()
     assert "20% of the training data: benign look-alikes" in text
@@ -275,6 +311,17 @@ def test_what_was_not_measured_is_left_empty(tmp_path):
     assert row.keys() == {"this adapter"}
     assert row["this adapter"]["refuses harmful"].startswith("25%")
     assert row["this adapter"]["general loss"] == row["this adapter"]["KL from base"] == "-"
+
+
+def test_public_sets_alone_are_what_was_measured(tmp_path):
+    own = Measurement("xstest", refusal=Estimate.from_count(1, 4), over_refusal=Estimate.from_count(2, 5))
+    evaluation = Evaluation(Measurement("model", sets={"xstest": own}), Measurement("base", sets={"xstest": own}), {})
+    text = save_card(save(tmp_path), evaluation={"evaluation": evaluation.to_dict()}).read_text()
+    assert "Measured on 9 prompts of xstest: " in text
+    assert "Refusals are found by matching phrases" in text
+    assert "general loss" not in text
+    assert "nothing" not in text
+    assert table_of(text).keys() == {"xstest"}
 
 
 def test_facts_about_other_weights_are_left_out(tmp_path):

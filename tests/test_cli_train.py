@@ -195,14 +195,115 @@ def test_push(folder, monkeypatch, capsys):
     monkeypatch.setattr("peft_ogpsa.cli.training.push_adapter", push)
     # What it does besides asking the hub.
     monkeypatch.setattr(
-        "transformers.Trainer.init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/safe")
+        "transformers.Trainer.init_hf_repo",
+        lambda self, token=None: vars(self).update(hub_model_id="me/safe", push_in_progress=None),
     )
+    # The trainer uploads nothing by itself: training_args.bin holds the token.
+    for name in ("hf_api", "upload_folder"):  # the second one before transformers 5.24
+        monkeypatch.setattr(
+            f"transformers.trainer.{name}", lambda *_, **__: pytest.fail("the trainer uploads"), raising=False
+        )
     hub = ["--push_to_hub", "--hub_model_id", "me/safe", "--hub_private_repo", "true"]
-    main(["sft", "--config", str(folder / "sft.yaml"), *hub])
+    saves = ["--save_strategy", "steps", "--save_steps", "1"]
+    main(["sft", "--config", str(folder / "sft.yaml"), *hub, *saves])
     ((name, options, files),) = pushed
     assert (name, options["private"]) == ("me/safe", True)
     assert {"README.md", "adapter_model.safetensors", "ogpsa_config.json", "ogpsa_run.json"} <= set(files)
     assert "Pushed: hub/me/safe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_other_hub_strategies_are_refused(folder, strategy):
+    options = ["--push_to_hub", "--hub_strategy", strategy]
+    with pytest.raises(SystemExit, match=rf"hub_strategy='{strategy}' uploads .*Leave out hub_strategy"):
+        main(["sft", "--config", str(folder / "sft.yaml"), *options])
+    assert not (folder / "sft").exists()
+
+
+def base_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+@pytest.mark.parametrize("method", ["ogpsa", "plain"])
+def test_an_adapter_that_is_trained_on_another_base_names_that_base(folder, capsys, method):
+    base, other = str(folder / "model"), str(folder / "other")
+    tiny_llama(7, vocab_size=259, max_position_embeddings=512).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    main(["sft", "--config", str(folder / "sft.yaml"), "--max_steps", "1", "--method", method])
+    options = ["--adapter", str(folder / "sft"), "--max_steps", "1", "--method", method]
+    capsys.readouterr()
+    main(["dpo", "--config", str(folder / "dpo.yaml"), *options])
+    assert base_of(folder / "dpo") == base
+    assert "names the base" not in capsys.readouterr().out
+    main(["dpo", "--config", str(folder / "dpo.yaml"), *options, "--model_name_or_path", other])
+    assert f"names the base {base!r}. This run trains it on {other!r}" in capsys.readouterr().out
+    assert base_of(folder / "dpo") == other
+    assert "- Base model: `other`, a local model" in (folder / "dpo" / "README.md").read_text()
+
+
+def test_the_revision_of_the_base_stays_with_the_adapter(folder, monkeypatch, capsys):
+    loaded = []
+    original = loading.compat.create_model
+
+    def create_model(source, **options):
+        loaded.append((Path(source).name, options["revision"]))
+        return original(source, **options)
+
+    monkeypatch.setattr(loading.compat, "create_model", create_model)
+
+    def revision_of(stage):
+        return json.loads((folder / stage / "adapter_config.json").read_text())["revision"]
+
+    def run(stage, *options):
+        main([stage, "--config", str(folder / f"{stage}.yaml"), "--max_steps", "1", *options])
+        return loaded.pop(), revision_of(stage)
+
+    again = ["--adapter", str(folder / "sft")]
+    assert run("sft") == (("model", "main"), None)
+    assert run("dpo", *again) == (("model", "main"), None)
+    assert run("sft", "--model_revision", "v1") == (("model", "v1"), "v1")
+    assert "- Base model: `model`, a local model, revision `v1`" in (folder / "sft" / "README.md").read_text()
+    capsys.readouterr()
+    assert run("dpo", *again) == (("model", "v1"), "v1")
+    assert "names the base" not in capsys.readouterr().out
+    assert run("dpo", *again, "--model_revision", "v2") == (("model", "v2"), "v2")
+    assert "revision 'v1'. This run trains it on" in capsys.readouterr().out
+    (folder / "model").rename(folder / "moved")
+    assert run("dpo", *again, "--model_name_or_path", str(folder / "moved")) == (("moved", "main"), None)
+    assert run("sft", "--model_name_or_path", str(folder / "moved"), "--model_init_kwargs", '{"revision": "v3"}') == (
+        ("moved", "v3"),
+        "v3",
+    )
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_rows_that_max_length_leaves_without_an_answer_are_counted(folder, capsys, stage):
+    rows = [json.loads(line) for line in (folder / ("rows.jsonl" if stage == "sft" else "pairs.jsonl")).open()]
+    for row in rows[:9]:
+        row["prompt"][0]["content"] *= 10
+    write(folder / "long.jsonl", rows)
+    write(folder / "longer.jsonl", rows[:9])
+    long, longer = str(folder / "long.jsonl"), str(folder / "longer.jsonl")
+    command = [stage, "--config", str(folder / f"{stage}.yaml"), "--method", "plain", "--max_steps", "1"]
+    told = "{}: max_length=60 cuts off the answers of {}, so they are not used. Raise max_length"
+    evaluated = ["--eval_dataset", long, "--eval_strategy", "steps"]
+    main([*command, "--max_length", "60", "--dataset", long, *evaluated])
+    printed = capsys.readouterr().out
+    assert told.format("dataset", "9 of 10 rows") in printed
+    assert told.format("eval_dataset", "9 of 10 rows") in printed
+    with pytest.raises(SystemExit, match=f"^ogpsa {stage}: {told.format('dataset', '9 of 9 rows')}"):
+        main([*command, "--max_length", "60", "--dataset", longer])
+    with pytest.raises(SystemExit, match=told.format("eval_dataset", "9 of 9 rows")):
+        main([*command, "--max_length", "60", "--dataset", long, *evaluated, "--eval_dataset", longer])
+    capsys.readouterr()
+    main([*command, "--dataset", long])
+    assert "cuts off" not in capsys.readouterr().out
+
+
+def test_packed_rows_are_not_counted_as_dropped(folder, capsys):
+    options = ["--method", "plain", "--max_steps", "1", "--packing", "true", "--max_length", "256"]
+    main(["sft", "--config", str(folder / "sft.yaml"), *options])
+    assert "cuts off" not in capsys.readouterr().out
 
 
 def test_plain_lora_over_an_ogpsa_adapter_is_plain_lora(folder):
@@ -445,7 +546,7 @@ def test_reference_entries(folder, monkeypatch):
     assert asked == expected
 
 
-def test_training_with_prompts_and_pairs_as_references(folder, monkeypatch):
+def test_training_with_prompts_and_pairs_as_references(folder, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
     monkeypatch.setattr(
         "peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE
@@ -454,11 +555,13 @@ def test_training_with_prompts_and_pairs_as_references(folder, monkeypatch):
     references = [f"own=prompts:{folder / 'prompts.jsonl'}", f"pairs:dpo={folder / 'pairs.jsonl'}"]
     main(["dpo", "--config", str(folder / "dpo.yaml"), "--references", *references, "--beta", "0.5"])
     assert adapter_type(folder / "dpo") == "LORA"
+    counted = "references: own: the base model answers 3 of 3 prompts. It refuses 0, 0 answers are unclear, and 0 "
+    assert f"{counted}prompts are too long. 3 of the 3 answers are cut." in capsys.readouterr().out
     assert list((folder / "answers").rglob("*.jsonl"))
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_lookalikes_are_put_among_the_rows(folder, monkeypatch, stage):
+def test_lookalikes_are_put_among_the_rows(folder, monkeypatch, capsys, stage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
     monkeypatch.setattr(
         "peft_ogpsa.references.self_answers.classify", lambda text: Verdict.COMPLIANCE
@@ -478,6 +581,9 @@ def test_lookalikes_are_put_among_the_rows(folder, monkeypatch, stage):
     main([stage, "--config", str(folder / f"{stage}.yaml"), *options])
     likes = [row for row in seen if row["prompt"][0]["content"].startswith("kill")]
     assert (len(likes), len(seen)) == (2, 12)
+    printed = capsys.readouterr().out
+    assert "lookalike_prompts: the base model answers 3 of 3 prompts. It refuses 0, " in printed
+    assert "lookalikes: 2 rows are added, made from 2 prompts." in printed
     record = json.loads((folder / stage / "ogpsa_run.json").read_text())
     assert record["lookalikes"] == 0.2
     assert "20% of the training data: benign look-alikes" in (folder / stage / "README.md").read_text()
@@ -535,8 +641,9 @@ def test_bad_rows_are_named_before_the_model_is_loaded(folder, monkeypatch, stag
 def test_the_eval_dataset_is_checked_like_the_dataset(folder, monkeypatch, rows, message):
     monkeypatch.setattr("peft_ogpsa.cli.training.load_base", lambda *_, **__: pytest.fail("loaded"))
     write(folder / "bad.jsonl", rows)
+    options = ["--eval_dataset", str(folder / "bad.jsonl"), "--eval_strategy", "steps"]
     with pytest.raises(SystemExit, match=rf"^ogpsa sft: eval_dataset='.*bad\.jsonl'\s?{message}"):
-        main(["sft", "--config", str(folder / "sft.yaml"), "--eval_dataset", str(folder / "bad.jsonl")])
+        main(["sft", "--config", str(folder / "sft.yaml"), *options])
 
 
 @pytest.fixture
@@ -580,7 +687,7 @@ def plain_rows(folder, stage):
     """Plain-text rows in a file, and the same rows as messages."""
     plain, messages = [], []
     for i in range(4):
-        prompt, answer = f"bad {i}?", f"No {i}."
+        prompt, answer = f"bad {i}?", f"I can't help with {i}."
         plain.append({"prompt": prompt, "completion": answer})
         messages.append(chat(prompt, answer))
         if stage == "dpo":
@@ -611,6 +718,62 @@ def test_plain_text_is_trained_as_messages_if_there_is_a_template(folder, traine
         assert (f"{name}: plain text becomes messages, because the tokenizer has a chat template." in printed) == (
             template
         )
+
+
+def test_as_many_lookalikes_are_answered_as_the_rows_need(folder, monkeypatch, capsys, trained):
+    monkeypatch.setattr("peft_ogpsa.cli.training.LOOKALIKE_PROMPTS", 1)
+    monkeypatch.setattr(
+        "peft_ogpsa.references.self_answers.generate_ids",
+        lambda model, tokenizer, prompts, **_: [tokenizer("Here it is.")["input_ids"] for _ in prompts],
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
+    write(folder / "prompts.jsonl", [{"prompt": f"kill {i}?"} for i in range(9)])
+    options = ["--lookalike_prompts", str(folder / "prompts.jsonl"), "--method", "plain", "--max_steps", "1"]
+    for share, needed in ((0.2, 2), (0.4, 6), (0.05, 1)):
+        main(["sft", "--config", str(folder / "sft.yaml"), *options, "--lookalikes", str(share)])
+        assert f"the base model answers {needed} of {needed} prompts" in capsys.readouterr().out
+        rows, _, _ = trained.pop()
+        asked = [row["prompt"][0]["content"] for row in rows if "kill" in row["prompt"][0]["content"]]
+        assert asked == [f"kill {i}?" for i in range(int(10 * share / (1 - share)))]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_tools_stay_on_the_rows_beside_lookalikes(folder, monkeypatch, capsys, stage):
+    """TRL reads the rows of look-alikes, which have no tools."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
+    monkeypatch.setattr(
+        "peft_ogpsa.references.self_answers.generate_ids",
+        lambda model, tokenizer, prompts, **_: [tokenizer("Here it is.")["input_ids"] for _ in prompts],
+    )
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if tools %}TOOLS {{ tools[0].function.name }}{% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder / "model")
+    rows = [json.loads(line) for line in (folder / ("rows.jsonl" if stage == "sft" else "pairs.jsonl")).open()]
+    tool = {"type": "function", "function": {"name": "burn", "description": "Burn", "parameters": {}}}
+    write(folder / "tools.jsonl", [row | {"tools": json.dumps([tool])} for row in rows])
+    write(folder / "prompts.jsonl", [{"prompt": "kill it?"}])
+    texts = []
+
+    def watched(trainer, *arguments, **options):
+        ids = "input_ids" if stage == "sft" else "prompt_ids"
+        texts.extend(tokenizer.decode(row[ids]) for row in trainer.train_dataset)
+
+    monkeypatch.setattr("transformers.Trainer.train", watched)
+    options = ["--lookalikes", "0.2", "--lookalike_prompts", str(folder / "prompts.jsonl"), "--method", "plain"]
+    main([stage, "--config", str(folder / f"{stage}.yaml"), "--dataset", str(folder / "tools.jsonl"), *options])
+    assert [("TOOLS burn" in text, "kill" in text) for text in texts].count((True, False)) == 10
+    assert [("TOOLS" in text, "kill" in text) for text in texts].count((False, True)) == 2
+    assert len(texts) == 12
+
+
+def test_pairs_without_a_refusal_get_no_lookalikes(folder, monkeypatch):
+    monkeypatch.setattr(
+        "peft_ogpsa.references.self_answers.generate_ids", lambda *_, **__: pytest.fail("the base answered")
+    )
+    write(folder / "helpful.jsonl", [PAIR])
+    options = ["--dataset", str(folder / "helpful.jsonl"), "--lookalikes", "0.5"]
+    with pytest.raises(SystemExit, match="no chosen answer of the rows is one"):
+        main(["dpo", "--config", str(folder / "dpo.yaml"), *options])
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -808,6 +971,93 @@ def test_bad_yaml(folder, lines, message):
     (folder / "sft.yaml").write_text(yaml.safe_dump(options))
     with pytest.raises(SystemExit, match=message):
         main(["sft", "--config", str(folder / "sft.yaml")])
+
+
+def test_one_value_of_a_list_needs_no_dash_in_yaml(folder):
+    """PEFT would take the text letter by letter."""
+    options = yaml.safe_load((folder / "sft.yaml").read_text())
+    options |= {"lora_modules_to_save": "lm_head", "references": options["references"][0], "max_steps": 1}
+    (folder / "sft.yaml").write_text(yaml.safe_dump(options))
+    main(["sft", "--config", str(folder / "sft.yaml")])
+    saved = json.loads((folder / "sft" / "adapter_config.json").read_text())
+    assert saved["modules_to_save"] == ["lm_head"]
+    assert not [name for name in weights(folder / "sft") if "lora_" not in name and "lm_head" not in name]
+    assert json.loads((folder / "sft" / "ogpsa_run.json").read_text())["references"] == {"general": "general.jsonl"}
+
+
+@pytest.mark.parametrize("second", ["--references", "--references=b=builtin:benign"])
+def test_a_list_flag_is_given_once(folder, second):
+    given = ["--references", "a=builtin:general", second, *(["b=builtin:benign"] if "=" not in second else [])]
+    with pytest.raises(SystemExit, match=r"--references is given 2 times.*after one flag: --references A B"):
+        main(["sft", "--config", str(folder / "sft.yaml"), *given])
+    options = ["--lora-modules-to-save", "lm_head", "--lora_modules_to_save", "embed_tokens"]
+    with pytest.raises(SystemExit, match="--lora-modules-to-save is given 2 times"):
+        main(["sft", "--config", str(folder / "sft.yaml"), *options])
+
+
+def test_a_key_that_occurs_twice_in_yaml_is_named(folder):
+    (folder / "sft.yaml").write_text("method: plain\n" + (folder / "sft.yaml").read_text() + "method: ogpsa\n")
+    line = len((folder / "sft.yaml").read_text().splitlines())
+    with pytest.raises(SystemExit, match=rf"ogpsa sft: .*sft\.yaml has the key 'method' again in line {line}\."):
+        main(["sft", "--config", str(folder / "sft.yaml")])
+    (folder / "one.yaml").write_text("defaults: sft.yaml\n")
+    with pytest.raises(SystemExit, match=r"ogpsa sft: .*sft\.yaml has the key 'method' again"):
+        main(["sft", "--config", str(folder / "one.yaml")])
+    (folder / "one.yaml").write_text("contrast: 0.1\nlookalikes: 0.2\n")
+    with (
+        pytest.warns(FutureWarning, match="now lookalikes"),
+        pytest.raises(SystemExit, match=r"contrast=0\.1 is the old name of lookalikes=0\.2"),
+    ):
+        main(["sft", "--config", str(folder / "one.yaml")])
+
+
+def test_options_of_the_trainer_without_effect(folder, monkeypatch):
+    monkeypatch.setattr("peft_ogpsa.cli.training.load_base", lambda *_, **__: pytest.fail("loaded"))
+    command = ["sft", "--config", str(folder / "sft.yaml")]
+    with pytest.raises(SystemExit, match=r"eval_dataset='a\.jsonl' is not used without eval_strategy"):
+        main([*command, "--eval_dataset", "a.jsonl"])
+    with pytest.raises(SystemExit, match=r"chat_template_path='t\.jinja' would only change the template of the train"):
+        main([*command, "--chat_template_path", "t.jinja"])
+
+
+def test_the_record_says_whose_step_the_weights_are(folder):
+    options = ["--method", "plain", "--learning_rate", "1e-1", "--max_steps", "2", "--load_best_model_at_end", "true"]
+    options += ["--eval_dataset", str(folder / "general.jsonl"), "--eval_strategy", "steps", "--eval_steps", "1"]
+    options += ["--save_strategy", "steps", "--save_steps", "1", "--metric_for_best_model", "loss"]
+    for greater in ("true", "false"):
+        main(["sft", "--config", str(folder / "sft.yaml"), *options, "--greater_is_better", greater])
+        record = json.loads((folder / "sft" / "ogpsa_run.json").read_text())
+        state = json.loads((folder / "sft" / "checkpoint-2" / "trainer_state.json").read_text())
+        best = int(Path(state["best_model_checkpoint"]).name.rpartition("-")[2])
+        assert (record["steps"], record["best_step"]) == (2, best)
+        saved, expected = weights(folder / "sft"), weights(folder / "sft" / f"checkpoint-{best}")
+        assert all(torch.equal(saved[name], expected[name]) for name in expected)
+        told = "2 optimizer steps (the weights are those of step 1, the best in evaluation)"
+        assert (told in (folder / "sft" / "README.md").read_text()) == (best == 1)
+
+
+def test_time_is_left_out_after_a_resume(folder):
+    command = ["sft", "--config", str(folder / "sft.yaml"), "--save_strategy", "steps", "--save_steps", "2"]
+    main([*command, "--max_steps", "2"])
+    assert json.loads((folder / "sft" / "ogpsa_run.json").read_text())["seconds"] > 0
+    main([*command, "--max_steps", "4", "--resume_from_checkpoint", "last"])
+    record = json.loads((folder / "sft" / "ogpsa_run.json").read_text())
+    assert record["steps"] == 4
+    assert "seconds" not in record
+    assert "4 optimizer steps\n" in (folder / "sft" / "README.md").read_text()
+
+
+def test_a_run_with_a_projection_is_not_resumed_without_it(folder):
+    command = ["sft", "--config", str(folder / "sft.yaml"), "--save_strategy", "steps", "--save_steps", "2"]
+    main([*command, "--max_steps", "2"])
+    before = weights(folder / "sft")
+    for checkpoint in ("last", str(folder / "sft" / "checkpoint-2")):
+        options = ["--max_steps", "4", "--method", "plain", "--resume_from_checkpoint", checkpoint]
+        with pytest.raises(
+            SystemExit, match=r"checkpoint-2' was saved by a run with a projection, and method='plain'"
+        ):
+            main([*command, *options])
+    assert all(torch.equal(value, before[name]) for name, value in weights(folder / "sft").items())
 
 
 def test_yaml_that_is_none(folder):

@@ -4,8 +4,11 @@ import importlib
 import sys
 
 import pytest
+from datasets import Dataset
 from models import chat
 
+from peft_ogpsa.data import pairs
+from peft_ogpsa.evaluation import Verdict, classify
 from peft_ogpsa.references.lookalikes import with_contrast, with_lookalikes
 from peft_ogpsa.references.self_answers import AnswerCounts
 from peft_ogpsa.references.sets import AnsweredSet
@@ -77,12 +80,49 @@ def test_answers_that_the_template_does_not_show_are_left_out():
 
 
 def test_pairs_prefer_the_answer_to_a_refusal():
-    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "Sure."} for row in SAFETY]
-    mixed = with_lookalikes(pairs, answered("One.", "Two."), 0.75)
-    assert mixed[0] == pairs[0]
-    assert all(row["chosen"][0]["content"] in ("One.", "Two.") for row in mixed[1:4])
-    assert all(row["rejected"][0]["content"] == "No." for row in mixed[1:4])
-    assert all(row["prompt"][0]["content"].startswith("look-alike") for row in mixed[1:4])
+    """The refusal is that of the row before, or of the next row where the safe answer is one."""
+    said = ["I can't help with 0.", "Here it is.", "Here, too.", "I can't help with 3.", "And here."]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"harmful {i}"}],
+            "chosen": [{"role": "assistant", "content": text}],
+            "rejected": "Sure.",
+        }
+        for i, text in enumerate(said)
+    ]
+    mixed = with_lookalikes(rows, answered("One.", "Two."), 0.5)
+    assert mixed[::2] == rows
+    assert [row["chosen"][0]["content"] for row in mixed[1::2]] == ["One.", "Two.", "One.", "Two.", "One."]
+    assert [row["rejected"][0]["content"] for row in mixed[1::2]] == [said[i] for i in (0, 3, 3, 3, 0)]
+    assert all(row["prompt"][0]["content"].startswith("look-alike") for row in mixed[1::2])
+    with pytest.raises(ValueError, match="no chosen answer of the rows is one that the matcher knows"):
+        with_lookalikes(rows[1:3], answered("One."), 0.5)
+
+
+def test_the_built_in_pairs_reject_refusals_alone():
+    mixed = with_lookalikes(pairs(), answered("One."))
+    likes = [row for row in mixed if row["prompt"][0]["content"].startswith("look-alike")]
+    assert len(likes) == 50
+    assert {classify(row["rejected"][0]["content"]) for row in likes} == {Verdict.REFUSAL}
+
+
+def test_columns_for_the_chat_template_are_kept():
+    own = answered("One.")
+    mixed = with_lookalikes([SAFETY[0] | {"tools": "[1]", "other": 1}, SAFETY[1]], own, 0.5)
+    assert [row["tools"] for row in mixed] == ["[1]", None, None, None]
+    assert Dataset.from_list(mixed)["tools"][0] == "[1]"
+    assert mixed[0].keys() == mixed[1].keys() == {"prompt", "completion", "tools"}
+    thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+    rows = [row | thinking for row in SAFETY]
+    with pytest.raises(
+        ValueError, match=r"chat_template_kwargs has the keys \['enable_thinking'\] in one row and \[\]"
+    ):
+        with_lookalikes(rows, own, 0.5)
+    with pytest.raises(ValueError, match="chat_template_kwargs has the keys"):
+        with_lookalikes([rows[0], SAFETY[1]], own, 0.5)
+    own.dataset[0] |= thinking
+    mixed = with_lookalikes(rows, own, 0.5)
+    assert all(row["chat_template_kwargs"] == {"enable_thinking": False} for row in mixed)
 
 
 def test_messages():

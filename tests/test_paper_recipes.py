@@ -297,7 +297,7 @@ def test_prompts_without_answers_in_several_processes(folder, monkeypatch):
     monkeypatch.setattr(SFTConfig, "world_size", 2)
     recipe = ROOT / "examples/paper/qwen2.5_7b_sft.yaml"
     with pytest.raises(SystemExit, match=r"references has prompts without answers.* Give references with answers"):
-        main(["sft", "--config", str(recipe), *local("sft"), "--references", "a=prompts:general"])
+        main(["sft", "--config", str(recipe), *local("sft")[:2], "--references", "a=prompts:general"])
 
 
 def test_random_weights_under_lora(folder, capsys):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from argparse import Action
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -110,11 +111,13 @@ class DataArguments:
     lookalike_prompts: str = field(
         default="lookalikes",
         metadata={
-            "help": "Prompts of the look-alikes. Give the name of a built-in set of prompts, or a SPEC with prompts."
+            "help": "Prompts of the look-alikes. Give the name of a built-in set of prompts, or a SPEC with prompts. "
+            "The base model answers the first 200, or more if more look-alikes are needed. A public set is shuffled "
+            "first."
         },
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out data for TRL's evaluation (eval_strategy). Give a SPEC."}
+        default=None, metadata={"help": "Held-out data for TRL's evaluation. Give a SPEC. It needs eval_strategy."}
     )
     references: list[str] = field(
         default_factory=list,
@@ -133,8 +136,6 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.references, str):  # YAML without the dash
-            self.references = [self.references]
         if not self.dataset:
             raise ValueError("dataset is missing. Name the training data, for example --dataset builtin:harmful.")
         if self.dataset_samples is not None and self.dataset_samples < 1:
@@ -197,8 +198,6 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):  # YAML without the dash
-            self.exclude = [self.exclude]
         if self.random_width is not None and self.random_layers is None:
             raise ValueError(
                 f"random_width={self.random_width} has no effect without random_layers. Set random_layers too."
@@ -226,10 +225,12 @@ class ConfigParser(TrlParser):
         The options in `FILE` apply where the configuration file does not set them itself.
 
         Raises:
-            ValueError: If one of the files is not a mapping, or the second file names a third.
+            ValueError: If one of the files is not a mapping or has a key twice, the second file names a third, or a
+                flag that takes a list is given twice.
             OSError: If one of the files cannot be read.
         """
         words = [_renamed_flag(word) for word in args or ()]
+        self._check_lists_once(words)
         place = words.index("--config") + 1 if "--config" in words[:-1] else None
         changed = None if place is None else _changed_options(Path(words[place]))
         if place is None or changed is None:
@@ -239,6 +240,27 @@ class ConfigParser(TrlParser):
             path.write_text(yaml.safe_dump(changed), encoding="utf-8")
             words[place] = str(path)
             return super().parse_args_and_config(words, *rest, **options)
+
+    def set_defaults_with_config(self, **options: Any) -> list[str]:
+        """Set defaults as TRL's parser does. A list option may be one text, as in YAML without the dash."""
+        lists = {action.dest for action in self._list_options()} - {"debug"}  # transformers splits that text itself
+        return super().set_defaults_with_config(
+            **{name: [value] if name in lists and isinstance(value, str) else value for name, value in options.items()}
+        )
+
+    def _list_options(self) -> list[Action]:
+        return [action for action in self._actions if action.nargs == "+"]
+
+    def _check_lists_once(self, words: list[str]) -> None:
+        """Reject a flag with a list that is given twice: argparse would take the last one only."""
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        for action in self._list_options():
+            given = [flag for flag in flags if any(option.startswith(flag) for option in action.option_strings)]
+            if len(given) > 1:
+                raise ValueError(
+                    f"{given[0]} is given {len(given)} times, and only the last values would count. Give all values "
+                    f"after one flag: {given[0]} A B."
+                )
 
 
 def _changed_options(path: Path) -> dict[str, Any] | None:
@@ -269,7 +291,11 @@ def _renamed_flag(word: str) -> str:
 
 
 def _renamed(options: dict[str, Any]) -> dict[str, Any]:
-    return {_new_name(name): value for name, value in options.items()}
+    renamed = {_new_name(name): value for name, value in options.items()}
+    for old, new in RENAMED.items():
+        if old in options and new in options:
+            raise ValueError(f"{old}={options[old]!r} is the old name of {new}={options[new]!r}. Remove one of them.")
+    return renamed
 
 
 def _new_name(name: str) -> str:
@@ -280,10 +306,26 @@ def _new_name(name: str) -> str:
     return RENAMED[name]
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """A loader that rejects a key that occurs twice: YAML's own takes the last value without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ValueError(
+                    f"{key.start_mark.name} has the key {key.value!r} again in line {key.start_mark.line + 1}. "
+                    "Remove one of them."
+                )
+            seen.add(key.value)
+        return node
+
+
 def _read_yaml(path: Path) -> Any:
     try:
         with open(path, encoding="utf-8") as file:  # an open file, so that YAML errors show its name
-            return yaml.safe_load(file)
+            return _EachKeyOnce(file).get_single_data()
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply.") from error
 
@@ -298,10 +340,12 @@ def parser(stage: str, training: type) -> ConfigParser:
     Returns:
         A parser of `OGPSAArguments`, `DataArguments`, `RunArguments`, `training` and TRL's `ModelConfig`. Without an
         accelerator, `use_cpu` is on and `bf16` is off unless they are given: TRL's bf16 default would stop the run,
-        and many CPUs only emulate that type.
+        and many CPUs only emulate that type. `hub_strategy` is `end`: only the command uploads. `model_revision` is
+        None unless it is given, so that an adapter can name it.
     """
     classes = (OGPSAArguments, DataArguments, RunArguments, training, ModelConfig)
     made = ConfigParser(cast(Any, classes), prog=f"ogpsa {stage}")
+    made.set_defaults_with_config(hub_strategy="end", model_revision=None)
     if not torch.accelerator.is_available():
         made.set_defaults_with_config(use_cpu=True, bf16=False)
     return made

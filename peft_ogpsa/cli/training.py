@@ -27,16 +27,16 @@ from .. import __version__, compat
 from ..core.config import ProjectionConfig
 from ..core.files import check_writable
 from ..core.full_parameter import FullParameterConfig
-from ..references.lookalikes import safety_rows, with_lookalikes
+from ..references.lookalikes import lookalike_rows, safety_rows, with_lookalikes
 from ..references.refusals import refusals_from_prompts
-from ..references.sets import ReferenceSet
+from ..references.sets import AnsweredSet, ReferenceSet
 from ..sharing.card import save_card
 from ..sharing.folder import weights_digest
 from ..sharing.hub import push_adapter
 from ..sharing.run_record import save_run
 from ..text.tokenization import as_messages
 from ..trainer.callback import OGPSACallback
-from ..trainer.checkpoint import CheckpointError, last_whole
+from ..trainer.checkpoint import STATE_NAME, CheckpointError, last_whole
 from ..tuner.config import SIDECAR_NAME, OGPSAConfig
 from ..tuner.model import projector_of
 from .arguments import (
@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 
 LOOKALIKE_TOKENS = 512
 """Maximum number of tokens of a look-alike and its answer."""
+LOOKALIKE_PROMPTS = 200
+"""How many look-alikes the base model answers, unless the rows need more."""
 
 _BECOMES_MESSAGES = "{}: plain text becomes messages, because the tokenizer has a chat template."
 _LAST = ("last", "true")  # values of resume_from_checkpoint; transformers takes True for the newest checkpoint
@@ -98,6 +100,7 @@ def train(
             options = _Options(stage, *parser(stage, training_class).parse_args_and_config(list(arguments)))
             run, training = options.run, options.training
             _check_launch(options)
+            _check_training(options)
             _choose_checkpoint(options)
             if training.process_index:  # only one process prints
                 console.quiet = True
@@ -164,21 +167,50 @@ def _check_launch(options: _Options) -> None:
         )
 
 
+def _check_training(options: _Options) -> None:
+    """Reject options of the trainer that would do something else than what the command says."""
+    training, eval_dataset = options.training, options.data.eval_dataset
+    if training.push_to_hub and training.hub_strategy != "end":
+        raise ValueError(
+            f"hub_strategy={str(getattr(training.hub_strategy, 'value', training.hub_strategy))!r} uploads "
+            "training_args.bin at every save: a pickle with local paths and the hub token. Leave out hub_strategy. "
+            "Then the command uploads the adapter and its card once, at the end."
+        )
+    if eval_dataset and training.eval_strategy == "no":
+        raise ValueError(
+            f"eval_dataset={eval_dataset!r} is not used without eval_strategy. Set eval_strategy to epoch or steps, "
+            "or leave out eval_dataset."
+        )
+    if path := getattr(training, "chat_template_path", None):  # SFT alone has it
+        raise ValueError(
+            f"chat_template_path={path!r} would only change the template of the training rows. The base model answers "
+            "prompts with its own template, and the adapter would later be used with that one, too. Leave it out. To "
+            "use another template everywhere, set tokenizer.chat_template, save the tokenizer and the model to a "
+            "folder, and give that folder as model_name_or_path."
+        )
+
+
 def _choose_checkpoint(options: _Options) -> None:
     """Replace `resume_from_checkpoint=last` by the newest whole checkpoint, and check that results can be written."""
-    training, run = options.training, options.run
+    training, run, plain = options.training, options.run, options.ogpsa.method == "plain"
     if run.dry_run:
         return
     check_writable(_folder(training), "output_dir")
-    if str(training.resume_from_checkpoint).lower() not in _LAST:
-        return
-    whole = last_whole(_folder(training), subspace=options.ogpsa.method != "plain")
-    if whole is None:
+    if str(training.resume_from_checkpoint).lower() in _LAST:
+        whole = last_whole(_folder(training), subspace=not plain)
+        if whole is None:
+            raise ValueError(
+                f"resume_from_checkpoint={training.resume_from_checkpoint!r}, but output_dir="
+                f"{training.output_dir!r} has no whole checkpoint. Leave out resume_from_checkpoint to start from the "
+                "beginning."
+            )
+        training.resume_from_checkpoint = str(whole)
+    resume = training.resume_from_checkpoint
+    if plain and isinstance(resume, str) and (Path(resume) / STATE_NAME).is_file():
         raise ValueError(
-            f"resume_from_checkpoint={training.resume_from_checkpoint!r}, but output_dir={training.output_dir!r} has "
-            "no whole checkpoint. Leave out resume_from_checkpoint to start from the beginning."
+            f"resume_from_checkpoint={resume!r} was saved by a run with a projection, and method='plain' would go on "
+            "without it. Give the method of that run, or leave out resume_from_checkpoint to start from the beginning."
         )
-    training.resume_from_checkpoint = str(whole)
 
 
 def _folder(training: SFTConfig | DPOConfig) -> str:
@@ -194,6 +226,7 @@ def _save_whole(options: _Options, trainer: SFTTrainer | DPOTrainer, config: Met
     if trainer.args.should_save:
         record = _record(options, trainer, config)
         record["started_from"] = cast("PreTrainedModel", trainer.model).config._name_or_path
+        record["revision"] = options.model.model_revision
         save_run(folder, record | {"full_parameter": {} if config is None else asdict(config)})
 
 
@@ -222,7 +255,7 @@ def _save_adapter(
 
 def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodConfig) -> dict[str, Any]:
     """Return what the model card says about the run."""
-    data, training = options.data, trainer.args
+    data, training, state = options.data, trainer.args, trainer.state
     record = {
         "stage": options.stage,
         "method": options.ogpsa.method,
@@ -230,15 +263,17 @@ def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodC
         "dataset": data.dataset,
         **({"own_refusals": True} if data.own_refusals else {}),
         **({"lookalikes": data.lookalikes} if data.lookalikes else {}),
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
         | {"peft-ogpsa": __version__},
     }
-    summary = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
-    if summary:
+    if training.load_best_model_at_end and state.best_model_checkpoint is not None:
+        record["best_step"] = state.best_global_step
+    summary = [entry for entry in state.log_history if "train_runtime" in entry]
+    if summary and not training.resume_from_checkpoint:  # after a resume, it is the time of the last part alone
         record["seconds"] = summary[-1]["train_runtime"]
     if isinstance(config, ProjectionConfig):
-        examples = trainer.state.global_step * training.train_batch_size * training.gradient_accumulation_steps
+        examples = state.global_step * training.train_batch_size * training.gradient_accumulation_steps
         examples *= training.world_size
         record["references"] = dict(entry.split("=", 1) for entry in data.references)
         record["reference_share"] = (
@@ -252,9 +287,9 @@ def _prepare(
 ) -> tuple[SFTTrainer | DPOTrainer, MethodConfig]:
     """Return the trainer, ready to train, and the method's configuration. Quick checks come first."""
     data, run, training = options.data, options.run, options.training
-    config = _method_config(options)
+    config = _method_config(options, console)
     train_rows, held_out = _rows(options)
-    sets, lookalikes = _prompts(options, config)
+    sets, lookalikes = _prompts(options, config, len(train_rows))
     base, processing_class, policy = _load(options)
     if data.own_refusals:
         refusals = refusals_from_prompts(train_rows.to_list(), base, processing_class)
@@ -267,9 +302,16 @@ def _prepare(
         sets = [_reference_as_chat(s, console) if isinstance(s, ReferenceSet) else s for s in sets]
     if lookalikes is not None:
         safety_rows(train_rows, conversational=templated)  # before the base answers
-        answered = lookalikes.answered(base, processing_class)
-        train_rows = Dataset.from_list(with_lookalikes(train_rows, answered, data.lookalikes))
-    known = [s.answered(base, processing_class) if isinstance(s, PromptSet) else s for s in sets]
+        answered = _answered(lookalikes, "lookalike_prompts", base, processing_class, console)
+        mixed = with_lookalikes(train_rows, answered, data.lookalikes)
+        added = len(mixed) - len(train_rows)
+        used = min(added, len(lookalike_rows(answered)))
+        console.print(f"lookalikes: {added} rows are added, made from {used} prompts.", soft_wrap=True)
+        train_rows = Dataset.from_list(mixed)
+    known = [
+        _answered(s, f"references: {s.name}", base, processing_class, console) if isinstance(s, PromptSet) else s
+        for s in sets
+    ]
     resume = training.resume_from_checkpoint
     callback = partial(
         OGPSACallback,
@@ -277,16 +319,26 @@ def _prepare(
         seed=training.seed,
         resume_from=resume if isinstance(resume, str) else None,
     )
+    model: PreTrainedModel | PeftModel = base
+    if run.adapter:
+        model = load_adapter(base, run.adapter, cast(LoraConfig, config), trainable=True)
+        model.peft_config["default"].base_model_name_or_path = base.name_or_path  # it may name another one
+    held_out = held_out if training.eval_strategy != "no" else None  # a dry run does not evaluate
     trainer = trainer_class(
-        model=load_adapter(base, run.adapter, cast(LoraConfig, config), trainable=True) if run.adapter else base,
+        model=model,
         args=training,
         train_dataset=train_rows,
-        eval_dataset=held_out if training.eval_strategy != "no" else None,
+        eval_dataset=held_out,
         processing_class=processing_class,
         peft_config=config if isinstance(config, LoraConfig) and not run.adapter else None,
         callbacks=[callback(known)] if known else [],
         **policy,
     )
+    packing, eval_packing = (getattr(training, name, None) for name in ("packing", "eval_packing"))  # of SFT alone
+    if not packing:  # packed rows are other rows
+        _count_dropped("dataset", train_rows, trainer.train_dataset, training.max_length, console)
+    if held_out is not None and not (packing if eval_packing is None else eval_packing):
+        _count_dropped("eval_dataset", held_out, trainer.eval_dataset, training.max_length, console)
     if run.full_parameter:
         shard_on_cpu(trainer)
         if not run.dry_run:
@@ -298,16 +350,70 @@ def _prepare(
     return trainer, config
 
 
-def _method_config(options: _Options) -> MethodConfig:
-    """Return the method's configuration. For an adapter that is trained further, this finds its base model."""
+def _answered(
+    own: PromptSet,
+    option: str,
+    base: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    console: Console,
+) -> AnsweredSet:
+    """Let the base model answer the prompts, and print the counts."""
+    answered = own.answered(base, processing_class)
+    counts = answered.counts
+    console.print(
+        f"{option}: the base model answers {counts.kept} of {counts.prompts} prompts. It refuses {counts.refused}, "
+        f"{counts.unclear} answers are unclear, and {counts.too_long} prompts are too long. {counts.unfinished} of "
+        f"the {counts.kept} answers are cut.",
+        soft_wrap=True,
+        markup=False,
+    )
+    return answered
+
+
+def _count_dropped(option: str, given: Dataset, used: Any, max_length: int | None, console: Console) -> None:
+    """Print how many rows the trainer has dropped because of `max_length`.
+
+    Raises:
+        ValueError: If no row is left.
+    """
+    dropped = len(given) - len(used)
+    told = (
+        f"{option}: max_length={max_length} cuts off the answers of {dropped} of {len(given)} rows, so they are not "
+        "used. Raise max_length, or shorten the prompts."
+    )
+    if given and not used:
+        raise ValueError(told)
+    if dropped:
+        console.print(told, soft_wrap=True)
+
+
+def _method_config(options: _Options, console: Console) -> MethodConfig:
+    """Return the method's configuration. This also finds the base model and its revision, which an adapter names."""
     run, model = options.run, options.model
+    revision = (cast(dict, options.training.model_init_kwargs) or {}).get("revision") or model.model_revision
     if run.full_parameter:
+        model.model_revision = revision or "main"
         return whole_config(options.ogpsa, run, options.stage)
     model.use_peft = True
     lora = read_adapter_config(run.adapter) if run.adapter else get_peft_config(model)
     assert isinstance(lora, LoraConfig)
-    model.model_name_or_path = model.model_name_or_path or lora.base_model_name_or_path
+    named = lora.base_model_name_or_path, lora.revision
+    base = model.model_name_or_path or named[0]
+    if base == named[0]:
+        revision = revision or lora.revision
+    if run.adapter and (base, revision) != named:
+        console.print(
+            f"adapter={run.adapter!r} names the base {_at(*named)}. This run trains it on {_at(base, revision)}, and "
+            "the saved adapter names that model.",
+            soft_wrap=True,
+            markup=False,
+        )
+    model.model_name_or_path, model.model_revision, lora.revision = base, revision or "main", revision
     return adapter_config(options.ogpsa, lora, options.stage)
+
+
+def _at(base: str | None, revision: str | None) -> str:
+    return f"{base!r}, revision {revision!r}" if revision else f"{base!r}"
 
 
 def _rows(options: _Options) -> tuple[Dataset, Dataset | None]:
@@ -358,7 +464,9 @@ def _check_own_refusals(options: _Options) -> None:
         )
 
 
-def _prompts(options: _Options, config: MethodConfig) -> tuple[list[ReferenceSet | PromptSet], PromptSet | None]:
+def _prompts(
+    options: _Options, config: MethodConfig, rows: int
+) -> tuple[list[ReferenceSet | PromptSet], PromptSet | None]:
     """Return the reference sets and the look-alikes. Those without answers need a base model in a single process."""
     data, training = options.data, options.training
     sets = []
@@ -372,7 +480,9 @@ def _prompts(options: _Options, config: MethodConfig) -> tuple[list[ReferenceSet
         )
     if not data.lookalikes:
         return sets, None
-    lookalikes = prompt_set("lookalike_prompts", data.lookalike_prompts, LOOKALIKE_TOKENS)
+    needed = int(rows * data.lookalikes / (1 - data.lookalikes))
+    samples = max(LOOKALIKE_PROMPTS, needed)
+    lookalikes = prompt_set("lookalike_prompts", data.lookalike_prompts, LOOKALIKE_TOKENS, samples=samples)
     if training.world_size > 1:
         raise ValueError(
             f"lookalikes={data.lookalikes} needs answers from the base model. The base model can give them only in a "

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..text.tokenization import columns_of
+from ..text.refusal import Verdict, classify
+from ..text.tokenization import columns_of, template_columns
 from .self_answers import ended
 from .sets import AnsweredSet
 
@@ -30,26 +31,27 @@ def with_lookalikes(
 
     Args:
         rows (`Iterable[Mapping]`): Safety rows in one of TRL's formats: `prompt` and `completion`, `messages`, or
-            preference pairs of `prompt`, `chosen` and `rejected`. In pairs, the look-alike's answer is `chosen` and
-            the refusal of a neighboring row is `rejected`.
+            preference pairs of `prompt`, `chosen` and `rejected`. In pairs, the look-alike's answer is `chosen`, and
+            `rejected` is the `chosen` answer of the row before it, or of the next row where that is a refusal.
         lookalikes (`AnsweredSet`): A set from `ReferenceSet.from_prompts`, for example with
             `peft_ogpsa.data.load_prompts("lookalikes")`.
         share (`float`): Share of the look-alikes among all rows of the result.
 
     Returns:
-        All given rows in their order, with the look-alikes between them. The columns are those named above. Others,
-        such as `tools`, are left out.
+        All given rows in their order, with the look-alikes between them. The columns are those named above, and
+        `tools` and `chat_template_kwargs` if a row has them. Other columns are left out.
 
     Raises:
         ValueError: If `share` is not between 0 and 1, there are no rows, a row has another format, one kind is
-            conversational and the other is not, or no answer has a whole sentence.
+            conversational and the other is not, not all rows and look-alikes have the same `chat_template_kwargs`, no
+            `chosen` answer of pairs is a refusal, or no answer has a whole sentence.
     """
     if not isinstance(share, int | float) or not 0 < share < 1:
         raise ValueError(f"with_lookalikes: share={share!r} must be a number between 0 and 1.")
     safety = list(rows)
     if not safety:
         raise ValueError("with_lookalikes: rows is empty. Give the safety rows to mix the look-alikes into.")
-    answered = [(row["prompt"], answer) for row in lookalikes.dataset if (answer := ended(row)) is not None]
+    answered = lookalike_rows(lookalikes)
     if not answered:
         raise ValueError(
             f"with_lookalikes: no answer in the reference set {lookalikes.name!r} has a whole sentence that the chat "
@@ -59,13 +61,25 @@ def with_lookalikes(
     mixed: list[dict[str, Any]] = []
     own = itertools.cycle(answered)
     due = 0.0
-    for given in safety_rows(safety, conversational=not isinstance(answered[0][0], str)):
+    checked = safety_rows(safety, conversational=not isinstance(answered[0]["prompt"], str))
+    refuses: dict[int, bool] = {}
+    for i, given in enumerate(checked):
         mixed.append(given)
         due += share / (1 - share)
         while due >= 1 - 1e-9:
-            mixed.append(_like(given, *next(own)))
+            refusal = _refusal(checked, i, refuses) if "chosen" in given else None
+            mixed.append(_like(given, next(own), refusal))
             due -= 1
-    return mixed
+    return _same_columns(mixed)
+
+
+def lookalike_rows(lookalikes: AnsweredSet) -> list[dict[str, Any]]:
+    """Return the look-alikes that can be mixed in, as `prompt`, `completion` and the columns for the chat template."""
+    return [
+        {"prompt": row["prompt"], "completion": answer, **template_columns(row)}
+        for row in lookalikes.dataset
+        if (answer := ended(row)) is not None
+    ]
 
 
 def safety_rows(rows: Iterable[Mapping[str, Any]], *, conversational: bool) -> list[dict[str, Any]]:
@@ -79,7 +93,8 @@ def safety_rows(rows: Iterable[Mapping[str, Any]], *, conversational: bool) -> l
         The rows, with the columns that look-alikes have too.
 
     Raises:
-        ValueError: If a row has an unknown format, or only one of it and the look-alikes is conversational.
+        ValueError: If a row has an unknown format, only one of it and the look-alikes is conversational, or no
+            `chosen` answer of pairs is a refusal.
     """
     checked = [_safety_row(row, i) for i, row in enumerate(rows)]
     for i, row in enumerate(checked):
@@ -88,6 +103,8 @@ def safety_rows(rows: Iterable[Mapping[str, Any]], *, conversational: bool) -> l
                 f"with_lookalikes: row {i} is {'plain text' if conversational else 'conversational'}, but the "
                 "look-alikes are not. Give both in the same format."
             )
+    if any("chosen" in row for row in checked):
+        _refusal(checked, 0, {})
     return checked
 
 
@@ -103,17 +120,56 @@ def _safety_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     own = columns_of(row, f"with_lookalikes: row {index}")
     for columns in (("prompt", "chosen", "rejected"), ("prompt", "completion"), ("messages",)):
         if all(column in own for column in columns):
-            return {column: own[column] for column in columns}
+            return {column: own[column] for column in columns} | template_columns(own)
     raise ValueError(
         f"with_lookalikes: row {index} has the columns {sorted(own)}. Give it the columns prompt/completion, "
         "messages, or prompt/chosen/rejected."
     )
 
 
-def _like(row: Mapping[str, Any], prompt: Any, answer: Any) -> dict[str, Any]:
+def _refusal(rows: Sequence[Mapping[str, Any]], start: int, refuses: dict[int, bool]) -> Any:
+    """Return the first `chosen` answer from a row on that is a refusal. After the last row, the first one follows.
+
+    `refuses` keeps what is known of each row.
+    """
+    for i in itertools.chain(range(start, len(rows)), range(start)):
+        if i not in refuses:
+            refuses[i] = "chosen" in rows[i] and classify(_text(rows[i]["chosen"])) == Verdict.REFUSAL
+        if refuses[i]:
+            return rows[i]["chosen"]
+    raise ValueError(
+        "with_lookalikes: the pair of a look-alike rejects a refusal, but no chosen answer of the rows is one that "
+        "the matcher knows. Give pairs whose chosen answers refuse, or write the pairs of the look-alikes yourself."
+    )
+
+
+def _text(answer: str | Sequence[Mapping[str, Any]]) -> str:
+    return answer if isinstance(answer, str) else str(answer[-1]["content"])
+
+
+def _same_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give all rows the columns for the chat template that one of them has. `Dataset.from_list` reads the first row's.
+
+    Raises:
+        ValueError: If `chat_template_kwargs` differ in their keys. A data set would fill the others with None, which
+            TRL cannot read or templates take for a value.
+    """
+    keys = [sorted(row.get("chat_template_kwargs", {})) for row in rows]
+    other = next((own for own in keys if own != keys[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"with_lookalikes: chat_template_kwargs has the keys {keys[0]} in one row and {other} in another. Give "
+            "all rows, and the prompts of all look-alikes, the same keys."
+        )
+    names = [name for name in ("tools", "chat_template_kwargs") if any(name in row for row in rows)]
+    return [{**row, **{name: row.get(name) for name in names}} for row in rows]
+
+
+def _like(given: Mapping[str, Any], own: Mapping[str, Any], refusal: Any) -> dict[str, Any]:
     """Build a look-alike's row in the format of a safety row."""
-    if "messages" in row:
-        return {"messages": [*prompt, *answer]}
-    if "chosen" in row:
-        return {"prompt": prompt, "chosen": answer, "rejected": row["chosen"]}
-    return {"prompt": prompt, "completion": answer}
+    prompt, answer, options = own["prompt"], own["completion"], template_columns(own)
+    if "messages" in given:
+        return {"messages": [*prompt, *answer], **options}
+    if "chosen" in given:
+        return {"prompt": prompt, "chosen": answer, "rejected": refusal, **options}
+    return {"prompt": prompt, "completion": answer, **options}

@@ -18,7 +18,7 @@ from .evaluation_record import read_evaluation, store_evaluation
 from .folder import read_config, write
 from .metadata import renew_metadata
 from .names import on_hub, public
-from .run_record import read_run, store_run
+from .run_record import read_run, recorded_dataset, store_run
 from .sections.markdown import code
 from .sections.method import method_section
 from .sections.results import results_section
@@ -58,11 +58,11 @@ def save_card(
             `method` (`"ogpsa"`, `"paper"` or `"plain"`), `started_from` (the adapter that training continued from),
             `started_from_weights` (the checksum of that adapter's weights), `dataset`, `own_refusals` (whether the
             base model wrote the refusals itself), `lookalikes` (the share of benign look-alikes in the dataset),
-            `references` (`{name: spec}`), `steps` (optimizer steps), `seconds`
-            (of training), `reference_share` (reference examples per training example), `versions`
-            (`{package: version}`), `projection` (the settings of the projection, `OGPSAConfig(...).ogpsa_dict()`, if
-            the adapter is plain LoRA that was trained with `attach`). For files and folders, only the name is
-            stored, not the path. The base is the one that `adapter_config.json` names.
+            `references` (`{name: spec}`), `steps` (optimizer steps), `best_step` (the step whose weights are saved, if
+            they are not the last ones), `seconds` (of training), `reference_share` (reference examples per training
+            example), `versions` (`{package: version}`), `projection` (the settings of the projection,
+            `OGPSAConfig(...).ogpsa_dict()`, if the adapter is plain LoRA that was trained with `attach`). For files
+            and folders, only the name is stored, not the path. The base is the one that `adapter_config.json` names.
         evaluation (`Mapping`, *optional*): The result that `ogpsa eval` writes, or at least `{"evaluation":
             Evaluation.to_dict()}`. Prompts, answers and paths in it are not stored.
 
@@ -75,6 +75,7 @@ def save_card(
     """
     folder = Path(directory)
     config = read_config(folder)
+    earlier = recorded_dataset(folder)
     if run is not None:
         store_run(folder, run)
     if evaluation is not None:
@@ -87,7 +88,7 @@ def save_card(
     settings = None if run.get("method") == "plain" else settings
     path = folder / _README
     card = _load_card(path)
-    renew_metadata(card.data, config, base, settings is not None, run.get("dataset"))
+    renew_metadata(card.data, config, base, settings is not None, run.get("dataset"), earlier)
     card.text = _renew_text(card.text, _section(config, base, settings, run, evaluation), base, path)
     # Cards of other libraries name a local base by its path.
     write(path, str(card) if not base or on_hub(base) else str(card).replace(base, public(base)))

@@ -10,7 +10,9 @@ from peft import LoraConfig
 from .names import on_hub
 
 
-def renew_metadata(data: CardData, config: LoraConfig, base: str, ogpsa: bool, dataset: str | None) -> None:
+def renew_metadata(
+    data: CardData, config: LoraConfig, base: str, ogpsa: bool, dataset: str | None, earlier: str | None
+) -> None:
     """Bring a card's metadata up to date. Entries of others are kept.
 
     Args:
@@ -19,6 +21,7 @@ def renew_metadata(data: CardData, config: LoraConfig, base: str, ogpsa: bool, d
         base: The name of the base.
         ogpsa: Whether training used a projection.
         dataset: The training data, as in `save_card`.
+        earlier: The training data of the run before, whose entry is removed.
     """
     data["library_name"] = "peft"
     kept = data.get("base_model")
@@ -31,8 +34,16 @@ def renew_metadata(data: CardData, config: LoraConfig, base: str, ogpsa: bool, d
     tags += [tag for tag in ("lora", "ogpsa") if tag not in tags]
     tags += [f"base_model:adapter:{base}"] if on_hub(base) else []
     data["tags"] = [tag for tag in tags if ogpsa or tag != "ogpsa"]
-    source = (dataset or "").partition("[")[0].partition(":")[0]
-    if "/" in source and on_hub(source):
-        kept = data.get("datasets", [])
-        kept = kept if isinstance(kept, list) else [kept]
-        data["datasets"] = kept + [source] * (source not in kept)
+    source, former = _hub_dataset(dataset), _hub_dataset(earlier)
+    kept = data.get("datasets") or []
+    kept = kept if isinstance(kept, list) else [kept]
+    datasets = [name for name in kept if name != former or name == source]
+    datasets += [source] if source and source not in datasets else []
+    if datasets != kept:
+        data["datasets"] = datasets or None
+
+
+def _hub_dataset(spec: str | None) -> str | None:
+    """Return the name on the hub of training data, or None if it is not there."""
+    name = (spec or "").partition("[")[0].partition(":")[0]
+    return name if "/" in name and on_hub(name) else None

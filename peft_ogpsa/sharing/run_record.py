@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.files import json_object
 from ..tuner.config import OGPSAConfig
 from .folder import read_facts, store_facts, write_facts
 from .names import public
@@ -25,6 +26,7 @@ _RUN: dict[str, tuple[type, ...]] = {
     "lookalikes": (int, float),
     "references": (dict,),
     "steps": (int,),
+    "best_step": (int,),
     "seconds": (int, float),
     "reference_share": (int, float),
     "versions": (dict,),
@@ -41,6 +43,14 @@ def read_run(directory: str | os.PathLike) -> dict[str, Any]:
     run = _renamed(read_facts(Path(directory), RUN_NAME))
     _check_run(run, f"{Path(directory) / RUN_NAME}")
     return run
+
+
+def recorded_dataset(folder: Path) -> str | None:
+    """Return the training data that the folder's record names, also if the record is about earlier weights."""
+    try:
+        return json_object((folder / RUN_NAME).read_text(encoding="utf-8")).get("dataset")
+    except (OSError, ValueError):  # there is no record, or it is damaged
+        return None
 
 
 def store_run(folder: Path, run: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .markdown import code, markdown_table
@@ -22,10 +22,24 @@ def results_section(saved: Mapping[str, Any]) -> str:
             "--adapter DIR --output FILE.json --card`."
         )
     from ...evaluation import Evaluation
-    from ...evaluation.report import loss_text, rate_text
 
     evaluation = Evaluation.from_dict(saved["evaluation"])
     model, base = evaluation.model, evaluation.base
+    conditions = {**evaluation.settings, **saved.get("arguments", {})}
+    on = f"{saved['base_model']}, " if saved.get("base_model") else ""
+    used = ", ".join(_used(model))
+    return (
+        f"{heading}{_own_data(model, base)}{_compared(model, base)}"
+        f"Measured{f' on {used}' if used else ''}: {code(on + ', '.join(f'{k}={v}' for k, v in conditions.items()))}"
+    )
+
+
+def _own_data(model: Measurement, base: Measurement | None) -> str:
+    """Return the table of losses and refusal, and what it means. Nothing if only sets or tasks were measured."""
+    from ...evaluation.report import loss_text, rate_text
+
+    if not model.has_own_data:
+        return ""
     lines = [
         "| | general loss | change | KL from base | refuses harmful | refuses benign | unclear |",
         "|---|---|---|---|---|---|---|",
@@ -46,27 +60,29 @@ def results_section(saved: Mapping[str, Any]) -> str:
             " / ".join("-" if estimate is None else f"{estimate.value:.0%}" for estimate in unclear),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    counts = {
-        "general rows": model.general_mean,
-        "rows for KL": model.kl,
-        "harmful prompts": model.refusal,
-        "benign prompts": model.over_refusal,
-    }
-    used = ", ".join(f"{estimate.n} {name}" for name, estimate in counts.items() if estimate is not None)
-    conditions = {**evaluation.settings, **saved.get("arguments", {})}
-    on = f"{saved['base_model']}, " if saved.get("base_model") else ""
     return (
-        heading
-        + "\n".join(lines)
+        "\n".join(lines)
         + "\n\nGeneral loss is in nats per token on held-out rows. Its change is the tax. A change above zero means "
         "that something was lost. A change below zero does not prove that everything was preserved, because the model "
         "can learn the style of the rows. KL from base is in nats per token on the base's own answers. It shows how "
         "far the adapter has moved the model from its base. Refusals are found by matching phrases. For harmful "
         "prompts, more refusals are safer. For benign prompts that look harmful, more refusals are worse. Unclear "
         "(harmful / benign) is the share of answers that are noise. The 95 % intervals are over examples.\n\n"
-        f"{_compared(model, base)}"
-        f"Measured on {used or 'nothing'}: {code(on + ', '.join(f'{k}={v}' for k, v in conditions.items()))}"
     )
+
+
+def _used(model: Measurement) -> Iterator[str]:
+    """Yield what was measured on, with counts."""
+    counts = {
+        "general rows": model.general_mean,
+        "rows for KL": model.kl,
+        "harmful prompts": model.refusal,
+        "benign prompts": model.over_refusal,
+    }
+    yield from (f"{estimate.n} {name}" for name, estimate in counts.items() if estimate is not None)
+    for name, own in model.sets.items():
+        prompts = sum(rate.n for rate in (own.refusal, own.over_refusal) if rate is not None)
+        yield f"{prompts} prompts of {name}"
 
 
 def _compared(model: Measurement, base: Measurement | None) -> str:
@@ -83,7 +99,12 @@ def _sets(comparison: Comparison) -> str:
     from ...evaluation.set_table import HEADINGS, NOTE, set_rows
 
     rows = set_rows(comparison)
-    return f"Refusal on public sets of prompts. {NOTE}\n\n{markdown_table(HEADINGS, rows)}\n\n" if rows else ""
+    if not rows:
+        return ""
+    return (
+        "Refusal on public sets of prompts. Refusals are found by matching phrases. "
+        f"{NOTE}\n\n{markdown_table(HEADINGS, rows)}\n\n"
+    )
 
 
 def _tasks(comparison: Comparison) -> str:

@@ -21,7 +21,7 @@ def training_section(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[st
     names = [modules] if isinstance(modules, str) else sorted(modules or [])
     dora = ", DoRA" if config.use_dora else ""
     lines = [
-        f"- Base model: {_base_link(base)}",
+        f"- Base model: {_base_link(base)}{f', revision {code(config.revision)}' if config.revision else ''}",
         f"- LoRA: rank {config.r}, alpha {config.lora_alpha}{dora}; on {', '.join(map(code, names)) or 'parameters'}",
     ]
     if run.get("started_from"):
@@ -29,6 +29,8 @@ def training_section(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[st
     if run.get("stage") or run.get("steps"):
         stage = _STAGES.get(run.get("stage") or "", run.get("stage") or "training")
         steps = f", {run['steps']} optimizer steps" if run.get("steps") else ""
+        if run.get("best_step") and run["best_step"] != run.get("steps"):
+            steps += f" (the weights are those of step {run['best_step']}, the best in evaluation)"
         seconds = f", {run['seconds']:.0f} seconds" if run.get("seconds") else ""
         lines.append(f"- Stage: {stage}{steps}{seconds}")
     lines.append(f"- Training data: {code(public(run['dataset'])) if run.get('dataset') else 'not recorded'}")

@@ -24,6 +24,7 @@ def use_section(config: LoraConfig, base: str) -> str:
     """Show how to load the adapter."""
     auto = _MODEL_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
     name = base if on_hub(base) else f"PATH/TO/{public(base) or 'BASE'}"
+    revision = f", revision={config.revision!r}" if on_hub(base) and config.revision else ""
     return (
         "## Use\n\nThis is a plain LoRA adapter. PEFT loads it without other packages. `ADAPTER` is this folder or "
         "repository.\n\n"
@@ -31,8 +32,8 @@ def use_section(config: LoraConfig, base: str) -> str:
         "from peft import PeftModel\n"
         f"from transformers import {auto}, AutoTokenizer\n\n"
         f"base = {name!r}\n"
-        f'model = PeftModel.from_pretrained({auto}.from_pretrained(base, dtype="auto"), "ADAPTER")\n'
-        "tokenizer = AutoTokenizer.from_pretrained(base)\n"
+        f'model = PeftModel.from_pretrained({auto}.from_pretrained(base{revision}, dtype="auto"), "ADAPTER")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(base{revision})\n"
         "```\n\n"
         "To merge the adapter, load the base without quantization, even if the adapter was trained on a 4-bit base "
         "(QLoRA). In a quantized base, rounding would lose what the adapter learned. "
