@@ -67,7 +67,7 @@ def test_what_each_loss_says_of_itself():
         "all": (1, 1, None, True, False, False),
         "kl": (1.5, 8, 2, False, True, False),
         "both": (1, 1, None, True, False, False),
-        "dpo": (1, 1, None, True, True, True),
+        "dpo": (2, 1, None, True, True, True),
     }
     assert OF_OWN_ANSWERS == ["kl", "answer"]
     for own in LOSSES.values():

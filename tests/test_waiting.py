@@ -129,6 +129,7 @@ def test_low_precision_parameters_wait_for_nothing(without_storage):
         parameter.data = parameter.data.to(torch.bfloat16)
     model.projector._refresher.subspace = None
     model.projector._refresher.prepare(model.projector.config, 8)
+    model.projector._refresher.subspace.rows.sets = ["first"] * 8
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
