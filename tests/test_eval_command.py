@@ -17,10 +17,11 @@ import yaml
 from models import chat, randomize, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_ogpsa import OGPSAConfig, merge_adapter
 from peft_ogpsa.cli import main
+from peft_ogpsa.cli.eval_models import Base, read_adapters
 from peft_ogpsa.cli.loading import load_base
 from peft_ogpsa.data.prompt_sets import read_prompt_set
 from peft_ogpsa.evaluation import (
@@ -182,6 +183,23 @@ def test_a_stopped_run_continues(folder, passes, capsys):
 def answers(measured):
     own = measured["sets"]["xstest"]
     return [sample["answer"] for sample in own["harmful_samples"] + own["benign_samples"]]
+
+
+def test_a_base_in_4_bits_is_loaded_once(tmp_path):
+    """On some CPUs, bitsandbytes stores the weights in another order at their first use. They are the same weights."""
+    tiny_llama(hidden_size=64, vocab_size=259).save_pretrained(tmp_path / "base")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bit, dtype=torch.float32)
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(tiny_llama(hidden_size=64, vocab_size=259), config).save_pretrained(tmp_path / "adapter")
+    base = Base(model.eval(), lambda: pytest.fail("The base is loaded again."))
+    adapters = read_adapters([str(tmp_path / "adapter")], None) * 2
+    base.check_fit(adapters)
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        first = base.model(ids).logits
+        later = base.on_each(adapters, lambda _, adapted: adapted.eval()(ids).logits)
+    assert all(torch.equal(first, logits) for logits in later)  # B is zero
 
 
 @pytest.mark.parametrize(

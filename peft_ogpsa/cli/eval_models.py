@@ -160,7 +160,6 @@ class Base:
     def __init__(self, model: PreTrainedModel, load: Callable[[], PreTrainedModel]):
         self.model = model
         self._load = load
-        self._weights = fingerprint.of_weights(self.model)
 
     def on_each(self, adapters: Sequence[Adapter], act: Callable[[Adapter, PeftModel], T]) -> list[T]:
         """Load one adapter after the other onto the base, call a function, and take the adapter off again.
@@ -172,11 +171,13 @@ class Base:
         """
         results = []
         for adapter in adapters:
+            # Not once for all: on a CPU, bitsandbytes stores 4-bit weights in another order at their first use.
+            before = fingerprint.of_weights(self.model)
             model = load_adapter(self.model, adapter.path, adapter.config, trainable=False)
             results.append(act(adapter, model))
             self.model = cast(PreTrainedModel, model.unload())
             del model
-            if fingerprint.of_weights(self.model) != self._weights:
+            if fingerprint.of_weights(self.model) != before:
                 del self.model  # the memory may not hold two
                 gc.collect()
                 self.model = self._load()
