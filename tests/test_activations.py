@@ -1474,8 +1474,9 @@ def test_weights_loaded_without_a_reset_are_refused_at_the_next_step():
     set_peft_model_state_dict(model, get_peft_model_state_dict(other))
     before = copies(model)
     loss_of(model, batch(0)).backward()
-    with pytest.raises(ValueError, match="not trained in the null space"):
-        adamw(model).step()
+    for _ in range(2):  # also if the first error was caught
+        with pytest.raises(ValueError, match="not trained in the null space"):
+            adamw(model).step()
     assert unchanged(model, before)
 
 

@@ -172,7 +172,7 @@ class Guard:
         return [parameter._version for parameter in self.projected().values()]
 
     def check_changes(self, config: ProjectionConfig) -> None:
-        """Warn if parameters have changed since the last step or refresh. Then move them into the null space again.
+        """Warn, once, if parameters have changed since the last step or refresh, and move them into the null space.
 
         It runs before a step, and when the projector checks whether a refresh is due.
 
@@ -182,15 +182,17 @@ class Guard:
         Raises:
             ValueError: If too much of the new weights acts on the reference inputs.
         """
-        if self._versions is None or self._warned_of_changes or self._versions == self._current_versions():
+        if self._versions is None or self._versions == self._current_versions():
             return
-        self._warned_of_changes = True
-        logger.warning(
-            "The projected parameters changed outside a projected optimizer step. These changes were not projected. "
-            "There are two possible causes. First, the optimizer, or a wrapper around it, does not call "
-            "super().__init__() of torch.optim.Optimizer, so torch calls no hooks. Then use another optimizer. "
-            "Second, your code changed the weights. If it loaded them on purpose, call projector.reset() afterwards."
-        )
+        if not self._warned_of_changes:
+            self._warned_of_changes = True
+            logger.warning(
+                "The projected parameters changed outside a projected optimizer step. These changes were not "
+                "projected. There are two possible causes. First, the optimizer, or a wrapper around it, does not "
+                "call super().__init__() of torch.optim.Optimizer, so torch calls no hooks. Then use another "
+                "optimizer. Second, your code changed the weights. If it loaded them on purpose, call "
+                "projector.reset() afterwards."
+            )
         self._builder.enter_again(config)  # otherwise the next step would do so without a word
         self._note_versions()
 
