@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from argparse import Action
-from collections.abc import Iterable
+from argparse import Action, ArgumentParser
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_type_hints
@@ -230,7 +230,7 @@ class ConfigParser(TrlParser):
             OSError: If one of the files cannot be read.
         """
         words = [_renamed_flag(word) for word in args or ()]
-        self._check_lists_once(words)
+        refuse_repeated_lists(self, words)
         place = words.index("--config") + 1 if "--config" in words[:-1] else None
         changed = None if place is None else _changed_options(Path(words[place]))
         if place is None or changed is None:
@@ -243,24 +243,30 @@ class ConfigParser(TrlParser):
 
     def set_defaults_with_config(self, **options: Any) -> list[str]:
         """Set defaults as TRL's parser does. A list option may be one text, as in YAML without the dash."""
-        lists = {action.dest for action in self._list_options()} - {"debug"}  # transformers splits that text itself
+        lists = {action.dest for action in _list_options(self)} - {"debug"}  # transformers splits that text itself
         return super().set_defaults_with_config(
             **{name: [value] if name in lists and isinstance(value, str) else value for name, value in options.items()}
         )
 
-    def _list_options(self) -> list[Action]:
-        return [action for action in self._actions if action.nargs == "+"]
 
-    def _check_lists_once(self, words: list[str]) -> None:
-        """Reject a flag with a list that is given twice: argparse would take the last one only."""
-        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-        for action in self._list_options():
-            given = [flag for flag in flags if any(option.startswith(flag) for option in action.option_strings)]
-            if len(given) > 1:
-                raise ValueError(
-                    f"{given[0]} is given {len(given)} times, and only the last values would count. Give all values "
-                    f"after one flag: {given[0]} A B."
-                )
+def refuse_repeated_lists(made: ArgumentParser, words: Sequence[str]) -> None:
+    """Reject a flag with a list that is given twice: argparse would take the last values only.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for action in _list_options(made):
+        given = [flag for flag in flags if any(option.startswith(flag) for option in action.option_strings)]
+        if len(given) > 1:
+            raise ValueError(
+                f"{given[0]} is given {len(given)} times, and only the last values would count. Give all values after "
+                f"one flag: {given[0]} A B."
+            )
+
+
+def _list_options(made: ArgumentParser) -> list[Action]:
+    return [action for action in made._actions if action.nargs == "+"]
 
 
 def _changed_options(path: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from transformers import HfArgumentParser
 
+from .arguments import refuse_repeated_lists
 from .models import compute_dtype
 
 FAST = 24
@@ -165,19 +166,7 @@ def parse(arguments: Sequence[str]) -> EvalArguments:
         if "--no_chat_template" in action.option_strings:  # HfArgumentParser repeats the text of --chat_template
             action.help = "Do not apply the chat template in lm-eval tasks."
             action.default = argparse.SUPPRESS
-    _refuse_repeated_lists(parser, arguments)
+    refuse_repeated_lists(parser, arguments)
     (parsed,) = parser.parse_args_into_dataclasses(list(arguments))
     parsed.dtype = parsed.dtype or str(compute_dtype()).removeprefix("torch.")
     return parsed
-
-
-def _refuse_repeated_lists(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Reject an option with a list that is given twice: argparse would take the last values only."""
-    flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-    for action in parser._actions:
-        given = [flag for flag in flags if any(option.startswith(flag) for option in action.option_strings)]
-        if action.nargs == "+" and len(given) > 1:
-            raise ValueError(
-                f"{given[0]} is given {len(given)} times, and only the last values would count. Give all values after "
-                f"one flag: {given[0]} A B."
-            )

@@ -32,7 +32,7 @@ def with_lookalikes(
     Args:
         rows (`Iterable[Mapping]`): Safety rows in one of TRL's formats: `prompt` and `completion`, `messages`, or
             preference pairs of `prompt`, `chosen` and `rejected`. In pairs, the look-alike's answer is `chosen`, and
-            `rejected` is the `chosen` answer of the row before it, or of the next row where that is a refusal.
+            `rejected` is a refusal: the `chosen` answer of the row before it, or else of the next row that refuses.
         lookalikes (`AnsweredSet`): A set from `ReferenceSet.from_prompts`, for example with
             `peft_ogpsa.data.load_prompts("lookalikes")`.
         share (`float`): Share of the look-alikes among all rows of the result.
