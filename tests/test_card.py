@@ -615,6 +615,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Request)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.visibility: dict[str, str | None] = {}
+        self.branches: dict[str, list[str]] = {}
+        self.committed_to: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -648,11 +650,16 @@ class _Request(BaseHTTPRequestHandler):
             base = ModelCard(json.loads(content)["content"]).data.base_model
             good = base is None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)
             self.answer(200 if good else 400, {"errors": [] if good else [{"message": f"base_model {base}"}]})
+        elif path[3] == "branch":
+            branches = self.server.branches.setdefault("/".join(path[1:3]), [])
+            self.answer(409 if path[4] in branches else 200)
+            branches.append(path[4])
         elif path[3] == "preupload":
             files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(content)["files"]]
             self.answer(200, {"files": [{**file, "shouldIgnore": False} for file in files]})
         else:
             assert path[3] == "commit"
+            self.server.committed_to.append(path[4])
             for line in map(json.loads, content.splitlines()):
                 if line["key"] == "file":
                     files = self.server.repositories["/".join(path[1:3])]
@@ -740,6 +747,16 @@ def test_push_adapter_uploads_the_adapter_its_card_and_nothing_else(hub, tmp_pat
     assert torch.equal(logits(loaded), logits(model))
     push_adapter(tmp_path, "me/mine", token="hf_nobody")  # into what is there already
     assert hub.repositories["me/mine"].keys() == files.keys()
+
+
+def test_push_adapter_uploads_to_a_branch(hub, tmp_path):
+    for _ in range(2):  # the second time, the branch is there
+        push_adapter(save(tmp_path), "me/mine", token="hf_nobody", revision="better")
+        assert hub.branches["me/mine"].count("better") >= 1
+    push_adapter(save(tmp_path), "me/mine", token="hf_nobody", revision="refs/pr/1")
+    push_adapter(save(tmp_path), "me/mine", token="hf_nobody")
+    assert hub.committed_to == ["better", "better", "refs%2Fpr%2F1", "main"]
+    assert set(hub.branches["me/mine"]) == {"better"}
 
 
 def test_a_local_base_passes_the_hubs_check_and_is_told(hub, tmp_path, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -203,11 +204,11 @@ def test_push(folder, monkeypatch, capsys):
         monkeypatch.setattr(
             f"transformers.trainer.{name}", lambda *_, **__: pytest.fail("the trainer uploads"), raising=False
         )
-    hub = ["--push_to_hub", "--hub_model_id", "me/safe", "--hub_private_repo", "true"]
+    hub = ["--push_to_hub", "--hub_model_id", "me/safe", "--hub_private_repo", "true", "--hub_revision", "better"]
     saves = ["--save_strategy", "steps", "--save_steps", "1"]
     main(["sft", "--config", str(folder / "sft.yaml"), *hub, *saves])
     ((name, options, files),) = pushed
-    assert (name, options["private"]) == ("me/safe", True)
+    assert (name, options["private"], options["revision"]) == ("me/safe", True, "better")
     assert {"README.md", "adapter_model.safetensors", "ogpsa_config.json", "ogpsa_run.json"} <= set(files)
     assert "Pushed: hub/me/safe" in capsys.readouterr().out
 
@@ -737,6 +738,32 @@ def test_as_many_lookalikes_are_answered_as_the_rows_need(folder, monkeypatch, c
         assert asked == [f"kill {i}?" for i in range(int(10 * share / (1 - share)))]
 
 
+def test_references_without_answers_need_the_word_prompts(folder, monkeypatch):
+    monkeypatch.setattr("peft_ogpsa.cli.training.load_base", lambda *_, **__: pytest.fail("too late"))
+    file = folder / "prompts.jsonl"
+    write(file, [{"prompt": "kill it?"}])
+    with pytest.raises(SystemExit, match=rf"a prompt and no answer\. Write own=prompts:{file}, and the base model"):
+        main(["sft", "--config", str(folder / "sft.yaml"), "--references", f"own={file}"])
+
+
+def test_the_base_answers_with_the_end_token_of_the_run(folder, monkeypatch, trained):
+    token = tiny_tokenizer().convert_ids_to_tokens(70)
+    ends = []
+
+    def answer(model, tokenizer, prompts, **_):
+        ends.append(tokenizer.eos_token)
+        return [tokenizer("Here it is.")["input_ids"] for _ in prompts]
+
+    monkeypatch.setattr("peft_ogpsa.references.self_answers.generate_ids", answer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "answers"))
+    write(folder / "prompts.jsonl", [{"prompt": f"kill {i}?"} for i in range(3)])
+    options = ["--references", f"own=prompts:{folder / 'prompts.jsonl'}", "--max_steps", "1", "--eos_token"]
+    main(["sft", "--config", str(folder / "sft.yaml"), *options, token])
+    assert ends == [token]
+    with pytest.raises(SystemExit, match="eos_token='none of them' is not in the vocabulary"):
+        main(["sft", "--config", str(folder / "sft.yaml"), *options, "none of them"])
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_tools_stay_on_the_rows_beside_lookalikes(folder, monkeypatch, capsys, stage):
     """TRL reads the rows of look-alikes, which have no tools."""
@@ -971,6 +998,41 @@ def test_bad_yaml(folder, lines, message):
     (folder / "sft.yaml").write_text(yaml.safe_dump(options))
     with pytest.raises(SystemExit, match=message):
         main(["sft", "--config", str(folder / "sft.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dataset_samples", 2.5, "argument --dataset_samples.*: invalid int value: '2.5'"),
+        ("lora_r", 4.5, "argument --lora_r.*: invalid int value: '4.5'"),
+        ("max_steps", True, "argument --max_steps.*: invalid int value: 'True'"),
+        ("lookalikes", [0.2], "argument --lookalikes.*: invalid float value"),
+        ("own_refusals", 3, "argument --own_refusals.*: Truthy value expected: got 3"),
+        ("dataset", ["a", "b"], r"dataset=\"\['a', 'b'\]\" cannot be loaded"),
+        ("adapter", True, "adapter='True' cannot be read"),
+        ("references", {"general": "builtin:general"}, "references has the entry .*Write NAME=SPEC"),
+        ("references", [{"general": "builtin:general"}], "references has the entry .*Write NAME=SPEC"),
+    ],
+)
+def test_a_value_of_a_wrong_type_in_yaml(folder, capsys, name, value, message):
+    options = yaml.safe_load((folder / "sft.yaml").read_text()) | {name: value}
+    (folder / "sft.yaml").write_text(yaml.safe_dump(options))
+    with pytest.raises(SystemExit) as stopped:
+        main(["sft", "--config", str(folder / "sft.yaml")])
+    told = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
+    assert re.search(f"ogpsa sft: .*{message}", told)
+
+
+def test_yaml_values_of_a_right_type_stay_as_they_are():
+    values = {"lora_r": 4, "learning_rate": 1, "warmup_steps": 0.5, "own_refusals": True, "bf16": False}
+    values |= {"model_init_kwargs": {"a": 1}, "resume_from_checkpoint": False, "lookalikes": None, "max_length": None}
+    made = parser("sft", SFTConfig)
+    assert made.set_defaults_with_config(**values, lora_target_modules=["a", "b"], exclude="c") == []
+    _, data, run, training, model = made.parse_args_into_dataclasses(["--dataset", "x", "--full_parameter"])
+    assert (model.lora_r, model.lora_target_modules, run.exclude) == (4, ["a", "b"], ["c"])
+    assert (training.learning_rate, training.warmup_steps, training.bf16) == (1, 0.5, False)
+    assert (training.model_init_kwargs, training.resume_from_checkpoint) == ({"a": 1}, False)
+    assert (data.own_refusals, data.lookalikes, training.max_length) == (True, 0.0, None)
 
 
 def test_one_value_of_a_list_needs_no_dash_in_yaml(folder):

@@ -215,6 +215,28 @@ def test_compiled_model():
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("subspace", ["gradients", "activations", "both"])
+def test_layers_compiled_one_by_one_after_the_build(subspace):
+    settings = {"subspace": subspace, "reference_weight": 1.0}
+    settings |= {} if subspace == "gradients" else {"subspace_rank": 6}
+    model, plain = ogpsa_model(**settings), ogpsa_model(**settings)
+    for one in (plain, model):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+        for number in range(4):
+            while one.projector.due:
+                one.projector.refresh(references(number), loss_of)
+            if one is model and number == 0:
+                layers = model.get_submodule("base_model.model.model.layers")
+                for place, layer in enumerate(layers):
+                    layers[place] = torch.compile(layer, backend="eager")  # this puts a wrapper around the layer
+            loss_of(one, batch(number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(parameters_of(plain), parameters_of(model), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    plain.projector.load_state_dict(model.projector.state_dict())  # the names in it are those of the plain model
+
+
 def test_nothing_moves_where_nothing_conflicts():
     # The reference loss is the training loss, so a small SGD step lowers it, and the cone has nothing to correct.
     settings = {"rows": 4, "rows_from": "batch"}

@@ -216,6 +216,10 @@ class RunArguments:
             )
 
 
+_OWN = {own.name for group in (DataArguments, RunArguments) for own in fields(group)}
+_KINDS = {"int": (int,), "float": (int, float), "string_to_bool": (bool,)}  # by the names of the parser's converters
+
+
 class ConfigParser(TrlParser):
     """TRL's parser, extended to old names of options, and to configuration files that name a file with defaults."""
 
@@ -242,11 +246,31 @@ class ConfigParser(TrlParser):
             return super().parse_args_and_config(words, *rest, **options)
 
     def set_defaults_with_config(self, **options: Any) -> list[str]:
-        """Set defaults as TRL's parser does. A list option may be one text, as in YAML without the dash."""
-        lists = {action.dest for action in _list_options(self)} - {"debug"}  # transformers splits that text itself
+        """Set defaults as TRL's parser does, and check the types of YAML's values as those of the command line.
+
+        A list option may be one text, as in YAML without the dash. An option of the command's own that has no value
+        keeps its default.
+        """
+        actions = {action.dest: action for action in reversed(self._actions)}  # --no_NAME comes after --NAME
+        given = {name: value for name, value in options.items() if value is not None or name not in _OWN}
         return super().set_defaults_with_config(
-            **{name: [value] if name in lists and isinstance(value, str) else value for name, value in options.items()}
+            **{name: _checkable(actions[name], value) if name in actions else value for name, value in given.items()}
         )
+
+
+def _checkable(action: Action, value: Any) -> Any:
+    """Return a value from YAML, as text where argparse would otherwise take it without a check.
+
+    argparse checks and converts only texts.
+    """
+    kind = getattr(action.type, "__name__", None)
+    if action.nargs == "+":
+        if kind != "str":  # `debug`: transformers splits its text itself
+            return value
+        return [str(entry) for entry in value] if isinstance(value, list) else [str(value)] if value else value
+    kinds = (str,) if action.dest in _OWN and kind == "str" else _KINDS.get(kind or "")
+    fits = kinds is None or value is None or (isinstance(value, kinds) and (type(value) is not bool or bool in kinds))
+    return value if fits else str(value)
 
 
 def refuse_repeated_lists(made: ArgumentParser, words: Sequence[str]) -> None:

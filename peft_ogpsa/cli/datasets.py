@@ -248,6 +248,11 @@ def reference_sets(
         field = f"references: {name}"
         if not spec.startswith(_PROMPTS):
             rows = load_rows(spec, field, samples)
+            if "prompt" in rows.column_names and not {"completion", "chosen"} & set(rows.column_names):
+                raise ValueError(
+                    f"references has the entry {entry!r}, whose rows have a prompt and no answer. Write "
+                    f"{name}=prompts:{spec}, and the base model answers the prompts before training."
+                )
             sets.append(ReferenceSet(name, rows, samples, max_length, loss or "answer", beta))
             continue
         if loss and loss not in OF_OWN_ANSWERS:

@@ -249,7 +249,13 @@ def _save_adapter(
     console.print(f"Saved a plain LoRA adapter: {Path(folder).resolve()}", soft_wrap=True)
     if training.push_to_hub:
         name = cast(str, trainer.hub_model_id)
-        url = push_adapter(folder, name, private=training.hub_private_repo, token=training.hub_token)
+        url = push_adapter(
+            folder,
+            name,
+            private=training.hub_private_repo,
+            token=training.hub_token,
+            revision=training.hub_revision,
+        )
         console.print(f"Pushed: {url}", soft_wrap=True)
 
 
@@ -291,11 +297,13 @@ def _prepare(
     train_rows, held_out = _rows(options)
     sets, lookalikes = _prompts(options, config, len(train_rows))
     base, processing_class, policy = _load(options)
+    tokenizer = cast("PreTrainedTokenizerBase", getattr(processing_class, "tokenizer", processing_class))
+    _set_end_token(training, tokenizer)
     if data.own_refusals:
         refusals = refusals_from_prompts(train_rows.to_list(), base, processing_class)
         console.print(f"Own refusals: {refusals}.", soft_wrap=True)
         train_rows = Dataset.from_list(refusals.rows)
-    templated = getattr(processing_class, "tokenizer", processing_class).chat_template is not None
+    templated = tokenizer.chat_template is not None
     if templated:
         train_rows = _as_chat(train_rows, "dataset", console)
         held_out = held_out and _as_chat(held_out, "eval_dataset", console)
@@ -348,6 +356,19 @@ def _prepare(
     # TRL's card would replace ours at every checkpoint.
     trainer.create_model_card = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return trainer, config
+
+
+def _set_end_token(training: SFTConfig | DPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Apply `eos_token` before the base model answers. The trainer does so only when it is made."""
+    token = getattr(training, "eos_token", None)  # SFT alone has it
+    if token is None:
+        return
+    if token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"eos_token={token!r} is not in the vocabulary of the tokenizer. Give one of its tokens, for example "
+            f"{tokenizer.eos_token!r}."
+        )
+    tokenizer.eos_token = token
 
 
 def _answered(

@@ -17,9 +17,7 @@ from . import attachment
 from .config import ProjectionConfig
 from .projector import Projector
 from .stacks import InputMatrix
-
-# What wrappers add to parameter names. The names must be the same for any number of processes.
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
+from .targets import without_wrappers
 
 
 @dataclass
@@ -155,8 +153,7 @@ class WholeTargets:
         if known is None:
             found = []
             for name, parameter in self.model.named_parameters():
-                for wrapper in _WRAPPERS:
-                    name = name.replace(wrapper, "")
+                name = without_wrappers(name)
                 found.append((name, name.rpartition(".")[0], parameter))
             for pattern in self.config.exclude:
                 if not any(_matches(owner, pattern) for _, owner, _ in found):

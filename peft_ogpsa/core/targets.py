@@ -12,6 +12,16 @@ from torch import nn
 from .config import ProjectionConfig
 from .stacks import InputMatrix
 
+# What checkpointing, `torch.compile` and FSDP add to the names of parameters.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
+
+
+def without_wrappers(name: str) -> str:
+    """Return a parameter's name in the model without wrappers. It is the same in all processes and runs."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
 
 class Targets(Protocol):
     """The parameters to project, and their settings."""

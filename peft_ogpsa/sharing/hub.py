@@ -62,7 +62,7 @@ def push_adapter(
         repo_id (`str`): `"owner/name"`, or a name under your own account. The repository is created if necessary.
         private (`bool`, *optional*): Whether a new repository is private. Default: the hub's setting.
         token (`str` or `bool`, *optional*): The hub token. Default: the token of your login.
-        revision (`str`, *optional*): The branch. Default: the main branch.
+        revision (`str`, *optional*): The branch, which is created if necessary. Default: the main branch.
         commit_message (`str`): The commit message.
 
     Returns:
@@ -83,6 +83,8 @@ def push_adapter(
         )
     api = HfApi(token=token)
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
     with _shared_folder(Path(directory)) as folder:
         api.upload_folder(
             repo_id=repository.repo_id,

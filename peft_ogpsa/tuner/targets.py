@@ -18,6 +18,7 @@ from torch import nn
 from ..core import distributed
 from ..core.config import ProjectionConfig
 from ..core.stacks import InputMatrix
+from ..core.targets import without_wrappers
 from .adapters import refuse_merged, without_adapter
 from .config import OGPSAConfig
 
@@ -71,7 +72,8 @@ class LoraTargets(ABC):
         adapters = tuple(self.configs())
         known = self._known  # another thread may reset it in the meantime
         if known is None or known[0] != adapters:
-            matches = ((_LORA_WEIGHT.fullmatch(name), p) for name, p in self.model.named_parameters())
+            named = ((without_wrappers(name), parameter) for name, parameter in self.model.named_parameters())
+            matches = ((_LORA_WEIGHT.fullmatch(name), parameter) for name, parameter in named)
             found = [(m[0], f"{m['owner']}:{m['adapter']}", p) for m, p in matches if m and m["adapter"] in adapters]
             self._known = known = (adapters, found)
         return known[1]
