@@ -88,8 +88,9 @@ def test_answers_are_kept_and_refusals_and_loops_dropped_and_counted(answered, c
     ]
     assert own.counts == AnswerCounts(prompts=4, kept=2, refused=1, unclear=1, too_long=0, unfinished=1)
     assert (
-        "kept 2 of 4 answers (1 of them were cut at max_new_tokens), and dropped 1 refusals, 1 unclear" in caplog.text
-    )
+        "Reference set 'own': the base model answers 2 of 4 prompts. It refuses 1, 1 answers are unclear, and 0 "
+        "prompts are too long. 1 of the 2 answers are cut. The answers are stored in "
+    ) in caplog.text
 
 
 @pytest.mark.parametrize("thought", ["<think>Hm.</think>", "<think>Hm, and"])
@@ -406,7 +407,7 @@ def test_prompts_without_room_are_dropped(answered, generated):
 
 
 def test_all_refused(answered):
-    with pytest.raises(ValueError, match=r"'own': kept 0 of 2 answers.*1 refusals, 1 unclear.*Give prompts that"):
+    with pytest.raises(ValueError, match=r"'own': .* answers 0 of 2 .* 1 answers are unclear, .*Give prompts that"):
         answered(["Harm?", "Loop?"])
 
 

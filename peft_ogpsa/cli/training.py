@@ -380,14 +380,7 @@ def _answered(
 ) -> AnsweredSet:
     """Let the base model answer the prompts, and print the counts."""
     answered = own.answered(base, processing_class)
-    counts = answered.counts
-    console.print(
-        f"{option}: the base model answers {counts.kept} of {counts.prompts} prompts. It refuses {counts.refused}, "
-        f"{counts.unclear} answers are unclear, and {counts.too_long} prompts are too long. {counts.unfinished} of "
-        f"the {counts.kept} answers are cut.",
-        soft_wrap=True,
-        markup=False,
-    )
+    console.print(f"{option}: {answered.counts.summary}", soft_wrap=True, markup=False)
     return answered
 
 

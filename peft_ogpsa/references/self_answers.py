@@ -61,6 +61,15 @@ class AnswerCounts:
     unfinished: int
     """How many of the kept answers were cut at `max_new_tokens`."""
 
+    @property
+    def summary(self) -> str:
+        """The counts in sentences."""
+        return (
+            f"the base model answers {self.kept} of {self.prompts} prompts. It refuses {self.refused}, {self.unclear} "
+            f"answers are unclear, and {self.too_long} prompts are too long. {self.unfinished} of the {self.kept} "
+            "answers are cut."
+        )
+
 
 def self_answers(
     name: str,
@@ -94,17 +103,12 @@ def self_answers(
         progress=progress,
     )
     kept, counts = _kept(rows, len(too_long))
-    summary = (
-        f"kept {counts.kept} of {counts.prompts} answers ({counts.unfinished} of them were cut at max_new_tokens), "
-        f"and dropped {counts.refused} refusals, {counts.unclear} unclear answers and {counts.too_long} prompts that "
-        "are too long"
-    )
     if not kept:
         raise ValueError(
-            f"{where}: {summary}. The base model answers none of these prompts, so there is nothing "
-            "to preserve. Give prompts that it answers, an instruct model, or rows with answers."
+            f"{where}: {counts.summary} So there is nothing to preserve. Give prompts that it answers, an instruct "
+            "model, or rows with answers."
         )
-    logger.info("%s: %s. The answers are stored in %s.", where, summary, path)
+    logger.info("%s: %s The answers are stored in %s.", where, counts.summary, path)
     return kept, counts
 
 
