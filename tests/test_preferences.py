@@ -154,6 +154,26 @@ def test_reference_policy_is_the_ref_adapter_or_else_the_base():
     assert {name: p.requires_grad for name, p in alone.named_parameters()} == flags
 
 
+def test_a_base_that_the_adapters_start_has_moved_is_no_reference_policy():
+    """After PiSSA, the model without its adapter is the residual of the base."""
+
+    def batch(pairs):
+        return collate(pairs, 0, "cpu")
+
+    def adapted(**settings):
+        return get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **LORA, **settings))
+
+    pairs = random_pairs(margins=False)[:1]
+    moved = adapted(init_lora_weights="pissa")
+    with pytest.raises(
+        ValueError, match=r"init_lora_weights='pissa' in .* reference policy\. Set init_lora_weights=True"
+    ):
+        with_margins(moved, [pairs], batch)
+    moved.add_adapter("ref", OGPSAConfig(subspace="gradients", **LORA))  # a policy of its own
+    with_margins(moved, [pairs], batch)
+    with_margins(adapted(bias="all"), [pairs], batch)  # the base's biases have not moved before training
+
+
 @pytest.mark.parametrize("given", ["base and config", "trained adapter"])
 def test_dpo_trainer_with_the_dpo_loss_as_reference(tmp_path, given):
     base = tiny_llama(vocab_size=259, max_position_embeddings=256)

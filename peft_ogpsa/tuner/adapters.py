@@ -68,9 +68,21 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
 
     This is the adapter `ref` if there is one, which is TRL's copy of the adapter that preference training began with.
     Otherwise it is the model without its adapter.
+
+    Raises:
+        ValueError: If there is no `ref`, and the adapter's start has changed the model without it, or the adapter is
+            merged into the base.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not any("ref" in compat.adapter_names(layer) for layer in layers):
+        for name, config in _configs(model).items():
+            if moving_setting(config) == "init_lora_weights":
+                raise ValueError(
+                    f"init_lora_weights={config.init_lora_weights!r} in the configuration of adapter {name!r} "
+                    f"{_MOVING['init_lora_weights'][0]}. The model without its adapter is then not the original one, "
+                    "which loss='dpo' needs as reference policy. Set init_lora_weights=True, or give the reference "
+                    "sets loss='answer'."
+                )
         with _adapter_off(model):
             yield
         return
@@ -146,6 +158,12 @@ def moving_setting(config: Any) -> str | None:
     return "init_lora_weights" if isinstance(start, str) and start.lower().startswith(MOVING_STARTS) else None
 
 
+def _configs(model: nn.Module) -> dict[str, Any]:
+    """Return the configurations of a model's adapters, by name."""
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    return next((own for own in found if isinstance(own, dict)), {})
+
+
 def refuse_moving_base(model: nn.Module) -> None:
     """Reject a model that is not the one before training when its adapters are off.
 
@@ -154,8 +172,7 @@ def refuse_moving_base(model: nn.Module) -> None:
             outside the adapter is in training, or if a frozen adapter is active together with the one in training.
     """
     _refuse_frozen_below(model)
-    configs = (getattr(module, "peft_config", None) for module in model.modules())
-    for name, config in next((own for own in configs if isinstance(own, dict)), {}).items():
+    for name, config in _configs(model).items():
         if (setting := moving_setting(config)) is not None:
             does, remedy = _MOVING[setting]
             raise ValueError(
