@@ -265,12 +265,11 @@ def _checkable(action: Action, value: Any) -> Any:
     """
     kind = getattr(action.type, "__name__", None)
     if action.nargs == "+":
-        if kind != "str":  # `debug`: transformers splits its text itself
-            return value
-        return [str(entry) for entry in value] if isinstance(value, list) else [str(value)] if value else value
+        entries = value if isinstance(value, list) else [value]
+        # The other kind is `debug`, whose text transformers splits itself.
+        return [str(entry) for entry in entries] if kind == "str" and value else value
     kinds = (str,) if action.dest in _OWN and kind == "str" else _KINDS.get(kind or "")
-    fits = kinds is None or value is None or (isinstance(value, kinds) and (type(value) is not bool or bool in kinds))
-    return value if fits else str(value)
+    return value if value is None or kinds is None or type(value) in kinds else str(value)
 
 
 def refuse_repeated_lists(made: ArgumentParser, words: Sequence[str]) -> None:
