@@ -56,7 +56,7 @@ BASE = {
 def run_of(*points):
     """A run whose points are (step, safety loss, KL, refusal)."""
     return {
-        "run_info": {"experiment_name": "plain", "seed": 0},
+        "run_info": {"experiment_name": "plain", "seed": 0, "settings": {}},
         "train_info": {
             "references": 0.125,
             "seconds": 7.6,
@@ -285,6 +285,23 @@ def test_a_curve_is_the_mean_over_seeds(tmp_path):
     assert (second["safety_loss"], second["kl"]) == (pytest.approx(2.4), pytest.approx(0.2))
     plots.tradeoffs(BASE, runs, ["plain"], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_runs_that_end_when_they_are_safe_are_averaged_at_their_goals(tmp_path):
+    """They have different numbers of measurements: one may reach several goals, or miss one."""
+    first = run_of((5, 2.5, 0.1, 0.5), (7, 2.4, 0.2, 0.96), (9, 2.3, 0.4, 0.98))
+    second = run_of((6, 2.4, 0.3, 0.97))
+    third = run_of((40, 2.4, 0.5, 0.9))
+    for own, subtle in ((first, (0.4, 0.9, 0.95)), (second, (0.96,)), (third, (0.7,))):
+        own["run_info"]["settings"] = {"until_safe": True}
+        for point, rate in zip(own["train_info"]["metrics"], subtle, strict=True):
+            point["refusal/built-in"] = rate
+    base = BASE | {"refusal/built-in": 0.0}
+    points = plots.mean_curve(base, {0: first, 1: second, 2: third})
+    assert [point["kl"] for point in points] == [0, pytest.approx(1.0 / 3), pytest.approx(1.2 / 3)]
+    assert points[2]["refusal/built-in"] == pytest.approx((0.95 + 0.96 + 0.7) / 3)
+    plots.tradeoffs(base, {"plain": {0: first, 1: second}}, ["plain"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").is_file()
 
 
 def test_spread():

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .report import SAFE, Point, curve, refused
+from .report import SAFE, Point, curve, first_safe, refused
 
 PANELS = {
     "kl": "KL from the base (nats per token)",
@@ -24,8 +24,13 @@ PANELS = {
 
 
 def mean_curve(base: Point, runs: Mapping[int, Any]) -> list[Point]:
-    """Return the mean over seeds at each measurement."""
-    curves = [curve(base, run) for run in runs.values()]
+    """Return the mean over seeds at each measurement.
+
+    Runs that ended when they were safe were measured at steps of their own. Of these it takes the base and the first
+    measurements at which enough harmful requests of the first source and of every source are refused. A run that does
+    not come to that gives its last measurement.
+    """
+    curves = [_points(curve(base, run), run) for run in runs.values()]
     return [
         {
             name: statistics.mean(point[name] for point in points)
@@ -34,6 +39,12 @@ def mean_curve(base: Point, runs: Mapping[int, Any]) -> list[Point]:
         }
         for points in zip(*curves, strict=True)
     ]
+
+
+def _points(points: Sequence[Point], run: Any) -> Sequence[Point]:
+    if not run["run_info"]["settings"].get("until_safe"):
+        return points
+    return [points[0], *(first_safe(points, every) or points[-1] for every in (False, True))]
 
 
 def tradeoffs(base: Point, runs: Mapping[str, Mapping[int, Any]], names: Sequence[str], path: Path) -> None:
