@@ -9,8 +9,8 @@ else
 SCRIPTS = bin
 endif
 BIN = $(VENV)/$(SCRIPTS)
-# pip would compile all of 17,000 files. Python compiles those that are used, when they are first imported, and keeps
-# the result unless a variable forbids it.
+# pip would compile all 17,000 files. Python compiles those that are used, when they are first imported, and keeps the
+# result unless a variable forbids it.
 PIP_INSTALL = $(BIN)/pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=

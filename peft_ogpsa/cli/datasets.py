@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _BUILTIN = "builtin:"
 _PUBLIC = "public:"
+_ANSWERS = {"completion", "chosen", "messages", "text"}  # columns that hold the answer, or the whole conversation
 _PROMPTS = "prompts:"
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)(?:\[(?P<split>.+)\])?")
@@ -248,7 +249,7 @@ def reference_sets(
         field = f"references: {name}"
         if not spec.startswith(_PROMPTS):
             rows = load_rows(spec, field, samples)
-            if "prompt" in rows.column_names and not {"completion", "chosen"} & set(rows.column_names):
+            if "prompt" in rows.column_names and not _ANSWERS.intersection(rows.column_names):
                 raise ValueError(
                     f"references has the entry {entry!r}, whose rows have a prompt and no answer. Write "
                     f"{name}=prompts:{spec}, and the base model answers the prompts before training."
