@@ -744,6 +744,8 @@ def test_references_without_answers_need_the_word_prompts(folder, monkeypatch):
     write(file, [{"prompt": "kill it?"}])
     with pytest.raises(SystemExit, match=rf"a prompt and no answer\. Write own=prompts:{file}, and the base model"):
         main(["sft", "--config", str(folder / "sft.yaml"), "--references", f"own={file}"])
+    with pytest.raises(ValueError, match=rf"Write own:kl=prompts:{file}, "):
+        reference_sets([f"own:kl={file}"], 8, 64, 0.1)
     # As those of UltraChat, whose prompt stands beside the conversation.
     write(file, [{"prompt": "kill it?", "messages": chat("kill it?", "Yes.")["prompt"] + [ANSWER]}])
     (own,) = reference_sets([f"own={file}"], 8, 64, 0.1)

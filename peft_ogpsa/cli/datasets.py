@@ -252,7 +252,7 @@ def reference_sets(
             if "prompt" in rows.column_names and not _ANSWERS.intersection(rows.column_names):
                 raise ValueError(
                     f"references has the entry {entry!r}, whose rows have a prompt and no answer. Write "
-                    f"{name}=prompts:{spec}, and the base model answers the prompts before training."
+                    f"{head}=prompts:{spec}, and the base model answers the prompts before training."
                 )
             sets.append(ReferenceSet(name, rows, samples, max_length, loss or "answer", beta))
             continue
