@@ -269,6 +269,14 @@ def test_runs_that_ended_without_scores_are_not_scored_in_silence(tmp_path, monk
     assert f"{not_scored.name} has ended without. Give another --output." in capsys.readouterr().err
 
 
+def test_a_table_without_plain_lora_is_refused_before_the_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Grid, "run", lambda *_: pytest.fail("A run began."))
+    monkeypatch.setattr("sys.argv", ["tax", "--output", str(tmp_path), "--seeds", "0", "--methods", "null space"])
+    with pytest.raises(SystemExit):
+        tax()
+    assert "plain LoRA has not been run, which all are compared with. Add it to --methods." in capsys.readouterr().err
+
+
 def test_hours_of_all_runs():
     def run_on(device, seconds):
         return {"run_info": {"total_time": seconds}, "meta_info": {"threads": 2, "device": device}}

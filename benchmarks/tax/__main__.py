@@ -79,12 +79,12 @@ def main() -> None:
     unscored = grid.unscored(names, arguments.seeds)
     if unscored:
         parser.error(f"--tasks scores new runs, and {unscored[0].name} has ended without. Give another --output.")
+    if "plain" not in names and not list(grid.folder.glob("plain-seed*.json")):
+        parser.error("plain LoRA has not been run, which all are compared with. Add it to --methods.")
     tasks = grid.missing(names, arguments.seeds)
     for line in tqdm(grid.run(tasks, arguments.workers), "Runs", total=len(tasks)):
         tqdm.write(line)
     base, runs = load(grid.folder)
-    if "plain" not in runs:
-        parser.error("plain LoRA has not been run, which all are compared with. Add it to --methods.")
     meta = [run["meta_info"] for own in runs.values() for run in own.values()]
     text = f"""# Results
 
