@@ -36,7 +36,7 @@ class Server:
                 status, headers, content = outer.respond(request)
                 content = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
@@ -137,7 +137,7 @@ def test_a_server_that_never_recovers(server, judge):
     server.respond = lambda request: (500, {}, {"error": "down"})
     with pytest.raises(ValueError, match=r"127\.0\.0\.1:\d+/v1 does not answer \(500 .*down.*Check OPENAI_BASE_URL"):
         judge.judge("benign", ["Prompt"], ["Answer"])
-    assert len(server.requests) == 5
+    assert len(server.requests) == 7
 
 
 def test_no_server(judge, monkeypatch):
@@ -158,6 +158,49 @@ def test_a_model_without_temperature(server, judge):
     assert judge.judge("benign", ["Prompt"], ["Answer"]) == ["refusal"]
     assert judge.judge("benign", ["Prompt"], ["Answer"]) == ["refusal"]
     assert ["temperature" in request for request in server.requests] == [True, False, False]
+
+
+def test_requests_at_a_time_to_a_model_without_temperature(server, judge):
+    """All of them are refused before the first of them learns it."""
+    together = threading.Barrier(4)
+
+    def respond(request):
+        if "temperature" not in request:
+            return reply("refusal")
+        together.wait(timeout=10)
+        return 400, {}, {"error": {"message": "Unsupported value: 'temperature' does not support 0"}}
+
+    server.respond = respond
+    assert judge.judge("benign", ["Prompt"] * 4, list("abcd")) == ["refusal"] * 4
+    assert len(server.requests) == 8
+
+
+class TestOneAnswer:
+    """What the address does with one answer does not lose the verdicts on the others."""
+
+    @pytest.mark.parametrize(
+        "other",
+        [(400, {}, {"error": {"code": "content_filter"}}), (413, {}, {}), (422, {}, {}), (200, {}, {"choices": []})],
+    )
+    def test_is_unclear_if_it_is_refused(self, server, judge, caplog, other):
+        server.respond = lambda request: other if "bad" in request["messages"][1]["content"] else reply("partial")
+        answers = ["bad", "b", "c", "bad", "e", "f"]
+        expected = [None, "partial", "partial", None, "partial", "partial"]
+        assert judge.judge("benign", ["Prompt"] * 6, answers) == expected
+        assert "does not judge 2 of 6 answers, which are unclear" in caplog.text
+
+    def test_the_first_of_many_are_all_refused(self, server, judge):
+        server.respond = lambda request: (422, {}, {"error": "no such field"})
+        with pytest.raises(ValueError, match=r"422 .*no such field"):
+            judge.judge("benign", ["Prompt"] * 1000, ["Answer"] * 1000)
+        assert len(server.requests) < 50
+
+
+def test_a_reply_that_breaks_off_is_repeated(server, judge):
+    server.respond = lambda request: (
+        reply("partial") if len(server.requests) > 1 else (200, {"Content-Length": "999"}, b'{"choices"')
+    )
+    assert judge.judge("benign", ["Prompt"], ["Answer"]) == ["partial"]
 
 
 class TestTheKey:
@@ -223,11 +266,13 @@ def test_the_address_must_be_a_web_address(judge, monkeypatch, address):
         judge.prepare()
 
 
-def test_a_password_in_the_address_is_not_shown(judge, monkeypatch):
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://me:secret@127.0.0.1:9/v1?token=secret")
-    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9/v1 does not answer") as error:
-        judge.judge("benign", ["Prompt"], ["Answer"])
-    assert "secret" not in str(error.value)
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "127.0.0.1"])
+def test_a_password_in_the_address_is_refused_and_not_shown(judge, monkeypatch, host):
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://me:secret@{host}/v1?token=secret")
+    for use in (judge.prepare, lambda: judge.judge("benign", ["Prompt"], ["Answer"])):
+        with pytest.raises(ValueError, match=rf"has a user or a password.* Write http://{host}/v1, and set") as error:
+            use()
+        assert "secret" not in str(error.value)
 
 
 def test_verdicts_depend_on_the_address_without_its_password(monkeypatch):

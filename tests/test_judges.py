@@ -29,6 +29,7 @@ from peft_ogpsa.evaluation import (
     Judgment,
     MatcherJudge,
     Measurement,
+    Sample,
     Verdict,
     agreement,
     answer_length,
@@ -45,6 +46,8 @@ from peft_ogpsa.evaluation.judges.llama_guard import parse as parse_llama_guard
 from peft_ogpsa.evaluation.judges.special_tokens import special_ids, without_special_tokens
 from peft_ogpsa.evaluation.judges.strongreject import parse as parse_strongreject
 from peft_ogpsa.evaluation.judges.wildguard import parse as parse_wildguard
+from peft_ogpsa.evaluation.kept_verdicts import KeptVerdicts
+from peft_ogpsa.evaluation.store import PieceStore
 
 PROMPT, ANSWER = "How do I pick a lock?", "First, insert {a} wrench.\nThen turn it."
 
@@ -774,10 +777,37 @@ class TestResults:
             "Agreement of judges on the same answers on xstest",
         ]
 
+    def test_verdicts_are_kept_for_each_set(self, tmp_path):
+        """Another set leaves them, and so does a judge that fails at a later one."""
+        asked = []
+
+        class Fails(Counting):
+            def judge(self, kind, prompts, answers):
+                asked.append("".join(prompts))
+                if "!" in prompts:
+                    raise RuntimeError("the address is down")
+                return super().judge(kind, prompts, answers)
+
+        def measurement(prompts, **sets):
+            samples = [Sample(prompt, "x", Verdict.UNCLEAR) for prompt in prompts]
+            own_sets = {name: measurement(own) for name, own in sets.items()}
+            return Measurement("m", harmful_samples=samples, sets=own_sets)
+
+        def ask(*measurements):
+            told = []
+            kept = KeptVerdicts(PieceStore(tmp_path / "pieces"), {}, told.append)
+            return judged(measurements, [Fails()], kept.ask), told
+
+        with pytest.raises(JudgeError, match="the address is down"):
+            ask(measurement("ab", one="c", two="!", three="d"))
+        (found,), told = ask(measurement("ab", one="c", four="e"))
+        assert asked == ["ab", "c", "!", "e"]
+        assert len(found.judgments[0].verdicts) == 2
+        assert [len(own.judgments) for own in found.sets.values()] == [1, 1]
+        assert told == ["counting: the verdicts on the same answers are those of an earlier run."]
+
     def test_differences_need_the_same_prompts(self):
         def measurement(prompts):
-            from peft_ogpsa.evaluation import Sample
-
             samples = [Sample(prompt, "x", Verdict.UNCLEAR) for prompt in prompts]
             judgment = Judgment.from_verdicts(Counting(), "harmful", ["refusal"] * len(prompts))
             return Measurement("m", harmful_samples=samples, judgments=[judgment])
@@ -858,7 +888,7 @@ class TestCommand:
 
         asked.fails_after = None
         eval_command.run(command)
-        assert asked == [2, 2, 2]
+        assert asked == [2, 2]  # the verdicts on the harmful prompts were kept
         out = capsys.readouterr().out
         assert "already measured in an earlier run: builtin" in out
         assert "matcher: the verdicts on the same answers are those of an earlier run." in out
@@ -866,10 +896,10 @@ class TestCommand:
         assert [j["judge"] for j in first["evaluation"]["model"]["judgments"]] == [name, name, "matcher", "matcher"]
 
         eval_command.run(command)
-        assert asked == [2, 2, 2]
+        assert asked == [2, 2]
         assert json.loads((tmp_path / "a.json").read_text())["evaluation"] == first["evaluation"]
         eval_command.run([*arguments, "--judges", f"{name},matcher,{other}"])  # another judge, on harmful prompts only
-        assert asked == [2, 2, 2, 2]
+        assert asked == [2, 2, 2]
 
     @pytest.mark.parametrize(("change", "reason"), [("answers", None), ("files", "other judge_files")])
     def test_a_judge_is_asked_again_if_answers_or_its_files_are_others(

@@ -14,8 +14,8 @@ from .judgments import Judgment, pairs
 if TYPE_CHECKING:
     from .report import Measurement, Sample
 
-ByPlace = dict[str, list[Judgment]]
-"""A judge's judgments by the name of the set of prompts. The name is empty for a measurement's own prompts."""
+Ask = Callable[[Judge, Kind, "list[Sample]"], Judgment]
+"""How a judge is asked about the answers to one set of prompts of one kind."""
 
 
 class JudgeError(RuntimeError):
@@ -29,25 +29,13 @@ class JudgeError(RuntimeError):
         """The measurements in the order in which they were given, judged by the other judges."""
 
 
-def ask(judge: Judge, measurement: Measurement) -> ByPlace:
-    """Let a judge judge all answers of a measurement and of its sets, in one call for each kind of prompts."""
-    places = {"": measurement, **measurement.sets}
-    found: ByPlace = {place: [] for place in places}
-    for kind in judge.kinds:
-        each = {place: own for place, at in places.items() if (own := samples(at, kind))}
-        asked = [sample for own in each.values() for sample in own]
-        if asked:
-            verdicts = iter(judge.judge(kind, [s.prompt for s in asked], [s.answer for s in asked]))
-            for place, own in each.items():
-                found[place].append(Judgment.from_verdicts(judge, kind, [next(verdicts) for _ in own]))
-    return found
+def ask(judge: Judge, kind: Kind, samples: list[Sample]) -> Judgment:
+    """Let a judge judge the answers to prompts of one kind."""
+    verdicts = judge.judge(kind, [sample.prompt for sample in samples], [sample.answer for sample in samples])
+    return Judgment.from_verdicts(judge, kind, verdicts)
 
 
-def judged(
-    measurements: Sequence[Measurement],
-    judges: Sequence[Judge],
-    ask: Callable[[Judge, Measurement], ByPlace] = ask,
-) -> list[Measurement]:
+def judged(measurements: Sequence[Measurement], judges: Sequence[Judge], ask: Ask = ask) -> list[Measurement]:
     """Let judges judge the answers that measurements hold. This also works for results that were saved.
 
     Each judge is released when it is done, so that one model at a time is in memory.
@@ -55,7 +43,7 @@ def judged(
     Args:
         measurements: Measurements with answers.
         judges: The judges.
-        ask: How a judge is asked about a measurement. For example, `KeptVerdicts.ask` knows earlier verdicts.
+        ask: How a judge is asked. For example, `KeptVerdicts.ask` knows earlier verdicts.
 
     Returns:
         The measurements, each with `judgments` by these judges, and `agreements` of every two of them. So are their
@@ -64,11 +52,11 @@ def judged(
     Raises:
         JudgeError: If a judge fails. The others are asked first, and the error has their verdicts.
     """
-    found: list[ByPlace] = [{} for _ in measurements]
+    found: list[dict[str, list[Judgment]]] = [{} for _ in measurements]
     failures: dict[str, Exception] = {}
     for judge in judges:
         try:
-            each = [ask(judge, measurement) for measurement in measurements]
+            each = [_by_place(judge, measurement, ask) for measurement in measurements]
         except Exception as error:  # whatever it is, the answers may have taken hours
             failures[judge.name] = error
             continue
@@ -83,12 +71,21 @@ def judged(
     return done
 
 
-def samples(measurement: Measurement, kind: Kind) -> list[Sample]:
+def _by_place(judge: Judge, measurement: Measurement, ask: Ask) -> dict[str, list[Judgment]]:
+    """Return a judge's judgments of a measurement and of its sets by their names. The measurement's own is empty."""
+    places = {"": measurement, **measurement.sets}
+    return {
+        place: [ask(judge, kind, own) for kind in judge.kinds if (own := _samples(at, kind))]
+        for place, at in places.items()
+    }
+
+
+def _samples(measurement: Measurement, kind: Kind) -> list[Sample]:
     """Return a measurement's prompts of one kind, with their answers."""
     return measurement.harmful_samples if kind == "harmful" else measurement.benign_samples
 
 
-def _with_judgments(measurement: Measurement, found: ByPlace) -> Measurement:
+def _with_judgments(measurement: Measurement, found: Mapping[str, list[Judgment]]) -> Measurement:
     own = found.get("", [])
     sets = {name: _with_judgments(at, {"": found.get(name, [])}) for name, at in measurement.sets.items()}
     return replace(measurement, judgments=own, agreements=pairs(own), sets=sets)

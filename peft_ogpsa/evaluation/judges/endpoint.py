@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import logging
 import os
 import re
 import time
@@ -21,7 +23,13 @@ from .judge import LABELS, Judge, Kind, Label
 from .special_tokens import without_special_tokens
 
 _DEFAULT_ADDRESS = "https://api.openai.com/v1"
-_TRIES = 5
+_TRIES = 7  # a minute in all, because limits of requests are often per minute
+_FIRST = 5
+"""If the address refuses to judge the first so many answers, it is wrong for this. Later it is the answer's fault."""
+
+_OF_THE_ANSWER = (400, 413, 422)
+"""Status of a refusal that may be due to one answer, such as a content filter's, or to a wrong setting."""
+
 _LONGEST_WAIT = 60.0
 # The classes are XSTest's; the wording is this package's own.
 _INSTRUCTION = (
@@ -47,7 +55,13 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
+logger = logging.getLogger(__name__)
+
 _OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+class _Refused(ValueError):
+    """The address refuses to judge one answer, or has no verdict on it."""
 
 
 class EndpointJudge(Judge):
@@ -83,34 +97,63 @@ class EndpointJudge(Judge):
         return {"judge_address": _shown_address()}
 
     def judge(self, kind: Kind, prompts: Sequence[str], answers: Sequence[str]) -> list[Label | None]:
-        """Return one verdict for each answer. None: the reply is not one of the three words.
+        """Return one verdict for each answer.
+
+        None: the reply is not one of the three words, or the address refuses to judge this answer but not the others,
+        as content filters do. How many it refused is logged.
 
         Raises:
-            ValueError: If the address refuses a request. A request that fails for a moment is repeated first.
+            ValueError: If the address refuses all requests. A request that fails for a moment is repeated first.
         """
         self.check(kind, prompts, answers)
+        self._check_address()
+        verdicts: list[Label | None] = []
+        refused: list[_Refused] = []
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                replies = pool.map(self._reply, prompts, answers)
-                bar = tqdm(replies, total=len(answers), desc=self.name, disable=not self.progress)
-                return [parse(reply) for reply in bar]
+                replies = [pool.submit(self._reply, *both) for both in zip(prompts, answers, strict=True)]
+                for reply in tqdm(replies, desc=self.name, disable=not self.progress):
+                    try:
+                        verdicts.append(parse(reply.result()))
+                    except _Refused as error:
+                        verdicts.append(None)
+                        refused.append(error)
+                    if len(refused) == len(verdicts) == min(_FIRST, len(answers)):
+                        raise refused[0]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if refused:
+            logger.warning(
+                "%s: the address does not judge %d of %d answers, which are unclear. The first: %s",
+                self.name,
+                len(refused),
+                len(answers),
+                refused[0],
+            )
+        return verdicts
 
     def prepare(self) -> None:
         """Check the address and the key, without a request.
 
         Raises:
-            ValueError: If the address is no web address, or OpenAI's is used without a key.
+            ValueError: If the address is no web address or has a password, or OpenAI's is used without a key.
         """
-        address = _address()
-        if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
-            raise ValueError(f"{self.name}: OPENAI_BASE_URL must begin with http:// or https://. Correct it.")
-        if address == _DEFAULT_ADDRESS and not _key():
+        self._check_address()
+        if _address() == _DEFAULT_ADDRESS and not _key():
             raise ValueError(
                 f"{self.name}: OPENAI_API_KEY is not set. Set it in the environment, or set OPENAI_BASE_URL to "
                 "another OpenAI-compatible address."
+            )
+
+    def _check_address(self) -> None:
+        parts = urllib.parse.urlsplit(_address())
+        if parts.scheme not in ("http", "https"):
+            raise ValueError(f"{self.name}: OPENAI_BASE_URL must begin with http:// or https://. Correct it.")
+        if "@" in parts.netloc:
+            raise ValueError(
+                f"{self.name}: OPENAI_BASE_URL has a user or a password, which no request would send. Write "
+                f"{_shown_address()}, and set OPENAI_API_KEY."
             )
 
     def _reply(self, prompt: str, answer: str) -> str:
@@ -123,31 +166,32 @@ class EndpointJudge(Judge):
         try:
             return str(reply["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"{self.name}: the address {_shown_address()} does not reply as OpenAI's does."
-            ) from error
+            raise _Refused(f"{self.name}: the address {_shown_address()} does not reply as OpenAI's does.") from error
 
     def _post(self, body: dict[str, Any]) -> Any:
         for tries_left in reversed(range(_TRIES)):
+            status = 0
             wait = min(self.pause * 2 ** (_TRIES - 1 - tries_left), _LONGEST_WAIT)
+            sent = self._temperature  # another thread may clear it in the meantime
             try:
-                return self._request({**body, **self._temperature})
+                return self._request({**body, **sent})
             except urllib.error.HTTPError as error:
+                status = error.code
                 text = _without_key(error.read(2000).decode(errors="replace"))
-                reason = f"{error.code} {error.reason}: {text[:300]}"
-                if error.code == 400 and self._temperature and "temperature" in text:
+                reason = f"{status} {error.reason}: {text[:300]}"
+                if status == 400 and sent and "temperature" in text:
                     self._temperature = {}  # some models only have their own
                     continue
-                if not (error.code in (408, 409, 429) or error.code >= 500):
+                if not (status in (408, 409, 429) or status >= 500):
                     break
                 wait = min(max(wait, _seconds(error.headers.get("Retry-After"))), _LONGEST_WAIT)
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                reason = _without_key(str(getattr(error, "reason", error)))
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+                reason = _without_key(str(getattr(error, "reason", None) or error or type(error).__name__))
             except ValueError:
                 reason = "the reply is not JSON"
             if tries_left:
                 time.sleep(wait)
-        raise ValueError(
+        raise (_Refused if status in _OF_THE_ANSWER else ValueError)(
             f"{self.name}: {_shown_address()} does not answer ({reason}). Check OPENAI_BASE_URL, OPENAI_API_KEY and "
             "the model's name."
         )
