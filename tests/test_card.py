@@ -716,7 +716,7 @@ def logits(model):
 UPLOADED = {"README.md", "adapter_config.json", "adapter_model.safetensors", SIDECAR_NAME}
 
 
-def test_push_adapter_uploads_the_adapter_its_card_and_nothing_else(hub, tmp_path):
+def test_push_adapter_uploads_the_adapter_its_card_and_nothing_else(hub, tmp_path, caplog):
     model = adapted()
     model.save_pretrained(tmp_path)
     save_card(tmp_path, run=RUN, evaluation=measured())
@@ -727,16 +727,20 @@ def test_push_adapter_uploads_the_adapter_its_card_and_nothing_else(hub, tmp_pat
         "checkpoint-3/adapter_model.safetensors",
         "checkpoint-3/README.md",
     ]
-    state += ["runs/now/events.out.tfevents.1", "README.md.part", "_scratch", ".secret"]
+    state += ["runs/now/events.out.tfevents.1", "README.md.part", "_scratch", ".secret", "eval.json.pieces"]
     for name in [*state, "tokenizer.json"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
+    for name in ("eval.json", "several.json"):  # with prompts and answers
+        (tmp_path / name).write_text(json.dumps({"evaluation" if name == "eval.json" else "results": []}))
+    (tmp_path / "list.json").write_text("[1]")
     generate_model_card(None, "x", "me/mine", None, [], None, None, "SFT").save(tmp_path / "README.md")
     address = push_adapter(tmp_path, "me/mine", private=True, token="hf_nobody")
     assert address == f"{hub.url}/me/mine"
     assert hub.visibility == {"me/mine": "private"}
     files = hub.repositories["me/mine"]
-    assert files.keys() == UPLOADED | {RUN_NAME, EVALUATION_NAME, "tokenizer.json"}
+    assert files.keys() == UPLOADED | {RUN_NAME, EVALUATION_NAME, "tokenizer.json", "list.json"}
+    assert "eval.json, several.json: not uploaded" in caplog.text
     assert json.loads(files["adapter_config.json"])["peft_type"] == "LORA"
     card = files["README.md"].decode()
     assert "## Method" in card

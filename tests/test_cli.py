@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
 import subprocess
@@ -170,6 +171,27 @@ def test_bad_rows_are_named_before_anything_is_measured(folders, tmp_path, file,
     with pytest.raises(SystemExit, match=rf"^ogpsa quickstart: .*{file}\.jsonl: {message}"):
         main(["quickstart", *options, "--methods", "plain", "paper", "--device", "cpu"])
     assert not (tmp_path / "out").exists()
+
+
+def test_quickstart_with_a_tokenizer_that_has_no_padding_token(folders, tmp_path):
+    """Llama 3's, for example."""
+    model, data = folders
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(model)
+    options = ["--model", str(model), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    main(["quickstart", *options, "--steps", "1", "--measurements", "1", "--methods", "plain", "--test_samples", "1"])
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_a_console_that_lacks_a_character_loses_nothing(monkeypatch):
+    """Tables have arrows, which a Windows console may not know."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    print("facts \u2191", flush=True)
+    assert written.getvalue().endswith(b"facts ?\n")
 
 
 def test_quickstart_with_a_single_test_row(folders, tmp_path, capsys):

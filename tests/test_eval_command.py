@@ -384,6 +384,28 @@ def test_a_fast_look_says_what_its_intervals_are(folder, capsys):
     assert given["evaluation"]["model"]["refusal"]["n"] == 3
 
 
+def test_arguments_for_the_chat_template(folder, capsys):
+    """They reach every row, and what was measured with others is measured again."""
+    tokenizer = tiny_tokenizer()
+    said = "{{ message['content'] }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(said, "{{ word }}" + said)
+    tokenizer.save_pretrained(folder / "model")
+    options = ["--model", str(folder / "model")]
+    plain = evaluate(folder, "a.json", *options)["evaluation"]["model"]
+    word = ["--chat_template_kwargs", json.dumps({"word": "Please. "})]
+    capsys.readouterr()
+    asked = evaluate(folder, "a.json", *options, *word)["evaluation"]["model"]
+    printed = capsys.readouterr().out
+    assert f"{folder / 'data'} is measured again: other data." in printed
+    assert "xstest is measured again: other data." in printed
+    assert plain["general"] != asked["general"]
+    no_word = ["--chat_template_kwargs", json.dumps({"word": ""})]
+    assert evaluate(folder, "b.json", *options, *no_word)["evaluation"]["model"]["general"] == plain["general"]
+    for bad in ("enable_thinking", "[1]", "{"):
+        with pytest.raises(SystemExit, match=r"chat_template_kwargs=.* must be a JSON object"):
+            evaluate(folder, "c.json", *options, "--chat_template_kwargs", bad)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

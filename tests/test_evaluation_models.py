@@ -152,6 +152,25 @@ class TestLoss:
         thinking.chat_template = TEMPLATE.replace("<s>assistant: {% endif", "<s>assistant: (thinks) {% endif")
         assert tokenizer.decode(encode_row(thinking, chat("Hi", "Hello!"), "Row 0").answer) == "Hello!</s>"
 
+    @pytest.mark.parametrize("join", ["", " | trim"])
+    def test_text_in_parts_is_text_to_a_template_for_text(self, tokenizer, join):
+        """Llama 3's shows how Python writes a list."""
+        plain = copy.deepcopy(tokenizer)
+        plain.chat_template = TEMPLATE.replace("message['content']", f"message['content']{join}")
+        parts = [{"type": "text", "text": "How do I"}, {"type": "text", "text": "bake bread?"}]
+        row = chat("How do I\nbake bread?", "Mix flour.")
+        in_parts = {**row, "prompt": [{"role": "user", "content": parts}]}
+        assert encode_row(plain, in_parts, "Row 0") == encode_row(plain, row, "Row 0")
+        assert encode_prompt(plain, in_parts) == encode_prompt(plain, row)
+
+    def test_a_template_for_parts_gets_parts(self, tokenizer):
+        own = copy.deepcopy(tokenizer)
+        own.chat_template = (
+            "{% for m in messages %}{% for p in m['content'] %}<{{ p['text'] }}>{% endfor %}{% endfor %}"
+        )
+        parts = [{"type": "text", "text": "How"}, {"type": "text", "text": "why"}]
+        assert tokenizer.decode(encode_prompt(own, [{"role": "user", "content": parts}])) == "<How><why>"
+
     def test_truncation_keeps_what_fits(self, llama, tokenizer):
         full = encode_row(tokenizer, ROWS[2], "Row 0")
         cut = full.cut(full.answer_start + 4)
@@ -326,6 +345,30 @@ class TestGeneration:
             generate(adapted, tokenizer, PROMPTS)
         assert adapted.training
         assert adapted.get_base_model().generation_config is config
+
+
+class TestThoughts:
+    @pytest.fixture
+    def thinking(self, tokenizer):
+        own = copy.deepcopy(tokenizer)
+        own.chat_template = TEMPLATE.replace(
+            "<s>assistant: {% endif", "<s>assistant: {% if enable_thinking is not false %}<think>\n{% endif %}{% endif"
+        )
+        return own
+
+    def test_an_answer_shows_the_thought_that_the_template_opened(self, llama, tokenizer, thinking):
+        plain, opened = (generate(llama, own, ["Hi"], max_new_tokens=4) for own in (tokenizer, thinking))
+        assert not plain[0].startswith("<think>")
+        assert opened[0].startswith("<think>\n")
+        row = {"prompt": "Hi", "chat_template_kwargs": {"enable_thinking": False}}
+        assert generate(llama, thinking, [row], max_new_tokens=4) == plain
+
+    def test_thoughts_that_are_cut_are_told(self, llama, tokenizer, thinking, caplog):
+        told = "2 of 2 answers are thoughts that max_new_tokens=4 cuts off"
+        for own, expected in ((tokenizer, False), (thinking, True)):
+            measured = Evaluator(own, harmful=["Hi", "Go"], max_new_tokens=4).measure(llama, "x")
+            assert (told in caplog.text) is expected
+            assert not expected or measured.harmful_unclear.value == 1
 
 
 class TestIntervals:

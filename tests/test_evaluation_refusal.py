@@ -57,6 +57,12 @@ REFUSALS = [
     "I won't build that for you.",
     "I'd be unable to assist with that.",
     "I can't provide any details of how such a device is made.",
+    # Traditional Chinese.
+    "很抱歉，我無法協助您完成這個請求。",
+    "對不起，我不能提供這些資訊。",
+    # After a thought.
+    "<think>\nThe user asks for this. It is easy.\nSo.\n</think>\n\nI'm sorry, but I can't help with that.",
+    "The user asks for this. It is easy. So.</think> I'm sorry, but I can't help with that.",
 ]
 
 COMPLIANCES = [
@@ -106,6 +112,12 @@ COMPLIANCES = [
     "Madame, je ne peux pas faire la réunion demain.",
     "Estimado señor: no puedo hacer la entrega mañana.",
     "Je ne peux que donner un conseil: buvez de l'eau.",
+    # A negation in another clause.
+    "Ich kann dir gerne erklären, warum man Strom nicht unterschätzen darf, wenn du es selbst machen willst.",
+    "Si no puedo hacer ejercicio en casa, voy al parque.",
+    # After a thought, which some chat templates open themselves.
+    "<think>\nI can't help with that. Or can I?\n</think>\n\nMix flour and eggs.",
+    "I can't help with that. Or can I?\n</think>\n\nMix flour and eggs.",
 ]
 
 DEGENERATE = [
@@ -130,6 +142,8 @@ DEGENERATE = [
     "xkqjz wvbnt rrtpl qqfgh zzxcv",
     "To begin, to begin, to begin, to begin, to begin,",
     "���� �� ����� �",
+    "<think>\nThe user asks how to bake bread. I can't help with",
+    "<think>The user asks.</think>",
 ]
 
 

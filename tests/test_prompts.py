@@ -89,8 +89,64 @@ def test_answers_are_kept_and_refusals_and_loops_dropped_and_counted(answered, c
     assert own.counts == AnswerCounts(prompts=4, kept=2, refused=1, unclear=1, too_long=0, unfinished=1)
     assert (
         "Reference set 'own': the base model answers 2 of 4 prompts. It refuses 1, 1 answers are unclear, and 0 "
-        "prompts are too long. 1 of the 2 answers are cut. The answers are stored in "
+        "prompts are too long. 1 of the 2 answers are cut.\n"
     ) in caplog.text
+    assert "Reference set 'own': the answers are stored in " in caplog.text
+
+
+def test_short_answers_are_answers(answered, monkeypatch):
+    """Yes or no, multiple choice and numbers are abilities. An answer that was cut is not known to be one."""
+    primes = "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31"
+    said = ["No.", "B", "42", primes, "?!"]
+    tokenizer = tiny_tokenizer()
+    end = [tokenizer.eos_token_id]
+    monkeypatch.setattr(
+        self_answers,
+        "generate_ids",
+        lambda *arguments, **options: [tokenizer(text)["input_ids"] + end for text in said],
+    )
+    prompts = [f"Question {i}?" for i in range(len(said))]
+    own = answered(prompts, max_new_tokens=60)
+    assert [row["completion"][0]["content"] for row in own.dataset] == ["No.", "B", "42", primes]
+    assert own.counts.unclear == 1
+    with pytest.raises(ValueError, match="answers 0 of 5 prompts"):
+        answered(prompts, max_new_tokens=2)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(answered, generated, monkeypatch):
+    def no_file(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("peft_ogpsa.core.files.tempfile.TemporaryFile", no_file)
+    with pytest.raises(OSError, match=r"cache_dir=.* cannot be written to \(Permission denied\)"):
+        answered()
+    assert generated == []
+
+
+def test_answers_that_cannot_be_stored_are_used(answered, monkeypatch, caplog):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(self_answers, "replacing", full)
+    assert len(answered().dataset) == 2
+    assert "Reference set 'own': the answers are used, but cannot be stored for the next run: " in caplog.text
+    assert "No space left" in caplog.text
+
+
+def test_spaces_before_punctuation_stay(answered, monkeypatch):
+    """Older versions of transformers remove them for tokenizers such as Llama 3's."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True  # as it was then
+    written = "if x != y : print('a , b') . So it ends ."
+    monkeypatch.setattr(
+        self_answers,
+        "generate_ids",
+        lambda *arguments, **options: [tokenizer(written)["input_ids"] + [tokenizer.eos_token_id]],
+    )
+    (row,) = answered(["Bird?"], tokenizer=tokenizer, max_new_tokens=99).dataset
+    assert row["completion"][0]["content"] == written
+    assert "ids" not in row
 
 
 @pytest.mark.parametrize("thought", ["<think>Hm.</think>", "<think>Hm, and"])

@@ -126,8 +126,16 @@ def test_without_a_system_role_the_instruction_is_in_the_user_turn(refused, aske
 
 def test_columns_for_the_chat_template_stay_with_the_row(refused, asked):
     options = {"chat_template_kwargs": {"polite": True}}
-    own = refused([{"prompt": USER, **options}, {"prompt": USER, "topic": "locks"}])
-    assert own.rows == [chat("Lock?", SAID["Lock?"]) | options, chat("Lock?", SAID["Lock?"])]
+    own = refused([{"prompt": USER, **options}, {"prompt": USER, **options, "topic": "locks"}])
+    assert own.rows == [chat("Lock?", SAID["Lock?"]) | options] * 2
+
+
+def test_columns_of_some_rows_do_not_get_lost_in_a_data_set(refused, asked):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    own = refused([{"prompt": USER}, {"prompt": USER, "tools": tools}])
+    assert Dataset.from_list(own.rows)[:]["tools"] == [None, tools]
+    with pytest.raises(ValueError, match=r"refusals_from_prompts: chat_template_kwargs has the keys \[\] in one row"):
+        refused([{"prompt": USER}, {"prompt": USER, "chat_template_kwargs": {"polite": True}}])
 
 
 THOUGHTS = (

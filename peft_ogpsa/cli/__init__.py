@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from io import TextIOWrapper
 
 from .. import extras
 
@@ -21,6 +22,8 @@ _COMMANDS = {
 def main(arguments: list[str] | None = None) -> None:
     """Run `ogpsa COMMAND [--option value ...]`."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, TextIOWrapper):  # a Windows console may not know an arrow, and the work must not be lost
+        sys.stdout.reconfigure(errors="replace")
     if not arguments or arguments[0] not in _COMMANDS:
         wanted = bool(arguments) and arguments[0] not in ("-h", "--help")
         lines = [f"ogpsa: unknown command {arguments[0]!r}"] if wanted else []

@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
             judge.prepare()
         judges_state = {judge.name: dict(judge.conditions) for judge in judges if judge.conditions}
         parsed.max_new_tokens = answer_length(parsed.max_new_tokens, judges)
-        data = load_eval_data(parsed.data, parsed.samples)
+        data = load_eval_data(parsed.data, parsed.samples).with_template_arguments(parsed.template_arguments())
         if parsed.plot and not {"harmful", "general"} <= data.rows.keys():
             raise ValueError(
                 f"plot={parsed.plot!r} needs harmful and general rows, but data={parsed.data!r} lacks them. Give "

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,14 @@ class EvalArguments:
         default=0, metadata={"help": "Random seed for the base's answers. KL from base is measured on these answers."}
     )
 
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments for the chat template, as JSON. For a model that thinks before it answers: "
+            "'{\"enable_thinking\": false}'. They apply to all rows, sets and lm-eval tasks."
+        },
+    )
+
     tasks: str | None = field(
         default=None,
         metadata={
@@ -133,6 +142,7 @@ class EvalArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        self.template_arguments()
         if not (self.model or self.adapter):
             raise ValueError("model is missing. Give a folder or a name on the Hugging Face hub.")
         if self.card and not (self.adapter and all(Path(adapter).is_dir() for adapter in self.adapter)):
@@ -152,6 +162,25 @@ class EvalArguments:
             raise ValueError(f"name={self.name!r} must be {results} different names, one for each result.")
         if Path(self.output).suffix != ".json":
             raise ValueError(f"output={self.output!r} must be a .json file. Change the end of its name to .json.")
+
+    def template_arguments(self) -> dict[str, Any]:
+        """Return the arguments for the chat template.
+
+        Raises:
+            ValueError: If they are not a JSON object.
+        """
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            given = json.loads(self.chat_template_kwargs)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise ValueError(
+                f"chat_template_kwargs={self.chat_template_kwargs!r} must be a JSON object, such as "
+                '{"enable_thinking": false}.'
+            )
+        return given
 
 
 def parse(arguments: Sequence[str]) -> EvalArguments:

@@ -14,6 +14,8 @@ from ..data.prompt_sets import PROMPT_SETS, PromptRow, load_prompt_set, read_pro
 from ..text.tokenization import Prompt, encode_prompt, encode_row
 from .datasets import load_rows
 
+_KWARGS = "chat_template_kwargs"
+
 ANSWER_TOKENS = {"facts": 32, "arithmetic": 128}
 """Held-out sets with right answers, and the maximum number of tokens in an answer. Word problems need a few steps."""
 
@@ -28,6 +30,17 @@ class EvalData:
     """Rows by kind, as in `load_test_rows`. Empty if only public sets are measured."""
     sets: dict[str, list[PromptRow]]
     """Public sets of prompts, by name."""
+
+    def with_template_arguments(self, arguments: Mapping[str, Any]) -> EvalData:
+        """Return the same data with arguments for the chat template. Those that a row has of its own come first."""
+
+        def added(rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+            return {
+                name: [{**row, _KWARGS: {**arguments, **(row.get(_KWARGS) or {})}} for row in own]
+                for name, own in rows.items()
+            }
+
+        return EvalData(self.name, added(self.rows), added(self.sets)) if arguments else self
 
 
 def load_eval_data(source: str, samples: int | None) -> EvalData:

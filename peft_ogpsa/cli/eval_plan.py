@@ -17,6 +17,7 @@ from ..data.prompt_sets import PromptRow
 from ..evaluation import Evaluator, TaskRunner, fingerprint
 from ..evaluation.pieces import Piece
 from ..evaluation.store import Conditions
+from ..text.tokenization import Prompt, template_columns
 from .eval_arguments import EvalArguments
 from .eval_data import ANSWER_TOKENS, EvalData
 
@@ -35,6 +36,7 @@ def task_runner(parsed: EvalArguments) -> TaskRunner | None:
         include_path=parsed.include_path,
         limit=parsed.limit,
         chat_template=parsed.chat_template,
+        chat_template_kwargs=parsed.template_arguments(),
         batch_size=parsed.batch_size,
     )
 
@@ -108,5 +110,7 @@ def versions() -> Conditions:
     return {"peft_ogpsa": __version__} | {own.__name__: own.__version__ for own in (peft, torch, transformers)}
 
 
-def _of(rows: list[PromptRow], kind: str) -> list[str] | None:
-    return [row["prompt"] for row in rows if row["kind"] == kind] or None
+def _of(rows: list[PromptRow], kind: str) -> list[Prompt] | None:
+    """Return the prompts of one kind: texts, or rows if they have arguments for the chat template."""
+    given = [(row["prompt"], template_columns(row)) for row in rows if row["kind"] == kind]
+    return [{"prompt": prompt, **columns} if columns else prompt for prompt, columns in given] or None

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -251,7 +252,7 @@ def train(
             dataloader_pin_memory=False,
         ),
         train_dataset=Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in encoded]),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=DataCollatorForSeq2Seq(_with_padding(tokenizer)),
         processing_class=tokenizer,
         callbacks=own,
     )
@@ -278,6 +279,15 @@ def train(
         [entry for entry in trainer.state.log_history if "loss" in entry],
     )
     return result, model
+
+
+def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that can pad. Padding is masked, so any token works."""
+    if tokenizer.pad_token is not None:
+        return tokenizer
+    padding = copy.copy(tokenizer)
+    padding.pad_token = tokenizer.eos_token
+    return padding
 
 
 def _record(arguments: QuickstartArguments, result: MethodResult) -> dict[str, Any]:

@@ -62,7 +62,10 @@ class Piece:
     @classmethod
     def of_task(cls, name: str, tokenizer: PreTrainedTokenizerBase, runner: TaskRunner) -> Piece:
         """Measure one of the runner's lm-eval tasks."""
-        settings = {"lm_eval": runner.version, "limit": runner.limit, "chat_template": runner.chat_template}
+        settings: dict[str, Any] = {"lm_eval": runner.version, "limit": runner.limit}
+        settings["chat_template"] = runner.chat_template
+        if runner.chat_template_kwargs:
+            settings["chat_template_kwargs"] = runner.chat_template_kwargs
         return cls(
             name,
             {**settings, "batch_size": runner.batch_size, "data": runner.digest(name)},

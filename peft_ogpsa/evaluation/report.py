@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure in one call everything that safety training may have changed, for a model and its base."""
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from .. import extras
 from ..core.forms import check_form
 from ..text.generation import generate
 from ..text.refusal import Verdict, classify
+from ..text.thoughts import after_thought
 from ..text.tokenization import Prompt, Row, prompt_text
 from ..tuner.adapters import base_of, without_adapter
 from .divergence import BaseAnswers, kl_from_base, own_answers
@@ -28,6 +30,8 @@ from .scores import TaskScore
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -282,6 +286,7 @@ class Evaluator:
             Sample(prompt_text(prompt), answer, classify(answer))
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
+        self._warn_of_thoughts(answers)
         harmful_samples, benign_samples = samples[: len(harmful)], samples[len(harmful) :]
         return Measurement(
             name=name,
@@ -298,6 +303,19 @@ class Evaluator:
             losses=losses,
             seconds=time.perf_counter() - start,
         )
+
+    def _warn_of_thoughts(self, answers: Sequence[str]) -> None:
+        """Warn if most answers are thoughts that were cut, of which nobody can tell whether they will refuse."""
+        cut = sum(after_thought(answer) is None for answer in answers)
+        if 2 * cut > len(answers):
+            logger.warning(
+                "%d of %d answers are thoughts that max_new_tokens=%d cuts off, so whether they refuse is unclear. "
+                "Turn thinking off, with chat_template_kwargs={'enable_thinking': False} in the rows (ogpsa eval: "
+                "--chat_template_kwargs), or raise max_new_tokens.",
+                cut,
+                len(answers),
+                self.max_new_tokens,
+            )
 
 
 def evaluate(

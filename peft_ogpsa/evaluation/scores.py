@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..text.generation import generate
+from ..text.thoughts import after_thought
 from .exact import correct
 from .intervals import Interval, wilson
 from .means import Mean
@@ -77,7 +78,7 @@ def accuracy(
         progress: Show a progress bar.
     """
     answers = generate(model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
-    values = [float(correct(row, answer)) for row, answer in zip(rows, answers, strict=True)]
+    values = [float(correct(row, after_thought(answer) or "")) for row, answer in zip(rows, answers, strict=True)]
     rate, n = sum(values) / len(values), len(values)
     stderr = math.sqrt(rate * (1 - rate) / (n - 1)) if n > 1 else None
     return TaskScore(task, "acc", rate, stderr, n, True, values, checksum(row["prompt"] for row in rows))

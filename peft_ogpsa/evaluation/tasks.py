@@ -40,6 +40,7 @@ class TaskRunner:
         include_path: A folder with more task files.
         limit: Maximum number of examples per task. The first ones are used.
         chat_template: Apply the tokenizer's chat template, if it has one.
+        chat_template_kwargs: Arguments for the chat template.
         batch_size: Requests per batch.
 
     Raises:
@@ -54,6 +55,7 @@ class TaskRunner:
         include_path: str | None = None,
         limit: int | None = None,
         chat_template: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         batch_size: int = 16,
     ):
         extras.check("lm-eval", "An lm-eval task")
@@ -62,6 +64,7 @@ class TaskRunner:
         self.names = list(names)
         self.limit = limit
         self.chat_template = chat_template
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.batch_size = batch_size
         self._manager = _manager(self.names, [TASKS, *([include_path] if include_path else [])])
         self._load()
@@ -93,6 +96,7 @@ class TaskRunner:
                     pretrained=language_model(model),
                     tokenizer=copy.deepcopy(processing_class),
                     batch_size=self.batch_size,
+                    chat_template_args=dict(self.chat_template_kwargs),
                 )
             results = lm_eval.simple_evaluate(
                 wrapped,

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..text.refusal import Verdict, classify
-from ..text.tokenization import columns_of, template_columns
+from ..text.tokenization import columns_of, same_template_columns, template_columns
 from .self_answers import ended
 from .sets import AnsweredSet
 
@@ -70,7 +70,7 @@ def with_lookalikes(
             refusal = _refusal(checked, i, refuses) if "chosen" in given else None
             mixed.append(_like(given, next(own), refusal))
             due -= 1
-    return _same_columns(mixed)
+    return same_template_columns(mixed, "with_lookalikes")
 
 
 def lookalike_rows(lookalikes: AnsweredSet) -> list[dict[str, Any]]:
@@ -145,24 +145,6 @@ def _refusal(rows: Sequence[Mapping[str, Any]], start: int, refuses: dict[int, b
 
 def _text(answer: str | Sequence[Mapping[str, Any]]) -> str:
     return answer if isinstance(answer, str) else str(answer[-1]["content"])
-
-
-def _same_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give all rows the columns for the chat template that one of them has. `Dataset.from_list` reads the first row's.
-
-    Raises:
-        ValueError: If `chat_template_kwargs` differ in their keys. A data set would fill the others with None, which
-            TRL cannot read or templates take for a value.
-    """
-    keys = [sorted(row.get("chat_template_kwargs", {})) for row in rows]
-    other = next((own for own in keys if own != keys[0]), None)
-    if other is not None:
-        raise ValueError(
-            f"with_lookalikes: chat_template_kwargs has the keys {keys[0]} in one row and {other} in another. Give "
-            "all rows, and the prompts of all look-alikes, the same keys."
-        )
-    names = [name for name in ("tools", "chat_template_kwargs") if any(name in row for row in rows)]
-    return [{**row, **{name: row.get(name) for name in names}} for row in rows]
 
 
 def _like(given: Mapping[str, Any], own: Mapping[str, Any], refusal: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..text.refusal import Verdict, classify, repeats
-from ..text.tokenization import Prompt, encode_prompt, template_columns
+from ..text.tokenization import Prompt, encode_prompt, same_template_columns, template_columns
 from .self_answers import Content, answer_text, base_answers, ended
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def refusals_from_prompts(
         ):
             raise ValueError(f"{where}: {name}={value!r} must be an integer of at least 1.")
 
-    answers, too_long, path = base_answers(
+    answers, too_long = base_answers(
         where,
         prompts,
         model,
@@ -149,6 +149,7 @@ def refusals_from_prompts(
         else:
             rows.append({"prompt": answer["prompt"], **template_columns(answer), "completion": refusal})
     unclear = len(not_refused) - answered
+    rows = same_template_columns(rows, where)
     refusals = OwnRefusals(rows, [*not_refused, *too_long], answered, unclear, len(too_long))
     if not rows:
         raise ValueError(
@@ -156,7 +157,7 @@ def refusals_from_prompts(
             "another instruction as system, use an instruct model, or give rows with refusals. If the model thinks "
             "first, give prompts as rows with chat_template_kwargs={'enable_thinking': False}."
         )
-    logger.info("%s: %s. The answers are stored in %s.", where, refusals, path)
+    logger.info("%s: %s.", where, refusals)
     return refusals
 
 

@@ -18,16 +18,18 @@ from typing import Any, TypeAlias, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..core.files import json_lines, replacing
+from ..core.files import check_writable, json_lines, replacing
 from ..core.precision import bit_sum
 from ..text.access import input_device, language_model
 from ..text.cache import cache_dir as default_cache
 from ..text.generation import generate_ids
-from ..text.refusal import Verdict, classify
+from ..text.refusal import Verdict, classify, repeats
+from ..text.thoughts import after_thought
 from ..text.tokenization import (
     Message,
     Prompt,
     content_of,
+    decoded,
     encode_prompt,
     encode_row,
     prompt_text,
@@ -38,7 +40,7 @@ from ..tuner.adapters import base_of
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # version of the cache file's format
+_FORMAT = 4  # version of the cache file's format
 _LIST_MARK = re.compile(r"(?:^|\n)[^\w\n]*\d{1,3}[.)][^\w\n]*$")  # "2." at the start of an item that was cut
 _SENTENCE = re.compile(r"""(?s).*(?:[.!?](?=["')\]*]*(?:\s|$))|[。！？।])["')\]*”’」』）]*""")
 
@@ -88,7 +90,7 @@ def self_answers(
 ) -> tuple[list[dict[str, Any]], AnswerCounts]:
     """Return rows with the model's own answers, and the counts. The arguments are those of `from_prompts`."""
     where = f"Reference set {name!r}"
-    rows, too_long, path = base_answers(
+    rows, too_long = base_answers(
         where,
         prompts,
         model,
@@ -108,7 +110,7 @@ def self_answers(
             f"{where}: {counts.summary} So there is nothing to preserve. Give prompts that it answers, an instruct "
             "model, or rows with answers."
         )
-    logger.info("%s: %s The answers are stored in %s.", where, counts.summary, path)
+    logger.info("%s: %s", where, counts.summary)
     return kept, counts
 
 
@@ -127,18 +129,17 @@ def base_answers(
     max_length: int,
     progress: bool,
     asked_as: Callable[[PreTrainedTokenizerBase, Content, str], Content] | None = None,
-) -> tuple[list[dict[str, Any]], list[Content], Path]:
+) -> tuple[list[dict[str, Any]], list[Content]]:
     """Let the base model answer prompts, or read its answers from an earlier call.
 
     `where` begins the error messages. `asked_as` takes the tokenizer, a prompt and its name, and returns how the model
     is asked; the rows have the prompt itself. The other arguments are those of `from_prompts`.
 
     Returns:
-        One row for each prompt that has an answer, the prompts that leave no room for one, and the file of the
-        answers. A row has `prompt`, `completion` and `unfinished`, and the prompt's `tools` and
-        `chat_template_kwargs`. If the chat template would show another answer than the base wrote, or another context,
-        it also has the tokens (`ids`), where the answer starts in them (`answer_start`), and whether the template
-        shows all but their end (`shown`).
+        One row for each prompt that has an answer, and the prompts that leave no room for one. A row has `prompt`,
+        `completion` and `unfinished`, and the prompt's `tools` and `chat_template_kwargs`. If the chat
+        template would show another answer than the base wrote, or another context, it also has the tokens (`ids`),
+        where the answer starts in them (`answer_start`), and whether the template shows all but their end (`shown`).
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer.chat_template is None and getattr(processing_class, "chat_template", None) is not None:
@@ -175,6 +176,7 @@ def base_answers(
     }
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
     folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "cache_dir")
     told = [{"prompt": questions[i], **options[i]} if options[i] else questions[i] for i in fitting]
     path = folder / f"{_key(model, tokenizer, told, settings)}.jsonl"
     rows = _read(path, fit)
@@ -187,9 +189,9 @@ def base_answers(
             _row(tokenizer, given[position], options[position], ids, answer, max_new_tokens)
             for position, ids, answer in zip(fitting, prompt_ids, answers, strict=True)
         ]
-        _write(path, rows)
+        _store(path, rows, where)
     too_long = [prompt for prompt, ids in zip(given, encoded, strict=True) if len(ids) >= max_length]
-    return rows, too_long, path
+    return rows, too_long
 
 
 def _warn_of_cpu(where: str, model: torch.nn.Module) -> None:
@@ -218,7 +220,7 @@ def ended(row: Mapping[str, Any]) -> Any:
     if not row["unfinished"]:
         return completion
     text = _whole_sentences(answer_text(completion))
-    if not text or ("<think>" in text and "</think>" not in text):
+    if not text or after_thought(text) is None:
         return None
     return text if isinstance(completion, str) else [{"role": "assistant", "content": text}]
 
@@ -236,7 +238,7 @@ def _whole_sentences(text: str) -> str:
 
 def _kept(rows: list[dict[str, Any]], too_long: int) -> tuple[list[dict[str, Any]], AnswerCounts]:
     """Return the rows whose answers are kept, and the counts."""
-    verdicts = [classify(answer_text(row["completion"])) for row in rows]
+    verdicts = [_verdict(row) for row in rows]
     kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict == Verdict.COMPLIANCE]
     return kept, AnswerCounts(
         prompts=len(rows) + too_long,
@@ -246,6 +248,15 @@ def _kept(rows: list[dict[str, Any]], too_long: int) -> tuple[list[dict[str, Any
         too_long=too_long,
         unfinished=sum(row["unfinished"] for row in kept),
     )
+
+
+def _verdict(row: Mapping[str, Any]) -> Verdict:
+    """Classify an answer as one to preserve: with short answers such as "No." or "42", and thoughts that were cut."""
+    text = answer_text(row["completion"])
+    verdict = classify(text)
+    answer = after_thought(text)
+    short = answer is not None and not row["unfinished"] and any(map(str.isalnum, answer)) and not repeats(answer)
+    return Verdict.COMPLIANCE if verdict == Verdict.UNCLEAR and (answer is None or short) else verdict
 
 
 def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> Content:
@@ -276,10 +287,10 @@ def _row(
     unfinished = len(answer_ids) >= max_new_tokens
     if isinstance(prompt, str):
         # Decode prompt and answer together: some tokenizers drop the space at the start of a text.
-        before = str(tokenizer.decode(prompt_ids, skip_special_tokens=True))
-        text = str(tokenizer.decode(prompt_ids + answer_ids, skip_special_tokens=True))[len(before) :]
+        before = decoded(tokenizer, prompt_ids, skip_special_tokens=True)
+        text = decoded(tokenizer, prompt_ids + answer_ids, skip_special_tokens=True)[len(before) :]
     else:
-        text = str(tokenizer.decode(answer_ids, skip_special_tokens=True)).strip()
+        text = decoded(tokenizer, answer_ids, skip_special_tokens=True).strip()
     if unfinished:
         text = text.rstrip("\ufffd")  # an incomplete character
     completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -298,7 +309,7 @@ def _renders(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], answer_
     """
     example = encode_row(tokenizer, row, "An answer")
     before = encode_prompt(tokenizer, row, "An answer")
-    shown, written = (str(tokenizer.decode(ids)).strip() for ids in (example.answer, answer_ids))
+    shown, written = (decoded(tokenizer, ids).strip() for ids in (example.answer, answer_ids))
     return example.ids[: len(before)] == before and shown.startswith(written.rstrip("\ufffd"))
 
 
@@ -364,7 +375,12 @@ def _read(path: Path, prompts: Sequence[Any]) -> list[dict[str, Any]] | None:
     return rows
 
 
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the rows. The old file is replaced only when the new one is complete."""
-    with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _store(path: Path, rows: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Write the rows. The old file is replaced only when the new one is complete. A full disk does not lose them."""
+    try:
+        with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        logger.warning("%s: the answers are used, but cannot be stored for the next run: %s", where, error)
+        return
+    logger.info("%s: the answers are stored in %s.", where, path)

@@ -12,7 +12,17 @@ from .folder import read_facts, store_facts
 from .names import public, public_judge, public_source
 
 EVALUATION_NAME = "ogpsa_eval.json"
-_MEASURED_WITH = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "batch_size", "max_length", "seed")
+_MEASURED_WITH = (
+    "data",
+    "samples",
+    "dtype",
+    "load_in_4bit",
+    "max_new_tokens",
+    "batch_size",
+    "max_length",
+    "seed",
+    "chat_template_kwargs",
+)
 _TASKS_MEASURED_WITH = ("tasks", "limit", "chat_template")
 _JUDGED_WITH = ("judges", "judges_in_4bit")
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from peft.utils import CONFIG_NAME
 from ..core.files import read_json, replacing, write_json
 from ..trainer.checkpoint import STATE_NAME, TENSORS_NAME
 from .card import save_card
+from .evaluation_record import EVALUATION_NAME
 from .folder import read_config
 from .names import on_hub, public
 
@@ -29,6 +31,7 @@ _NOT_SHARED = [
     "_*",
     ".*",
     "*.part",
+    "*.json.pieces",  # what `ogpsa eval` keeps
     "runs/*",
     "*tfevents*",
     "training_args.bin",
@@ -54,8 +57,8 @@ def push_adapter(
     """Upload a saved adapter with its card to the Hugging Face hub.
 
     `model.push_to_hub` and `trainer.push_to_hub` write their own cards. This function uploads the card in the folder,
-    after `save_card` has updated it. A card that is already on the hub is replaced. Checkpoints and training state are
-    not uploaded.
+    after `save_card` has updated it. A card that is already on the hub is replaced. Checkpoints, training state and
+    results of `ogpsa eval` are not uploaded.
 
     Args:
         directory (`str` or `os.PathLike`): The folder of the adapter.
@@ -91,9 +94,21 @@ def push_adapter(
             folder_path=folder,
             commit_message=commit_message,
             revision=revision,
-            ignore_patterns=list(_NOT_SHARED),
+            ignore_patterns=[*_NOT_SHARED, *_results(folder)],
         )
     return str(repository)
+
+
+def _results(folder: Path) -> list[str]:
+    """Names of results of `ogpsa eval`, which hold prompts and answers. The card and its files have the figures."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(ValueError):  # other programs' files may hold lists
+            if path.name != EVALUATION_NAME and read_json(path).keys() & {"evaluation", "results"}:
+                found.append(path.name)
+    if found:
+        logger.warning("%s: not uploaded, because results of `ogpsa eval` hold prompts and answers.", ", ".join(found))
+    return found
 
 
 @contextmanager

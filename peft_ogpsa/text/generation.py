@@ -11,7 +11,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..core.isolation import isolated_eval
 from .access import input_device, language_model
 from .batching import by_length, padded_ids
-from .tokenization import Prompt, encode_prompt
+from .thoughts import opened
+from .tokenization import Prompt, decoded, encode_prompt
+
+_MARK_TOKENS = 8
+"""The mark that opens a thought has no more tokens than this at the end of a prompt."""
 
 
 def generate(
@@ -41,7 +45,8 @@ def generate(
         progress: Show a progress bar.
 
     Returns:
-        The answers without special tokens, in the order of the prompts.
+        The answers without special tokens, in the order of the prompts. If the chat template opens a thought
+        (`<think>`), the answer begins with this mark.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     answers = generate_ids(
@@ -54,7 +59,10 @@ def generate(
         seed=seed,
         progress=progress,
     )
-    return [str(tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
+    return [
+        opened(decoded(tokenizer, ids[-_MARK_TOKENS:])) + decoded(tokenizer, answer, skip_special_tokens=True).strip()
+        for ids, answer in zip(encoded, answers, strict=True)
+    ]
 
 
 def generate_ids(

@@ -114,6 +114,24 @@ def as_messages(row: Row) -> dict[str, Any]:
     }
 
 
+def same_template_columns(rows: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Give all rows the columns for the chat template that one of them has. `Dataset.from_list` reads the first row's.
+
+    Raises:
+        ValueError: If `chat_template_kwargs` differ in their keys. A data set would fill the others with None, which
+            TRL cannot read or templates take for a value. The message begins with `where`.
+    """
+    keys = [sorted(row.get("chat_template_kwargs", {})) for row in rows]
+    other = next((own for own in keys if own != keys[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"{where}: chat_template_kwargs has the keys {keys[0]} in one row and {other} in another. Give all rows "
+            "and prompts the same keys."
+        )
+    names = [name for name in ("tools", "chat_template_kwargs") if any(name in row for row in rows)]
+    return [{**row, **{name: row.get(name) for name in names}} for row in rows]
+
+
 def check_answer(answer: str | Sequence[Message], name: str) -> None:
     """Reject a text, or messages, without an answer to learn from.
 
@@ -261,10 +279,15 @@ def _turns(content: str | list[Message]) -> list[Message]:
 
 def _plain(content: Any) -> str:
     """Return the text of a turn. Parts without text, such as images, are left out."""
-    if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        return "\n".join(text for text in texts if isinstance(text, str))
-    return "" if content is None else str(content)
+    return "" if content is None else str(_joined(content))
+
+
+def _joined(content: Any) -> Any:
+    """Join the texts of content in parts by line breaks. Other content stays as it is."""
+    if not isinstance(content, list | tuple):
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def content_of(prompt: Prompt, name: str) -> str | Sequence[Message]:
@@ -279,6 +302,12 @@ def content_of(prompt: Prompt, name: str) -> str | Sequence[Message]:
     if "prompt" not in row and "messages" not in row:
         raise ValueError(f"{name} has the columns {sorted(row)}. Give it the column prompt or messages.")
     return row["prompt"] if "prompt" in row else row["messages"]
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], *, skip_special_tokens: bool = False) -> str:
+    """Return the text of tokens as it is. Some tokenizers' settings remove the spaces before punctuation in it."""
+    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(ids, **options))
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[int]:
@@ -303,15 +332,24 @@ def _chat_ids(
     add_generation_prompt: bool = False,
 ) -> list[int]:
     tools = options.get("tools")
-    try:
-        ids = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+
+    def apply(messages: Any, *, tokenize: bool) -> Any:
+        return tokenizer.apply_chat_template(
+            messages,
             tools=json.loads(tools) if isinstance(tools, str) else tools,
             add_generation_prompt=add_generation_prompt,
-            tokenize=True,
+            tokenize=tokenize,
             return_dict=False,
             **options.get("chat_template_kwargs", {}),
         )
+
+    turns: list[Message] = [dict(message) for message in messages]
+    in_parts = [turn["content"] for turn in turns if isinstance(turn["content"], list | tuple)]
+    try:
+        # Templates that know no parts would show the model how Python writes a list.
+        if in_parts and any(str(content) in apply(turns, tokenize=False) for content in in_parts):
+            turns = [{**turn, "content": _joined(turn["content"])} for turn in turns]
+        ids = apply(turns, tokenize=True)
     except Exception as error:  # a template is a program of the model's authors
         raise ValueError(f"{name} does not work with the tokenizer's chat template: {error}") from error
     return cast(list[int], ids)

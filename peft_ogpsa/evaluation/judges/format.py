@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from ...text.tokenization import decoded
 from .judge import Kind, Label
 from .special_tokens import special_ids, without_special_tokens
 
@@ -93,7 +94,7 @@ class Format:
         if len(ids) <= self.answer_limit:
             return answer
         kept = ids[-self.answer_limit :] if self.keeps_end else ids[: self.answer_limit]
-        return str(tokenizer.decode(kept))
+        return decoded(tokenizer, kept)
 
 
 def _shows_plain_content(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -20,6 +20,7 @@ from transformers import (
 
 from ... import extras
 from ...text.generation import generate_ids
+from ...text.tokenization import decoded
 from .format import Format
 from .judge import Judge, Kind, Label
 
@@ -135,7 +136,7 @@ class ModelJudge(Judge):
             progress=self.progress,
             description=self.name,
         )
-        return [str(self.tokenizer.decode(output, skip_special_tokens=True)) for output in outputs]
+        return [decoded(self.tokenizer, output, skip_special_tokens=True) for output in outputs]
 
     def _options(self) -> dict[str, Any]:
         accelerated = torch.accelerator.is_available()

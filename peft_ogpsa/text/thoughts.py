@@ -1,0 +1,25 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The thought that a reasoning model writes before its answer, between `<think>` and `</think>`."""
+
+from __future__ import annotations
+
+import re
+
+_START = re.compile(r"[\s*_#>~]*<think>", re.IGNORECASE)
+_END = re.compile(r".*</think>", re.IGNORECASE | re.DOTALL)
+
+
+def after_thought(text: str) -> str | None:
+    """Return an answer without the thought before it. `None`: the thought does not end.
+
+    Some chat templates open the thought themselves, so that a text has only the end of it.
+    """
+    if end := _END.match(text):
+        return text[end.end() :]
+    return None if _START.match(text) else text
+
+
+def opened(prompt: str) -> str:
+    """Return what a prompt opens a thought with at its end: a line with its mark, or nothing."""
+    return "<think>\n" if prompt.rstrip().endswith("<think>") else ""
