@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig, LoraModel, PeftConfig, PeftType
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, Trainer, TrainerCallback
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 # Python
 
@@ -273,6 +273,44 @@ def trainer_of(callback: TrainerCallback) -> Trainer | None:
         if isinstance(trainer, Trainer) and callback in trainer.callback_handler.callbacks:
             return trainer
     return None
+
+
+def output_directory(trainer: Trainer | None, args: TrainingArguments) -> str:
+    """The folder of a trainer's checkpoints: in a hyperparameter search that of the trial.
+
+    Relies on: `Trainer._get_output_dir`, and `Trainer._trial`, which a search sets.
+    """
+    trial = getattr(trainer, "_trial", None)
+    if trainer is None or trial is None or not trainer.state.is_hyper_param_search:
+        return args.output_dir or "."
+    return trainer._get_output_dir(trial)
+
+
+def after_checkpoints(trainer: Trainer, act: Callable[[], None]) -> None:
+    """Let a trainer call `act` after each checkpoint that it writes, instead of the last one given for it.
+
+    Relies on: `Trainer._save_checkpoint` writes a checkpoint. `enable_jit_checkpoint` calls it without the event
+    `on_save`.
+    """
+    save = trainer._save_checkpoint
+    save = getattr(save, "without_ogpsa", save)
+
+    @functools.wraps(save)
+    def save_both(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        act()
+
+    save_both.without_ogpsa = save  # type: ignore[attr-defined]
+    trainer._save_checkpoint = save_both  # type: ignore[method-assign]
+
+
+def reference_adapter(trainer: Trainer | None) -> str | None:
+    """The adapter that is a trainer's reference policy, if there is one.
+
+    Relies on: TRL's trainers name it `ref`, or take `ref_adapter_name` (before TRL 1.0).
+    """
+    name = getattr(trainer, "ref_adapter_name", None) or "ref"
+    return name if name in getattr(getattr(trainer, "model", None), "peft_config", {}) else None
 
 
 def _callers() -> Iterator[Any]:

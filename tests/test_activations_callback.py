@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
 from datasets import Dataset
 from models import chat, randomize, tiny_llama, tiny_tokenizer
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_callback import GENERAL, TRAINING, sets, sft, weights
 from trl import DPOConfig, DPOTrainer
@@ -157,7 +158,7 @@ def pairs():
     ]
 
 
-def dpo(tmp_path, model, callback):
+def dpo(tmp_path, model, callback, **options):
     return DPOTrainer(
         model,
         args=DPOConfig(
@@ -171,6 +172,7 @@ def dpo(tmp_path, model, callback):
             use_cpu=True,
             disable_tqdm=True,
             gradient_checkpointing=False,
+            **options,
         ),
         train_dataset=Dataset.from_list(pairs()),
         processing_class=tiny_tokenizer(),
@@ -281,6 +283,75 @@ def test_a_second_stage_from_a_saved_adapter_is_built_from_the_same_references(t
     for name, value in trained.items():
         torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-6)
     assert leak(again) < 1e-6
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_the_reference_policy_loses_what_the_adapter_loses(tmp_path, caplog, precompute):
+    """TRL copies the adapter before the subspace of other references takes a part of it away."""
+    model = model_of()
+    sft(tmp_path, model, learning_rate=5e-2, max_steps=20).train()
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
+    trainer = dpo(tmp_path, again, OGPSACallback(similar()), logging_steps=1, precompute_ref_log_probs=precompute)
+    trainer.args.learning_rate = 0.0
+    if precompute:
+        with pytest.raises(ValueError, match=r"of the adapter's effect .* precompute_ref_log_probs=False"):
+            trainer.train()
+        return
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        trainer.train()
+    assert "of its effect in a layer acted on the reference inputs" in caplog.text
+    assert "The reference policy (adapter 'ref') is the adapter without that part" in caplog.text
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in logged] == pytest.approx([math.log(2)] * len(logged), abs=1e-4)
+    assert all(entry["rewards/chosen"] == entry["rewards/rejected"] == 0 for entry in logged)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_second_stage_with_a_configuration_goes_on_in_the_subspace_of_the_first(tmp_path, caplog, whole):
+    """Also if settings are others that the subspace does not depend on."""
+
+    def config(**overrides):
+        if whole:
+            own = {"exclude": ["embed_tokens", "*norm*", "lm_head"]}
+            return FullParameterConfig(subspace="activations", subspace_rank=8, **own, **overrides)
+        return OGPSAConfig(subspace_rank=8, **overrides)
+
+    model = base() if whole else get_peft_model(base(), LoraConfig(**LORA))
+    sft(tmp_path, model, [OGPSACallback(sets(), config=config(reference_weight=0.0))]).train()
+    projector = projector_of(model)
+    first = projector.activations
+    again = [OGPSACallback([ReferenceSet("new", TRAINING)], config=config(reference_weight=1.0))]
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        sft(tmp_path, model, again).train()
+    assert projector_of(model) is projector
+    assert projector.activations is first
+    assert projector.config.reference_weight == 1.0
+    assert projector.diagnostics.refreshes > 0
+    assert "earlier stage, which was built from other reference sets" in caplog.text
+
+
+def test_whole_weights_that_are_excluded_otherwise_are_another_projection(tmp_path):
+    model = base()
+    own = {"subspace": "activations", "subspace_rank": 8}
+    every = ["embed_tokens", "*norm*", "lm_head"]
+    sft(tmp_path, model, [OGPSACallback(sets(), config=FullParameterConfig(exclude=every, **own))]).train()
+    first = projector_of(model)
+    fewer = FullParameterConfig(exclude=[*every, "layers.0"], **own)
+    sft(tmp_path, model, [OGPSACallback(sets(), config=fewer)]).train()
+    assert projector_of(model) is not first
+    assert not any("layers.0." in matrix.name for matrix in projector_of(model).activations.matrices)
+
+
+def test_whole_weights_need_no_loss_that_nothing_uses(tmp_path):
+    """KL is the loss of `from_prompts`. Without a reference weight, only the inputs of the references count."""
+    own = {"subspace": "activations", "subspace_rank": 8, "exclude": ["embed_tokens", "*norm*", "lm_head"]}
+    model = base()
+    kl = [ReferenceSet("general", GENERAL, loss="kl")]
+    sft(tmp_path, model, [OGPSACallback(kl, config=FullParameterConfig(**own))]).train()
+    assert projector_of(model).activations is not None
+    with pytest.raises(ValueError, match="needs the model without its adapter"):
+        sft(tmp_path, base(), [OGPSACallback(kl, config=FullParameterConfig(reference_weight=1.0, **own))]).train()
 
 
 def test_a_plain_adapter_is_refused_with_the_remedy(tmp_path):

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import loops
 import pytest
@@ -26,9 +27,11 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import HPSearchBackend
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
+from peft_ogpsa.core import step
 from peft_ogpsa.references.budget import refresh_samples
 from peft_ogpsa.references.losses import LOSSES, reference_loss
 from peft_ogpsa.trainer.callback import examples_per_step
@@ -540,6 +543,24 @@ def test_nested_trainers_may_share_a_callback(tmp_path):
     assert (tmp_path / "outer" / "run" / "checkpoint-6" / TENSORS_NAME).is_file()
 
 
+def of_rows(tmp_path, model, trainer_class=Trainer, **options):
+    """A trainer of transformers on `TRAINING`."""
+    tokenizer = tiny_tokenizer()
+    ids = [
+        tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+        for row in TRAINING
+    ]
+    settings = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    given = {"model_init": model} if not isinstance(model, torch.nn.Module) else {"model": model}
+    return trainer_class(
+        **given,
+        args=TrainingArguments(**{**settings, "learning_rate": 1e-2, **options}),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[OGPSACallback(sets(), processing_class=tokenizer)],
+    )
+
+
 class Small(Trainer):
     """Runs out of memory with more than two examples."""
 
@@ -559,27 +580,8 @@ def test_the_reference_batch_shrinks_with_the_batch_that_the_trainer_finds(tmp_p
         return reference_loss(model, batch)
 
     monkeypatch.setattr("peft_ogpsa.trainer.callback.reference_loss", limited)
-    tokenizer = tiny_tokenizer()
-    ids = [
-        tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
-        for row in TRAINING
-    ]
-    trainer = Small(
-        model_of(refresh_samples=8),
-        args=TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=8,
-            auto_find_batch_size=True,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=[OGPSACallback(sets(), processing_class=tokenizer)],
-    )
+    options = {"max_steps": 2, "per_device_train_batch_size": 8, "auto_find_batch_size": True, "save_strategy": "no"}
+    trainer = of_rows(tmp_path, model_of(refresh_samples=8), Small, **options)
     trainer.train()
     assert trainer.model.projector.steps == 2
     assert sizes[0] > 2 >= sizes[-1]
@@ -611,6 +613,97 @@ def test_both_gradients_are_clipped_to_the_trainers_norm(tmp_path, limit):
     else:
         assert min(norms) > 0.15
         assert min(logged) > 0.15
+
+
+def test_a_norm_of_minus_one_clips_nothing(tmp_path):
+    """As in transformers, which clips only to a norm above 0."""
+    trained = []
+    for limit in (0.0, -1.0):
+        trainer = sft(tmp_path, model_of(reference_weight=2.0, refresh_steps=1), max_steps=3, max_grad_norm=limit)
+        trainer.train()
+        trained.append(weights(trainer.model))
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
+@pytest.mark.parametrize("limit", [None, 0.0, -1.0])
+def test_a_projector_without_a_norm_clips_nothing(limit):
+    assert step._clipping(None, [0], limit) == 1.0
+
+
+class Later(Trainer):
+    """Runs out of memory at one step with more than two examples."""
+
+    at = None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == self.at and len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_resumed_run_that_tries_a_smaller_batch_goes_on(tmp_path, caplog):
+    """transformers does not load the checkpoint's weights again, so that its subspace does not fit them."""
+    options = {"per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    of_rows(tmp_path, model_of(refresh_samples=2), max_steps=2, save_steps=2, **options).train()
+    trainer = of_rows(tmp_path, model_of(refresh_samples=2), Later, max_steps=8, save_strategy="no", **options)
+    trainer.at = 5
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 8
+    assert "the weights that it has reached" in caplog.text
+    other = of_rows(tmp_path, randomize(model_of(refresh_samples=2)), max_steps=8, save_strategy="no", **options)
+    other._load_from_checkpoint = lambda *_: None
+    with pytest.raises(CheckpointError, match="belongs to other weights"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_trial_of_a_search_saves_in_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    trainer = of_rows(tmp_path, lambda trial=None: model_of(), max_steps=2, save_steps=2)
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: {}
+    trainer.train(trial=SimpleNamespace(number=7, params={}))
+    assert (tmp_path / "run-7" / "checkpoint-2" / TENSORS_NAME).is_file()
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+@pytest.mark.skipif(
+    "enable_jit_checkpoint" not in TrainingArguments.__dataclass_fields__, reason="transformers 5 has it"
+)
+def test_a_checkpoint_without_the_event_has_the_subspace(tmp_path):
+    """`enable_jit_checkpoint` saves so when a machine is taken away."""
+
+    class Taken(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                self.trainer._save_checkpoint(self.trainer.model, trial=None)
+                control.should_training_stop = True
+
+    straight = sft(tmp_path / "straight", lr_scheduler_type="constant")
+    straight.train()
+    callback = Taken()
+    callback.trainer = stopped = sft(
+        tmp_path,
+        callbacks=[OGPSACallback(sets()), callback],
+        enable_jit_checkpoint=True,
+        save_strategy="steps",
+        save_steps=2,
+        lr_scheduler_type="constant",
+    )
+    stopped.train()
+    for number in (2, 3):
+        assert (tmp_path / "run" / f"checkpoint-{number}" / TENSORS_NAME).is_file()
+    resumed = sft(tmp_path, lr_scheduler_type="constant")
+    resumed.train(resume_from_checkpoint=True)
+    expected = weights(straight.model)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed.model).items())
+
+
+def test_what_is_uploaded_during_training_has_ogpsas_settings(tmp_path):
+    trainer = sft(tmp_path, max_steps=1)
+    trainer.args.push_to_hub, trainer._finish_current_push = True, lambda: None
+    trainer.train()
+    settings = json.loads((tmp_path / "run" / "ogpsa_config.json").read_text())
+    assert settings["subspace"] == "gradients"
+    assert settings["rows"] == 8
 
 
 def three_sets(loss="answer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from peft import (
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig
 
 import peft_ogpsa
@@ -294,6 +295,38 @@ def test_a_callback_finds_its_trainer(tmp_path):
     )
     assert finder.found == [trainer]
     assert compat.trainer_of(finder) is None  # outside of its events
+
+
+def test_the_folder_of_a_trainer_and_of_a_trial(tmp_path):
+    trainer = SimpleNamespace(state=TrainerState(), _get_output_dir=lambda trial: f"{tmp_path}/run-{trial}")
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    assert compat.output_directory(None, args) == compat.output_directory(trainer, args) == str(tmp_path)
+    trainer._trial = 3
+    assert compat.output_directory(trainer, args) == str(tmp_path)  # the search is over
+    trainer.state.is_hyper_param_search = True
+    assert compat.output_directory(trainer, args) == f"{tmp_path}/run-3"
+    assert list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
+
+
+def test_what_follows_a_checkpoint_is_called_once():
+    done = []
+    trainer = SimpleNamespace(_save_checkpoint=lambda model, trial: done.append("saved"))
+    for name in ("first", "second"):
+        compat.after_checkpoints(trainer, lambda name=name: done.append(name))
+    trainer._save_checkpoint("model", trial=None)
+    assert done == ["saved", "second"]
+    assert list(inspect.signature(Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
+
+
+def test_the_adapter_that_is_the_reference_policy():
+    def trainer(*adapters, **names):
+        return SimpleNamespace(model=SimpleNamespace(peft_config=dict.fromkeys(adapters)), **names)
+
+    assert compat.reference_adapter(trainer("default", "ref")) == "ref"
+    assert compat.reference_adapter(trainer("default", "old", ref_adapter_name="old")) == "old"
+    assert compat.reference_adapter(trainer("default", ref_adapter_name=None)) is None
+    assert compat.reference_adapter(SimpleNamespace(model=None)) is None
+    assert compat.reference_adapter(None) is None
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.22.2", "5.23.0", "5.100.0.dev0", "6.0.0"])

@@ -147,6 +147,13 @@ class WholeTargets:
         self.rows_on_host = config.rows_device == "cpu"
         self._known: list[tuple[str, str, nn.Parameter]] | None = None
 
+    def takes(self, config: FullParameterConfig) -> bool:
+        """Take other settings for a next stage, unless they select other parameters. Return whether it took them."""
+        if (config.exclude, config.rows_device) != (self.config.exclude, self.config.rows_device):
+            return False
+        self.config = config
+        return bool(self.trained())
+
     def trained(self) -> list[tuple[str, str, nn.Parameter]]:
         """Name, owner (the module that it belongs to) and parameter of everything in training that is not excluded."""
         known = self._known  # another thread may reset it in the meantime

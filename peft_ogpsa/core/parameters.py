@@ -18,6 +18,10 @@ from .precision import LOW_PRECISION
 from .targets import Targets
 
 
+class OtherWeightsError(ValueError):
+    """A saved subspace belongs to other weights than those in training."""
+
+
 class Parameters:
     """The parameters in training.
 
@@ -98,14 +102,14 @@ class Parameters:
         """Compare the result of `fingerprint` with a saved one.
 
         Raises:
-            ValueError: If they differ.
+            OtherWeightsError: If they differ.
         """
         # Rounding to bfloat16 changes a norm by less than this.
         for name, norm in self.fingerprint().items():
             if name not in saved:
-                raise ValueError(f"The saved subspace belongs to other weights: they have no parameter {name}.")
+                raise OtherWeightsError(f"The saved subspace belongs to other weights: they have no parameter {name}.")
             if abs(norm - saved[name]) > 2**-8 * max(norm, saved[name]):
-                raise ValueError(
+                raise OtherWeightsError(
                     f"The saved subspace belongs to other weights: {name} has the norm {norm:.6g}, but it had the "
                     f"norm {saved[name]:.6g} when the subspace was saved. Restore the weights of the same checkpoint "
                     "first."

@@ -61,7 +61,7 @@ class Projector:
             and run in Triton's interpreter, but not on a GPU yet.
         max_grad_norm (`float`, *optional*): The norm that the training gradient is clipped to. The callback takes it
             from the trainer's arguments. The mean reference gradient is clipped to the same norm, before it is
-            multiplied by `reference_weight`. `None`: no clipping.
+            multiplied by `reference_weight`. `None`, or 0 or less: no clipping.
         guard (`Guard`): The checks that training is what the user expects.
         targets (`Targets`): What is projected.
     """

@@ -249,6 +249,6 @@ class Step:
 
 def _clipping(subspace: Subspace, fresh: list[int], max_grad_norm: float | None) -> Tensor | float:
     """The factor that clips the mean reference gradient to a norm, as `clip_grad_norm_` would."""
-    if max_grad_norm is None:
+    if max_grad_norm is None or max_grad_norm <= 0:  # as in transformers' Trainer
         return 1.0
     return (max_grad_norm / (subspace.length(subspace.mean_weights(fresh)) + 1e-6)).clamp(max=1.0)

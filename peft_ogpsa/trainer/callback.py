@@ -26,6 +26,7 @@ from ..core.attachment import projector_of, projectors_in
 from ..core.config import ProjectionConfig
 from ..core.full_parameter import FullParameterConfig
 from ..core.guard import refuse_averaging
+from ..core.parameters import OtherWeightsError
 from ..core.projector import Projector
 from ..references.loader import ReferenceLoader
 from ..references.losses import reference_loss
@@ -35,9 +36,10 @@ from ..tuner.attaching import attached
 from ..tuner.config import OGPSAConfig
 from ..tuner.targets import LoraTargets
 from . import checkpoint, checks
+from .reference_policy import ReferencePolicy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +144,7 @@ class OGPSACallback(TrainerCallback):
         self.resume_from = resume_from
         self.rebuild_subspace = rebuild_subspace
         self._runs: list[_Run] = []
+        self._restored: Path | None = None  # the checkpoint that the run in progress was resumed from
 
     def _run_of(self, state: TrainerState) -> _Run:
         return next(run for run in self._runs if run.state() is state)
@@ -180,10 +183,11 @@ class OGPSACallback(TrainerCallback):
                 "The trainer's callback handler was not found, so the trainer's reporters do not receive OGPSA's "
                 "figures."
             )
+        trainer = compat.trainer_of(self)
         checks.refuse_unsupported(args, model)
-        checks.refuse_second_callback(compat.trainer_of(self), self)
+        checks.refuse_second_callback(trainer, self)
         projector = self._projector_of(model)
-        checks.refuse_base_as_reference(compat.trainer_of(self), projector)
+        checks.refuse_base_as_reference(trainer, projector)
         if state.global_step > 0:
             checks.refuse_forgotten_adapter(model, self._checkpoint(args, state))
         if optimizer is not None:
@@ -196,7 +200,8 @@ class OGPSACallback(TrainerCallback):
                 _device_of(model),
                 lambda name, passes: tqdm(passes, f"Reference policy on {name}", disable=args.disable_tqdm),
             )
-        projector.max_grad_norm = args.max_grad_norm or None
+        projector.max_grad_norm = args.max_grad_norm
+        policy = ReferencePolicy(compat.reference_adapter(trainer), projector)
         # A second stage (SFT, then DPO) starts where the first ended, and uses its own rows. A resumed run loads its
         # subspace or builds it, and does not go on in that of another run.
         projector.reset(rebuild=self.rebuild_subspace or state.global_step > 0)
@@ -216,9 +221,28 @@ class OGPSACallback(TrainerCallback):
             self._refresh(run, args, model)
             assert projector.activations is not None
             projector.activations.references = loader.digest
+        policy.follow(precomputed=bool(getattr(args, "precompute_ref_log_probs", False)))
+        self._prepare_saving(args, state, trainer, projector)
         plan = _plan(run, step_examples)  # called even if not shown: it rejects parameters that share memory
         if not args.disable_tqdm:
             tqdm.write(plan)
+
+    def _prepare_saving(
+        self, args: TrainingArguments, state: TrainerState, trainer: Trainer | None, projector: Projector
+    ) -> None:
+        """Arrange what `on_save` alone cannot do."""
+        if _saves_without_event(args) and self.save_subspace:
+            if trainer is None:
+                raise ValueError(
+                    "enable_jit_checkpoint=True writes checkpoints without telling callbacks, so they would lack the "
+                    "subspace, and the trainer was not found. Set enable_jit_checkpoint=False, or give "
+                    "OGPSACallback(save_subspace=False)."
+                )
+            compat.after_checkpoints(trainer, lambda: self._save(args, state))
+        config = projector.config
+        if args.push_to_hub and self.config is None and isinstance(config, OGPSAConfig) and args.process_index == 0:
+            # What transformers uploads during training are the files of the output folder, with PEFT's alone.
+            config.save_sidecar(args.output_dir or ".")
 
     def _loader(
         self,
@@ -343,26 +367,35 @@ class OGPSACallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the subspace in the checkpoint that the trainer has just written."""
+        if not _saves_without_event(args):
+            self._save(args, state)
+
+    def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         run = self._run_of(state)
         if not self.save_subspace or not run.projector.projected():
             return
         saved = run.projector.state_dict()  # call this in all processes, because it gathers shards
         saved["rest"]["loader"] = run.loader.state_dict()
         if state.is_world_process_zero:
-            checkpoint.save(_checkpoint_directory(args, state), saved)
+            checkpoint.save(self._checkpoint_directory(args, state), saved)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the projector as a loop of the user's own expects it."""
         run = self._run_of(state)
+        self._restored = None
         run.projector.max_grad_norm = None
         if run.still:
             run.projector.enabled, run.still = True, False
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The directory of the checkpoint that a run resumes from."""
-        return Path(self.resume_from) if self.resume_from else _checkpoint_directory(args, state)
+        return Path(self.resume_from) if self.resume_from else self._checkpoint_directory(args, state)
+
+    def _checkpoint_directory(self, args: TrainingArguments, state: TrainerState) -> Path:
+        folder = compat.output_directory(compat.trainer_of(self), args)
+        return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
     def _resume(self, args: TrainingArguments, state: TrainerState, run: _Run) -> None:
         directory = self._checkpoint(args, state)
@@ -377,7 +410,16 @@ class OGPSACallback(TrainerCallback):
                 raise checkpoint.CheckpointError(
                     f"{directory / checkpoint.STATE_NAME} is damaged: {error}."
                 ) from error
+            self._restored = directory
         except ValueError as error:
+            if isinstance(error, OtherWeightsError) and args.auto_find_batch_size and self._restored == directory:
+                logger.warning(
+                    "The trainer tries a smaller batch from step %d on, but with the weights that it has reached, "
+                    "which it does not load again. So the subspace of %s does not fit, and is built again.",
+                    state.global_step,
+                    directory,
+                )
+                return
             whole = checkpoint.last_whole(args.output_dir or ".")
             instead = "" if whole in (None, directory) else f"The newest whole checkpoint is {whole}. "
             raise checkpoint.CheckpointError(
@@ -434,8 +476,9 @@ def _device_of(model: nn.Module) -> torch.device:
     return distributed.local(next(model.parameters())).device
 
 
-def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+def _saves_without_event(args: TrainingArguments) -> bool:
+    """Whether some checkpoints are written without the event `on_save`: from transformers 5 on, if asked for."""
+    return bool(getattr(args, "enable_jit_checkpoint", False))
 
 
 def _upcast(projector: Projector) -> None:

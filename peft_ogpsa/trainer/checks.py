@@ -114,8 +114,8 @@ def _has_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> bool:
 
 def check_losses(losses: Mapping[str, ReferenceLoss], config: ProjectionConfig, model: nn.Module) -> None:
     """Reject losses that do not work with the model. Warn about a weight that is too large for them."""
-    for name, loss in losses.items():
-        if config.refreshes and loss.needs_base and isinstance(config, FullParameterConfig):
+    for name, loss in losses.items() if config.refreshes else ():
+        if loss.needs_base and isinstance(config, FullParameterConfig):
             others = " or ".join(f'"{other}"' for other in loss.without_base)
             raise ValueError(
                 f'Reference set {name!r}: loss="{loss.name}" needs the model without its adapter, but a '

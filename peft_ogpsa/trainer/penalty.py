@@ -120,7 +120,9 @@ class ReferencePenalty(TrainerCallback):
                         if parameter.grad is not None:
                             mean[i] += parameter.grad
                             weighted[i].add_(parameter.grad, alpha=weight)
-        clip = (args.max_grad_norm / (get_total_norm(mean) + 1e-6)).clamp(max=1.0) if args.max_grad_norm else 1.0
+        clip: torch.Tensor | float = 1.0
+        if args.max_grad_norm and args.max_grad_norm > 0:
+            clip = (args.max_grad_norm / (get_total_norm(mean) + 1e-6)).clamp(max=1.0)
         for parameter, gradient, own in zip(trained, training, weighted, strict=True):
             parameter.grad = own.mul_(clip) if gradient is None else gradient.add_(own.mul_(clip))
         self.examples += count

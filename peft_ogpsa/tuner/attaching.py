@@ -9,7 +9,7 @@ from torch import nn
 
 from ..core import attachment, full_parameter
 from ..core.config import ProjectionConfig
-from ..core.full_parameter import FullParameterConfig
+from ..core.full_parameter import FullParameterConfig, WholeTargets
 from ..core.projector import Projector
 from .targets import AdapterTargets, AttachedTargets
 
@@ -77,18 +77,16 @@ def _alone(projector: Projector, model: nn.Module) -> Projector:
 
 
 def attached(model: nn.Module, config: ProjectionConfig) -> Projector:
-    """Like `attach`, but keep a projector that is attached with the same settings, and with it its subspace."""
-    if not isinstance(config, FullParameterConfig):
+    """Like `attach`, but keep an attached projector and its subspace, and give it the settings."""
+    if isinstance(config, FullParameterConfig):
+        projector = attachment.attached_to(model)
+        targets = None if projector is None else projector.targets
+        kept = isinstance(targets, WholeTargets) and targets.takes(config)
+    else:
         projector = attachment.attached_to(_base_with_adapters(model))
         targets = None if projector is None else projector.targets
-        if isinstance(targets, AttachedTargets) and targets.current and _same(targets.projection, config):
-            assert projector is not None
-            return projector
-    return attach(model, config)
-
-
-def _same(first: ProjectionConfig, second: ProjectionConfig) -> bool:
-    return first.ogpsa_dict() == second.ogpsa_dict()
+        kept = isinstance(targets, AttachedTargets) and targets.takes(config)
+    return projector if projector is not None and kept else attach(model, config)
 
 
 def _base_with_adapters(model: nn.Module) -> nn.Module:

@@ -162,14 +162,19 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             **kwargs: As for [`~peft.LoraConfig`].
         """
         self.lora_config().save_pretrained(save_directory, **kwargs)
-        settings = json.dumps({"format_version": _FORMAT_VERSION, **self.ogpsa_dict()}, indent=2)
-        with open(os.path.join(save_directory, SIDECAR_NAME), "w", encoding="utf-8") as file:
-            file.write(settings + "\n")
+        self.save_sidecar(save_directory)
         for name, act in AFTER_SAVING.items():
             try:
                 act(save_directory)
             except Exception as error:  # an error here must not prevent saving the adapter
                 logger.warning("The %s was not updated: %s", name, error)
+
+    def save_sidecar(self, save_directory: str) -> None:
+        """Write OGPSA's own settings alone, to `ogpsa_config.json` in a folder, which is created if needed."""
+        settings = json.dumps({"format_version": _FORMAT_VERSION, **self.ogpsa_dict()}, indent=2)
+        os.makedirs(save_directory, exist_ok=True)
+        with open(os.path.join(save_directory, SIDECAR_NAME), "w", encoding="utf-8") as file:
+            file.write(settings + "\n")
 
     @classmethod
     def from_lora_config(cls, lora: LoraConfig, sidecar: str | os.PathLike[str]) -> OGPSAConfig:

@@ -192,6 +192,20 @@ class AttachedTargets(LoraTargets):
         # Before PEFT 0.19, the dictionary stays when the layers are unloaded.
         return found is layer and self.model.__dict__.get("peft_config") is self._adapters
 
+    def takes(self, projection: ProjectionConfig) -> bool:
+        """Take other settings for a next stage, unless the adapters are others now. Return whether it took them.
+
+        Raises:
+            ValueError: If they do not fit an adapter. The settings are then those from before.
+        """
+        if not self.current:
+            return False
+        for name, config in self._adapters.items():
+            OGPSAConfig.for_adapter(name, config, projection)
+        if projection.ogpsa_dict() != self.projection.ogpsa_dict():
+            self.projection, self._combined = projection, {}
+        return True
+
     def configs(self) -> dict[str, OGPSAConfig]:
         """The adapters, with LoRA's settings of their own and the projection's settings.
 
