@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from models import chat, tiny_llama, tiny_tokenizer
 from parallel import LORA, SHAPE, whole
+from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -29,7 +30,11 @@ BENIGN = [chat(f"How do I kill process {i}?", f"Run kill {i} in a shell.") for i
 def trained(
     stage: str, kind: str, how: str, folder: Path, resume: str | None = None, **options
 ) -> dict[str, torch.Tensor]:
-    """Trains for three steps of two micro-batches, perhaps from a checkpoint, and returns the assembled parameters."""
+    """Trains for three steps of two micro-batches, perhaps from a checkpoint, and returns the assembled parameters.
+
+    The kind "null space" saves its adapter. The kind "saved" trains this adapter on, with other references, and
+    returns the parameters of its reference policy, too.
+    """
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()  # one trainer a process is what accelerate expects
 
@@ -38,7 +43,10 @@ def trained(
 
     # Three examples of either set: no share is even.
     overrides = {"subspace": "gradients", "rows": 8, "refresh_steps": 2, "refresh_samples": 6}
+    if kind == "null space":
+        overrides = {"subspace_rank": 8, "reference_weight": 0.0}
     config = FullParameterConfig(**overrides) if kind == "full" else None
+    benign = [*BENIGN[:-1], chat("How do I kill process 9?", "Run kill 9.")] if kind == "saved" else BENIGN
     settings = {
         "output_dir": str(folder / f"{stage} {kind} {how}"),
         "max_steps": 3,
@@ -58,24 +66,31 @@ def trained(
     }
     shared = {
         "processing_class": tiny_tokenizer(),
-        "peft_config": OGPSAConfig(**LORA, **overrides) if kind == "lora" else None,
+        "peft_config": OGPSAConfig(**LORA, **overrides) if kind in ("lora", "null space") else None,
         "callbacks": [
-            OGPSACallback([ReferenceSet("general", GENERAL), ReferenceSet("benign", BENIGN)], config=config)
+            OGPSACallback([ReferenceSet("general", GENERAL), ReferenceSet("benign", benign)], config=config)
         ],
     }
     if stage == "sft":
         trainer = SFTTrainer(base(), args=SFTConfig(**settings), train_dataset=Dataset.from_list(TRAINING), **shared)
     else:
         reference = base() if kind == "full" else None
+        model = PeftModel.from_pretrained(base(), folder / "adapter", is_trainable=True) if kind == "saved" else base()
         trainer = DPOTrainer(
-            base(), reference, args=DPOConfig(**settings), train_dataset=Dataset.from_list(PAIRS), **shared
+            model, reference, args=DPOConfig(**settings), train_dataset=Dataset.from_list(PAIRS), **shared
         )
     if how == "fsdp2":
         shard_on_cpu(trainer)
     trainer.train(resume_from_checkpoint=resume)
     sharded = any(isinstance(p, DTensor) for p in trainer.model.parameters())
     assert sharded == (how == "fsdp2")
-    assert "ogpsa/removed" in trainer.state.log_history[-2]
+    assert kind == "saved" or any(name.startswith("ogpsa/removed") for name in trainer.state.log_history[-2])
+    if kind == "null space":
+        if distributed.rank() == 0:
+            trainer.model.save_pretrained(folder / "adapter")
+        torch.distributed.barrier()
+    if kind == "saved":
+        trainer.model.requires_grad_(True)
     return whole(trainer.model)
 
 

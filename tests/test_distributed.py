@@ -287,6 +287,9 @@ def _trainers(folder: Path) -> dict[str, Any]:
         told[name] = trained(*key, folder, save_strategy="steps", save_steps=2)
         if key[0] == "dpo":
             told[f"{name} resumed"] = trained(*key, folder, resume=str(folder / name / "checkpoint-2"))
+    trained("sft", "null space", "ddp", folder)
+    for how in WRAPPERS:
+        told[f"dpo saved {how}"] = trained("dpo", "saved", how, folder, learning_rate=0.0)
     return told
 
 
@@ -313,6 +316,22 @@ def test_trainer_in_two_processes_equals_one(trainers, own_folder, stage, kind, 
 def test_trainer_resumes_what_it_began(trainers, stage, kind, how):
     for told in trainers:
         assert_close(told[f"{stage} {kind} {how} resumed"], told[f"{stage} {kind} {how}"], 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", WRAPPERS)
+def test_the_reference_policy_loses_what_the_adapter_loses(trainers, folder, how):
+    """TRL copies the adapter before the subspace of other references takes a part of it away."""
+    ours, second = (told[f"dpo saved {how}"] for told in trainers)
+    assert_close(ours, second, 0.0)
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    own = {name: value for name, value in ours.items() if ".lora_A.default." in name}
+    assert own
+    for name, value in own.items():  # each step projects A again, which rounds it
+        torch.testing.assert_close(value, ours[name.replace(".default.", ".ref.")], rtol=0, atol=1e-6)
+    assert any(
+        not torch.allclose(value, saved[name.replace(".default", "")], rtol=0.01) for name, value in own.items()
+    )
 
 
 @cache

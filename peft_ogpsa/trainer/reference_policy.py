@@ -32,6 +32,7 @@ class ReferencePolicy:
         self._copies: list[tuple[InputMatrix, torch.nn.Parameter]] = []
         if adapter is None or not projector.config.uses_activations:
             return
+        projector.targets.forget()  # sharding may have replaced the parameters
         for matrix in projector.targets.matrices():
             of_layer = [getattr(matrix.module, name, {}) for name in ("lora_A", "lora_B")]
             if matrix.after is None or not all(adapter in own for own in of_layer):
