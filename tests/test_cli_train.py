@@ -1199,6 +1199,19 @@ def test_accelerate_launch(folder):
     assert adapter_type(folder / "sft") == "LORA"
 
 
+def test_a_configuration_is_read_in_its_own_encoding(tmp_path, monkeypatch):
+    """TRL opens the file in the system's encoding, which on Windows is not UTF-8."""
+    seen = []
+    monkeypatch.setattr(
+        "trl.TrlParser.parse_args_and_config",
+        lambda self, words, *rest, **options: seen.append(Path(words[1]).read_bytes()) or (),
+    )
+    (tmp_path / "sft.yaml").write_text("output_dir: außen\n", encoding="utf-8")
+    parser("sft", SFTConfig).parse_args_and_config(["--config", str(tmp_path / "sft.yaml")])
+    assert seen[0].isascii()
+    assert yaml.safe_load(seen[0]) == {"output_dir": "außen"}
+
+
 @pytest.mark.slow
 def test_errors_come_without_a_traceback():
     command = [sys.executable, "-m", "peft_ogpsa.cli", "sft", "--dataset", "nowhere.jsonl", "--method"]

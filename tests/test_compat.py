@@ -297,6 +297,15 @@ def test_a_callback_finds_its_trainer(tmp_path):
     assert compat.trainer_of(finder) is None  # outside of its events
 
 
+def test_a_trainer_stays_on_one_gpu(tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    args._n_gpu = 2
+    assert args.n_gpu == 2
+    assert compat.use_one_gpu(args).n_gpu == 1
+    args._n_gpu = 0
+    assert compat.use_one_gpu(args).n_gpu == 0
+
+
 def test_the_folder_of_a_trainer_and_of_a_trial(tmp_path):
     trainer = SimpleNamespace(state=TrainerState(), _get_output_dir=lambda trial: f"{tmp_path}/run-{trial}")
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)

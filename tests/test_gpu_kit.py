@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -99,6 +100,58 @@ def test_a_stage_that_takes_too_long_ends_with_its_children(tmp_path):
     assert time.monotonic() - start < 30
     assert not [found for found in psutil.process_iter(["cmdline"]) if child in (found.info["cmdline"] or [])]
     assert set(psutil.Process().children(recursive=True)) <= before
+
+
+def test_a_stage_that_fails_shows_no_figures_of_an_earlier_run(tmp_path):
+    write = f"import pathlib; pathlib.Path({str(tmp_path / 'files/a/a.json')!r}).write_text('[1]')"
+    (first,) = runner_in(tmp_path).run([stage("a", write)])
+    (second,) = runner_in(tmp_path).run([stage("a", "raise SystemExit(1)")])
+    assert (first["figures"], second["figures"]) == ({"a.json": [1]}, {})
+
+
+def test_files_in_a_shared_folder_are_those_of_the_same_code(tmp_path):
+    """A stopped stage goes on from its files. After a change, they would be reported as new ones."""
+    runs = tmp_path / "files" / "tax" / "runs"
+    left = f"import pathlib; p = pathlib.Path({str(runs)!r}); p.mkdir(parents=True, exist_ok=True); "
+    left += "p.joinpath('plain-seed0.json').write_text('1'); p.joinpath('plain-seed1.json').write_text('1'); "
+    own = replace(stage("a", left + "raise SystemExit(1)"), shared=("tax/runs/*-seed0.json",))
+    list(runner_in(tmp_path).run([own]))
+    runner_in(tmp_path)._clear(own)
+    assert len(list(runs.iterdir())) == 2
+    runner_in(tmp_path, code="two")._clear(own)
+    assert [path.name for path in runs.iterdir()] == ["plain-seed1.json"]
+
+
+def test_the_tax_is_measured_as_the_stored_runs_were(tmp_path):
+    """Otherwise figures of a GPU would not replace those of the pages."""
+    commands = {own.name: own.command for own in stages(Place(tmp_path, "cuda"))}
+    for steps in (100, 300):
+        run = json.loads((ROOT / f"benchmarks/results/tax_{steps}/runs/plain-seed0.json").read_text())
+        words = commands[f"tax-{steps}-seed0"]
+        given = {word: words[i + 1] for i, word in enumerate(words) if word.startswith("--")}
+        settings = run["run_info"]["settings"]
+        assert given["--schedule"] == settings["schedule"]
+        assert int(given["--measurements"]) == settings["measurements"]
+        assert int(given["--steps"]) == settings["steps"]
+
+
+def test_one_gpu_is_used_where_there_are_several(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    runner = runner_in(tmp_path)
+    runner.place = replace(runner.place, device="cuda")
+    assert runner._environment()["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_the_tax_of_a_stopped_stage_is_reported(tmp_path):
+    for name in ("plain-seed0.json", "base.json"):
+        file = tmp_path / "files" / "tax-100" / "runs" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((ROOT / "benchmarks/results/tax_100/runs" / name).read_bytes())
+    text = report.markdown({"a": result_of("a")}, tmp_path)
+    assert "## The tax: tax-100" in text
+    assert "| plain | 1 |" in text
+    file.unlink()
+    assert "Plain LoRA has not been run" in report.markdown({"a": result_of("a")}, tmp_path)
 
 
 def test_finished_stages_are_not_run_again_unless_something_changed(tmp_path):

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from peft_ogpsa.core.precision import full_precision
+from peft_ogpsa.core.precision import compute_dtype, full_precision
 
 NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 MATMULS = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if NEWER else []
@@ -67,3 +67,13 @@ def test_autocast_is_off_inside():
         with full_precision(torch.device("cpu")):
             assert (one @ one).dtype == torch.float32
         assert (one @ one).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("device", "real", "expected"),
+    [("cpu", True, torch.float32), ("cuda", True, torch.bfloat16), ("cuda", False, torch.float16)],
+)
+def test_the_dtype_is_one_that_the_device_does_not_emulate(monkeypatch, device, real, expected):
+    """A T4 emulates bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: real or including_emulation)
+    assert compute_dtype(device) == expected

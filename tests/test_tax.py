@@ -57,6 +57,7 @@ def run_of(*points):
     """A run whose points are (step, safety loss, KL, refusal)."""
     return {
         "run_info": {"experiment_name": "plain", "seed": 0, "settings": {}},
+        "meta_info": {"device": "A GPU"},
         "train_info": {
             "references": 0.125,
             "seconds": 7.6,
@@ -177,6 +178,10 @@ def test_methods_are_compared_at_plain_loras_safety():
     runs["better"][0]["train_info"]["metrics"][1]["facts_refused"] = 0.04
     text = report.at_first_safe(BASE, runs)
     assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 4 | 50 | 30 | 1 | 100 | 98 | 8 | 2.1 |" in text
+    runs["slow"][0]["meta_info"]["device"] = "CPU, x86_64"  # whose memory is not known by run
+    text = report.at_first_safe(BASE, runs)
+    assert "| better | 1 | 10 | 1.500 | +0.130 | 0.130 | 79 | 4 | 50 | 30 | 1 | 100 | 98 | 8 |\n" in text
+    assert "peak GB" not in text
     runs["better"][0]["train_info"]["metrics"][1]["refusal/built-in"] = 0.9
     assert "| better | 1 | not reached |" in report.at_first_safe(BASE, runs)
     assert "| better | 1 | 10 | 1.500 |" in report.at_first_safe(BASE, runs, every=False)

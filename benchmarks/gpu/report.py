@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ..tax import report as tax_report
+from ..tax.results import results
 from . import figures
 from .figures import Result
 
@@ -49,8 +51,8 @@ def markdown(results: Mapping[str, Result], folder: Path) -> str:
             rows = [row for result in own for row in rows_of(result)]
             lines += [f"## {heading}", "", *_table(columns, rows)]
     lines += _tests(folder)
-    for path in sorted((folder / "files").glob("tax-*/results.md")):
-        lines += [f"## The tax: {path.parent.name}", "", path.read_text(encoding="utf-8").replace("\n#", "\n##"), ""]
+    for runs in sorted((folder / "files").glob("tax-*/runs")):
+        lines += [f"## The tax: {runs.parent.name}", "", _tax(runs), ""]
     for result in results.values():
         if result["status"] != "done":
             lines += [f"## {result['stage']}: {result['status']}", "", "```", *result["log_end"], "```", ""]
@@ -83,6 +85,14 @@ def _tests(folder: Path) -> list[str]:
             if case.find("failure") is not None or case.find("error") is not None:
                 failures.append(f"- `{case.get('classname')}::{case.get('name')}`")
     return ["## Tests", "", *_table(("run", "passed", "failed", "skipped"), rows), *failures, ""] if rows else []
+
+
+def _tax(folder: Path) -> str:
+    """Return the tables of the tax, also of a stage that was stopped."""
+    if not (folder / "base.json").is_file() or not list(folder.glob("plain-seed*.json")):
+        return "Plain LoRA has not been run, which all are compared with."
+    base, runs = tax_report.load(folder)
+    return results(base, runs, "the commands of its stages").replace("\n#", "\n##")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -71,7 +72,7 @@ class Runner:
         if left < 60 * stage.minutes and left != float("inf"):
             return None
         files, log = self.place.files(stage.name), self.place.folder / f"{stage.name}.log"
-        files.mkdir(parents=True, exist_ok=True)
+        self._clear(stage)
         started, start = datetime.datetime.now(datetime.timezone.utc), time.monotonic()
         status = process.run(stage.argv, ROOT, self._environment(), log, min(60 * stage.limit, left))
         result = {
@@ -94,12 +95,29 @@ class Runner:
         write(self.path(stage), result)
         return result
 
+    def _clear(self, stage: Stage) -> None:
+        """Remove what an earlier run of the stage wrote, which would pass for this one's.
+
+        A stage that shares a folder goes on from its files there, if its command and the code are the same.
+        """
+        files = self.place.files(stage.name)
+        key, mark = stage.key(self.code), files / "key"
+        same = mark.is_file() and mark.read_text(encoding="utf-8") == key
+        shutil.rmtree(files, ignore_errors=True)
+        for pattern in () if same else stage.shared:
+            for path in files.parent.glob(pattern):
+                path.unlink()
+        files.mkdir(parents=True)
+        mark.write_text(key, encoding="utf-8")
+
     def _environment(self) -> dict[str, str]:
         own = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         own |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         if self.place.toy:
             # The cache finds the base's answers by the model's name. A toy model may have changed, so use a new cache.
             own |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(self.place.folder / "cache")}
+        if self.place.device == "cuda":  # with several, a trainer would multiply the batch
+            own |= {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
         if self.place.device == "cpu":
             own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         return os.environ | own

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -74,6 +74,8 @@ class Stage:
     beside: bool = False
     later: bool = False
     """Whether the stage repeats the question of another stage at another size or seed."""
+    shared: tuple[str, ...] = ()
+    """Its files in the folder of several stages, as patterns below `files`. A stopped stage goes on from them."""
 
     @property
     def argv(self) -> list[str]:
@@ -202,17 +204,20 @@ def _building(place: Place) -> Stage:
 def _tax(place: Place) -> list[Stage]:
     """Return one stage per seed. Each stage adds its runs to the folder of the earlier ones."""
     found = []
-    for steps, minutes in ((100, 3.0), (300, 6.0)):
+    for steps, measurements, minutes in ((100, 5, 3.0), (300, 6, 6.0)):
         for seed in SEEDS[:1] if place.toy else SEEDS:
+            folder = f"tax-{steps}"
             command = ["-m", "benchmarks.tax", "--steps", str(steps), "--seeds", str(seed), "--workers", "4"]
-            command += ["--measurements", "5", "--device", place.device, "--output", str(place.files(f"tax-{steps}"))]
+            command += ["--schedule", "cosine", "--measurements", str(measurements)]
+            command += ["--device", place.device, "--output", str(place.files(folder))]
             command += [*(["--data", str(place.data)] if place.data else []), "--methods", *TAX_ROWS]
             toy = ["--model", str(place.model), "--steps", "1", "--measurements", "1", "--references", "4"]
             toy += ["--tested", "1", "--workers", "1", "--methods", "plain", "null space"]
             settles = f"The alignment tax at {steps} steps, seed {seed}"
             if not (place.toy and steps > 100):
                 later = steps > 100 or seed > 0
-                found.append(_stage(place, f"tax-{steps}-seed{seed}", settles, minutes, command, toy, later=later))
+                own = _stage(place, f"tax-{steps}-seed{seed}", settles, minutes, command, toy, later=later)
+                found.append(replace(own, shared=(f"{folder}/runs/*-seed{seed}.json", f"{folder}/runs/base.json")))
     return found
 
 

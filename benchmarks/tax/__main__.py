@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from peft_ogpsa.cli.models import SMOLLM2
 
-from .comparisons import MAIN, comparisons, task_changes
+from .comparisons import MAIN
 from .grid import Grid
 from .methods import DRAWN
 from .plots import tradeoffs
-from .report import SAFE, at_equal_loss, at_first_safe, at_smallest_kl, at_the_end, hours, load
+from .report import load
+from .results import results
 from .tasks import Tasks
 from .training import Settings
 
@@ -85,44 +86,7 @@ def main() -> None:
     for line in tqdm(grid.run(tasks, arguments.workers), "Runs", total=len(tasks)):
         tqdm.write(line)
     base, runs = load(grid.folder)
-    meta = [run["meta_info"] for own in runs.values() for run in own.values()]
-    text = f"""# Results
-
-{len(runs)} methods, {len(meta)} runs of {meta[0]["model"]} on {meta[0]["device"]}, at commits
-{", ".join(sorted({own["commit"] for own in meta}))} (+: with changes not yet committed), made by
-
-```
-{_command(parser, arguments)}
-```
-
-All of it takes {hours(base, runs):.1f} hours of {"a CPU core" if settings.device == "cpu" else "the device"}.
-
-## At plain LoRA's held-out safety loss
-
-{at_equal_loss(base, runs)}
-## Where at least {SAFE:.0%} of every source of held-out harmful requests are refused first
-
-{at_first_safe(base, runs)}
-## Where at least {SAFE:.0%} of the first source are refused first
-
-{at_first_safe(base, runs, every=False)}
-## Where at least {SAFE:.0%} of every source are refused, at the smallest KL
-
-{at_smallest_kl(base, runs)}
-## At the last measurement
-
-{at_the_end(base, runs)}
-## Differences where every source is refused first, prompt by prompt
-
-The first method minus the second one: rates in points of 100, KL in nats per token, each with its own 95 % interval. A
-star is larger than chance, by Holm's test of the whole table.
-
-{comparisons(base, runs)}
-## lm-eval's tasks at the end, minus the base's
-
-In points of 100, each with its own 95 % interval. A star is larger than chance, by Holm's test of the whole table.
-
-{task_changes(base, runs)}"""
+    text = results(base, runs, _command(parser, arguments))
     (arguments.output / "results.md").write_text(text, encoding="utf-8")
     drawn = [name for name in arguments.plot or DRAWN if name in runs]
     tradeoffs(base, runs, drawn, arguments.output / "tradeoffs.png")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from peft_ogpsa.core.files import replacing
+
 from .data import load, with_heldout
 from .methods import METHODS, WHOLE, Method
 from .report import curve, first_safe
@@ -134,4 +136,6 @@ def _run(task: Task) -> str:
 
 
 def _write(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Write JSON so that the file is either complete or not there: what is there counts as done."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -151,17 +151,24 @@ def hours(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> float:
 
 
 def _threads(run: Any) -> int:
-    return run["meta_info"]["threads"] if run["meta_info"]["device"].startswith("CPU") else 1
+    return run["meta_info"]["threads"] if _device(run) == "CPU" else 1
+
+
+def _device(run: Any) -> str:
+    """Return `"CPU"`, also for a run that does not say where it ran, or the name of the device."""
+    name = str(run.get("meta_info", {}).get("device", "CPU"))
+    return "CPU" if name.startswith("CPU") else name
 
 
 def _states(
     base: Point, runs: Mapping[str, Mapping[int, Any]], pick: Callable[[Sequence[Point]], Point | None]
 ) -> str:
     """Tabulate one state of every run, as a mean over seeds."""
+    measured = all(_device(run) != "CPU" for own in runs.values() for run in own.values())
     lines = _head(
         *("method", "seeds", "step", "safety loss", "general loss", "KL from base", "facts known", "facts refused"),
         *("refuses benign", "benign of unseen kinds", "unclear answers", "refuses harmful", "the built-in ones"),
-        *("seconds of training", "peak GB"),
+        *("seconds of training", *(["peak GB"] if measured else [])),
     )
     for name, own in runs.items():
         states = [pick(curve(base, run)) for run in own.values()]
@@ -181,7 +188,8 @@ def _states(
             known = [None if point is None else point.get(figure) for point in states]
             cells.append(spread(known, ".0f", 100) if any(value is not None for value in known) else "")
         cells.append(f"{statistics.mean(run['train_info']['seconds'] for run in own.values()):.0f}")
-        cells.append(f"{max(run['train_info']['peak_memory_mb'] for run in own.values()) / 1e3:.1f}")
+        if measured:  # on a CPU, a process's peak is that of all runs before it
+            cells.append(f"{max(run['train_info']['peak_memory_mb'] for run in own.values()) / 1e3:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

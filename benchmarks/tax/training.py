@@ -9,7 +9,6 @@ import datetime
 import itertools
 import json
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from trl import DPOConfig, DPOTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli.models import load_model
+from peft_ogpsa.compat import use_one_gpu
 from peft_ogpsa.core import inputs
 from peft_ogpsa.core.config import ProjectionConfig
 from peft_ogpsa.references.loader import ReferenceLoader
@@ -185,6 +185,8 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
     if method.moves_base and bench.meter.answers.log_probs is None:
         raise ValueError(f"{name} changes its base, so the meter must hold the log-probabilities of the real one.")
     start = time.perf_counter()
+    if settings.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     parts = _parts(bench, method, seed)  # before the base gets an adapter, because it answers prompts here
     set_seed(seed)
     config, model, callbacks = _prepare(bench, method, seed)
@@ -297,7 +299,7 @@ def _trainer(
     if stage == "dpo":
         if method.anchor:
             raise ValueError("The divergence on training tokens is a part of the SFT loss. Leave out the DPO stage.")
-        arguments = DPOConfig(max_length=MAX_LENGTH, gradient_checkpointing=False, **common)
+        arguments = use_one_gpu(DPOConfig(max_length=MAX_LENGTH, gradient_checkpointing=False, **common))
         pairs = Dataset.from_list(rows)
         return DPOTrainer(
             model, args=arguments, train_dataset=pairs, processing_class=bench.tokenizer, callbacks=callbacks
@@ -309,7 +311,7 @@ def _trainer(
     anchored = partial(AnchoredTrainer, weight=method.anchor, reweighted=method.reweighted)
     return (anchored if method.anchor else Trainer)(
         model,
-        args=TrainingArguments(**common),
+        args=use_one_gpu(TrainingArguments(**common)),
         train_dataset=Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in kept]),
         data_collator=DataCollatorForSeq2Seq(bench.tokenizer),
         processing_class=bench.tokenizer,
@@ -400,7 +402,6 @@ def _started(
     return config, plain, []
 
 
-def _peak_mb(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def _peak_mb(device: str) -> float | None:
+    """Peak memory since the run began, in MB. A process on a CPU knows only that of all its runs."""
+    return torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else None

@@ -236,12 +236,13 @@ class ConfigParser(TrlParser):
         words = [_renamed_flag(word) for word in args or ()]
         refuse_repeated_lists(self, words)
         place = words.index("--config") + 1 if "--config" in words[:-1] else None
-        changed = None if place is None else _changed_options(Path(words[place]))
-        if place is None or changed is None:
+        options_of_file = None if place is None else _options_of(Path(words[place]))
+        if place is None or options_of_file is None:
             return super().parse_args_and_config(words, *rest, **options)
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / Path(words[place]).name
-            path.write_text(yaml.safe_dump(changed), encoding="utf-8")
+            # In ASCII, because TRL reads it in the system's encoding.
+            path.write_text(yaml.safe_dump(options_of_file), encoding="ascii")
             words[place] = str(path)
             return super().parse_args_and_config(words, *rest, **options)
 
@@ -292,14 +293,14 @@ def _list_options(made: ArgumentParser) -> list[Action]:
     return [action for action in made._actions if action.nargs == "+"]
 
 
-def _changed_options(path: Path) -> dict[str, Any] | None:
-    """Return a file's options with new names, merged over its `defaults` file. Return None if nothing changes."""
+def _options_of(path: Path) -> dict[str, Any] | None:
+    """Return a file's options with new names, merged over its `defaults` file. Return None if it has no options."""
     given = _read_yaml(path)
     if not isinstance(given, dict):
         return None
     options = _renamed(given)
     if "defaults" not in options:
-        return options if options != given else None
+        return options
     below = path.parent / str(options.pop("defaults"))
     if not below.is_file():
         raise ValueError(f"defaults={str(below)!r} in {path} is not a file. Give a path relative to {path.name}.")

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from transformers import HfArgumentParser
 
+from ..core.precision import compute_dtype
 from .arguments import refuse_repeated_lists
-from .models import compute_dtype
 
 FAST = 24
 """With `fast`: the maximum number of rows of each kind, and of examples per lm-eval task."""
@@ -72,7 +72,8 @@ class EvalArguments:
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Dtype of the base's weights. By default, it is float32 on a CPU and bfloat16 elsewhere.",
+            "help": "Dtype of the base's weights. By default, it is float32 on a CPU, float16 on a GPU that only "
+            "emulates bfloat16 (T4), and bfloat16 elsewhere.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )

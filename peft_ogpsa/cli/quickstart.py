@@ -39,7 +39,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from .. import __version__, data
+from .. import __version__, compat, data
 from ..core.files import json_lines
 from ..evaluation import Evaluation, Evaluator, Measurement, table, tradeoff
 from ..references.sets import ReferenceSet
@@ -237,19 +237,21 @@ def train(
     # Use transformers' own trainer: TRL's also reports every token's entropy, a third of the time on a CPU.
     trainer = Trainer(
         model,
-        args=TrainingArguments(
-            output_dir=os.path.join(arguments.output_dir, "trainer"),
-            max_steps=arguments.steps,
-            per_device_train_batch_size=arguments.batch_size,
-            learning_rate=arguments.learning_rate,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            disable_tqdm=False,
-            save_strategy="no",
-            report_to="none",
-            seed=arguments.seed,
-            use_cpu=arguments.device == "cpu",
-            dataloader_pin_memory=False,
+        args=compat.use_one_gpu(
+            TrainingArguments(
+                output_dir=os.path.join(arguments.output_dir, "trainer"),
+                max_steps=arguments.steps,
+                per_device_train_batch_size=arguments.batch_size,
+                learning_rate=arguments.learning_rate,
+                lr_scheduler_type="constant",
+                logging_steps=1,
+                disable_tqdm=False,
+                save_strategy="no",
+                report_to="none",
+                seed=arguments.seed,
+                use_cpu=arguments.device == "cpu",
+                dataloader_pin_memory=False,
+            )
         ),
         train_dataset=Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in encoded]),
         data_collator=DataCollatorForSeq2Seq(_with_padding(tokenizer)),

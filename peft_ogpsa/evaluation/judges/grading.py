@@ -53,7 +53,7 @@ def expected_grade(logits: torch.Tensor, grades: Sequence[int]) -> float:
         logits: `(vocabulary,)`.
         grades: Token ids of the grades, from the lowest to the highest.
     """
-    probabilities = logits.double().softmax(-1)[list(grades)]
+    probabilities = logits.cpu().double().softmax(-1)[list(grades)]  # some devices have no float64
     if not probabilities.sum() >= _LEAST_MASS:
         return float("nan")
     steps = torch.linspace(0, 1, len(grades), dtype=torch.float64, device=probabilities.device)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ... import extras
+from ...core.precision import compute_dtype
 from ...text.generation import generate_ids
 from ...text.tokenization import decoded
 from .format import Format
@@ -139,11 +140,9 @@ class ModelJudge(Judge):
         return [decoded(self.tokenizer, output, skip_special_tokens=True) for output in outputs]
 
     def _options(self) -> dict[str, Any]:
-        accelerated = torch.accelerator.is_available()
-        # Many CPUs only emulate 16-bit types.
-        dtype = torch.bfloat16 if accelerated else torch.float32
+        dtype = compute_dtype()
         options: dict[str, Any] = {"dtype": dtype}
-        if accelerated:
+        if torch.accelerator.is_available():
             options["device_map"] = "auto"
         if self.load_in_4bit:
             options["quantization_config"] = BitsAndBytesConfig(
