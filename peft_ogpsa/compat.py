@@ -14,6 +14,7 @@ import functools
 import importlib.abc
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -273,6 +274,20 @@ def trainer_of(callback: TrainerCallback) -> Trainer | None:
         if isinstance(trainer, Trainer) and callback in trainer.callback_handler.callbacks:
             return trainer
     return None
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: Any) -> Callable[[str], bool]:
+    """Return whether a model's weight of a given name stays in float32 when the model is loaded in `dtype`.
+
+    Relies on: `PreTrainedModel._keep_in_fp32_modules` names parts of dotted names for float16, and
+    `_keep_in_fp32_modules_strict` for bfloat16, too.
+    """
+    import torch
+
+    lists = {torch.float16: ("", "_strict"), torch.bfloat16: ("_strict",)}.get(dtype, ())
+    parts = [part for own in lists for part in getattr(model, f"_keep_in_fp32_modules{own}", None) or ()]
+    pattern = re.compile("|".join(rf"(?:^|\.){part}(?:\.|$)" for part in map(re.escape, parts)) or r"(?!)")
+    return lambda name: pattern.search(name) is not None
 
 
 def use_one_gpu(args: TrainingArguments) -> TrainingArguments:

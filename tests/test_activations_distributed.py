@@ -25,6 +25,7 @@ CASES: dict[str, tuple[tuple, dict]] = {
     "LoRA": (("lora", {}), {}),
     "LoRA, bfloat16 directions, accumulation": (("lora", {"rows_dtype": "bfloat16"}), {"accumulation": 2}),
     "LoRA, by energy": (("lora", {"subspace_rank": None, "subspace_energy": 0.6}), {"optimizer_of": sgd}),
+    "LoRA, a rank of its own": (("lora", {"rank_pattern": {r"layers\.0\..*q_proj": 4}}), {}),
     "LoRA, reference weight": (("lora", {"reference_weight": 0.5}), {}),
     "full": (("full", {"exclude": NOT_LINEAR}), {}),
     "full, SGD": (("full", {"exclude": NOT_LINEAR}), {"optimizer_of": sgd}),

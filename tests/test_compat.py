@@ -297,6 +297,17 @@ def test_a_callback_finds_its_trainer(tmp_path):
     assert compat.trainer_of(finder) is None  # outside of its events
 
 
+def test_weights_that_transformers_keeps_in_float32(tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["q_proj"])
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["input_layernorm"])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        kept = compat.kept_in_float32(model, dtype)
+        for name, parameter in model.named_parameters():
+            assert (parameter.dtype == torch.float32) == (kept(name) or dtype == torch.float32), name
+
+
 def test_a_trainer_stays_on_one_gpu(tmp_path):
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     args._n_gpu = 2

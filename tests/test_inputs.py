@@ -709,4 +709,66 @@ def test_few_tokens_for_many_directions_are_a_warning(rows, warnings, caplog):
     inputs.find(layers, lambda m, b: m(**b), model, {"set": [batch]}, most=lambda width: 8)
     told = [record for record in caplog.records if "subspace_rank" in record.message]
     assert len(told) == warnings
-    assert not told or "have 7 tokens" in told[0].message
+    assert not told or "sees 7 tokens and has" in told[0].message
+
+
+class Experts(nn.Module):
+    """Of 8 experts, the first gets no token, the second one, and the others get the rest; a first token is long."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(8))
+
+    def forward(self, vectors, chosen):
+        return [expert(vectors[chosen == i]) for i, expert in enumerate(self.experts)]
+
+
+def test_experts_are_warned_of_one_by_one_and_limit_long_inputs(caplog):
+    torch.manual_seed(0)
+    model = Experts()
+    layers = {f"experts.{i}": expert for i, expert in enumerate(model.experts)}
+    chosen = torch.arange(300) % 6 + 2
+    chosen[10] = 1
+    vectors = torch.randn(300, 16)
+    vectors[200] *= 1000  # of an expert that is not in the first example
+    batches = [(vectors[i : i + 4], chosen[i : i + 4]) for i in range(0, 300, 4)]
+    found = inputs.find(
+        layers,
+        lambda m, b: m(*b),
+        model,
+        {"set": batches},
+        most=lambda width: 8,
+    )
+    counts = {item.layers[0]: item.tokens for item in found}
+    assert counts["experts.0"] == 0
+    assert counts["experts.1"] <= 1
+    assert all(counts[f"experts.{i}"] > 20 for i in range(2, 8))
+    messages = [record.message for record in caplog.records]
+    assert any("of 8 inputs see no token" in own and "experts.0" in own for own in messages)
+    long = next(item for item in found if item.layers[0] == f"experts.{int(chosen[200])}")
+    assert float(long.energies[0]) < 0.9 * long.energy  # one token does not make up all of it
+
+
+@pytest.mark.parametrize("first", ["examples", "sequence"])
+def test_padding_does_not_count_where_the_sequence_comes_first(first):
+    embed, layer = nn.Embedding(50, 8), nn.Linear(8, 8)
+    with torch.no_grad():
+        embed.weight[0] = 100.0  # padding
+    ids = torch.randint(1, 50, (3, 5))
+    ids[1:, 2:] = 0
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    def forward(model, batch):
+        own = batch["input_ids"] if first == "examples" else batch["input_ids"].T
+        return model(embed(own))
+
+    item = one(layer, {"set": [batch]}, rank=4, forward=forward, layers={"": layer})
+    padding = embed.weight[0].detach() / embed.weight[0].norm()
+    assert float((item.directions.T @ padding).norm()) < 0.95
+    assert item.tokens == int(batch["attention_mask"].sum())
+
+
+def test_an_input_of_width_1_has_no_directions():
+    item = one(nn.Linear(1, 4), {"set": [torch.randn(9, 1)]})
+    assert item.directions.shape == (1, 0)
+    assert item.energies.shape == (0,)

@@ -9,7 +9,14 @@ import torch
 from loops import LORA
 from models import randomize, tiny_llama, tiny_tokenizer, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForSequenceClassification
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from peft_ogpsa import OGPSAConfig, merge_adapter
 
@@ -88,3 +95,25 @@ def test_an_adapter_with_a_head_of_its_own_is_refused(tmp_path):
     get_peft_model(base, config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"task_type='SEQ_CLS'.*would lose the trained head"):
         merge_adapter(tmp_path)
+
+
+def test_a_merged_model_answers_as_the_saved_one(folders, tmp_path):
+    """The frequencies of positions are computed in float32, also in the returned model."""
+    merged = merge_adapter(folders[1], tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    assert {own.dtype for own in merged.buffers()} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens()).logits, again(tokens()).logits, rtol=0, atol=0)
+
+
+def test_what_transformers_keeps_in_float32_stays_so(folders, tmp_path, monkeypatch):
+    """Biases of routers, for example."""
+    base, adapter = folders
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["input_layernorm"])
+    merged = merge_adapter(adapter, tmp_path / "merged")
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    expected = {name: own.dtype for name, own in plain.named_parameters()}
+    assert {torch.float32, torch.bfloat16} == set(expected.values())
+    assert {name: own.dtype for name, own in merged.named_parameters()} == expected
+    assert {name: own.dtype for name, own in saved.items()} == {name: expected[name] for name in saved}

@@ -75,16 +75,18 @@ def test_the_gradient_is_the_weighted_and_clipped_mean_over_the_examples(tmp_pat
     before, after = train(tmp_path, penalty, max_grad_norm=most)
     config = OGPSAConfig(subspace="gradients", refresh_samples=3)
     loader = ReferenceLoader.from_sets(sets(loss), TOKENIZER, config, step_examples=4, batch_size=4, seed=42)
-    drawn, clips = 0, []
+    drawn, clips, uneven = 0, [], False
     for step, ((gradients, model), (penalized, _)) in enumerate(zip(before, after, strict=True)):
         added = {name: penalized[name] - gradients[name] for name in gradients}
         if step not in (0, 1, 4):
             assert all((own == 0).all() for own in added.values())
             continue
-        examples = [batch for batches in loader.batches("cpu").values() for batch in batches]
+        own_batches = {name: batches for name, batches in loader.batches("cpu").items() if batches}
+        counts = {name: sum(len(batch["input_ids"]) for batch in own) for name, own in own_batches.items()}
+        uneven |= len(set(counts.values())) > 1
         expected = dict.fromkeys(added, 0.0)
-        count = sum(len(batch["input_ids"]) for batch in examples)
-        for batch in examples:
+        for name_of_set, batch in [(name, batch) for name, own in own_batches.items() for batch in own]:
+            count = counts[name_of_set] * len(counts)  # every set counts equally
             for i in range(len(batch["input_ids"])):  # one by one, as an oracle
                 model.zero_grad()
                 one = {name: value[i : i + 1] if torch.is_tensor(value) else value for name, value in batch.items()}
@@ -92,7 +94,7 @@ def test_the_gradient_is_the_weighted_and_clipped_mean_over_the_examples(tmp_pat
                 for name, parameter in model.named_parameters():
                     if name in expected:
                         expected[name] = expected[name] + parameter.grad / count
-        drawn += count
+        drawn += sum(counts.values())
         norm = sum(own.double().square().sum() for own in expected.values()).sqrt()
         clip = min(1.0, most / norm) if most else 1.0
         clips.append(clip < 1)
@@ -100,6 +102,7 @@ def test_the_gradient_is_the_weighted_and_clipped_mean_over_the_examples(tmp_pat
             torch.testing.assert_close(own, expected[name] * (factor * clip), rtol=1e-3, atol=1e-7)
     assert clips == [most == 1e-4] * 3
     assert penalty.examples == drawn == 9
+    assert uneven
 
 
 def test_what_it_cannot_do_is_an_error(tmp_path, monkeypatch):

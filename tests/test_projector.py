@@ -364,6 +364,22 @@ def test_the_mean_reference_gradient_is_clipped_before_its_weight(limit):
     assert logged == pytest.approx(weight * factor * float(norm), rel=1e-4)
 
 
+def test_a_reference_gradient_arrives_where_training_has_none():
+    """Such as in an expert that the training batch does not reach."""
+    model = ogpsa_model(reference_weight=2.0, rows_from="batch")
+    projector = model.projector
+    projector.refresh(references(0), loss_of)
+    optimizer = torch.optim.SGD(parameters_of(model), lr=0.1)
+    loss_of(model, batch(0)).backward()
+    name, unreached = next((n, p) for n, p in model.named_parameters() if "lora_B" in n)
+    before = unreached.detach().clone()
+    unreached.grad = None
+    optimizer.step()
+    rows = projector.subspace.rows
+    assert name in projector.subspace.blocks.by_name() or rows.capacity
+    assert not torch.equal(unreached, before)
+
+
 @pytest.mark.parametrize("constraint", ["orthogonal", "cone"])
 def test_reference_weight_is_added_to_the_projected_gradient(constraint):
     # Before the projection it would be taken away again: it lies in the span of the rows.

@@ -321,3 +321,39 @@ def test_a_ring_of_another_size_is_refused(damage):
     state = model.projector.state_dict()
     with pytest.raises(ValueError, match="its list of sets or its next slot does not match rows=8"):
         other.projector.load_state_dict({**state, "rest": {**state["rest"], **damage}})
+
+
+def worst(subspace: Subspace) -> float:
+    """How far a corrected step still goes against a row, at most."""
+    layout = subspace.blocks
+    own = parameters(7)
+    stack = layout.stack([own[name] for name in layout.names()])
+    coefficients, _ = subspace.coefficients(subspace.directed(stack))
+    for parts, corrections in zip(layout.shaped(stack), subspace.corrections(coefficients), strict=True):
+        torch._foreach_add_(parts, corrections)
+    return float(-subspace.directed(stack).min())
+
+
+@pytest.mark.parametrize("scope", ["tensor", "module", "model", "slice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_state_fits_where_parameters_are_grouped_otherwise(scope, dtype):
+    """As with another device_map: values by block must not go to other blocks. What depends on groups is refused."""
+
+    def subspace(of: dict[str, torch.Tensor]) -> Subspace:
+        return Subspace(Blocks(of, OWNERS, scope, slices=2), 3, "cone", dtype=dtype)
+
+    half = {name: own.bfloat16() if name.startswith("layers.0") else own for name, own in parameters().items()}
+    saved, same, other = subspace(half), subspace(half), subspace(parameters())
+    scaled = [{name: (1 + i) * own for i, (name, own) in enumerate(parameters(seed).items())} for seed in range(3)]
+    fill(saved, scaled)
+    tensors, rest = saved.state_dict()
+    before = worst(saved)
+    assert before < 1e-5
+    same.load_state_dict(tensors, rest)
+    assert worst(same) == before
+    if scope == "slice" or dtype == torch.int8:
+        with pytest.raises(ValueError, match=r"on other devices or had other dtypes \(device_map, upcast\)"):
+            other.load_state_dict(tensors, rest)
+    else:
+        other.load_state_dict(tensors, rest)
+        assert worst(other) < 1e-5

@@ -120,11 +120,14 @@ class ActivationSubspace:
                     "nothing of its weight could be trained. Set a smaller subspace_rank."
                 )
             parameters = [distributed.local(own[layer].parameter) for layer in item.layers]
+            # Whole sizes, too: what a process holds may be alike where that of another process is not, and all of them
+            # must have the same stacks.
+            whole = tuple(own[layer].parameter.shape[0] for layer in item.layers)
             rows = tuple(len(parameter) for parameter in parameters)
-            key = (kind_of(item.layers), item.width, rows, parameters[0].dtype, parameters[0].device)
+            key = (kind_of(item.layers), item.width, whole, rows, parameters[0].dtype, parameters[0].device)
             kinds.setdefault(key, []).append(i)
         stacks = []
-        for (kind, width, _, _, device), places in kinds.items():
+        for (kind, width, _, _, _, device), places in kinds.items():
             most = max(1, max(self.inputs[i].directions.shape[1] for i in places))
             size = max(1, LARGEST_GROUP // (width * most))
             for start in range(0, len(places), size):

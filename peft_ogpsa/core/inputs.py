@@ -49,6 +49,7 @@ class Input:
         directions: `(width, k)`, float32, orthonormal columns.
         energy: The total energy: the mean squared length of the input.
         held_out: Share of the energy of held-out examples that lies in the directions; `None` without any.
+        tokens: Number of reference tokens that the layers see, for a subspace that has just been built.
     """
 
     layers: tuple[str, ...]
@@ -57,6 +58,7 @@ class Input:
     directions: Tensor
     energy: float
     held_out: float | None = None
+    tokens: int | None = None
 
     @property
     def share(self) -> float:
@@ -136,7 +138,7 @@ def find(
         # Each sketch is freed as soon as its directions are found.
         found = [_input(watcher.shared[name], sketches.pop(name), rank, energy) for name in list(sketches)]
         _measure(found, held, watcher, forward, model)
-    _warn_of_few(sum(map(count, used)), found)
+    _warn_of_few(found)
     return found
 
 
@@ -200,22 +202,39 @@ def _input(layers: Sequence[str], sketch: Sketch, rank: int | None, energy: floa
     if not math.isfinite(total):
         raise _not_finite(layers[0])
     energies, directions = sketch.leading()
-    found = Input(tuple(layers), directions.shape[0], energies, directions.float(), total)
+    tokens = int(sketch.vectors)
+    found = Input(tuple(layers), directions.shape[0], energies, directions.float(), total, tokens=tokens)
     found.cut(rank, energy)
     return found
 
 
-def _warn_of_few(tokens: int, found: Sequence[Input]) -> None:
-    """Warn if the directions fit the reference tokens for the sole reason that these are few."""
-    most = max(len(item.energies) for item in found)
-    if tokens < _TOKENS * most:
+def _warn_of_few(found: Sequence[Input]) -> None:
+    """Warn of directions that fit the reference tokens for the sole reason that these are few, or that see none."""
+    few = [item for item in found if item.tokens and item.tokens < _TOKENS * len(item.energies)]
+    if few:
+        least = min(few, key=lambda item: (item.tokens or 0) / len(item.energies))
         logger.warning(
-            "The references have %d tokens for the activation subspace, which has up to %d directions. With so few it "
-            "holds these tokens and little else of what they stand for, and the adapter starts up to %g times as "
-            "long. Give more reference examples, or set a smaller subspace_rank.",
-            tokens,
-            most,
+            "The references have few tokens for the activation subspace: %d of %d inputs have fewer than %d for each "
+            "direction. %s sees %d tokens and has %d directions. With so few it holds these tokens and little else of "
+            "what they stand for, and the adapter starts up to %g times as long. Give more reference examples, or set "
+            "a smaller subspace_rank.",
+            len(few),
+            len(found),
+            _TOKENS,
+            least.layers[0],
+            least.tokens,
+            len(least.energies),
             MOST_GAIN,
+        )
+    none = [item.layers[0] for item in found if not item.tokens]
+    if none:
+        logger.warning(
+            "%d of %d inputs see no token of the references, so nothing constrains their layers. One of them is %s. "
+            "Routed experts are such layers. Give more reference examples, or leave these layers out of "
+            "target_modules.",
+            len(none),
+            len(found),
+            none[0],
         )
 
 

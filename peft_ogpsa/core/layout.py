@@ -15,7 +15,7 @@ A *stack* is a list with one tensor per group, `(pieces, numel)`, or `(pieces, r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,13 +93,13 @@ class Blocks:
                 "scope='slice' is not allowed with sharded parameters, because a process does not hold a whole "
                 "number of a parameter's slices. Use scope='tensor'."
             )
-        names = [name for alike in _alike(parameters, Tensor.numel) for name in alike]
-        self.order = names  # the same in all processes; the order of the pieces may differ
+        # The same in all processes, and on any devices. The order of the pieces may differ.
+        self.order = names = [name for alike in _alike(parameters, Tensor.numel) for name in alike]
         keys = {name: _BLOCK_OF[scope](name, owners[name]) for name in names}
         index = {key: i for i, key in enumerate(dict.fromkeys(keys.values()))}
 
         self.groups = []
-        for alike in _alike(parameters, Tensor.numel):
+        for alike in _alike(parameters, lambda p: (p.numel(), p.dtype, p.device)):
             # The shards of parameters of one size may have several sizes.
             for part in _alike({name: parameters[name] for name in alike}, lambda p: distributed.local(p).numel()):
                 own = distributed.local(parameters[part[0]])
@@ -126,6 +126,10 @@ class Blocks:
     def names(self) -> list[str]:
         """The parameters' names, in the order of their pieces."""
         return [name for group in self.groups for name in group.names]
+
+    def numbering(self) -> list[str]:
+        """The parameters' names in the order in which values by block or by piece are stored."""
+        return self.names() if self.scope == "slice" else self.order
 
     def flat_parameters(self) -> list[Tensor]:
         """The parameters themselves, in the order of their pieces."""
@@ -296,9 +300,9 @@ def _divisor(numel: int, most: int) -> int:
     return next(count for count in range(most, 0, -1) if numel % count == 0)
 
 
-def _alike(parameters: Mapping[str, Tensor], size: Callable[[Tensor], int]) -> list[list[str]]:
-    """The names of parameters of one size, dtype and device, ordered by the first name of each kind."""
-    members: dict[tuple, list[str]] = {}
+def _alike(parameters: Mapping[str, Tensor], kind: Callable[[Tensor], Hashable]) -> list[list[str]]:
+    """The names of parameters of one kind, ordered by the first name of each kind."""
+    members: dict[Hashable, list[str]] = {}
     for name, parameter in parameters.items():
-        members.setdefault((size(parameter), parameter.dtype, parameter.device), []).append(name)
+        members.setdefault(kind(parameter), []).append(name)
     return list(members.values())

@@ -347,7 +347,11 @@ class Rows:
         tensors = self.blocks.gathered("rows", self.stack)
         if not self.blocks.sharded or distributed.rank() == 0:
             tensors |= self._small()
-        return tensors, {"sets": list(self.sets), "cursor": self.cursor}
+        return tensors, {"sets": list(self.sets), "cursor": self.cursor, "order": self._order()}
+
+    def _order(self) -> list[str]:
+        """The order of the parameters to which the values in `_small` belong."""
+        return self.blocks.names() if self.stack[0].dtype == torch.int8 else self.blocks.numbering()
 
     def _small(self) -> dict[str, Tensor]:
         """The tensors that are saved in addition to the rows. They are the same in all processes."""
@@ -367,6 +371,12 @@ class Rows:
         Raises:
             ValueError: If the state was made for other parameters, shapes or numbers of rows, or if it is damaged.
         """
+        order, own = rest.get("order"), self._order()
+        if order is not None and order != own and sorted(order) == sorted(own):  # older states do not say
+            raise ValueError(
+                "The subspace was saved while the parameters were on other devices or had other dtypes (device_map, "
+                "upcast), so its values are in another order. Use the same, or rebuild it from the references."
+            )
         pieces = self.blocks.by_name().items()
         expected = {f"rows.{name}": (self.capacity, *parameter.shape) for name, parameter in pieces}
         expected |= {name: tuple(own.shape) for name, own in (self._small() | more).items()}

@@ -39,6 +39,7 @@ class Sketch:
         exact (`bool`): Whether the second moment is stored in full.
         energy (`Tensor`): Scalar: the trace of the second moment, which is the weighted sum of the vectors' squared
             lengths.
+        vectors (`Tensor`): Scalar: the number of vectors.
     """
 
     def __init__(self, width: int, rank: int, device: torch.device, seed: int = 0) -> None:
@@ -54,6 +55,7 @@ class Sketch:
         shape, dtype = ((width, width), double) if self.exact else ((width, columns), torch.float32)
         self._image = torch.zeros(shape, dtype=dtype, device=device)
         self.energy = torch.zeros((), dtype=double, device=device)
+        self.vectors = torch.zeros((), dtype=double, device=device)
         self._rank = rank
 
     def add(self, vectors: Tensor, weight: float = 1.0) -> None:
@@ -62,18 +64,19 @@ class Sketch:
             vectors = vectors.float()
             images = vectors if self._test is None else vectors @ self._test
             self._image.add_(vectors.T @ images, alpha=weight)
+        self.vectors += len(vectors)
         self.energy += vectors.square().sum(dtype=self.energy.dtype) * weight
 
     def parts(self) -> list[Tensor]:
         """The stored tensors. To sum them over processes, change them in place."""
-        return [self._image, self.energy]
+        return [self._image, self.energy, self.vectors]
 
     def turn(self) -> None:
         """Start over with a test matrix that is turned toward the vectors seen so far."""
         if self._test is not None and bool(self.energy > 0):
             self._test = torch.linalg.qr(self._image)[0]
-        self._image.zero_()
-        self.energy.zero_()
+        for own in self.parts():
+            own.zero_()
 
     def leading(self) -> tuple[Tensor, Tensor]:
         """The leading directions, strongest first.
@@ -83,6 +86,8 @@ class Sketch:
             less if the vectors span less. The energy of a direction is the second moment along it, which the range
             finder underestimates a little.
         """
+        if self._rank == 0:  # an input of width 1
+            return self.energy.new_zeros(0).double(), self._image.new_zeros(len(self._image), 0).double()
         # mps has no float64.
         image = (self._image.cpu() if self.energy.dtype == torch.float32 else self._image).double()
         if self._test is None:

@@ -116,6 +116,11 @@ class Step:
                     group.add_(reference)
                     del reference  # before the next group's is computed
             if project or weighted:
+                if weighted:  # also where the training batch has no gradient, such as in an expert that it skips
+                    for parameter in blocks.flat_parameters():
+                        if parameter.grad is None:
+                            parameter.grad = torch.zeros_like(parameter)
+                    gradients = [parameter.grad for parameter in blocks.flat_parameters()]
                 found = [
                     (distributed.local(gradient), own)
                     for gradient, own in zip(gradients, chain.from_iterable(blocks.shaped(stack)), strict=True)

@@ -82,7 +82,7 @@ class Watcher:
                 raise _changed(name, self._first[name], first)
             if first == name:
                 self.inputs[name] = vectors.shape[-1], vectors.device
-                self._longest[name] = LONGEST * _median_length(self._at_tokens(part, name, vectors))
+                self._limit(name, self._at_tokens(part, name, vectors))
             own = self.shared.setdefault(first, [])
             if name not in own:
                 own.append(name)
@@ -109,18 +109,30 @@ class Watcher:
             if first != name or not share:
                 return
             found = self._at_tokens(own, name, vectors)
+            if not len(found):
+                return
+            if name not in self._longest:  # an expert that saw none of the tokens before
+                self._limit(name, found)
             lengths = torch.linalg.vector_norm(found, dim=1, keepdim=True)
             take(name, found * (self._longest[name] / lengths).clamp(max=1), own.weight)
 
         self._pass(forward, model, own, act)
+
+    def _limit(self, name: str, vectors: Tensor) -> None:
+        """Set the maximum length of a layer's inputs, if there are any."""
+        if len(vectors):
+            self._longest[name] = LONGEST * _median_length(vectors)
 
     def _at_tokens(self, part: Part, name: str, vectors: Tensor) -> Tensor:
         """The inputs of a layer at the tokens that count: `(n, width)`, float32."""
         flat = vectors.detach().reshape(-1, vectors.shape[-1]).float()
         if part.tokens is None:
             return flat
-        where = part.tokens.flatten().nonzero().squeeze(1)
-        if len(where) == part.tokens.numel():
+        tokens = part.tokens
+        if vectors.dim() > 2 and vectors.shape[:2] != tokens.shape and vectors.shape[:2] == tokens.shape[::-1]:
+            tokens = tokens.T  # a layer that has the sequence first
+        where = tokens.flatten().nonzero().squeeze(1)
+        if len(where) == tokens.numel():
             return flat
         if len(flat) != part.tokens.numel():
             raise ValueError(
@@ -143,8 +155,6 @@ class Watcher:
 
 def _median_length(vectors: Tensor) -> Tensor:
     """Median length of `(n, width)` vectors; infinite if it is zero, so that it limits nothing."""
-    if not len(vectors):
-        return torch.tensor(math.inf, device=vectors.device)
     median = torch.linalg.vector_norm(vectors, dim=1).median()
     return torch.where(median > 0, median, math.inf)
 

@@ -106,16 +106,19 @@ class ReferencePenalty(TrainerCallback):
         if state.global_step and state.global_step % self.every != 1 % self.every:
             return
         drawn = self._loader.batches(next(model.parameters()).device)
-        count = sum(len(batch["input_ids"]) for batches in drawn.values() for batch in batches)
+        counts = {
+            name: sum(len(batch["input_ids"]) for batch in batches) for name, batches in drawn.items() if batches
+        }
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         training = [parameter.grad for parameter in trained]
         mean, weighted = ([torch.zeros_like(parameter) for parameter in trained] for _ in range(2))
         with isolated_eval(model, gradients=True):
-            for name, batches in drawn.items():
+            for name, count in counts.items():
                 weight = self._loader.losses[name].default_weight if self.weight is None else self.weight
-                for batch in batches:
+                for batch in drawn[name]:
                     model.zero_grad()
-                    (reference_loss(model, batch) * (len(batch["input_ids"]) / count)).backward()
+                    # Every set counts equally, as in a projector.
+                    (reference_loss(model, batch) * (len(batch["input_ids"]) / (count * len(counts)))).backward()
                     for i, parameter in enumerate(trained):
                         if parameter.grad is not None:
                             mean[i] += parameter.grad
@@ -125,4 +128,4 @@ class ReferencePenalty(TrainerCallback):
             clip = (args.max_grad_norm / (get_total_norm(mean) + 1e-6)).clamp(max=1.0)
         for parameter, gradient, own in zip(trained, training, weighted, strict=True):
             parameter.grad = own.mul_(clip) if gradient is None else gradient.add_(own.mul_(clip))
-        self.examples += count
+        self.examples += sum(counts.values())

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .. import compat
 
 
 def merge_adapter(
@@ -60,13 +63,23 @@ def merge_adapter(
         )
     adapted: Any = PeftModel.from_pretrained(model, adapter)
     _untie(adapted.get_base_model())
-    merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
+    merged = _cast(adapted.merge_and_unload(safe_merge=True), dtype)
     if output_dir is not None:
         merged.save_pretrained(os.fspath(output_dir))
         folder = adapter if os.path.isfile(os.path.join(adapter, "tokenizer_config.json")) else source
         own = revision if folder == source else {}
         AutoTokenizer.from_pretrained(folder, **own).save_pretrained(os.fspath(output_dir))
     return merged
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the weights, except those that transformers keeps in float32, such as the biases of some routers."""
+    kept = compat.kept_in_float32(model, dtype)
+    saved = model.state_dict().keys()  # other buffers, such as frequencies of positions, are computed in float32
+    for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if name in saved and weight.is_floating_point() and not kept(name):
+            weight.data = weight.data.to(dtype)
+    return model
 
 
 def _untie(model: PreTrainedModel) -> None:
