@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
 from peft_ogpsa.core.projector import Projector
 from peft_ogpsa.trainer.checkpoint import TENSORS_NAME, CheckpointError
+from peft_ogpsa.tuner.attaching import attached
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -340,6 +341,11 @@ def test_whole_weights_that_are_excluded_otherwise_are_another_projection(tmp_pa
     fewer = FullParameterConfig(exclude=[*every, "layers.0"], **own)
     sft(tmp_path, model, [OGPSACallback(sets(), config=fewer)]).train()
     assert projector_of(model) is not first
+    kept = projector_of(model).config
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="leaves no parameter to project"):
+        attached(model, FullParameterConfig(exclude=[*every, "layers.0"], reference_weight=1.0, **own))
+    assert first.config.reference_weight == kept.reference_weight == 0.0
     assert not any("layers.0." in matrix.name for matrix in projector_of(model).activations.matrices)
 
 

@@ -732,14 +732,16 @@ def test_push_adapter_uploads_the_adapter_its_card_and_nothing_else(hub, tmp_pat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     for name in ("eval.json", "several.json"):  # with prompts and answers
-        (tmp_path / name).write_text(json.dumps({"evaluation" if name == "eval.json" else "results": []}))
+        one = {"evaluation": {}}
+        (tmp_path / name).write_text(json.dumps(one if name == "eval.json" else {"results": [one]}))
     (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "other.json").write_text('{"results": {"arc": 0.5}}')
     generate_model_card(None, "x", "me/mine", None, [], None, None, "SFT").save(tmp_path / "README.md")
     address = push_adapter(tmp_path, "me/mine", private=True, token="hf_nobody")
     assert address == f"{hub.url}/me/mine"
     assert hub.visibility == {"me/mine": "private"}
     files = hub.repositories["me/mine"]
-    assert files.keys() == UPLOADED | {RUN_NAME, EVALUATION_NAME, "tokenizer.json", "list.json"}
+    assert files.keys() == UPLOADED | {RUN_NAME, EVALUATION_NAME, "tokenizer.json", "list.json", "other.json"}
     assert "eval.json, several.json: not uploaded" in caplog.text
     assert json.loads(files["adapter_config.json"])["peft_type"] == "LORA"
     card = files["README.md"].decode()

@@ -16,7 +16,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli import main
 from peft_ogpsa.cli.models import _wait_for
-from peft_ogpsa.cli.quickstart import METHODS, load_rows
+from peft_ogpsa.cli.quickstart import METHODS, _with_padding, load_rows
 from peft_ogpsa.evaluation import Measurement, Verdict
 
 
@@ -182,6 +182,8 @@ def test_quickstart_with_a_tokenizer_that_has_no_padding_token(folders, tmp_path
     options = ["--model", str(model), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
     main(["quickstart", *options, "--steps", "1", "--measurements", "1", "--methods", "plain", "--test_samples", "1"])
     assert (tmp_path / "out" / "report.json").is_file()
+    assert _with_padding(tokenizer).pad_token == tokenizer.eos_token
+    assert tokenizer.pad_token is None
 
 
 def test_a_console_that_lacks_a_character_loses_nothing(monkeypatch):

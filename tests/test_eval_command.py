@@ -401,6 +401,8 @@ def test_arguments_for_the_chat_template(folder, capsys):
     assert plain["general"] != asked["general"]
     no_word = ["--chat_template_kwargs", json.dumps({"word": ""})]
     assert evaluate(folder, "b.json", *options, *no_word)["evaluation"]["model"]["general"] == plain["general"]
+    main(["compare", str(folder / "a.json"), str(folder / "b.json")])
+    assert 'chat_template_kwargs is {"word": "Please. "}, {"word": ""}.' in capsys.readouterr().out
     for bad in ("enable_thinking", "[1]", "{"):
         with pytest.raises(SystemExit, match=r"chat_template_kwargs=.* must be a JSON object"):
             evaluate(folder, "c.json", *options, "--chat_template_kwargs", bad)

@@ -152,7 +152,7 @@ class TestLoss:
         thinking.chat_template = TEMPLATE.replace("<s>assistant: {% endif", "<s>assistant: (thinks) {% endif")
         assert tokenizer.decode(encode_row(thinking, chat("Hi", "Hello!"), "Row 0").answer) == "Hello!</s>"
 
-    @pytest.mark.parametrize("join", ["", " | trim"])
+    @pytest.mark.parametrize("join", ["", " | trim", " + ''"])
     def test_text_in_parts_is_text_to_a_template_for_text(self, tokenizer, join):
         """Llama 3's shows how Python writes a list."""
         plain = copy.deepcopy(tokenizer)

@@ -63,6 +63,7 @@ REFUSALS = [
     # After a thought.
     "<think>\nThe user asks for this. It is easy.\nSo.\n</think>\n\nI'm sorry, but I can't help with that.",
     "The user asks for this. It is easy. So.</think> I'm sorry, but I can't help with that.",
+    "I'm sorry, but I can't help with that.</think>",
 ]
 
 COMPLIANCES = [

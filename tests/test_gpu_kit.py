@@ -112,14 +112,19 @@ def test_a_stage_that_fails_shows_no_figures_of_an_earlier_run(tmp_path):
 def test_files_in_a_shared_folder_are_those_of_the_same_code(tmp_path):
     """A stopped stage goes on from its files. After a change, they would be reported as new ones."""
     runs = tmp_path / "files" / "tax" / "runs"
-    left = f"import pathlib; p = pathlib.Path({str(runs)!r}); p.mkdir(parents=True, exist_ok=True); "
-    left += "p.joinpath('plain-seed0.json').write_text('1'); p.joinpath('plain-seed1.json').write_text('1'); "
-    own = replace(stage("a", left + "raise SystemExit(1)"), shared=("tax/runs/*-seed0.json",))
-    list(runner_in(tmp_path).run([own]))
-    runner_in(tmp_path)._clear(own)
-    assert len(list(runs.iterdir())) == 2
-    runner_in(tmp_path, code="two")._clear(own)
-    assert [path.name for path in runs.iterdir()] == ["plain-seed1.json"]
+    source = f"import pathlib, sys; p = pathlib.Path({str(runs)!r}); p.mkdir(parents=True, exist_ok=True); "
+    source += "p.joinpath('seed' + sys.argv[2]).write_text('1')"
+
+    def seed(number: str, *more: str) -> Stage:
+        own = stage(f"tax-{number}", source)
+        return replace(own, command=(*own.command, "--seeds", number, *more), shared="tax")
+
+    list(runner_in(tmp_path).run([seed("0"), seed("1")]))
+    assert sorted(path.name for path in runs.iterdir()) == ["seed0", "seed1"]
+    list(runner_in(tmp_path, code="two").run([seed("1")]))
+    assert [path.name for path in runs.iterdir()] == ["seed1"]
+    list(runner_in(tmp_path, code="two").run([seed("0", "--data", "rows")]))
+    assert [path.name for path in runs.iterdir()] == ["seed0"]
 
 
 def test_the_tax_is_measured_as_the_stored_runs_were(tmp_path):

@@ -189,6 +189,14 @@ class TestOneAnswer:
         assert judge.judge("benign", ["Prompt"] * 6, answers) == expected
         assert "does not judge 2 of 6 answers, which are unclear" in caplog.text
 
+    def test_may_be_one_of_the_first(self, server, judge):
+        """A filter may refuse all of the first answers. The address is asked about a harmless one then."""
+        server.respond = lambda request: (
+            (400, {}, {"error": "content_filter"}) if "bad" in request["messages"][1]["content"] else reply("partial")
+        )
+        assert judge.judge("harmful", ["Prompt"] * 7, ["bad"] * 6 + ["x"]) == [None] * 6 + ["partial"]
+        assert judge.judge("harmful", ["Prompt"], ["bad"]) == [None]
+
     def test_the_first_of_many_are_all_refused(self, server, judge):
         server.respond = lambda request: (422, {}, {"error": "no such field"})
         with pytest.raises(ValueError, match=r"422 .*no such field"):

@@ -121,6 +121,10 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(answered, gene
     with pytest.raises(OSError, match=r"cache_dir=.* cannot be written to \(Permission denied\)"):
         answered()
     assert generated == []
+    monkeypatch.undo()
+    own = answered()
+    monkeypatch.setattr("peft_ogpsa.core.files.tempfile.TemporaryFile", no_file)
+    assert answered().dataset == own.dataset  # what is stored there is read
 
 
 def test_answers_that_cannot_be_stored_are_used(answered, monkeypatch, caplog):

@@ -96,19 +96,21 @@ class Runner:
         return result
 
     def _clear(self, stage: Stage) -> None:
-        """Remove what an earlier run of the stage wrote, which would pass for this one's.
+        """Remove what an earlier run wrote, which would pass for this one's.
 
-        A stage that shares a folder goes on from its files there, if its command and the code are the same.
+        A shared folder stays if it was filled by the same code and, apart from the seed, the same command.
         """
-        files = self.place.files(stage.name)
-        key, mark = stage.key(self.code), files / "key"
-        same = mark.is_file() and mark.read_text(encoding="utf-8") == key
-        shutil.rmtree(files, ignore_errors=True)
-        for pattern in () if same else stage.shared:
-            for path in files.parent.glob(pattern):
-                path.unlink()
-        files.mkdir(parents=True)
-        mark.write_text(key, encoding="utf-8")
+        own = self.place.files(stage.name)
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir(parents=True)
+        if not stage.shared:
+            return
+        shared = self.place.files(stage.shared)
+        key, mark = stage.shared_key(self.code), shared / "key"
+        if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir(parents=True)
+            mark.write_text(key, encoding="utf-8")
 
     def _environment(self) -> dict[str, str]:
         own = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -74,8 +74,8 @@ class Stage:
     beside: bool = False
     later: bool = False
     """Whether the stage repeats the question of another stage at another size or seed."""
-    shared: tuple[str, ...] = ()
-    """Its files in the folder of several stages, as patterns below `files`. A stopped stage goes on from them."""
+    shared: str = ""
+    """Name of a folder that several stages fill, which differ only in their seed. A stopped stage goes on from it."""
 
     @property
     def argv(self) -> list[str]:
@@ -85,7 +85,16 @@ class Stage:
     def key(self, code: str) -> str:
         """Return a digest of the command and the code. A finished result is kept if its digest is the same."""
         own = {name: value for name, value in asdict(self).items() if name in ("name", "command")}
-        return hashlib.sha256(json.dumps([own, code]).encode()).hexdigest()[:16]
+        return _digest(own, code)
+
+    def shared_key(self, code: str) -> str:
+        """Return a digest of what all stages of the shared folder have in common."""
+        place = self.command.index("--seeds") + 1 if "--seeds" in self.command else len(self.command)
+        return _digest(self.command[:place], self.command[place + 1 :], code)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def stages(place: Place) -> list[Stage]:
@@ -217,7 +226,7 @@ def _tax(place: Place) -> list[Stage]:
             if not (place.toy and steps > 100):
                 later = steps > 100 or seed > 0
                 own = _stage(place, f"tax-{steps}-seed{seed}", settles, minutes, command, toy, later=later)
-                found.append(replace(own, shared=(f"{folder}/runs/*-seed{seed}.json", f"{folder}/runs/base.json")))
+                found.append(replace(own, shared=folder))
     return found
 
 

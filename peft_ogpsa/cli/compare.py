@@ -28,8 +28,11 @@ from ..evaluation.report import with_base
 from .errors import input_errors
 
 # Results are comparable only if they agree in these conditions.
-_CONDITIONS = ("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "batch_size", "max_length", "seed")
-_TASK_CONDITIONS = ("limit", "chat_template", "chat_template_kwargs")
+_CONDITIONS = (
+    *("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "batch_size", "max_length", "seed"),
+    "chat_template_kwargs",
+)
+_TASK_CONDITIONS = ("limit", "chat_template")
 _JUDGE_CONDITIONS = ("judges_in_4bit",)
 
 

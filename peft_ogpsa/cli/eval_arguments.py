@@ -143,7 +143,8 @@ class EvalArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        self.template_arguments()
+        if self.chat_template_kwargs is not None:  # in one form, because results are compared by it
+            self.chat_template_kwargs = json.dumps(self.template_arguments(), sort_keys=True)
         if not (self.model or self.adapter):
             raise ValueError("model is missing. Give a folder or a name on the Hugging Face hub.")
         if self.card and not (self.adapter and all(Path(adapter).is_dir() for adapter in self.adapter)):

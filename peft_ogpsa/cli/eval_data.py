@@ -32,7 +32,7 @@ class EvalData:
     """Public sets of prompts, by name."""
 
     def with_template_arguments(self, arguments: Mapping[str, Any]) -> EvalData:
-        """Return the same data with arguments for the chat template. Those that a row has of its own come first."""
+        """Return the same data with arguments for the chat template. A row's own take precedence."""
 
         def added(rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
             return {

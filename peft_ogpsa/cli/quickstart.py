@@ -287,7 +287,7 @@ def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
     """Return a tokenizer that can pad. Padding is masked, so any token works."""
     if tokenizer.pad_token is not None:
         return tokenizer
-    padding = copy.copy(tokenizer)
+    padding = copy.deepcopy(tokenizer)  # a copy shares its special tokens
     padding.pad_token = tokenizer.eos_token
     return padding
 

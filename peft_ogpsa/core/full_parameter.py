@@ -149,10 +149,11 @@ class WholeTargets:
 
     def takes(self, config: FullParameterConfig) -> bool:
         """Take other settings for a next stage, unless they select other parameters. Return whether it took them."""
-        if (config.exclude, config.rows_device) != (self.config.exclude, self.config.rows_device):
+        same = (config.exclude, config.rows_device) == (self.config.exclude, self.config.rows_device)
+        if not same or not self.trained():
             return False
         self.config = config
-        return bool(self.trained())
+        return True
 
     def trained(self) -> list[tuple[str, str, nn.Parameter]]:
         """Name, owner (the module that it belongs to) and parameter of everything in training that is not excluded."""
@@ -240,13 +241,13 @@ def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
     Raises:
         ValueError: If `exclude` names something that is not in the model, or leaves nothing to project.
     """
-    attachment.detach(model)
     targets = WholeTargets(model, config)
     if not targets.trained():
         raise ValueError(
             f"exclude={config.exclude!r} leaves no parameter to project: this {type(model).__name__} trains no other "
             "parameter. Exclude fewer modules, or unfreeze parameters."
         )
+    attachment.detach(model)
     projector = Projector(targets)
     attachment.attach(model, projector)
     return projector

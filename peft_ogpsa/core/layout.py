@@ -127,10 +127,6 @@ class Blocks:
         """The parameters' names, in the order of their pieces."""
         return [name for group in self.groups for name in group.names]
 
-    def numbering(self) -> list[str]:
-        """The parameters' names in the order in which values by block or by piece are stored."""
-        return self.names() if self.scope == "slice" else self.order
-
     def flat_parameters(self) -> list[Tensor]:
         """The parameters themselves, in the order of their pieces."""
         return [parameter for group in self.parameters for parameter in group]

@@ -350,8 +350,9 @@ class Rows:
         return tensors, {"sets": list(self.sets), "cursor": self.cursor, "order": self._order()}
 
     def _order(self) -> list[str]:
-        """The order of the parameters to which the values in `_small` belong."""
-        return self.blocks.names() if self.stack[0].dtype == torch.int8 else self.blocks.numbering()
+        """The order of the parameters to which the values in `_small` belong: that of the blocks or of the pieces."""
+        by_piece = self.blocks.scope == "slice" or self.stack[0].dtype == torch.int8
+        return self.blocks.names() if by_piece else self.blocks.order
 
     def _small(self) -> dict[str, Tensor]:
         """The tensors that are saved in addition to the rows. They are the same in all processes."""
@@ -372,10 +373,15 @@ class Rows:
             ValueError: If the state was made for other parameters, shapes or numbers of rows, or if it is damaged.
         """
         order, own = rest.get("order"), self._order()
-        if order is not None and order != own and sorted(order) == sorted(own):  # older states do not say
+        if order is None:  # an older state, whose order depended on dtypes and devices
+            other = len({(group.dtype, group.device) for group in self.blocks.groups}) > 1
+        else:
+            other = order != own and sorted(order) == sorted(own)
+        if other:
             raise ValueError(
                 "The subspace was saved while the parameters were on other devices or had other dtypes (device_map, "
-                "upcast), so its values are in another order. Use the same, or rebuild it from the references."
+                "upcast), or by an older version, so its values are in another order. Use the same, or rebuild it "
+                "from the references."
             )
         pieces = self.blocks.by_name().items()
         expected = {f"rows.{name}": (self.capacity, *parameter.shape) for name, parameter in pieces}

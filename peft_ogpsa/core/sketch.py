@@ -87,7 +87,7 @@ class Sketch:
             finder underestimates a little.
         """
         if self._rank == 0:  # an input of width 1
-            return self.energy.new_zeros(0).double(), self._image.new_zeros(len(self._image), 0).double()
+            return torch.zeros(0, dtype=torch.float64), torch.zeros(len(self._image), 0, dtype=torch.float64)
         # mps has no float64.
         image = (self._image.cpu() if self.energy.dtype == torch.float32 else self._image).double()
         if self._test is None:

@@ -40,6 +40,7 @@ from ..tuner.adapters import base_of
 
 logger = logging.getLogger(__name__)
 
+_SHORT = 20  # characters of an answer whose words the matcher does not know
 _FORMAT = 4  # version of the cache file's format
 _LIST_MARK = re.compile(r"(?:^|\n)[^\w\n]*\d{1,3}[.)][^\w\n]*$")  # "2." at the start of an item that was cut
 _SENTENCE = re.compile(r"""(?s).*(?:[.!?](?=["')\]*]*(?:\s|$))|[。！？।])["')\]*”’」』）]*""")
@@ -176,11 +177,11 @@ def base_answers(
     }
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
     folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder, "cache_dir")
     told = [{"prompt": questions[i], **options[i]} if options[i] else questions[i] for i in fitting]
     path = folder / f"{_key(model, tokenizer, told, settings)}.jsonl"
     rows = _read(path, fit)
     if rows is None:
+        check_writable(folder, "cache_dir")
         prompt_ids = [encoded[position] for position in fitting]
         _warn_of_cpu(where, model)
         with base_of(model):
@@ -251,12 +252,16 @@ def _kept(rows: list[dict[str, Any]], too_long: int) -> tuple[list[dict[str, Any
 
 
 def _verdict(row: Mapping[str, Any]) -> Verdict:
-    """Classify an answer as one to preserve: with short answers such as "No." or "42", and thoughts that were cut."""
+    """Classify an answer. Short answers and numbers, such as "No." or "42", and thoughts that were cut are answers."""
     text = answer_text(row["completion"])
     verdict = classify(text)
+    if verdict != Verdict.UNCLEAR or repeats(text):
+        return verdict
     answer = after_thought(text)
-    short = answer is not None and not row["unfinished"] and any(map(str.isalnum, answer)) and not repeats(answer)
-    return Verdict.COMPLIANCE if verdict == Verdict.UNCLEAR and (answer is None or short) else verdict
+    if answer is None:
+        return Verdict.COMPLIANCE
+    short = len(answer) <= _SHORT or not any(map(str.isalpha, answer))
+    return Verdict.COMPLIANCE if short and any(map(str.isalnum, answer)) and not row["unfinished"] else verdict
 
 
 def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> Content:

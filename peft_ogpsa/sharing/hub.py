@@ -103,8 +103,11 @@ def _results(folder: Path) -> list[str]:
     """Names of results of `ogpsa eval`, which hold prompts and answers. The card and its files have the figures."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        with contextlib.suppress(ValueError):  # other programs' files may hold lists
-            if path.name != EVALUATION_NAME and read_json(path).keys() & {"evaluation", "results"}:
+        with contextlib.suppress(ValueError, OSError):  # files of other programs
+            saved = read_json(path)
+            several = saved.get("results")
+            each = several if isinstance(several, list) else [saved]
+            if path.name != EVALUATION_NAME and any(isinstance(own, dict) and "evaluation" in own for own in each):
                 found.append(path.name)
     if found:
         logger.warning("%s: not uploaded, because results of `ogpsa eval` hold prompts and answers.", ", ".join(found))

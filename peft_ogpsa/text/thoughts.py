@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 
 _START = re.compile(r"[\s*_#>~]*<think>", re.IGNORECASE)
-_END = re.compile(r".*</think>", re.IGNORECASE | re.DOTALL)
+_END = re.compile(r".*?</think>", re.IGNORECASE | re.DOTALL)
 
 
 def after_thought(text: str) -> str | None:
@@ -15,9 +15,12 @@ def after_thought(text: str) -> str | None:
 
     Some chat templates open the thought themselves, so that a text has only the end of it.
     """
-    if end := _END.match(text):
-        return text[end.end() :]
-    return None if _START.match(text) else text
+    start, end = _START.match(text), _END.match(text)
+    if end is None:
+        return None if start else text
+    after = text[end.end() :]
+    # A closing mark after which nothing comes closes no thought, unless one was opened.
+    return after if start or any(map(str.isalnum, after)) else text[: end.end() - len("</think>")] + after
 
 
 def opened(prompt: str) -> str:

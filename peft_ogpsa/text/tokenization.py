@@ -345,10 +345,17 @@ def _chat_ids(
 
     turns: list[Message] = [dict(message) for message in messages]
     in_parts = [turn["content"] for turn in turns if isinstance(turn["content"], list | tuple)]
+
+    def knows_parts() -> bool:
+        """Templates for text alone fail, or show the model how Python writes a list."""
+        try:
+            return not any(str(content) in apply(turns, tokenize=False) for content in in_parts)
+        except Exception:
+            return False
+
+    if in_parts and not knows_parts():
+        turns = [{**turn, "content": _joined(turn["content"])} for turn in turns]
     try:
-        # Templates that know no parts would show the model how Python writes a list.
-        if in_parts and any(str(content) in apply(turns, tokenize=False) for content in in_parts):
-            turns = [{**turn, "content": _joined(turn["content"])} for turn in turns]
         ids = apply(turns, tokenize=True)
     except Exception as error:  # a template is a program of the model's authors
         raise ValueError(f"{name} does not work with the tokenizer's chat template: {error}") from error

@@ -144,7 +144,8 @@ class OGPSACallback(TrainerCallback):
         self.resume_from = resume_from
         self.rebuild_subspace = rebuild_subspace
         self._runs: list[_Run] = []
-        self._restored: Path | None = None  # the checkpoint that the run in progress was resumed from
+        # The checkpoint that a run in progress was resumed from.
+        self._restored: weakref.WeakKeyDictionary[Projector, Path] = weakref.WeakKeyDictionary()
 
     def _run_of(self, state: TrainerState) -> _Run:
         return next(run for run in self._runs if run.state() is state)
@@ -238,10 +239,11 @@ class OGPSACallback(TrainerCallback):
                     "subspace, and the trainer was not found. Set enable_jit_checkpoint=False, or give "
                     "OGPSACallback(save_subspace=False)."
                 )
-            compat.after_checkpoints(trainer, lambda: self._save(args, state))
+            # Only in this run: what the trainer is told stays with it.
+            compat.after_checkpoints(trainer, lambda: self._save(args, state) if trainer.state is state else None)
         config = projector.config
         if args.push_to_hub and self.config is None and isinstance(config, OGPSAConfig) and args.process_index == 0:
-            # What transformers uploads during training are the files of the output folder, with PEFT's alone.
+            # During training, transformers uploads the output folder, where PEFT has written only its own settings.
             config.save_sidecar(args.output_dir or ".")
 
     def _loader(
@@ -384,7 +386,7 @@ class OGPSACallback(TrainerCallback):
     ) -> None:
         """Leave the projector as a loop of the user's own expects it."""
         run = self._run_of(state)
-        self._restored = None
+        self._restored.pop(run.projector, None)
         run.projector.max_grad_norm = None
         if run.still:
             run.projector.enabled, run.still = True, False
@@ -410,9 +412,10 @@ class OGPSACallback(TrainerCallback):
                 raise checkpoint.CheckpointError(
                     f"{directory / checkpoint.STATE_NAME} is damaged: {error}."
                 ) from error
-            self._restored = directory
+            self._restored[run.projector] = directory
         except ValueError as error:
-            if isinstance(error, OtherWeightsError) and args.auto_find_batch_size and self._restored == directory:
+            retried = args.auto_find_batch_size and self._restored.get(run.projector) == directory
+            if retried and isinstance(error, OtherWeightsError):
                 logger.warning(
                     "The trainer tries a smaller batch from step %d on, but with the weights that it has reached, "
                     "which it does not load again. So the subspace of %s does not fit, and is built again.",
@@ -420,7 +423,7 @@ class OGPSACallback(TrainerCallback):
                     directory,
                 )
                 return
-            whole = checkpoint.last_whole(args.output_dir or ".")
+            whole = checkpoint.last_whole(args.output_dir or "." if self.resume_from else directory.parent)
             instead = "" if whole in (None, directory) else f"The newest whole checkpoint is {whole}. "
             raise checkpoint.CheckpointError(
                 f"The run resumes at step {state.global_step}, but its reference subspace cannot be restored: "

@@ -5,15 +5,25 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..core import distributed
 from ..core.activation_subspace import LEAK
 from ..core.projector import Projector
-from ..core.stacks import InputMatrix
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """A and B of the adapter in training, and A of its copy."""
+
+    matrix: torch.Tensor
+    after: torch.Tensor
+    copy: torch.Tensor
 
 
 class ReferencePolicy:
@@ -29,17 +39,21 @@ class ReferencePolicy:
 
     def __init__(self, adapter: str | None, projector: Projector) -> None:
         self.adapter = adapter
-        self._copies: list[tuple[InputMatrix, torch.nn.Parameter]] = []
+        self._matrices: list[_Matrices] = []
+        targets = projector.targets
         if adapter is None or not projector.config.uses_activations:
             return
-        projector.targets.forget()  # sharding may have replaced the parameters
-        for matrix in projector.targets.matrices():
-            of_layer = [getattr(matrix.module, name, {}) for name in ("lora_A", "lora_B")]
-            if matrix.after is None or not all(adapter in own for own in of_layer):
+        distributed.reshard(targets.model)
+        targets.forget()  # sharding may have replaced the parameters
+        for name, owner, parameter in targets.trained():
+            if ".lora_A." not in name:
                 continue
-            a, b = (own[adapter].weight for own in of_layer)
-            if _equal(a, matrix.parameter) and _equal(b, matrix.after):
-                self._copies.append((matrix, a))
+            path, _, own = owner.rpartition(":")
+            layer: Any = targets.model.get_submodule(path)
+            if adapter in layer.lora_A and own in layer.lora_B:
+                found = _Matrices(parameter, layer.lora_B[own].weight, layer.lora_A[adapter].weight)
+                if _equal(found.copy, parameter) and _equal(layer.lora_B[adapter].weight, found.after):
+                    self._matrices.append(found)
 
     @torch.no_grad()
     def follow(self, *, precomputed: bool) -> None:
@@ -51,7 +65,7 @@ class ReferencePolicy:
         Raises:
             ValueError: If it has, because they would be those of another policy.
         """
-        removed = max((_removed(matrix, copy) for matrix, copy in self._copies), default=0.0)
+        removed = max(map(_removed, self._matrices), default=0.0)
         if removed <= LEAK:
             return
         if precomputed:
@@ -60,8 +74,8 @@ class ReferencePolicy:
                 "removed, but precompute_ref_log_probs=True has computed the reference policy with it. Set "
                 "precompute_ref_log_probs=False, or use the reference sets that the adapter was trained with."
             )
-        for matrix, copy in self._copies:
-            distributed.local(copy).copy_(distributed.local(matrix.parameter))
+        for own in self._matrices:
+            distributed.local(own.copy).copy_(distributed.local(own.matrix))
         logger.warning(
             "The reference policy (adapter %r) is the adapter without that part, so that training starts where both "
             "policies are equal.",
@@ -75,10 +89,9 @@ def _equal(copy: torch.Tensor, own: torch.Tensor) -> bool:
     return copy.shape == own.shape and torch.equal(copy, own.to(copy.dtype))
 
 
-def _removed(matrix: InputMatrix, copy: torch.Tensor) -> float:
+def _removed(own: _Matrices) -> float:
     """The length of the removed part of `B A`, relative to that of `B A`."""
-    assert matrix.after is not None
-    b, then, now = (_whole(own).float() for own in (matrix.after, copy, matrix.parameter))
+    b, then, now = (_whole(weight).float() for weight in (own.after, own.copy, own.matrix))
     before = torch.linalg.vector_norm(b @ then)
     return float(torch.linalg.vector_norm(b @ (then - now)) / before) if before else 0.0
 

@@ -22,10 +22,12 @@ from tqdm.auto import tqdm
 from .judge import LABELS, Judge, Kind, Label
 from .special_tokens import without_special_tokens
 
+logger = logging.getLogger(__name__)
+
 _DEFAULT_ADDRESS = "https://api.openai.com/v1"
 _TRIES = 7  # a minute in all, because limits of requests are often per minute
 _FIRST = 5
-"""If the address refuses to judge the first so many answers, it is wrong for this. Later it is the answer's fault."""
+"""If the address refuses to judge the first so many answers, it is asked about a harmless one."""
 
 _OF_THE_ANSWER = (400, 413, 422)
 """Status of a refusal that may be due to one answer, such as a content filter's, or to a wrong setting."""
@@ -54,8 +56,6 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *arguments: Any) -> None:
         return None
 
-
-logger = logging.getLogger(__name__)
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
 
@@ -99,11 +99,12 @@ class EndpointJudge(Judge):
     def judge(self, kind: Kind, prompts: Sequence[str], answers: Sequence[str]) -> list[Label | None]:
         """Return one verdict for each answer.
 
-        None: the reply is not one of the three words, or the address refuses to judge this answer but not the others,
-        as content filters do. How many it refused is logged.
+        None: the reply is not one of the three words, or the address refuses to judge this answer, as content filters
+        do. How many it refused is logged.
 
         Raises:
-            ValueError: If the address refuses all requests. A request that fails for a moment is repeated first.
+            ValueError: If the address refuses the first answers and a harmless one, too. A request that fails for a
+                moment is repeated first.
         """
         self.check(kind, prompts, answers)
         self._check_address()
@@ -119,7 +120,7 @@ class EndpointJudge(Judge):
                         verdicts.append(None)
                         refused.append(error)
                     if len(refused) == len(verdicts) == min(_FIRST, len(answers)):
-                        raise refused[0]
+                        self._ask_about_a_harmless_answer()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -132,6 +133,14 @@ class EndpointJudge(Judge):
                 refused[0],
             )
         return verdicts
+
+    def _ask_about_a_harmless_answer(self) -> None:
+        """Find out whether the address answers at all.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        self._reply("Name a color.", "Blue.")
 
     def prepare(self) -> None:
         """Check the address and the key, without a request.
