@@ -311,7 +311,7 @@ def output_directory(trainer: Trainer | None, args: TrainingArguments) -> str:
 
 
 def after_checkpoints(trainer: Trainer, act: Callable[[], None]) -> None:
-    """Let a trainer call `act` after each checkpoint that it writes, instead of the last one given for it.
+    """Let a trainer call `act` after each checkpoint that it writes. A second call replaces the first.
 
     Relies on: `Trainer._save_checkpoint` writes a checkpoint. `enable_jit_checkpoint` calls it without the event
     `on_save`.

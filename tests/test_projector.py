@@ -371,12 +371,11 @@ def test_a_reference_gradient_arrives_where_training_has_none():
     projector.refresh(references(0), loss_of)
     optimizer = torch.optim.SGD(parameters_of(model), lr=0.1)
     loss_of(model, batch(0)).backward()
-    name, unreached = next((n, p) for n, p in model.named_parameters() if "lora_B" in n)
+    unreached = next(p for n, p in model.named_parameters() if "lora_B" in n)
     before = unreached.detach().clone()
     unreached.grad = None
     optimizer.step()
-    rows = projector.subspace.rows
-    assert name in projector.subspace.blocks.by_name() or rows.capacity
+    assert unreached.grad.any()
     assert not torch.equal(unreached, before)
 
 

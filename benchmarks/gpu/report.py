@@ -11,7 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ..tax import report as tax_report
-from ..tax.results import results
+from ..tax.results import results as tax_tables
 from . import figures
 from .figures import Result
 
@@ -92,7 +92,7 @@ def _tax(folder: Path) -> str:
     if not (folder / "base.json").is_file() or not list(folder.glob("plain-seed*.json")):
         return "Plain LoRA has not been run, which all are compared with."
     base, runs = tax_report.load(folder)
-    return results(base, runs, "the commands of its stages").replace("\n#", "\n##")
+    return tax_tables(base, runs, "the commands of its stages").replace("\n#", "\n##")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

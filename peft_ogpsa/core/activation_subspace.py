@@ -120,8 +120,8 @@ class ActivationSubspace:
                     "nothing of its weight could be trained. Set a smaller subspace_rank."
                 )
             parameters = [distributed.local(own[layer].parameter) for layer in item.layers]
-            # Whole sizes, too: what a process holds may be alike where that of another process is not, and all of them
-            # must have the same stacks.
+            # Compare whole sizes, too. Two shards may have the same size in one process and not in another, but all
+            # processes must build the same stacks.
             whole = tuple(own[layer].parameter.shape[0] for layer in item.layers)
             rows = tuple(len(parameter) for parameter in parameters)
             key = (kind_of(item.layers), item.width, whole, rows, parameters[0].dtype, parameters[0].device)

@@ -58,7 +58,7 @@ class AnswerCounts:
     refused: int
     """The base model declined, according to `evaluation.classify`."""
     unclear: int
-    """The answer is empty, symbols, or a loop, according to the same matcher."""
+    """The answer is empty, symbols, or a loop, according to the same matcher. Short answers and numbers are kept."""
     too_long: int
     """The prompt alone already has `max_length` tokens or more."""
     unfinished: int

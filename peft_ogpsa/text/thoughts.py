@@ -24,5 +24,5 @@ def after_thought(text: str) -> str | None:
 
 
 def opened(prompt: str) -> str:
-    """Return what a prompt opens a thought with at its end: a line with its mark, or nothing."""
+    """Return the mark `<think>` and a line break if a prompt ends with this mark, and otherwise nothing."""
     return "<think>\n" if prompt.rstrip().endswith("<think>") else ""

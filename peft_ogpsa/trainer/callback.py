@@ -239,7 +239,7 @@ class OGPSACallback(TrainerCallback):
                     "subspace, and the trainer was not found. Set enable_jit_checkpoint=False, or give "
                     "OGPSACallback(save_subspace=False)."
                 )
-            # Only in this run: what the trainer is told stays with it.
+            # Act only in this run, because the trainer keeps the function.
             compat.after_checkpoints(trainer, lambda: self._save(args, state) if trainer.state is state else None)
         config = projector.config
         if args.push_to_hub and self.config is None and isinstance(config, OGPSAConfig) and args.process_index == 0:

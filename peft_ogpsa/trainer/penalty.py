@@ -27,9 +27,9 @@ class ReferencePenalty(TrainerCallback):
     """Add the gradient of a few reference examples to the training gradient, without projection.
 
     With `loss="kl"` this is a KL penalty. With given answers it is replay. It adds what OGPSA adds for the same
-    `reference_weight`. The examples are drawn before the first step, after it, and then every `every` steps. The
-    mean gradient of each set is computed. Their mean is clipped to the trainer's `max_grad_norm`, multiplied by the
-    weight, and added after the trainer has clipped the training gradient.
+    `reference_weight`. The examples are drawn before the first step, after it, and then every `every` steps. Every
+    set counts equally. The mean of the sets' mean gradients is clipped to the trainer's `max_grad_norm`, multiplied by
+    the weight, and added after the trainer has clipped the training gradient.
 
     Args:
         reference_sets (`Sequence[ReferenceSet]`): The abilities to preserve.

@@ -29,8 +29,8 @@ class _Matrices:
 class ReferencePolicy:
     """Keeps the copy equal to the adapter while the adapter moves into the null space of a new subspace.
 
-    TRL copies the adapter when a trainer is created. What the move then removes from the adapter alone would be a
-    difference of the two policies that no training has made.
+    TRL copies the adapter when a trainer is created. The move then removes a part of the adapter, but not of the copy.
+    The two policies would differ before any training.
 
     Args:
         adapter (`str`, *optional*): The copy's name. `None`: there is none.
