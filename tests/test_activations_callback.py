@@ -308,6 +308,26 @@ def test_the_reference_policy_loses_what_the_adapter_loses(tmp_path, caplog, pre
     assert all(entry["rewards/chosen"] == entry["rewards/rejected"] == 0 for entry in logged)
 
 
+def test_margins_are_those_of_the_policy_after_it_has_changed(tmp_path):
+    model = model_of(reference_weight=1.0)
+    sft(tmp_path, model, learning_rate=5e-2, max_steps=20).train()
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
+    question = [{"role": "user", "content": "How do I whisk eggs?"}]
+    answers = {
+        name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "Fast."), ("rejected", "No."))
+    }
+    pairs = ReferenceSet("pairs", [{"prompt": question, **answers}], loss="dpo")
+    callback = OGPSACallback([*similar(), pairs])
+    trainer = dpo(tmp_path, again, callback)
+    trainer.args.learning_rate = 0.0
+    trainer.train()
+    loader = callback._runs[-1].loader
+    (used,) = (pair.margin for pair in loader.sets["pairs"])
+    loader.prepare(trainer.model, "cpu")
+    assert used == pytest.approx(loader.sets["pairs"][0].margin, rel=1e-6)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_second_stage_with_a_configuration_goes_on_in_the_subspace_of_the_first(tmp_path, caplog, whole):
     """Also if settings are others that the subspace does not depend on."""

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -196,11 +196,7 @@ class OGPSACallback(TrainerCallback):
         loader, step_examples = self._loader(args, state, projector.config, processing_class)
         checks.check_losses(loader.losses, projector.config, model)
         if projector.config.refreshes:
-            loader.prepare(
-                model,
-                _device_of(model),
-                lambda name, passes: tqdm(passes, f"Reference policy on {name}", disable=args.disable_tqdm),
-            )
+            _ask_policy(loader, model, args)
         projector.max_grad_norm = args.max_grad_norm
         policy = ReferencePolicy(compat.reference_adapter(trainer), projector)
         # A second stage (SFT, then DPO) starts where the first ended, and uses its own rows. A resumed run loads its
@@ -222,7 +218,9 @@ class OGPSACallback(TrainerCallback):
             self._refresh(run, args, model)
             assert projector.activations is not None
             projector.activations.references = loader.digest
-        policy.follow(precomputed=bool(getattr(args, "precompute_ref_log_probs", False)))
+        moved = policy.follow(precomputed=bool(getattr(args, "precompute_ref_log_probs", False)))
+        if moved and projector.config.refreshes:
+            _ask_policy(loader, model, args)  # again, because its answers are others now
         self._prepare_saving(args, state, trainer, projector)
         plan = _plan(run, step_examples)  # called even if not shown: it rejects parameters that share memory
         if not args.disable_tqdm:
@@ -473,6 +471,15 @@ def _hold_still(run: _Run, optimizer: torch.optim.Optimizer | None) -> None:
             group["lr"] = group["lr"] * 0
     # Projecting the parameters again would round them again.
     run.projector.enabled, run.still = False, True
+
+
+def _ask_policy(loader: ReferenceLoader, model: nn.Module, args: TrainingArguments) -> None:
+    """Compute what the reference losses need of the reference policy."""
+
+    def bar(name: str, passes: list) -> Iterable:
+        return tqdm(passes, f"Reference policy on {name}", disable=args.disable_tqdm)
+
+    loader.prepare(model, _device_of(model), bar)
 
 
 def _device_of(model: nn.Module) -> torch.device:

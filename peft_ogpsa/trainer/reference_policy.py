@@ -56,18 +56,21 @@ class ReferencePolicy:
                     self._matrices.append(found)
 
     @torch.no_grad()
-    def follow(self, *, precomputed: bool) -> None:
+    def follow(self, *, precomputed: bool) -> bool:
         """Copy the matrices A of the adapter again, if a part of its effect has been removed.
 
         Args:
             precomputed: Whether the trainer has computed the copy's log probabilities already.
+
+        Returns:
+            Whether the copy has changed.
 
         Raises:
             ValueError: If it has, because they would be those of another policy.
         """
         removed = max(map(_removed, self._matrices), default=0.0)
         if removed <= LEAK:
-            return
+            return False
         if precomputed:
             raise ValueError(
                 f"Up to {removed:.0%} of the adapter's effect in a layer acted on the reference inputs and was "
@@ -81,6 +84,7 @@ class ReferencePolicy:
             "policies are equal.",
             self.adapter,
         )
+        return True
 
 
 def _equal(copy: torch.Tensor, own: torch.Tensor) -> bool:
