@@ -5,6 +5,8 @@ import json
 import math
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import chat, tiny_llama, tiny_tokenizer
 from transformers import TrainerControl
 
-from benchmarks.tax import data, plots, report, training
+from benchmarks.tax import data, grid, plots, report, training
 from benchmarks.tax.__main__ import main as tax
 from benchmarks.tax.comparisons import COMPARED, MAIN, comparisons, task_changes
 from benchmarks.tax.crossing import UntilSafe
@@ -186,6 +188,22 @@ def test_methods_are_compared_at_plain_loras_safety():
     assert "| better | 1 | not reached |" in report.at_first_safe(BASE, runs)
     assert "| better | 1 | 10 | 1.500 |" in report.at_first_safe(BASE, runs, every=False)
     assert "| slow | 1 | 10 | 2.800 | +0.100 | 0.100 |" in report.at_the_end(BASE, runs)
+
+
+def test_runs_that_were_ended_are_not_said_to_miss_the_loss():
+    """A run ends when it is safe. Its safety loss may then still be above plain LoRA's."""
+    runs = {
+        "plain": {seed: run_of((5, 2.5, 0.1, 0.9), (10, 2.0, 0.3, 0.95)) for seed in (0, 1)},
+        "early": {seed: run_of((4, 2.2, 0.1, 1.0)) for seed in (0, 1)},
+        "one": {0: run_of((4, 2.2, 0.1, 1.0)), 1: run_of((5, 3.0, 0.1, 0.5), (10, 1.9, 0.2, 1.0))},
+    }
+    for own in runs.values():
+        for made in own.values():
+            made["run_info"]["settings"] = {"steps": 40}
+    runs["one"][1]["run_info"]["settings"] = {"steps": 10}
+    text = report.at_equal_loss(BASE, runs)
+    assert "| early | 2 | +12% | ended before |" in text
+    assert "| one | 2, 1 ended before | +12% | +0.191 |" in text
 
 
 def test_the_state_that_is_nearest_to_the_base_of_those_that_are_safe():
@@ -397,6 +415,26 @@ def test_comparisons_pair_the_prompts_where_both_are_safe():
     assert row.split("|")[5].strip() == ""  # was not measured
 
 
+def test_differences_seed_by_seed():
+    """Seeds that disagree are within chance, even if all prompts of a seed agree."""
+    first, second = COMPARED[0]
+    changes = [0.04, 0.01, 0.05, -0.02]
+    theirs = [0.1, 0.3, 0.2]
+    runs = {second: {seed: outcomes_run(seed, {"kl": theirs}) for seed in range(4)}}
+    runs[first] = {
+        seed: outcomes_run(seed, {"kl": [kl + change for kl in theirs]}) for seed, change in enumerate(changes)
+    }
+    assert "*" in comparisons(BASE, runs)
+    row = comparisons(BASE, runs, over="seeds").splitlines()[2]
+    low, high = stats.ttest_1samp(changes, 0).confidence_interval(0.95)
+    assert [float(own) for own in re.findall(r"[+-][\d.]+", row.split("|")[3])] == pytest.approx(
+        [np.mean(changes), low, high], abs=1e-4
+    )
+    assert "*" not in row
+    one = {name: {0: own[0]} for name, own in runs.items()}
+    assert comparisons(BASE, one, over="seeds").splitlines()[2].split("|")[3].strip() == ""
+
+
 def test_a_figure_is_paired_in_the_seeds_that_have_it_in_both():
     first, second = COMPARED[0]
     whole = {"kl": [0.1, 0.3, 0.2], "facts": "011"}
@@ -474,6 +512,26 @@ def test_a_run_ends_where_every_source_is_refused():
     assert [point["step"] for point in callback.curve] == [3, 5]
 
 
+def test_scales_are_asked_until_every_source_is_refused():
+    meter = Answering({20: (0.1, 0.0, 3.0)})
+    meter.step = 20
+    callback = UntilSafe(meter, None)
+    asked = []
+    for i in range(1, callback.scales + 1):
+        scale = i / callback.scales
+        meter.states[20] = (min(1.0, 2 * scale), min(1.0, 1.5 * scale), 3.0)
+        asked.append(scale)
+        if callback.at_scale(None, 20, scale):
+            break
+    assert [point["scale"] for point in callback.curve] == [0.5, 0.65]  # the first source, both
+    assert [probe["scale"] for probe in callback.probes] == asked
+    assert asked[-1] == 0.65
+    callback = UntilSafe(meter, None)
+    meter.states[20] = (0.5, 0.5, 3.0)
+    assert not any(callback.at_scale(None, 20, scale) for scale in (0.5, 1.0))
+    assert [point["scale"] for point in callback.curve] == [1.0]
+
+
 def test_a_run_that_is_never_safe_is_measured_at_its_end():
     callback, _, step = trained_until_safe(dict.fromkeys(range(1, 7), (0.5, 0.5, 3.0)), safety_loss=2.0)
     assert step == 6
@@ -530,6 +588,37 @@ def test_runs_that_end_where_they_are_safe_need_plain_lora_first(tmp_path):
     grid.path("plain", 0).write_text(json.dumps(run_of((5, 2.5, 0.1, 0.9))))
     assert grid.safety_loss("OSF", 0) is None
     assert Grid(tmp_path, Settings("model", "cpu"), None, 4, 4).safety_loss("OSF", 0) is None
+
+
+def test_a_worker_whose_run_failed_starts_afresh(tmp_path, monkeypatch):
+    def failing(*arguments):
+        raise ValueError("a run failed")
+
+    own = Grid(tmp_path, Settings("model", "cpu"), None, 4, 4)
+    monkeypatch.setattr(Grid, "_bench", lambda self, threads: "a new workbench")
+    monkeypatch.setattr(grid, "_worker", (own, "a base with an adapter"), raising=False)
+    monkeypatch.setattr(grid, "run", failing)
+    with pytest.raises(ValueError, match="a run failed"):
+        grid._run(("plain", 0))
+    assert grid._worker == (own, "a new workbench")
+
+
+def test_an_error_ends_the_runs_that_have_not_begun(tmp_path, monkeypatch):
+    begun = []
+
+    def one(task):
+        begun.append(task[0])
+        if task[0] == "first":
+            raise ValueError("a run failed")
+        time.sleep(0.5)
+
+    own = Grid(tmp_path, Settings("model", "cpu"), None, 4, 4)
+    monkeypatch.setattr(Grid, "_measure_base", lambda self, threads: None)
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", lambda workers, *rest: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(grid, "_run", one)
+    with pytest.raises(ValueError, match="a run failed"):
+        list(own.run([(name, 0) for name in ("first", "second", "third", "fourth")], workers=1))
+    assert begun in (["first"], ["first", "second"])  # the worker may have been given the second one already
 
 
 def test_done_runs_are_not_missing(tmp_path):

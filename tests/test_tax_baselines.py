@@ -188,7 +188,7 @@ def test_ewcs_gradient_is_that_of_the_dense_penalty():
     }
     for name, parameter in model.named_parameters():
         parameter.grad = torch.ones_like(parameter) if "lora" in name else None
-    EWC(importance, 7.0, 3).on_pre_optimizer_step(None, None, None, model=model)
+    EWC(importance, 7.0).on_pre_optimizer_step(None, None, None, model=model)
     for layer in layers:
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         dense = 7.0 * importance[layer.get_base_layer().weight] * change(layer).detach() * 2  # scaling
@@ -308,6 +308,7 @@ RUNS = [
     ("up_proj, rank 1", ("sft",)),
     ("LoRA-Null", ("sft",)),
     ("LoRA-Null", ("sft", "dpo")),
+    ("LoRA-Null, A frozen", ("sft", "dpo")),
     ("CorDA", ("sft",)),
     ("CorDA", ("sft", "dpo")),
     ("MiCA", ("sft", "dpo")),
@@ -342,8 +343,10 @@ def test_a_run_trains_and_leaves_the_base(bench, name, stages, monkeypatch):
     assert points[-1]["kl"] > points[0]["kl"] / 2 > 0
     assert points[0]["kl"] < 0.1  # from the real base, and not from what CorDA and LoRA-Null leave of it
     assert isinstance(trainers[0], AnchoredTrainer) == (METHODS[name].anchor > 0)
-    draws = METHODS[name].replay > 0 or METHODS[name].ewc > 0
-    assert (result["train_info"]["references"] > 0) == draws
+    assert (result["train_info"]["references"] > 0) == (METHODS[name].replay > 0)
+    if name.startswith("LoRA-Null"):
+        kinds = {own.rsplit(".", 3)[1] for own, p in trainers[-1].model.named_parameters() if p.requires_grad}
+        assert kinds == ({"lora_B"} if "frozen" in name else {"lora_A", "lora_B"})
     after = bench.base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

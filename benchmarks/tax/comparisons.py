@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from peft_ogpsa.evaluation.chance import holm
 from peft_ogpsa.evaluation.means import Mean
@@ -51,11 +51,20 @@ FIGURES = {
 """The figures that are compared. Each has one outcome per prompt."""
 
 
-def comparisons(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) -> str:
+def comparisons(
+    base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]], over: Literal["prompts", "seeds"] = "prompts"
+) -> str:
     """Tabulate the first method's figures minus the second one's, where each is first safe by every source.
 
-    The outcomes of a prompt are averaged over the seeds in which both methods became safe. The differences of all
-    prompts give Student's interval and test. A star means larger than chance, by Holm's test of the whole table.
+    The differences give Student's interval and test. A star means larger than chance, by Holm's test of the whole
+    table. Only seeds in which both methods became safe count.
+
+    Args:
+        base: The base's figures.
+        runs: The runs by method and seed.
+        over: Of what the differences are a sample. `"prompts"`: the outcomes of each prompt are averaged over the
+            seeds, so that the interval holds for these seeds. `"seeds"`: the outcomes of each seed are averaged over
+            the prompts, so that it holds for these prompts. One seed has no interval, and is left out.
     """
     if not any(run["train_info"].get("outcomes") for own in runs.values() for run in own.values()):
         return "These runs did not keep what came of each prompt.\n"
@@ -72,8 +81,12 @@ def comparisons(base: Mapping[str, Any], runs: Mapping[str, Mapping[int, Any]]) 
         means = {}
         for figure in FIGURES:
             paired = [seed for seed in seeds if figure in ours[seed] and figure in theirs[seed]]
-            averages = [_average([own[seed][figure] for seed in paired]) for own in (ours, theirs)]
-            if paired:
+            outcomes = [[own[seed][figure] for seed in paired] for own in (ours, theirs)]
+            if over == "seeds":
+                averages = [[statistics.mean(map(float, seed)) for seed in own] for own in outcomes]
+            else:
+                averages = [_average(own) for own in outcomes]
+            if len(paired) > (over == "seeds"):
                 means[figure] = _mean_difference(*averages)
         rows.append((f"{first} - {second}", f"{len(seeds)} of {len(ours)}", means))
     marks = iter(holm([mean.p for _, _, means in rows for mean in means.values()]))

@@ -14,6 +14,10 @@ FEW = (8, 24)
 """How many requests of each source are asked first. More follow as long as a goal can still be reached."""
 
 
+SCALES = 20
+"""How many scales of a finished adapter are asked, as many as the steps that are asked one by one."""
+
+
 class UntilSafe(Along):
     """Ask harmful requests along training, and take all measurements at the first step that reaches each goal.
 
@@ -27,7 +31,7 @@ class UntilSafe(Along):
     """
 
     def __init__(self, meter: Meter, safety_loss: float | None) -> None:
-        super().__init__(meter)
+        super().__init__(meter, SCALES)
         self.safety_loss = safety_loss
         self._asking = 0.0
         self._next = 1  # the next step at which to ask
@@ -44,21 +48,28 @@ class UntilSafe(Along):
         if not last and state.global_step < self._next:
             return
         self._next = state.global_step + max(1, state.global_step // 10)
+        control.should_training_stop = self._ask(model, state.global_step, last)
+
+    def at_scale(self, model: Any, step: int, scale: float) -> bool:
+        """Ask at a scale of the adapter. Measure if a goal is reached. Return whether all are."""
+        return self._ask(model, step, scale == 1, scale=scale)
+
+    def _ask(self, model: Any, step: int, last: bool, **more: float) -> bool:
         start = time.perf_counter()
-        reached = self._reached(model, state.global_step)
+        reached = self._reached(model, step, **more)
         self._asking += time.perf_counter() - start
         if reached or last:
-            self.record(model, state.global_step)
+            self.record(model, step, **more)
         self._open -= reached
-        control.should_training_stop = "all" not in self._open
+        return "all" not in self._open
 
-    def _reached(self, model: Any, step: int) -> set[str]:
+    def _reached(self, model: Any, step: int, **more: float) -> set[str]:
         for few in (*FEW, None):
             rates = self.meter.refusals(model, few)
             if not self._open & self._possible(rates, few):
                 break
         reached = set() if few else _refused(rates, SAFE)
-        figures = {"step": step, **rates}  # rates of the requests that were asked
+        figures = {"step": step, **more, **rates}  # rates of the requests that were asked
         if "loss" in self._open:
             figures["safety_loss"] = self.meter.safety_loss(model)
             if figures["safety_loss"] <= self.safety_loss:

@@ -76,11 +76,15 @@ class Grid:
         threads = max(1, torch.get_num_threads() // workers)
         self._measure_base(threads)
         context = multiprocessing.get_context("spawn")
+        plain = [task for task in tasks if task[0] == "plain"]  # first: its safety loss is needed for the others
         with ProcessPoolExecutor(workers, context, _start, (self, threads)) as pool:
-            plain = [task for task in tasks if task[0] == "plain"]  # first: its safety loss is needed for the others
-            for part in (plain, [task for task in tasks if task not in plain]):
-                for done in as_completed([pool.submit(_run, task) for task in part]):
-                    yield done.result()
+            try:
+                for part in (plain, [task for task in tasks if task not in plain]):
+                    for done in as_completed([pool.submit(_run, task) for task in part]):
+                        yield done.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # show the error now, and not after all other runs
+                raise
 
     def safety_loss(self, name: str, seed: int) -> float | None:
         """Return the held-out safety loss at which plain LoRA first was safe.
@@ -125,9 +129,15 @@ def _start(grid: Grid, threads: int) -> None:
 
 
 def _run(task: Task) -> str:
+    global _worker
     grid, bench = _worker
     name, seed = task
-    result = run(bench, name, grid.methods[name], seed, grid.safety_loss(name, seed))
+    try:
+        result = run(bench, name, grid.methods[name], seed, grid.safety_loss(name, seed))
+    except BaseException:
+        # The base may hold the adapter of this run, and the worker may have been given another run already.
+        _worker = grid, grid._bench(torch.get_num_threads())
+        raise
     _write(grid.path(name, seed), result)
     last = result["train_info"]["metrics"][-1]
     return f"{name} #{seed}: " + ", ".join(

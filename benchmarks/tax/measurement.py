@@ -120,14 +120,16 @@ class Along(TrainerCallback):
         meter: The meter that takes the measurements.
 
     Attributes:
+        scales: Number of scales of a finished adapter to go through, for methods that scale it.
         first: Number of steps of earlier stages.
         curve: The figures of each measured state.
         outcomes: The outcomes of each prompt in these states.
         probes: The few figures that `crossing.UntilSafe` checks between measurements.
     """
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, scales: int) -> None:
         self.meter = meter
+        self.scales = scales
         self.first = 0
         self.curve: list[dict[str, Any]] = []
         self.outcomes: list[dict[str, Any]] = []
@@ -143,6 +145,11 @@ class Along(TrainerCallback):
         self.curve.append(self.meter(model, step) | more)
         self.outcomes.append(self.meter.outcomes)
 
+    def at_scale(self, model: Any, step: int, scale: float) -> bool:
+        """Measure the model at a scale of its adapter. Return whether no larger scale is needed."""
+        self.record(model, step, scale=scale)
+        return False
+
 
 class Evenly(Along):
     """Measure at evenly spaced steps of every stage.
@@ -150,10 +157,11 @@ class Evenly(Along):
     Args:
         meter: The meter that takes the measurements.
         count: Number of measurements per stage.
+        scales: See `Along`.
     """
 
-    def __init__(self, meter: Meter, count: int) -> None:
-        super().__init__(meter)
+    def __init__(self, meter: Meter, count: int, scales: int) -> None:
+        super().__init__(meter, scales)
         self.count = count
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

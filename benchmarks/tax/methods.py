@@ -37,7 +37,8 @@ class Method:
         linear: With `whole`, whether to train only the weights of the blocks' linear layers.
         osf: Whether to train weights outside their leading singular directions, with PEFT's OSF.
         start: Another start for plain LoRA. `"free"` and `"frozen"`: A starts in the complement of OGPSA's subspace
-            with these overrides, and is then trained or frozen. Other names: the start in this module of `baselines`.
+            with these overrides, and is then trained or frozen. Other names: the start in this module of `baselines`,
+            for `"lora_null_frozen"` with A frozen.
         gain: Whether to enlarge A's start and steps, to make up for the part of the inputs that the activation
             subspace takes away.
         held_b: Whether to hold B, too. See `held_b.HeldB`.
@@ -66,7 +67,7 @@ class Method:
     whole: bool = False
     linear: bool = False
     osf: bool = False
-    start: Literal["free", "frozen", "corda", "lora_null", "mica"] | None = None
+    start: Literal["free", "frozen", "corda", "lora_null", "lora_null_frozen", "mica"] | None = None
     gain: bool = True
     held_b: bool = False
     layers: Layers = "all"
@@ -83,19 +84,22 @@ class Method:
             or self.overrides is not None
             or self.replay > 0
             or self.ewc > 0
-            or self.start in ("corda", "lora_null")
+            or self.start in _FROM_REFERENCES
         )
 
     @property
     def moves_base(self) -> bool:
         """Whether weights of the base change, so that it works on a copy of the base, in float32."""
-        return self.whole or self.osf or self.start in ("corda", "lora_null")
+        return self.whole or self.osf or self.start in _FROM_REFERENCES
 
     def recorded(self) -> dict[str, Any]:
         """The fields for a result file, under the names that the finished runs gave them."""
         names = {"overrides": "knobs", "lookalikes": "contrast"}
         return {names.get(name, name): value for name, value in asdict(self).items()}
 
+
+_FROM_REFERENCES = ("corda", "lora_null", "lora_null_frozen")
+"""Starts that come from the references. A part of each weight moves from the base into the adapter."""
 
 BARE: dict[str, Any] = {
     "subspace": "gradients",
@@ -158,6 +162,7 @@ _LEARNING_RATES: dict[str, dict[str, Method]] = {
     "attention": at_rates("attention", Method(layers="attention"), *_AROUND),
     "up_proj, rank 1": at_rates("up_proj, rank 1", Method(layers="up_proj"), 1.0, 3.0, 10.0),
     "LoRA-Null": at_rates("LoRA-Null", Method(start="lora_null"), *_AROUND),
+    "LoRA-Null, A frozen": at_rates("LoRA-Null, A frozen", Method(start="lora_null_frozen"), *_AROUND),
     "CorDA": at_rates("CorDA", Method(start="corda"), *_AROUND),
     "MiCA": at_rates("MiCA", Method(start="mica"), *_AROUND),
     "OSF": {
@@ -312,6 +317,7 @@ METHODS: dict[str, Method] = {
     **_LEARNING_RATES["attention"],
     **_LEARNING_RATES["up_proj, rank 1"],
     **_LEARNING_RATES["LoRA-Null"],
+    **_LEARNING_RATES["LoRA-Null, A frozen"],
     **_LEARNING_RATES["CorDA"],
     **_LEARNING_RATES["MiCA"],
     **_LEARNING_RATES["OSF"],

@@ -87,13 +87,18 @@ def spread(values: Iterable[float | None], form: str, scale: float = 1.0) -> str
 
 
 def matched(base: Point, runs: Mapping[str, Mapping[int, Any]], name: str, figure: str) -> list[float | None]:
-    """Return a figure of every seed of a method at plain LoRA's safety loss. Losses are changes from the base."""
+    """Return a figure of every seed of a method at plain LoRA's safety loss. Losses are changes from the base.
+
+    Runs that ended early, because they were safe, before they came to that loss, are left out.
+    """
     goal = targets(base, runs["plain"])
     values: list[float | None] = []
     for seed, run in runs[name].items():
         if seed not in goal:
             continue
         point = at_safety_loss(curve(base, run), goal[seed])
+        if point is None and _ended_early(run):
+            continue
         offset = base[figure] if figure.startswith("loss") else 0.0
         values.append(None if point is None else point[figure] - offset)
     return values
@@ -106,15 +111,22 @@ def at_equal_loss(base: Point, runs: Mapping[str, Mapping[int, Any]]) -> str:
     figures |= {"kl": "KL from base", "facts": "facts known", "over_refusal": "refuses benign"}
     lines = _head("method", "seeds", "references", *figures.values())
     for name, own in runs.items():
-        cells = [name, str(len(set(own) & set(runs["plain"]))), _references(own)]
+        cells = [name, _counted(matched(base, runs, name, "kl"), set(own) & set(runs["plain"])), _references(own)]
         for figure in figures:
             values = matched(base, runs, name, figure)
-            if figure in _RATES:
-                cells.append(spread(values, ".0f", 100))
-            else:
-                cells.append(spread(values, "+.3f" if figure.startswith("loss") else ".3f"))
+            form, scale = (".0f", 100) if figure in _RATES else ("+.3f" if figure.startswith("loss") else ".3f", 1)
+            cells.append(spread(values, form, scale) if values else "ended before")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _counted(values: Sequence[float | None], seeds: set[int]) -> str:
+    ended = len(seeds) - len(values)
+    return f"{len(seeds)}, {ended} ended before" if values and ended else str(len(seeds))
+
+
+def _ended_early(run: Any) -> bool:
+    return bool(run["train_info"]["metrics"][-1]["step"] < run["run_info"].get("settings", {}).get("steps", 0))
 
 
 def at_first_safe(base: Point, runs: Mapping[str, Mapping[int, Any]], every: bool = True) -> str:

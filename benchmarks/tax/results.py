@@ -50,9 +50,14 @@ All of it takes {hours(base, runs):.1f} hours of {what}.
 ## Differences where every source is refused first, prompt by prompt
 
 The first method minus the second one: rates in points of 100, KL in nats per token, each with its own 95 % interval. A
-star is larger than chance, by Holm's test of the whole table.
+star is larger than chance, by Holm's test of the whole table. The intervals hold for these seeds.
 
 {comparisons(base, runs)}
+## The same differences, seed by seed
+
+These intervals hold for these prompts. A method that depends on the seed has wide ones.
+
+{comparisons(base, runs, over="seeds")}
 ## lm-eval's tasks at the end, minus the base's
 
 In points of 100, each with its own 95 % interval. A star is larger than chance, by Holm's test of the whole table.

@@ -36,6 +36,7 @@ from peft_ogpsa.references.refusals import refusals_from_prompts
 from peft_ogpsa.references.sets import AnsweredSet
 from peft_ogpsa.text.tokenization import encode_row
 from peft_ogpsa.trainer.penalty import ReferencePenalty
+from peft_ogpsa.tuner.adapters import same_trainable
 from peft_ogpsa.tuner.model import projector_of
 
 from ..commit import commit
@@ -169,7 +170,7 @@ class Workbench:
 
 
 def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: float | None = None) -> dict[str, Any]:
-    """Train and measure once. Afterwards, the base is as it was before.
+    """Train and measure once. Afterwards, the base is as it was before. After an error, it may hold an adapter.
 
     Args:
         bench: What all runs share.
@@ -194,16 +195,18 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
     if settings.until_safe:
         measure = UntilSafe(bench.meter, safety_loss)
     else:
-        measure = Evenly(bench.meter, settings.measurements // len(settings.stages))
+        measure = Evenly(bench.meter, settings.measurements // len(settings.stages), settings.measurements)
     for stage, part in zip(settings.stages, parts, strict=True):
         with tempfile.TemporaryDirectory() as folder, _most_gain(inputs.MOST_GAIN if method.gain else 1.0):
             along = [] if method.scaled else [measure]
-            trainer = _trainer(bench, stage, model, method, part, folder, seed, [*along, *callbacks])
+            with same_trainable(model):  # TRL copies the adapter for DPO, which unfreezes all of it
+                trainer = _trainer(bench, stage, model, method, part, folder, seed, [*along, *callbacks])
             trainer.train()
         steps = measure.first = measure.first + trainer.state.global_step
     if method.scaled:
-        for scale in along_scales(model, settings.measurements):
-            measure.record(model, measure.first, scale=scale)
+        for scale in along_scales(model, measure.scales):
+            if measure.at_scale(model, measure.first, scale):
+                break
     seconds = time.perf_counter() - start
     scored = bench.scores(model)
     training = seconds - measure.seconds
@@ -367,12 +370,15 @@ def _baseline(
     if method.ewc:
         weights = [layer.weight for layer in linear_layers(bench.base).values()]
         few = {name: own[:SAMPLES] for name, own in examples.items()}
-        penalty = EWC(fisher(bench.base, weights, few, seed), method.ewc, sum(map(len, few.values())))
+        penalty = EWC(fisher(bench.base, weights, few, seed), method.ewc)
         return None, get_peft_model(bench.base, LoraConfig(**LORA)), [penalty]
-    start = {"corda": corda, "lora_null": lora_null, "mica": mica}[method.start]
+    start = {"corda": corda, "lora_null": lora_null, "lora_null_frozen": lora_null, "mica": mica}[method.start]
     base = copy.deepcopy(bench.base).float() if method.moves_base else bench.base
     sequences = [torch.tensor([e.ids], device=bench.settings.device) for own in examples.values() for e in own]
-    return None, start.adapted(base, LORA, sequences), []
+    model = start.adapted(base, LORA, sequences)
+    if method.start == "lora_null_frozen":
+        _freeze_a(model)
+    return None, model, []
 
 
 def _freeze_all_but_linear(model: Any) -> None:
@@ -397,9 +403,14 @@ def _started(
     plain = get_peft_model(bench.base, config)
     set_peft_model_state_dict(plain, adapter)
     if frozen:
-        for name, parameter in plain.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        _freeze_a(plain)
     return config, plain, []
+
+
+def _freeze_a(model: Any) -> None:
+    """Train only B of an adapter."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
 
 
 def _peak_mb(device: str) -> float | None:

@@ -31,11 +31,10 @@ class EWC(TrainerCallback):
     Args:
         fisher: Fisher information of the weights under LoRA.
         weight: Weight of the penalty.
-        examples: Number of reference examples that F was estimated from.
     """
 
-    def __init__(self, fisher: Fisher, weight: float, examples: int) -> None:
-        self.fisher, self.weight, self.examples = fisher, weight, examples
+    def __init__(self, fisher: Fisher, weight: float) -> None:
+        self.fisher, self.weight = fisher, weight
 
     @torch.enable_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@
 The null space of a layer is spanned by the r directions in which its inputs have the least energy. Here r is LoRA's
 rank, and the directions are the columns of V. The adapter starts as the part of the weight that reads these
 directions, `scaling * B A = W V V^T`, split evenly between A and B by its singular values. The base keeps
-`W - W V V^T`. Both A and B are trained.
+`W - W V V^T`. Then both A and B are trained, or, in the paper's second variant, B alone.
 
 "null space at the start alone" differs: its A is random, in the complement of the 288 or 512 leading directions, which
 is wider than r. Its B starts at zero, so that the base keeps all of W.
