@@ -36,7 +36,6 @@ from peft_ogpsa.references.refusals import refusals_from_prompts
 from peft_ogpsa.references.sets import AnsweredSet
 from peft_ogpsa.text.tokenization import encode_row
 from peft_ogpsa.trainer.penalty import ReferencePenalty
-from peft_ogpsa.tuner.adapters import same_trainable
 from peft_ogpsa.tuner.model import projector_of
 
 from ..commit import commit
@@ -199,8 +198,7 @@ def run(bench: Workbench, name: str, method: Method, seed: int, safety_loss: flo
     for stage, part in zip(settings.stages, parts, strict=True):
         with tempfile.TemporaryDirectory() as folder, _most_gain(inputs.MOST_GAIN if method.gain else 1.0):
             along = [] if method.scaled else [measure]
-            with same_trainable(model):  # TRL copies the adapter for DPO, which unfreezes all of it
-                trainer = _trainer(bench, stage, model, method, part, folder, seed, [*along, *callbacks])
+            trainer = _trainer(bench, stage, model, method, part, folder, seed, [*along, *callbacks])
             trainer.train()
         steps = measure.first = measure.first + trainer.state.global_step
     if method.scaled:
