@@ -1736,3 +1736,36 @@ def test_memory_counts_the_directions():
     # Two layers, three inputs of width 32 and one of 64, eight directions of four bytes.
     assert held_bytes == 2 * (3 * 32 + 64) * 8 * 4
     assert step_bytes > 0
+
+
+# Models that are changed after the build
+
+
+def test_a_model_can_be_converted_by_swapping_its_tensors():
+    """As `model.to` does with parameters that FSDP2 shards. torch swaps no tensor with weak references."""
+    model, projector = lora()
+    projector.refresh(many(), loss_of)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+
+
+def test_a_subspace_that_stayed_on_another_device_is_built_again():
+    _, projector = lora()
+    projector.refresh(many(), loss_of)
+    assert not projector.due
+    stack = projector.activations._stacks[-1]
+    object.__setattr__(stack, "basis", stack.basis.to("meta"))  # as if the model alone had been moved
+    assert projector.unbuilt
+    assert projector.due
+
+
+def test_an_adapter_may_have_a_colon_in_its_name():
+    settings = {**LORA, "subspace": "activations", "subspace_rank": 8, "reference_weight": 0.0}
+    model = get_peft_model(tiny_llama(), OGPSAConfig(**settings), adapter_name="a:b")
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    train(model, optimizer, sets=many())
+    assert model.base_model.projector.steps == 5

@@ -508,3 +508,148 @@ def test_an_overflow_that_a_gradient_scaler_finds_is_no_missed_step(fused, unsca
     optimizer.step()
     model.projector.guard.check_step(optimizer)
     assert model.projector.steps == 0
+
+
+# What the optimizer must not do
+
+
+def null_space(weight=0.0):
+    overrides = {} if weight == 0 else {"refresh_steps": 2}
+    return get_peft_model(
+        tiny_llama(),
+        OGPSAConfig(**LORA, subspace="activations", subspace_rank=8, reference_weight=weight, **overrides),
+    )
+
+
+def cone(**overrides):
+    return ogpsa_model(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (lambda: null_space(2.0), True),
+        (lambda: null_space(None), True),
+        (null_space, False),
+        (lambda: cone(reference_weight=2.0), True),
+        (cone, False),
+        (lambda: cone(projection="gradient"), True),
+        (lambda: cone(projection="gradient", constraint="orthogonal"), False),
+    ],
+)
+def test_what_goes_up_the_gradient_is_refused_or_does_the_same(make, refused):
+    """To maximize the negative of a loss is to minimize it, or an error."""
+    trained = []
+    for maximize in (False, True):
+        model = make()
+        optimizer = torch.optim.SGD(parameters_of(model), lr=0.1, maximize=maximize)
+        for number in range(4):
+            while model.projector.due:
+                model.projector.refresh(references(100), loss_of)
+            loss = loss_of(model, batch(number))
+            (-loss if maximize else loss).backward()
+            if maximize and refused:
+                with pytest.raises(ValueError, match=r"SGD has maximize=True.*Set maximize=False"):
+                    optimizer.step()
+                return
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value)
+
+
+def with_another(model):
+    model.add_adapter("two", model.peft_config["default"])
+    return model
+
+
+def trained_once(model, number):
+    while model.projector.due:
+        model.projector.refresh(references(100), loss_of)
+    loss_of(model, batch(number)).backward()
+
+
+FROZEN = r"The optimizer would step .*lora_[AB]\.default.*, which is frozen"
+
+
+def test_a_gradient_of_an_adapter_that_is_no_longer_in_training_stops_the_step():
+    model = with_another(cone())
+    both = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.SGD(both, lr=0.1)
+    trained_once(model, 0)
+    model.set_adapter("two")
+    trained_once(model, 1)
+    before = [parameter.detach().clone() for parameter in both]
+    with pytest.raises(RuntimeError, match=FROZEN):
+        optimizer.step()
+    assert all(torch.equal(parameter, old) for parameter, old in zip(both, before, strict=True))
+    model.projector.enabled = False
+    optimizer.step()
+
+
+def test_parameters_that_are_frozen_between_backward_and_step_stop_it():
+    model = null_space()
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    trained_once(model, 0)
+    for parameter in parameters_of(model):
+        parameter.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=FROZEN):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()  # moves nothing
+
+
+def test_gradients_of_zero_still_move_a_frozen_adapter():
+    """By the optimizer's momentum and weight decay."""
+    model = with_another(null_space())
+    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if "lora_" in name], lr=1e-2)
+    trained_once(model, 0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    model.set_adapter("two")
+    trained_once(model, 1)
+    with pytest.raises(RuntimeError, match=FROZEN):
+        optimizer.step()
+
+
+def test_base_weights_that_join_the_optimizer_later_are_refused():
+    model = null_space()
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    trained_once(model, 0)
+    optimizer.step()
+    weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [weight]})
+    trained_once(model, 1)
+    with pytest.raises(ValueError, match=r"base"):
+        optimizer.step()
+
+
+def test_other_parameters_that_join_the_optimizer_later_are_named(caplog):
+    model = cone()
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    trained_once(model, 0)
+    optimizer.step()
+    optimizer.add_param_group({"params": [model.get_base_model().model.norm.weight.requires_grad_(True)]})
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        trained_once(model, 1)
+        optimizer.step()
+    assert "1 parameters are trained but not projected" in caplog.text
+
+
+def test_a_frozen_adapter_that_becomes_active_later_is_refused():
+    model = with_another(null_space())
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    for number in range(2):
+        trained_once(model, number)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.base_model.set_adapter(["default", "two"])
+    for name, parameter in model.named_parameters():
+        if ".two." in name:
+            torch.nn.init.ones_(parameter.requires_grad_(False))
+    loss_of(model, batch(2)).backward()
+    with pytest.raises(ValueError, match=r"two"):
+        optimizer.step()
+    model.set_adapter("default")
+    optimizer.step()

@@ -388,6 +388,11 @@ def test_a_base_with_other_adapters_is_left_as_it_was():
     get_peft_model(model.merge_and_unload(), OGPSAConfig(target_modules=LINEARS))
 
 
+def test_a_model_with_an_adapter_is_no_base_for_another_one():
+    with pytest.raises(ValueError, match=r"PeftModel and not a base model.*add_adapter"):
+        get_peft_model(ogpsa_llama(), OGPSAConfig(target_modules=LINEARS))
+
+
 def test_peft_refuses_to_add_another_type():
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         ogpsa_llama().add_adapter("other", LoraConfig(target_modules=LINEARS))
@@ -445,6 +450,15 @@ def test_the_projector_goes_with_the_adapter(removed):
     with pytest.raises(ValueError, match="no OGPSA adapter"):
         projector_of(base)
     assert not [name for name in vars(base) if "ogpsa" in name]
+
+
+def test_a_projector_without_an_adapter_says_so():
+    model = ogpsa_llama()
+    projector = model.projector
+    model.delete_adapter("default")
+    for ask in (lambda: projector.due, lambda: projector.config):
+        with pytest.raises(ValueError, match=r"no adapter of this projector any more.*add_adapter"):
+            ask()
 
 
 def test_a_failed_unload_keeps_the_projector():

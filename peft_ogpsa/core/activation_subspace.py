@@ -25,10 +25,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor, nn
 
 from . import distributed
 from .inputs import Input
@@ -59,8 +59,11 @@ _MOST_LEAK = 0.25
 _SAME_LENGTH = 0.01
 """A matrix A whose length has changed by a larger share since it entered a complement counts as a new one."""
 
-_STRETCHED: Any = WeakIdKeyDictionary()
-"""For each matrix A that has entered a complement: how many times as long it was made, and its length then.
+_STRETCHED: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+"""By holder of each matrix A that has entered a complement: how many times as long it was made, and its length then.
+
+The holder and not the matrix, because torch cannot swap tensors that have weak references, as `model.to` does under
+FSDP2.
 
 A subspace may be built again before the adapter learns anything, for example when the trainer retries with a smaller
 batch. A must then not be stretched a second time.
@@ -185,9 +188,9 @@ class ActivationSubspace:
             whole, kept = torch.linalg.vector_norm(a), torch.linalg.vector_norm(outside)
             hollow.append((kept <= _HOLLOW * whole).to(self.device))
             gain = stack.gain[place, 0, 0]
-            before = _length_before(matrix.parameter, whole, torch.linalg.vector_norm(a - outside), gain)
+            before = _length_before(matrix.holder, whole, torch.linalg.vector_norm(a - outside), gain)
             stretch = torch.where(b.any() | (kept == 0), 1.0, gain * before / kept)
-            entered.append((matrix.parameter, outside * stretch, before))
+            entered.append((matrix, outside * stretch, before))
         for matrix, nothing in zip(self._afters(), torch.stack(hollow).tolist() if hollow else [], strict=True):
             if nothing:
                 raise ValueError(
@@ -200,10 +203,10 @@ class ActivationSubspace:
                 "effect in a layer acts on the reference inputs. Use the reference sets that it was trained with. Or "
                 "merge it into the base (merge_adapter) and add a new adapter. Or set subspace='gradients'."
             )
-        for parameter, full, before in entered:
-            distributed.local(parameter).copy_(distributed.own_part(full, parameter))
+        for matrix, full, before in entered:
+            distributed.local(matrix.parameter).copy_(distributed.own_part(full, matrix.parameter))
             length = torch.linalg.vector_norm(full)
-            _STRETCHED[parameter] = length / before, length
+            _STRETCHED[matrix.holder] = length / before, length
         return most
 
     @torch.no_grad()
@@ -223,6 +226,15 @@ class ActivationSubspace:
     def _afters(self) -> list[InputMatrix]:
         """The matrices that belong to an adapter, in the order of `_each`."""
         return [matrix for _, _, matrix in self._each() if matrix.after is not None]
+
+    def in_place(self) -> bool:
+        """Whether the directions are still where the matrices are, and the model was not moved to another device."""
+        first = (distributed.local(stack.matrices[0][0].parameter) for stack in self._stacks)
+        return all(stack.basis.device == own.device for stack, own in zip(self._stacks, first, strict=True))
+
+    def active(self) -> set[tuple[str, ...]]:
+        """The active adapters of the projected layers. All layers usually have the same ones."""
+        return {tuple(getattr(matrix.module, "active_adapters", ())) for matrix in self.matrices}
 
     def in_use(self) -> bool:
         """Whether the adapter has an effect yet, that is, whether some B is not zero. True for full weights."""
@@ -412,20 +424,20 @@ def _whole(parameter: Tensor) -> Tensor:
     return full.to(torch.promote_types(torch.float32, full.dtype))
 
 
-def _length_before(parameter: Tensor, length: Tensor, inside: Tensor, gain: Tensor) -> Tensor:
+def _length_before(holder: nn.Module, length: Tensor, inside: Tensor, gain: Tensor) -> Tensor:
     """The length that a matrix A had before it first entered a complement.
 
     Args:
-        parameter: The matrix.
-        length: Its length.
+        holder: The module that has the matrix.
+        length: The matrix's length.
         inside: The length of its part in the subspace.
         gain: The gain of its layer.
     """
     # A saved adapter that has learned nothing: nobody has seen it enter, but it is outside the subspace.
     before = torch.where(inside <= LEAK * length, length / gain, length)
-    if parameter not in _STRETCHED:
+    if holder not in _STRETCHED:
         return before
-    stretch, then = (value.to(length.device) for value in _STRETCHED[parameter])
+    stretch, then = (value.to(length.device) for value in _STRETCHED[holder])
     return torch.where((length - then).abs() <= _SAME_LENGTH * then, length / stretch, before)
 
 

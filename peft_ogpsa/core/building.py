@@ -43,6 +43,7 @@ class Builder:
         self._parameters, self._diagnostics = parameters, diagnostics
         self._built_with: tuple = ()  # the settings that the subspace depends on
         self._built_for: dict[str, nn.Parameter] = {}  # the parameters in training when it was built
+        self._active: set[tuple[str, ...]] = set()  # the adapters that were active when the base was last checked
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that the subspace was built for, by name. Empty before there is a subspace."""
@@ -52,7 +53,7 @@ class Builder:
         """Whether the subspace must be built: it is missing, or made for other parameters or settings."""
         if not config.uses_activations:
             return False
-        if self.subspace is None or self._built_with != _inputs_of(config):
+        if self.subspace is None or self._built_with != _inputs_of(config) or not self.subspace.in_place():
             return True
         return not self._parameters.same_as(self._built_for)
 
@@ -113,10 +114,33 @@ class Builder:
             if self.subspace.leak() > LEAK:
                 _enter(self.subspace)
 
+    def check_active(self, config: ProjectionConfig) -> None:
+        """Check the base again if other adapters have become active.
+
+        Raises:
+            ValueError: See `check_original`.
+        """
+        if self.subspace is None or not config.uses_activations:
+            return
+        active = self.subspace.active()
+        if active != self._active:
+            self.check_original()
+            self._active = active
+
+    def check_original(self) -> None:
+        """Check that the model without the adapter in training is still the base.
+
+        Raises:
+            ValueError: If the base itself is in training, or another adapter is active.
+        """
+        if self.subspace is not None:
+            with self._parameters.targets.original():
+                pass
+
     def hold(self, subspace: ActivationSubspace, config: ProjectionConfig) -> None:
         """Store a subspace. It replaces the previous one."""
         self.subspace, self._built_with = subspace, _inputs_of(config)
-        self._built_for = self._parameters.by_name()
+        self._built_for, self._active = self._parameters.by_name(), subspace.active()
         self._diagnostics.removed_by_kind = subspace.removed
 
     def drop(self) -> None:

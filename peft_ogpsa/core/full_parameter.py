@@ -157,6 +157,13 @@ class WholeTargets:
 
     def trained(self) -> list[tuple[str, str, nn.Parameter]]:
         """Name, owner (the module that it belongs to) and parameter of everything in training that is not excluded."""
+        return [item for item in self._included() if item[2].requires_grad]
+
+    def frozen(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and parameter of everything that is neither in training nor excluded."""
+        return [(name, parameter) for name, _, parameter in self._included() if not parameter.requires_grad]
+
+    def _included(self) -> list[tuple[str, str, nn.Parameter]]:
         known = self._known  # another thread may reset it in the meantime
         if known is None:
             found = []
@@ -172,7 +179,7 @@ class WholeTargets:
             self._known = known = [
                 item for item in found if not any(_matches(item[1], pattern) for pattern in self.config.exclude)
             ]
-        return [item for item in known if item[2].requires_grad]
+        return known
 
     def matrices(self) -> list[InputMatrix]:
         """The weights of linear layers in training.
@@ -185,7 +192,8 @@ class WholeTargets:
         found, others = [], []
         for name, owner, parameter in self.trained():
             if id(parameter) in layers and users[id(parameter)] == 1:
-                found.append(InputMatrix(name, owner, layers[id(parameter)], parameter))
+                layer = layers[id(parameter)]
+                found.append(InputMatrix(name, owner, layer, layer, parameter))
             else:
                 others.append(name)
         if others:

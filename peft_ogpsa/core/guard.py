@@ -55,7 +55,7 @@ class Guard:
         self._versions: list[int] | None = None
         self._warned_of_changes = False
         self._warned_of_others = False
-        self._looked_for_others = False
+        self._held: set[int] | None = None  # by the optimizer, when others were looked for
         self.note_step()
 
     def projected(self) -> dict[str, Tensor]:
@@ -249,6 +249,7 @@ class Guard:
         Raises:
             RuntimeError: If a projected parameter is not the model's own.
         """
+        distributed.reshard(model)  # modules that an evaluation has left gathered hold other tensors
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         for name, parameter in self.projected().items():
             if id(parameter) not in trained:
@@ -260,22 +261,31 @@ class Guard:
         self._report_others(model, optimizer)
 
     def check_others(self, optimizer: Optimizer) -> None:
-        """Name the parameters that the optimizer trains without projection, before the first step of a stage."""
-        if not self._looked_for_others:
-            self._looked_for_others = True
+        """Name the parameters that the optimizer trains without projection.
+
+        It looks before the first step of a stage, and again when the optimizer holds others.
+
+        Raises:
+            ValueError: If they are the base's own, whose changes an activation subspace cannot keep from acting on
+                the reference inputs.
+        """
+        held = _held_by(optimizer)
+        if held != self._held:
+            self._held = held
             self._report_others(self._parameters.targets.model, optimizer)
 
     def _report_others(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         if self._warned_of_others or not self._parameters.targets.names_others:
             return
         projected = {id(parameter) for parameter in self.projected().values()}
-        held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = None if optimizer is None else _held_by(optimizer)
         names = [
             name
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and id(parameter) not in projected and (held is None or id(parameter) in held)
         ]
         if names:
+            self._builder.check_original()
             self._warned_of_others = True
             logger.warning(
                 "%d parameters are trained but not projected, because they are not LoRA matrices A or B: %s. Nothing "
@@ -283,6 +293,10 @@ class Guard:
                 len(names),
                 _some(names),
             )
+
+
+def _held_by(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def refuse_averaging(optimizer: Optimizer, config: ProjectionConfig) -> None:
@@ -304,6 +318,25 @@ def refuse_averaging(optimizer: Optimizer, config: ProjectionConfig) -> None:
             f"{type(optimizer).__name__} is schedule-free: it evaluates and saves an average of weights. OGPSA "
             "projects the steps, but not this average. Use optim='adamw_torch' or another optimizer that is not "
             "schedule-free. Or use subspace='gradients' with projection='gradient'."
+        )
+
+
+def refuse_maximizing(optimizer: Optimizer, config: ProjectionConfig) -> None:
+    """Reject optimizers that go up the gradient, where a reference gradient is added to it or solved with it.
+
+    Args:
+        optimizer: The optimizer of the parameters.
+        config: The projection's settings.
+
+    Raises:
+        ValueError: If it maximizes, and the settings add reference gradients or project the gradient on a cone.
+    """
+    solved = config.constrains and config.projection == "gradient" and config.constraint == "cone"
+    added = config.refreshes and config.reference_weight != 0
+    if (added or solved) and any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} has maximize=True, but reference losses are to fall. Set maximize=False, and "
+            "give backward() the negative of what you maximize."
         )
 
 

@@ -64,6 +64,22 @@ class Parameters:
     def _ids(self) -> set[int]:
         return {id(parameter) for _, _, parameter in self.targets.trained()}
 
+    def check_frozen(self, optimizer: Optimizer) -> None:
+        """Check that the optimizer makes no step with a frozen parameter. It does so if there is a gradient.
+
+        Raises:
+            RuntimeError: If it would. Such a step is not projected.
+        """
+        stepped = {id(parameter): name for name, parameter in self.targets.frozen() if parameter.grad is not None}
+        held = (id(parameter) for group in optimizer.param_groups for parameter in group["params"]) if stepped else ()
+        found = next((stepped[own] for own in held if own in stepped), None)
+        if found is not None:
+            raise RuntimeError(
+                f"The optimizer would step {found}, which is frozen (requires_grad=False) but has a gradient. This "
+                "step would not be projected. Freeze parameters, or activate another adapter, after the step and "
+                "after zero_grad(set_to_none=True)."
+            )
+
     def check_all_stepped_by(self, optimizer: Optimizer) -> None:
         """Check that an optimizer that holds some of the parameters holds all of them.
 

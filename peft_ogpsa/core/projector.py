@@ -28,7 +28,7 @@ from .config import ProjectionConfig
 from .diagnostics import Diagnostics
 from .gradient_subspace import Subspace
 from .gradients import LossFn
-from .guard import Guard, refuse_averaging
+from .guard import Guard, refuse_averaging, refuse_maximizing
 from .parameters import Parameters
 from .passes import SetBatches, check_purpose, checked, sized
 from .refreshing import Refresher
@@ -310,7 +310,13 @@ class Projector:
     # The optimizer step; see `hooks.Watcher`
 
     def trains(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer is about to step our parameters."""
+        """Whether the optimizer is about to step our parameters.
+
+        Raises:
+            RuntimeError: If it would step a frozen one, without projection.
+        """
+        if self._enabled:
+            self._parameters.check_frozen(optimizer)
         if not self._parameters.stepped_by(optimizer):
             return False
         if compat.skips_step(optimizer):
@@ -327,7 +333,9 @@ class Projector:
         if not (self.enabled and self.guard.is_ready(optimizer, config)):
             return None
         refuse_averaging(optimizer, config)
+        refuse_maximizing(optimizer, config)
         self.guard.check_changes(config)
+        self._builder.check_active(config)
         self.guard.check_others(optimizer)
         closure = hooks.closure_of(args, kwargs)
         if closure is None:

@@ -22,6 +22,7 @@ class InputMatrix:
         name: Name of the parameter.
         layer: Name of the layer.
         module: The layer. Its first argument is the input.
+        holder: The module that has the matrix: LoRA's `lora_A[adapter]`, or the layer itself.
         parameter: The matrix, `(out, width)`.
         after: LoRA's B, `(features, out)`; `None` for a full weight.
     """
@@ -29,6 +30,7 @@ class InputMatrix:
     name: str
     layer: str
     module: nn.Module
+    holder: nn.Module
     parameter: nn.Parameter
     after: nn.Parameter | None = None
 

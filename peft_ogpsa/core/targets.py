@@ -43,6 +43,9 @@ class Targets(Protocol):
     def trained(self) -> list[tuple[str, str, nn.Parameter]]:
         """Name, owner (the module that it belongs to) and parameter of everything in training."""
 
+    def frozen(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and parameter of what would be projected if it were in training."""
+
     def matrices(self) -> list[InputMatrix]:
         """The matrices that an activation subspace projects; raises a `ValueError` if it cannot work with them."""
 

@@ -48,7 +48,7 @@ class ReferencePolicy:
         for name, owner, parameter in targets.trained():
             if ".lora_A." not in name:
                 continue
-            path, _, own = owner.rpartition(":")
+            path, _, own = owner.rpartition(".")
             layer: Any = targets.model.get_submodule(path)
             if adapter in layer.lora_A and own in layer.lora_B:
                 found = _Matrices(parameter, layer.lora_B[own].weight, layer.lora_A[adapter].weight)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraModel, PeftConfig
+from peft import LoraModel, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ class OGPSAModel(LoraModel):
         state_dict (`dict`, *optional*): Take the layers to adapt from the keys of this state dict.
 
     Raises:
-        ValueError: If the base model already carries adapters of another type.
+        ValueError: If the base model already carries adapters of another type, or is a PeftModel with OGPSA.
     """
 
     def __init__(
@@ -103,6 +103,11 @@ def _without_projector(model: nn.Module) -> nn.Module:
 
 
 def _refuse_other_adapters(model: nn.Module) -> None:
+    if isinstance(model, PeftModel) and any(isinstance(own, OGPSAConfig) for own in model.peft_config.values()):
+        raise ValueError(
+            "get_peft_model got a PeftModel and not a base model. Use model.add_adapter(name, config) for another "
+            "adapter, or model.unload() for the base without its adapters."
+        )
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     configs = getattr(model, "peft_config", {})
     others = []

@@ -54,11 +54,16 @@ class LoraTargets(ABC):
         """The configuration of the adapter in training.
 
         Raises:
-            ValueError: If several adapters in training have different projection settings.
+            ValueError: If several adapters in training have different projection settings, or no adapter is left.
         """
         own = self.configs()
-        training = {owner.rpartition(":")[2] for _, owner, parameter in self._weights() if parameter.requires_grad}
+        training = {owner.rpartition(".")[2] for _, owner, parameter in self._weights() if parameter.requires_grad}
         configs = [config for name, config in own.items() if name in training] or list(own.values())
+        if not configs:
+            raise ValueError(
+                "The model has no adapter of this projector any more. Add one (model.add_adapter), or call "
+                "get_peft_model or attach again."
+            )
         if any(config.ogpsa_dict() != configs[0].ogpsa_dict() for config in configs):
             raise ValueError(
                 f"The adapters in training, {sorted(training)}, have different OGPSA settings. Train one at a time "
@@ -67,20 +72,24 @@ class LoraTargets(ABC):
         return configs[0]
 
     def _weights(self) -> list[tuple[str, str, nn.Parameter]]:
-        """Name, owner (`module:adapter`) and parameter of every LoRA matrix of these adapters."""
+        """Name, owner (`module.adapter`) and parameter of every LoRA matrix of these adapters."""
         # Walking through a large model takes milliseconds, so the list is kept until adapters are added or removed.
         adapters = tuple(self.configs())
         known = self._known  # another thread may reset it in the meantime
         if known is None or known[0] != adapters:
             named = ((without_wrappers(name), parameter) for name, parameter in self.model.named_parameters())
             matches = ((_LORA_WEIGHT.fullmatch(name), parameter) for name, parameter in named)
-            found = [(m[0], f"{m['owner']}:{m['adapter']}", p) for m, p in matches if m and m["adapter"] in adapters]
+            found = [(m[0], f"{m['owner']}.{m['adapter']}", p) for m, p in matches if m and m["adapter"] in adapters]
             self._known = known = (adapters, found)
         return known[1]
 
     def trained(self) -> list[tuple[str, str, nn.Parameter]]:
-        """Name, owner (`module:adapter`) and parameter of the LoRA matrices in training."""
+        """Name, owner (`module.adapter`) and parameter of the LoRA matrices in training."""
         return [item for item in self._weights() if item[2].requires_grad]
+
+    def frozen(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and parameter of the LoRA matrices that are not in training."""
+        return [(name, parameter) for name, _, parameter in self._weights() if not parameter.requires_grad]
 
     def matrices(self) -> list[InputMatrix]:
         """The matrices A in training.
@@ -95,7 +104,7 @@ class LoraTargets(ABC):
         configs = self.configs()
         names = {name for name, _, _ in self.trained()}
         for name, owner, parameter in self.trained():
-            path, _, adapter = owner.rpartition(":")
+            path, _, adapter = owner.rpartition(".")
             layer: Any = self.model.get_submodule(path)
             _refuse_layer(path, layer, adapter, configs[adapter])
             if ".lora_B." in name and name.replace(".lora_B.", ".lora_A.") not in names:
@@ -111,16 +120,16 @@ class LoraTargets(ABC):
                         "the other (requires_grad_(False)), or use subspace='gradients'."
                     )
                 after = layer.lora_B[adapter].weight
-                found.append(InputMatrix(name, path, layer, parameter, after))
+                found.append(InputMatrix(name, path, layer, layer.lora_A[adapter], parameter, after))
         return found
 
     def _warn_of_frozen_parts(self) -> None:
         """Warn of parts of an adapter in training that are frozen and have an effect: the base is without them."""
-        training = {owner.rpartition(":")[2] for _, owner, _ in self.trained()}
+        training = {owner.rpartition(".")[2] for _, owner, _ in self.trained()}
         frozen = [
             name
             for name, owner, parameter in self._weights()
-            if ".lora_B." in name and not parameter.requires_grad and owner.rpartition(":")[2] in training
+            if ".lora_B." in name and not parameter.requires_grad and owner.rpartition(".")[2] in training
             if distributed.local(parameter).any()
         ]
         if frozen:
