@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +33,20 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 def shard(shape: torch.Size, processes: int) -> int:
     """Count the elements of a parameter's largest shard. FSDP2 splits the first axis, as `torch.chunk` does."""
     return -(-shape[0] // processes) * shape[1:].numel()
+
+
+def groups(parameters: Sequence[torch.Tensor], processes: int) -> list[int]:
+    """Count the elements of each group of parameters: many pieces of one size, or one larger piece."""
+    found = []
+    for (_, piece), count in Counter((p.numel(), shard(p.shape, processes)) for p in parameters).items():
+        most = max(1, LARGEST_GROUP // piece)
+        found += [piece * min(most, count - first) for first in range(0, count, most)]
+    return found
+
+
+def pinned(size: int) -> int:
+    """Count the bytes that torch allocates for a pinned tensor: the next power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def estimate(config: PretrainedConfig, settings: FullParameterConfig, processes: int) -> dict[str, float]:
@@ -51,13 +67,12 @@ def estimate(config: PretrainedConfig, settings: FullParameterConfig, processes:
     parameters = list(model.parameters())
     local = sum(shard(p.shape, processes) for p in parameters)
     projected = [p for _, _, p in WholeTargets(model, settings).trained()]
-    pieces = [shard(p.shape, processes) for p in projected]
-    row = sum(pieces)
-    rows = settings.rows * row * _BYTES[settings.rows_dtype]
+    row = sum(shard(p.shape, processes) for p in projected)
+    each = settings.rows * _BYTES[settings.rows_dtype]  # bytes of one element in all rows
+    rows = row * each
     basis = rows if settings.constraint == "orthogonal" else 0
-    # Corrections are computed group by group. A group is many pieces of one size, or one larger piece.
-    sizes = {piece: pieces.count(piece) for piece in pieces}
-    group = max(piece * min(count, max(1, LARGEST_GROUP // piece)) for piece, count in sizes.items())
+    sizes = groups(projected, processes)
+    group = max(sizes)  # corrections are computed group by group
     on_host = settings.rows_device == "cpu"
     # Every tensor is a block: its products with every row. And once, the squared length of the step.
     values = len(projected) * settings.rows + 1
@@ -67,10 +82,12 @@ def estimate(config: PretrainedConfig, settings: FullParameterConfig, processes:
         "AdamW": 8 * local,
         "rows": 0 if on_host else rows + basis,
         "rows in the host's memory": rows + basis if on_host else 0,
+        # The rows are pinned, one tensor a group. The basis is not.
+        "rows in the host's memory, as allocated": sum(pinned(each * own) for own in sizes) + basis if on_host else 0,
         "Gram matrices, norms, coefficients": 8 * len(projected) * settings.rows * (settings.rows + 3),
         "step: snapshot": 4 * row,
         "step: correction": 4 * group,
-        "step: rows of a group": settings.rows * group * _BYTES[settings.rows_dtype] if on_host else 0,
+        "step: rows of a group": group * each if on_host else 0,
         "exchanged in a step": 4 * values,
         "exchanged by FSDP2": (2 * 2 + 4) * sum(p.numel() for p in parameters) * (processes - 1) / processes,
     }

@@ -356,6 +356,20 @@ def forgets_default_adapter() -> bool:
     return _release(transformers.__version__) < (5, 23)
 
 
+def all_weights_in_every_process() -> contextlib.AbstractContextManager[None]:
+    """Make `from_pretrained` load a model's weights in every process, also under FSDP.
+
+    By default, only the first process loads them under `accelerate launch` with FSDP. accelerate copies the policy to
+    the other processes when it shards it. TRL shards a reference policy without copying it.
+
+    Relies on: `from_pretrained` reads the variable `FSDP_CPU_RAM_EFFICIENT_LOADING` in each call. If it is true, older
+    releases of transformers (5.17, but not 5.24) load zeros in all processes but the first of each machine.
+    """
+    from accelerate.utils import patch_environment
+
+    return patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false")
+
+
 def end(trainer: Trainer) -> None:
     """Tell a trainer's callbacks that everything is done.
 

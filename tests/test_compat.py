@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 import trl
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -28,6 +30,7 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import is_fsdp_enabled
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig
 
 import peft_ogpsa
@@ -418,6 +421,29 @@ def test_trainers_that_take_the_base_as_reference_policy(monkeypatch):
             assert not takes(cls, loss_type="simpo")
             assert not takes(cls, loss_type="orpo")
         assert not takes(type("OnlineDPOTrainer", (), {}))
+
+
+def test_all_weights_are_loaded_in_every_process(tmp_path, monkeypatch):
+    model = randomize(tiny_llama())
+    model.save_pretrained(tmp_path)
+    variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    for name, value in {"ACCELERATE_USE_FSDP": "true", variable: "true", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert is_fsdp_enabled()
+        with compat.all_weights_in_every_process():
+            assert not is_fsdp_enabled()
+            loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+        assert is_fsdp_enabled()
+    finally:
+        dist.destroy_process_group()
+    own = dict(loaded.named_parameters())
+    assert all(torch.equal(own[name], parameter) for name, parameter in model.named_parameters())
+    monkeypatch.delenv(variable)
+    with compat.all_weights_in_every_process():
+        pass
+    assert variable not in os.environ
 
 
 def test_the_end_of_training_is_told_where_trainers_know_one():

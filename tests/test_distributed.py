@@ -18,7 +18,7 @@ from parallel_trainers import trained
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from peft_ogpsa import FullParameterConfig, attach, projector_of
 from peft_ogpsa.core import distributed
@@ -102,6 +102,24 @@ def _kept_gradients() -> bool:
     before = [p.grad.to_local().clone() for p in model.parameters()]
     projector_of(model).refresh(references(0), loss_of, model)
     return all(torch.equal(p.grad.to_local(), g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def _evaluated(folder: Path) -> str:
+    """What the guard says after an evaluation in one process: modules that keep their weights stay gathered."""
+    model = build("full")
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    projector = projector_of(model)
+    projector.refresh(references(0), loss_of, model)
+    with torch.no_grad():
+        loss_of(model, batch(0))
+    assert not all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    try:
+        projector.guard.check_parameters(model, None)
+    except RuntimeError as error:
+        return str(error)
+    return "accepted"
 
 
 def _other_batches() -> str:
@@ -240,6 +258,11 @@ def test_reference_gradients_do_not_leak_alone():
 @pytest.mark.slow
 def test_refresh_leaves_gradients_alone_that_were_there(two):
     assert two[0]["kept"] is two[1]["kept"] is True
+
+
+@pytest.mark.slow
+def test_parameters_are_found_again_after_an_evaluation(folder):
+    assert spawn(_evaluated, 1, folder) == ["accepted"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -248,6 +249,25 @@ def test_memory_estimate_of_shards():
     assert four["rows"] == one["rows"] / 4
     on_host = estimate(config, FullParameterConfig(rows_device="cpu"), 4)
     assert (on_host["rows"], on_host["rows in the host's memory"]) == (0, four["rows"])
+
+
+@pytest.mark.parametrize("largest", [2**26, 5000])
+@pytest.mark.parametrize("constraint", ["cone", "orthogonal"])
+def test_memory_estimate_of_pinned_rows(constraint, largest, monkeypatch):
+    for module in ("peft_ogpsa.core.layout", "full_parameter_memory"):
+        monkeypatch.setattr(f"{module}.LARGEST_GROUP", largest)
+    model = tiny_llama()
+    config = FullParameterConfig(rows=3, rows_device="cpu", constraint=constraint)
+    projector = attach(model, config)
+    projector.refresh(references(0), loss_of)
+    subspace = projector.subspace
+    told = estimate(model.config, config, 1)
+    # torch rounds each pinned tensor up to a power of two. The basis is not pinned.
+    allocated = sum(2 ** math.ceil(math.log2(part.nbytes)) for part in subspace.rows.stack)
+    basis = sum(part.nbytes for part in subspace.directions) if constraint == "orthogonal" else 0
+    assert told["rows in the host's memory, as allocated"] == allocated + basis
+    assert told["rows in the host's memory"] < told["rows in the host's memory, as allocated"]
+    assert estimate(model.config, FullParameterConfig(rows=3), 1)["rows in the host's memory, as allocated"] == 0
 
 
 @pytest.mark.parametrize("part", ["embed", "proj", "layers.1.self", "ayers.0"])

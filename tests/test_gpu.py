@@ -13,6 +13,8 @@ from models import tiny_llama
 from peft import get_peft_model
 
 from peft_ogpsa import OGPSAConfig
+from peft_ogpsa.core.layout import Blocks
+from peft_ogpsa.core.rows import Rows
 
 DEVICES = [
     "cpu",
@@ -126,6 +128,36 @@ def test_a_saved_state_goes_back_to_the_device(settings, device):
     for model in (first, second):
         train(model, device, steps=2)
     assert torch.equal(flat(first), flat(second))
+
+
+@each_device
+def test_rows_in_host_memory_are_emptied_after_the_copies_of_the_step(device):
+    parameter = torch.zeros(2000, 1000, device=device)
+    rows = Rows(Blocks({"a": parameter}, {"a": "a"}, "tensor"), 2, on_host=True)
+    for part in rows.stack:
+        part.fill_(1)
+    assert rows.stack[0].is_pinned() == (device == "cuda")
+    copies = [own + 0 for own in rows.near()]
+    if device == "cuda":
+        del copies  # the memory for those that follow
+        torch.cuda.synchronize()
+        torch.cuda._sleep(10**9)  # about half a second, in which the copies wait
+        copies = [own + 0 for own in rows.near()]
+    rows.open([0])
+    assert all(bool(own.all()) for own in copies)
+    assert [bool(row.any()) for row in rows.stack[0][0]] == [False, True]
+
+
+@each_device
+@pytest.mark.parametrize("scope", ["module", "model"])
+def test_sums_over_pieces_are_the_same_to_the_bit(scope, device):
+    """Processes under DDP compute the coefficients of their steps from them, each for itself."""
+    parameters = {str(i): torch.zeros(2 + i % 3, device=device) for i in range(3000)}
+    layout = Blocks(parameters, {name: str(int(name) % 5) for name in parameters}, scope)
+    pieces = [torch.randn(own.pieces, 4, device=device) for own in layout.groups]
+    first = layout.reduce(pieces)
+    assert len(first) == layout.count == {"module": 5, "model": 1}[scope]
+    assert all(torch.equal(layout.reduce(pieces), first) for _ in range(100))
 
 
 # The constraint

@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.gpu import claims, figures, plan, process, report, wheels
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.pack import split
 from benchmarks.gpu.runner import Runner
 from benchmarks.gpu.stages import Place, Stage, stages
@@ -342,9 +343,13 @@ def test_tables_name_the_device(tmp_path):
     assert "torch 4.00 (3.00 to 5.00) ms, 900 launches" in figures.summary(found[0])
 
 
-def test_no_results_are_an_error(tmp_path):
+def test_no_results_are_an_error(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="There are no results"):
         report.load(tmp_path)
+    # As in `make gpu` without a GPU: a message and no traceback.
+    monkeypatch.setattr(sys, "argv", ["gpu", "report", str(tmp_path / "missing")])
+    with pytest.raises(SystemExit, match=r"^There are no results in .*missing\.$"):
+        main()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,29 @@ def test_reduce_adds_up_blocks_and_spread_gives_back(scope):
         assert float(value) == pytest.approx(float(dense(parameters(), members).sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(20))
+def test_reduce_is_the_sum_over_the_pieces_of_each_block(dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(most: int, count: int) -> list[int]:
+        return torch.randint(1, most + 1, (count,), generator=generator).tolist()
+
+    names = [f"p{i}" for i in range(drawn(12, 1)[0])]
+    given = dict(zip(names, (torch.zeros(size) for size in drawn(3, len(names))), strict=True))
+    owners = dict(zip(names, map(str, drawn(4, len(names))), strict=True))
+    inner = drawn(3, seed % 3)
+    for scope in ("tensor", "module", "model"):
+        layout = Blocks(given, owners, scope)
+        pieces = [torch.randn(own.pieces, *inner, generator=generator, dtype=dtype) for own in layout.groups]
+        blocks = torch.cat(layout.spread(torch.arange(layout.count)))
+        expected = torch.zeros(layout.count, *inner, dtype=dtype).index_add_(0, blocks, torch.cat(pieces))
+        tolerance = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(layout.reduce(pieces), expected, rtol=tolerance, atol=tolerance)
+        pieces[0][0] = torch.nan  # of one block alone
+        assert layout.reduce(pieces).isnan().reshape(layout.count, -1).all(1).nonzero().tolist() == [[int(blocks[0])]]
+
+
 def test_bad_layouts():
     with pytest.raises(ValueError, match="no parameter to project"):
         Blocks({}, {}, "tensor")

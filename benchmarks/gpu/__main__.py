@@ -86,7 +86,10 @@ def _report(arguments: argparse.Namespace) -> int:
     from .machine import ROOT
     from .report import load, markdown
 
-    results = load(arguments.folder)
+    try:
+        results = load(arguments.folder)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
     text = markdown(results, arguments.folder) + "\n" + listed(claims(ROOT), results)
     (arguments.folder / "report.md").write_text(text, encoding="utf-8")
     print(text)

@@ -34,7 +34,7 @@ from ..sharing.card import save_card
 from ..sharing.folder import weights_digest
 from ..sharing.hub import push_adapter
 from ..sharing.run_record import save_run
-from ..text.tokenization import as_messages
+from ..text.tokenization import as_messages, encode_row
 from ..trainer.callback import OGPSACallback
 from ..trainer.checkpoint import STATE_NAME, CheckpointError, last_whole
 from ..tuner.config import SIDECAR_NAME, OGPSAConfig
@@ -344,9 +344,9 @@ def _prepare(
     )
     packing, eval_packing = (getattr(training, name, None) for name in ("packing", "eval_packing"))  # of SFT alone
     if not packing:  # packed rows are other rows
-        _count_dropped("dataset", train_rows, trainer.train_dataset, training.max_length, console)
+        _count_cut("dataset", train_rows, trainer.train_dataset, training, processing_class, console)
     if held_out is not None and not (packing if eval_packing is None else eval_packing):
-        _count_dropped("eval_dataset", held_out, trainer.eval_dataset, training.max_length, console)
+        _count_cut("eval_dataset", held_out, trainer.eval_dataset, training, processing_class, console)
     if run.full_parameter:
         shard_on_cpu(trainer)
         if not run.dry_run:
@@ -384,21 +384,54 @@ def _answered(
     return answered
 
 
-def _count_dropped(option: str, given: Dataset, used: Any, max_length: int | None, console: Console) -> None:
-    """Print how many rows the trainer has dropped because of `max_length`.
+def _count_cut(
+    option: str,
+    given: Dataset,
+    used: Any,
+    training: SFTConfig | DPOConfig,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    console: Console,
+) -> None:
+    """Print how many rows lose their answer because of `max_length`. The trainer has dropped them or keeps the rest.
 
     Raises:
-        ValueError: If no row is left.
+        ValueError: If no row has an answer left.
     """
+    told = f"{option}: max_length={training.max_length} cuts off the "
+    remedy = "Raise max_length, or shorten the prompts."
     dropped = len(given) - len(used)
-    told = (
-        f"{option}: max_length={max_length} cuts off the answers of {dropped} of {len(given)} rows, so they are not "
-        "used. Raise max_length, or shorten the prompts."
-    )
-    if given and not used:
-        raise ValueError(told)
     if dropped:
+        cut, told = dropped, f"{told}answers of {dropped} of {len(given)} rows, so they are not used. {remedy}"
+    else:
+        cut = _kept_without_answer(given, used, training, processing_class)
+        so = "so none of them has one" if cut == len(given) else "but these rows stay, without it"
+        told = f"{told}last answer of {cut} of {len(given)} rows, {so}. {remedy}"
+    if cut and cut == len(given):
+        raise ValueError(told)
+    if cut:
         console.print(told, soft_wrap=True)
+
+
+def _kept_without_answer(
+    given: Dataset,
+    used: Dataset,
+    training: SFTConfig | DPOConfig,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+) -> int:
+    """Count the rows that are trained on up to their last answer. TRL keeps them if its loss is of all tokens."""
+    length, columns = training.max_length, given.column_names
+    of_all_tokens = "messages" in columns or getattr(training, "completion_only_loss", None) is False
+    cut_at_end = getattr(training, "truncation_mode", "keep_start") == "keep_start"
+    if length is None or not of_all_tokens or not cut_at_end or "input_ids" in columns:
+        return 0
+    if "input_ids" not in used.column_names:  # rows with images are tokenized during training
+        return 0
+    whole = [
+        encode_row(processing_class, {**row, "label": None}, f"row {i}")  # TRL ignores a label in these formats
+        for i, (row, ids) in enumerate(zip(given, used["input_ids"], strict=True))
+        if len(ids) >= length
+    ]
+    return sum(example.cut(length) is None for example in whole)
 
 
 def _method_config(options: _Options, console: Console) -> MethodConfig:
@@ -525,7 +558,8 @@ def _load(
         # The model itself can give the reference log-probabilities before training, but not while it is unsharded.
         precomputed = getattr(training, "precompute_ref_log_probs", False)
         if options.stage == "dpo" and not (precomputed and training.world_size == 1):
-            policy["ref_model"], _ = load_base(options.model, **loading)
+            with compat.all_weights_in_every_process():
+                policy["ref_model"], _ = load_base(options.model, **loading)
     base, processing_class = load_base(options.model, **loading)
     training.model_init_kwargs = None  # already used; the trainer would warn that it cannot use them
     return base, processing_class, policy

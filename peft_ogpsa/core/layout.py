@@ -121,6 +121,13 @@ class Blocks:
         # The small problems of all blocks are solved together, on the device of the first group.
         self.device = self.groups[0].device
         self._block_of_piece = torch.tensor(members, device=self.device)
+        pieces_of: list[list[int]] = [[] for _ in range(self.count)]
+        for piece, block in enumerate(members):
+            pieces_of[block].append(piece)
+        longest = max(map(len, pieces_of))
+        # (blocks, longest): the pieces of each block, then the number of all pieces, where `reduce` puts zeros.
+        padded = [own + [self.pieces] * (longest - len(own)) for own in pieces_of]
+        self._pieces_of_block = torch.tensor(padded, device=self.device)
         self._sizes = [group.pieces for group in self.groups]
 
     def names(self) -> list[str]:
@@ -151,7 +158,7 @@ class Blocks:
         """A stack of zeros: `(pieces, numel)`, or `(pieces, rows, numel)` if `rows` is given.
 
         The default dtype is float32, or float64 for float64 parameters. With `on_host` the stack is in host memory,
-        pinned if the parameters are on an accelerator.
+        pinned if the parameters are on a CUDA device. torch rounds each pinned tensor up to a power of two.
         """
         return self._make(torch.zeros, rows, dtype, on_host)
 
@@ -218,11 +225,13 @@ class Blocks:
 
         The sums cover what this process holds. If parameters are sharded, `total` completes them.
         """
-        values = torch.cat([value.to(self.device) for value in pieces])
+        values = [value.to(self.device) for value in pieces]
         if self._aligned:
-            return values
-        total = values.new_zeros(self.count, *values.shape[1:])
-        return total.index_add_(0, self._block_of_piece, values)
+            return torch.cat(values)
+        # On CUDA, index_add_ adds in any order, so the last bits of two processes could differ.
+        table = self._pieces_of_block
+        padded = torch.cat([*values, values[0].new_zeros(1, *values[0].shape[1:])])
+        return padded.index_select(0, table.flatten()).unflatten(0, table.shape).sum(1)
 
     def spread(self, blocks: Tensor) -> list[Tensor]:
         """Give every piece its block's values: `(blocks, ...)` -> a `(pieces, ...)` tensor per group."""

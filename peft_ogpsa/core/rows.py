@@ -231,6 +231,9 @@ class Rows:
 
     def open(self, slots: Sequence[int]) -> Slots:
         """Empty the slots and return a writer for their raw gradients. A call of `commit` must follow."""
+        # The last step may still copy rows from pinned memory (`near`).
+        for device in {g.device for rows, g in zip(self.stack, self.blocks.groups, strict=True) if rows.is_pinned()}:
+            torch.cuda.current_stream(device).synchronize()
         return Slots(self.blocks, self.stack, self.scales, slots)
 
     def commit(self, slots: Sequence[int], sets: Sequence[str]) -> list[int]:

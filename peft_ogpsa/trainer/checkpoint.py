@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..core.files import read_json, replacing, write_json
@@ -39,17 +39,30 @@ def save(directory: str | os.PathLike, state: dict[str, Any]) -> None:
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    # Views into a stack share memory and may have gaps. safetensors rejects both.
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in state["tensors"].items()
-    }
+    tensors = _writable(state["tensors"])
     with replacing(path / STATE_NAME) as rest, replacing(path / TENSORS_NAME) as stacked:
         try:
             save_file(tensors, stacked)
         except SafetensorError as error:
             raise OSError(f"{path / TENSORS_NAME} cannot be written: {error}") from error
         write_json(rest, state["rest"])
+
+
+def _writable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy the tensors that safetensors rejects: views into a stack share memory and may have gaps.
+
+    Gathered rows of whole weights are fresh tensors. A copy of them would take their memory again.
+    """
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        memory = own.untyped_storage()
+        if memory.nbytes() > own.nbytes or memory.data_ptr() in taken:
+            own = own.clone()
+        taken.add(own.untyped_storage().data_ptr())
+        found[name] = own
+    return found
 
 
 def load(directory: str | os.PathLike) -> dict[str, Any]:
