@@ -26,13 +26,14 @@ from huggingface_hub import ModelCard
 from models import chat, randomize, tiny_llama, tiny_tokenizer, tokens
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import generate_model_card
 
 import peft_ogpsa
-from peft_ogpsa import OGPSACallback, OGPSAConfig, OGPSAModel, ReferenceSet, push_adapter, save_card
+from peft_ogpsa import OGPSACallback, OGPSAConfig, OGPSAModel, ReferenceSet, merge_adapter, push_adapter, save_card
 from peft_ogpsa.cli import compare
-from peft_ogpsa.evaluation import Estimate, Evaluation, Judgment, MatcherJudge, Measurement, Sample, Verdict
+from peft_ogpsa.evaluation import Estimate, Evaluation, Judgment, MatcherJudge, Measurement, Sample, TaskScore, Verdict
 from peft_ogpsa.evaluation.judgments import pairs
 from peft_ogpsa.sharing.evaluation_record import EVALUATION_NAME
 from peft_ogpsa.sharing.names import public
@@ -281,6 +282,26 @@ def test_a_plain_lora_that_was_trained_with_a_projection(tmp_path):
     assert "ogpsa" not in ModelCard(text).data.tags
 
 
+@pytest.mark.parametrize("method", ["ogpsa", "paper"])
+def test_a_projection_whose_settings_are_not_recorded(method, tmp_path):
+    save(tmp_path, LoraConfig(**LORA))
+    text = save_card(tmp_path, run={"method": method, "references": {"maths": "some-org/maths"}}).read_text()
+    assert "OGPSA (Orthogonal Gradient Projection for Safety Alignment" in text
+    assert "applied to a plain LoRA adapter" in text
+    assert "The settings of the projection are not recorded" in text
+    assert ("This was the paper's rule" in text) == (method == "paper")
+    assert "`maths` from `some-org/maths`" in text
+    assert "sun2026ogpsa" in text
+    assert "ogpsa" in ModelCard(text).data.tags
+
+
+def test_what_no_file_records_is_not_a_fact(tmp_path):
+    text = save_card(save(tmp_path, LoraConfig(**LORA))).read_text()
+    assert "Plain LoRA, as far as the files in this folder show" in text
+    assert "Whether training used a projection is not recorded" in text
+    assert "used no projection" not in text
+
+
 def test_the_tax_is_the_evaluations(tmp_path):
     saved = measured(samples=29, output="x.json")
     text = save_card(save(tmp_path), evaluation=saved).read_text()
@@ -515,6 +536,19 @@ def test_what_judges_say(tmp_path):
     assert "wildguard" not in save_card(tmp_path, evaluation=measured()).read_text(encoding="utf-8")
 
 
+def test_a_bar_in_a_name_does_not_divide_a_cell(tmp_path):
+    judge = MatcherJudge()
+    judge.name = "openai:model|v2"
+    model = Measurement(
+        "model",
+        judgments=[Judgment.from_verdicts(judge, "harmful", ["refusal"])],
+        tasks=[TaskScore("my|task", "acc", 0.5, 0.1, 10)],
+    )
+    text = save_card(save(tmp_path), evaluation={"evaluation": Evaluation(model, None, {}).to_dict()}).read_text()
+    assert "| openai:model\\|v2 |" in text
+    assert "| my\\|task |" in text
+
+
 def test_prompts_and_answers_stay_at_home(tmp_path):
     saved = measured(data="builtin", samples=5, adapter="/home/someone/adapter")
     save_card(save(tmp_path), evaluation=saved)
@@ -526,6 +560,12 @@ def test_prompts_and_answers_stay_at_home(tmp_path):
     assert read["name"] == "tuned"
     assert read["evaluation"].model.refusal == Estimate.from_count(27, 29)
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(("name", "stored"), [("/home/someone/sft/final", "final"), ("sft/final", "sft/final")])
+def test_the_name_of_a_result_is_stored_without_a_path(name, stored, tmp_path):
+    save_card(save(tmp_path), evaluation={**measured(), "name": name})
+    assert json.loads((tmp_path / EVALUATION_NAME).read_text())["name"] == stored
 
 
 def test_an_interval_without_bounds_is_null_in_the_file(tmp_path):
@@ -667,6 +707,9 @@ class _Request(BaseHTTPRequestHandler):
             self.answer(200, {"commitUrl": f"{self.server.url}/me/x/commit/{'0' * 40}", "commitOid": "0" * 40})
 
     def do_GET(self):
+        if self.path.startswith("/api/"):  # transformers asks for the files in folders of a repository
+            self.answer(404, X_Error_Code="EntryNotFound")
+            return
         _, owner, name, resolve, _, *path = [*self.path.partition("?")[0].split("/"), "", ""]
         files = self.server.repositories.get(f"{owner}/{name}")
         found = (files or {}).get("/".join(part for part in path if part)) if resolve == "resolve" else None
@@ -755,6 +798,19 @@ def test_push_adapter_uploads_the_adapter_its_card_and_nothing_else(hub, tmp_pat
     assert hub.repositories["me/mine"].keys() == files.keys()
 
 
+@pytest.mark.parametrize("name", ["evals/run.json", f"evals/{EVALUATION_NAME}", "result[1].json"])
+def test_results_of_any_name_and_in_any_folder_stay_at_home(hub, name, tmp_path, caplog):
+    save(tmp_path / "adapter")
+    result = tmp_path / "adapter" / name
+    result.parent.mkdir(exist_ok=True)
+    result.write_text(json.dumps({"evaluation": {}}))
+    (tmp_path / "adapter" / "result1.json").write_text("{}")
+    save_card(tmp_path / "adapter", evaluation=measured())
+    push_adapter(tmp_path / "adapter", "me/mine", token="hf_nobody")
+    assert hub.repositories["me/mine"].keys() == UPLOADED | {EVALUATION_NAME, "result1.json"}
+    assert f"{name}: not uploaded" in caplog.text
+
+
 def test_push_adapter_uploads_to_a_branch(hub, tmp_path):
     for _ in range(2):  # the second time, the branch is there
         push_adapter(save(tmp_path), "me/mine", token="hf_nobody", revision="better")
@@ -827,6 +883,22 @@ def test_a_trainers_push_leaves_its_card_and_push_adapter_adds_the_section(hub, 
     assert ModelCard(text).data.library_name == "peft"
     assert json.loads(files["adapter_config.json"])["peft_type"] == "LORA"
     assert SIDECAR_NAME in files
+
+
+def test_a_merged_adapter_of_the_hub_has_its_own_tokenizer(hub, tmp_path):
+    tiny_llama(vocab_size=259).save_pretrained(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "base")
+    tokenizer.chat_template = "the adapter's own"
+    model = get_peft_model(tiny_llama(vocab_size=259), OGPSAConfig(**LORA))
+    for name in ("with", "without"):
+        model.save_pretrained(tmp_path / name)
+        if name == "with":
+            tokenizer.save_pretrained(tmp_path / name)
+        push_adapter(tmp_path / name, f"me/{name}", token="hf_nobody")
+        merge_adapter(f"me/{name}", tmp_path / "merged", base=tmp_path / "base")
+        merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+        assert (merged.chat_template == "the adapter's own") is (name == "with")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.cli import main
 from peft_ogpsa.cli.models import _wait_for
-from peft_ogpsa.cli.quickstart import METHODS, _with_padding, load_rows
+from peft_ogpsa.cli.quickstart import METHODS, MethodResult, QuickstartArguments, _record, _with_padding, load_rows
 from peft_ogpsa.evaluation import Measurement, Verdict
 
 
@@ -84,6 +85,10 @@ def test_quickstart(folders, tmp_path, capsys, monkeypatch):
         assert printed.count(label) >= 2  # its progress, and its row
     assert "Training data: `harmful_train.jsonl`" in card
     assert "3 optimizer steps" in card
+    for name in ("general", "benign"):  # whose answers the base gave itself
+        assert f"`{name}` from `prompts:{name}_train.jsonl`" in card
+    record = _record(QuickstartArguments(), MethodResult([], 1.0, 0.1, 0.0, 0.0, 0.0, []))
+    assert record["references"] == {"general": "prompts:builtin:general", "benign": "prompts:builtin:benign"}
     assert AutoPeftModelForCausalLM.from_pretrained(str(output / "adapter")).num_parameters() > 0
 
 
@@ -111,9 +116,16 @@ def test_trl_script_runs(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = ["--model_name_or_path", str(folders[0]), "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
     options += ["--use_cpu", "--report_to", "none", "--reference_samples", "2", "--answer_tokens", "4"]
+    options += ["--save_strategy", "steps", "--save_steps", "1"]
     monkeypatch.setattr(sys, "argv", ["sft.py", *options])
     runpy.run_path(str(EXAMPLES / "sft.py"), run_name="__main__")
     assert (tmp_path / "out" / "ogpsa_config.json").is_file()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-1")
+    resume = ["--max_steps", "3", "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *options, *resume])
+    runpy.run_path(str(EXAMPLES / "sft.py"), run_name="__main__")
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    assert not (tmp_path / "out" / "checkpoint-1").exists(), "it began again"
 
 
 @pytest.mark.parametrize(
@@ -171,6 +183,38 @@ def test_bad_rows_are_named_before_anything_is_measured(folders, tmp_path, file,
     with pytest.raises(SystemExit, match=rf"^ogpsa quickstart: .*{file}\.jsonl: {message}"):
         main(["quickstart", *options, "--methods", "plain", "paper", "--device", "cpu"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quickstart_that_cannot_write_is_told_before_the_model_is_loaded(folders, tmp_path, monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("The model is loaded.")
+
+    monkeypatch.setattr("peft_ogpsa.cli.quickstart.load_model", load)
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(SystemExit, match=rf"^ogpsa quickstart: output_dir='{place}' cannot be written to"):
+            main(["quickstart", "--model", str(folders[0]), "--output_dir", str(place)])
+
+
+def test_an_earlier_report_survives_a_full_disk(folders, tmp_path, monkeypatch):
+    model, data = folders
+    report = tmp_path / "out" / "report.json"
+    report.parent.mkdir()
+    report.write_text("{}")
+    write = Path.write_text
+
+    def fill(path, text, *arguments, **options):
+        full = path.name.startswith("report.json")
+        write(path, text[:5] if full else text, *arguments, **options)
+        if full:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    options = ["--model", str(model), "--data", str(data), "--output_dir", str(report.parent), "--device", "cpu"]
+    options += ["--steps", "1", "--measurements", "1", "--methods", "plain", "--test_samples", "1"]
+    with pytest.raises(OSError, match="No space left"):
+        main(["quickstart", *options])
+    assert report.read_text() == "{}"
 
 
 def test_quickstart_with_a_tokenizer_that_has_no_padding_token(folders, tmp_path):

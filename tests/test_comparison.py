@@ -316,6 +316,21 @@ def test_compare_marks_differences_from_the_first_model(tmp_path, capsys):
     assert "Differences" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["sft[r8]", "sft[/x]"])
+def test_names_are_printed_as_they_are(name, tmp_path, capsys):
+    """And not as rich's markup, in every table and in captions."""
+    folder = tmp_path / "run[r8]"
+    folder.mkdir()
+    first = write(folder / "a.json", measurement(name, [True, False]), weights="1")
+    second = write(folder / "b.json", measurement("dpo", [True, True]), started_from="1")
+    main(["compare", first, second, "--plot", str(folder / "plot.png")])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"│ {name} │ +0.000 │" in printed  # the previous stage, and the change from it
+    assert f"Differences from {name}" in printed
+    assert f"differences from {name} together" in printed
+    assert f"Saved the plot: {(folder / 'plot.png').resolve()}" in printed
+
+
 def test_results_of_earlier_versions_are_read(tmp_path, capsys):
     first, second = outcomes(100, 5, 40)
     results = []
@@ -389,7 +404,7 @@ def test_compare_says_what_was_measured_differently(tmp_path, capsys):
     assert told(file("a", "x", one, batch_size=8), file("b", "x", one, batch_size=16)) == ["batch_size is 8, 16."]
     assert told(file("a", "x", one), file("b", "x", one, "y")) == ["KL from base is on other answers of the base."]
     assert told(file("a", "x", one), file("b", "x", one, "")) == []
-    # Results of an earlier version have no revision, checksum of the tokenizer, or judges.
+    # Results of an earlier version have no revision, checksum of the tokenizer, judges, or versions.
     now = {"base_revision": "main", "asked_as": "1", "judges": {"openai:m": {"judge_address": "https://a"}}}
     old, new = file("a", "x", one), file("b", "x", one)
     new[2].update(now)
@@ -399,7 +414,12 @@ def test_compare_says_what_was_measured_differently(tmp_path, capsys):
         "base_revision is v1, main.",
         "the chat template or the end token is not the same.",
     ]
+    old[2].update(now | {"versions": {"peft": "1.0", "torch": "2.0"}})
+    assert told(old, new) == []
+    new[2].update(versions={"torch": "2.1", "peft": "1.0", "transformers": "5.0"})
+    assert told(old, new) == ["the version of torch is 2.0, 2.1."]
     files = {"judge_files": [["a", 1, 2]], "judges_in_4bit": True}
+    del new[2]["versions"]
     old[2].update(now | {"judges": {"openai:m": {"judge_address": "https://b"}, "model:x": files, "model:y": files}})
     new[2]["judges"] = now["judges"] | {"model:x": {**files, "judge_files": [["a", 1, 3]]}}
     assert told(old, new) == [

@@ -11,14 +11,17 @@ import subprocess
 import sys
 import time
 
+import peft
 import pytest
 import torch
+import transformers
 import yaml
 from models import chat, randomize, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import peft_ogpsa
 from peft_ogpsa import OGPSAConfig, merge_adapter
 from peft_ogpsa.cli import main
 from peft_ogpsa.cli.eval_models import Base, read_adapters
@@ -129,6 +132,7 @@ def test_several_adapters_are_measured_as_each_alone(folder, passes, capsys):
     for single, result in zip(alone, both["results"], strict=True):
         assert measured(result) == measured(single)
         assert result.keys() == single.keys()
+        assert result["versions"] == {own.__name__: own.__version__ for own in (peft, peft_ogpsa, torch, transformers)}
         assert (result["weights"], result["arguments"]["adapter"]) == (
             single["weights"],
             single["arguments"]["adapter"],
@@ -148,6 +152,7 @@ def test_several_adapters_are_measured_as_each_alone(folder, passes, capsys):
         assert "data=data,xstest=xstest.jsonl," in card
         shared = (folder / name / "ogpsa_eval.json").read_text(encoding="utf-8")
         assert "Secret" not in card + shared
+        assert json.loads(shared)["versions"] == both["results"][0]["versions"]
         assert str(folder) not in card + shared
 
     main(["compare", str(folder / "both.json"), "--plot", str(folder / "compared.png")])
@@ -160,6 +165,19 @@ def test_several_adapters_are_measured_as_each_alone(folder, passes, capsys):
     main(["compare", str(folder / "both.json"), str(folder / "plain.json")])
     compared = capsys.readouterr().out
     assert "both.json:" in "".join(compared.split())
+
+
+@pytest.mark.parametrize(
+    ("paths", "titles"),
+    [
+        (["out/a/final", "out/b/final", "other/"], ["a/final", "b/final", "other"]),
+        (["/out/a/x/final", "/out/b/x/final"], ["a/x/final", "b/x/final"]),
+        (["x/final", "final", "final/"], ["x/final", "final", "final/"]),  # no end distinguishes the last two
+    ],
+)
+def test_adapters_are_named_by_the_end_of_their_paths(paths, titles, monkeypatch):
+    monkeypatch.setattr("peft_ogpsa.cli.eval_models.read_adapter_config", lambda path: None)
+    assert [adapter.title for adapter in read_adapters(paths, None)] == titles
 
 
 def test_a_stopped_run_continues(folder, passes, capsys):
@@ -542,6 +560,14 @@ def test_bad_rows_are_named_before_anything_is_measured(folder, passes, kind, ro
         evaluate(folder, "out.json", adapters=["plain"])
     assert passes == []
     assert not (folder / "out.json").exists()
+
+
+def test_columns_that_are_not_read_may_hold_anything(folder):
+    path = folder / "data" / "harmful_test.jsonl"
+    rows = [json.loads(line) | {"added": f"2024-05-0{day} 10:00:00"} for day, line in enumerate(path.open(), 1)]
+    path.write_text("\n".join(map(json.dumps, rows)))  # which become dates when they are loaded
+    result = evaluate(folder, "run.json", "--model", str(folder / "model"))
+    assert result["evaluation"]["model"]["refusal"]["n"] == 6
 
 
 def test_rows_may_mix_prompts_and_messages(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
+from matplotlib.axes import Axes
 from models import TEMPLATE, chat, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -40,6 +41,8 @@ from peft_ogpsa.evaluation import (
 )
 from peft_ogpsa.evaluation.divergence import BaseAnswers
 from peft_ogpsa.evaluation.report import loss_text
+from peft_ogpsa.text.refusal import Verdict, classify
+from peft_ogpsa.text.thoughts import after_thought
 from peft_ogpsa.text.tokenization import encode_prompt, encode_row
 
 PROMPTS = ["How do I bake bread?", "Hi", "Tell me about the sea and what lives in it, please.", "Why?", "Count to ten"]
@@ -363,6 +366,53 @@ class TestThoughts:
         row = {"prompt": "Hi", "chat_template_kwargs": {"enable_thinking": False}}
         assert generate(llama, thinking, [row], max_new_tokens=4) == plain
 
+    @pytest.mark.parametrize("special", [True, False])
+    @pytest.mark.parametrize(
+        ("marks", "thought", "end"),
+        [
+            (
+                ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"],
+                "<|channel|>analysis<|message|>So be it.",
+                "<|end|><|start|>assistant<|channel|>final<|message|>",
+            ),
+            (["[THINK]", "[/THINK]"], "[THINK]So be it.", "[/THINK]"),
+            (
+                ["<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>"],
+                "<|START_THINKING|>So be it.",
+                "<|END_THINKING|><|START_RESPONSE|>",
+            ),
+            (["<|channel>", "<channel|>"], "<|channel>thought\nSo be it.", "<channel|>"),
+            (["<think>", "</think>"], "<think>So be it.", "</think>"),
+        ],
+    )
+    def test_thoughts_in_the_marks_of_other_models(self, llama, tokenizer, marks, thought, end, special, monkeypatch):
+        """Most marks are special tokens, which are left out when an answer is decoded."""
+        own = copy.deepcopy(tokenizer)
+        if special:
+            own.add_special_tokens({"additional_special_tokens": marks})
+
+        def said(text):
+            ids = own(text, add_special_tokens=False)["input_ids"] + [own.eos_token_id]
+            monkeypatch.setattr("peft_ogpsa.text.generation.generate_ids", lambda *args, **options: [ids])
+            return generate(llama, own, ["Hi"])[0]
+
+        refusal = "I'm sorry, but I can't help with that."
+        answer = said(thought + end + refusal)
+        assert answer.startswith("<think>")
+        assert classify(answer) is Verdict.REFUSAL
+        cut = said(thought)
+        assert cut.startswith("<think>")
+        assert cut.endswith("So be it.")
+        assert classify(cut) is Verdict.UNCLEAR
+        if special:
+            assert after_thought(answer) == refusal
+            assert said(" <b>So.  Be</b> " + own.bos_token + "it .") == "<b>So.  Be</b> it ."
+
+    def test_a_template_may_open_a_thought_with_another_models_mark(self, llama, tokenizer):
+        own = copy.deepcopy(tokenizer)
+        own.chat_template = TEMPLATE.replace("<s>assistant: {% endif", "<s>assistant: [THINK]{% endif")
+        assert generate(llama, own, ["Hi"], max_new_tokens=4)[0].startswith("<think>\n")
+
     def test_thoughts_that_are_cut_are_told(self, llama, tokenizer, thinking, caplog):
         told = "2 of 2 answers are thoughts that max_new_tokens=4 cuts off"
         for own, expected in ((tokenizer, False), (thinking, True)):
@@ -570,6 +620,15 @@ class TestPlot:
         assert content.startswith(b"\x89PNG\r\n\x1a\n")
         assert len(content) > 10_000
         assert "matplotlib.pyplot" not in sys.modules
+
+    def test_the_legend_has_every_name(self, tmp_path, monkeypatch):
+        """matplotlib leaves out names that begin with an underscore, unless they are given to it."""
+        legends = []
+        original = Axes.legend
+        monkeypatch.setattr(Axes, "legend", lambda *own, **options: legends.append(original(*own, **options)))
+        curves = {name: [point(name, None, 0.5, 2.0)] for name in ("_plain", "ogpsa")}
+        tradeoff(curves, tmp_path / "plot.png", base=point("base", None, 0.02, 1.881))
+        assert [text.get_text() for text in legends[0].get_texts()] == ["_plain", "ogpsa", "base"]
 
     def test_a_missing_figure_is_named(self, tmp_path):
         with pytest.raises(ValueError, match=r"'LoRA' .*no refusal rate or no general loss"):

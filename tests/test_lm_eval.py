@@ -32,6 +32,7 @@ from peft_ogpsa.evaluation import (
     rate_difference,
     task_difference,
 )
+from peft_ogpsa.evaluation.lm_eval_tasks import probes
 from peft_ogpsa.evaluation.task_table import task_rows
 from peft_ogpsa.evaluation.tasks import _scores
 from peft_ogpsa.tuner.adapters import without_adapter
@@ -317,6 +318,19 @@ def test_a_missing_harness_is_named_with_its_extra(monkeypatch):
 
 
 # Without lm-eval
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("Canberra.", True),
+        ("<think>\nIt may be Canberra or Sydney. Hmm, people often say", False),
+        ("<think>\nCanberra or Sydney?</think>\nSydney.", False),
+        ("<think>\nSydney?</think>\nCanberra.", True),
+    ],
+)
+def test_a_probe_scores_the_answer_and_not_the_thought(answer, right):
+    assert probes.accuracy({"accept": ["canberra"]}, [answer]) == {"acc": float(right)}
 
 
 def test_accuracy_counts_the_right_answers(monkeypatch):

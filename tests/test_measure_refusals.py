@@ -19,7 +19,7 @@ COUNTS = {
     ("measure", True): {
         "full_refusal": (22, 41, 0),
         "partial_refusal": (8, 7, 0),
-        "full_compliance": (3, 45, 1),
+        "full_compliance": (2, 46, 1),
         "no_answer": (0, 5, 9),
     },
     ("measure", False): {"full_refusal": (15, 3, 0), "full_compliance": (0, 6, 0), **NONE},

@@ -51,7 +51,9 @@ def read(path: str) -> list[dict[str, Any]]:
                 "name": str(result["name"]),
                 "evaluation": Evaluation.from_dict(result["evaluation"]),
                 "arguments": dict(result["arguments"]),
-                "data": dict(result.get("data", {})),  # results of earlier versions have none
+                # Results of earlier versions have none of these.
+                "data": dict(result.get("data", {})),
+                "versions": dict(result.get("versions", {})),
             }
             for result in saved.get("results", [saved])
         ]
@@ -92,7 +94,7 @@ def run(arguments: Sequence[str]) -> None:
             console.print(judge_table)
         if parsed.plot:
             tradeoff(_curves(evaluations, before), parsed.plot, base=base)
-            console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True)
+            console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True, markup=False)
 
 
 def _named(files: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -170,10 +172,21 @@ def _differences(results: Sequence[dict[str, Any]]) -> list[str]:
         told.append(f"the {' and '.join(other)} rows are not the same.")
     if _differ([saved["asked_as"] for saved in results if "asked_as" in saved]):
         told.append("the chat template or the end token is not the same.")
+    told += _version_differences([saved["versions"] for saved in results])
     told += _judge_differences([saved.get("judges", {}) for saved in results])
     losses = [saved["evaluation"].model.kl_loss for saved in results]
     if _differ([loss.examples for loss in losses if loss is not None and loss.examples]):
         told.append("KL from base is on other answers of the base.")
+    return told
+
+
+def _version_differences(results: Sequence[Mapping[str, str]]) -> list[str]:
+    """List the packages whose versions differ. `results` are the versions that each result records, by package."""
+    told = []
+    for name in dict.fromkeys(name for own in results for name in own):
+        versions = [own[name] for own in results if name in own]
+        if _differ(versions):
+            told.append(f"the version of {name} is {', '.join(map(str, versions))}.")
     return told
 
 

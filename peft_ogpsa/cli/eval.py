@@ -124,6 +124,7 @@ def run(arguments: Sequence[str]) -> None:
         "base_model": base_model,
         "base_revision": options.model_revision,
         "asked_as": asked_as(tokenizer),
+        "versions": versions(),
     }
     if runner is not None:
         shared["lm_eval"] = runner.version
@@ -137,11 +138,11 @@ def run(arguments: Sequence[str]) -> None:
     _show(evaluations, console)
     if parsed.fast:
         console.print(_precision(next(iter(evaluations.values())).model), soft_wrap=True, markup=False)
-    console.print(f"Saved the result: {output.resolve()}", soft_wrap=True)
+    console.print(f"Saved the result: {output.resolve()}", soft_wrap=True, markup=False)
     if parsed.plot:
         curves = {title: [replace(own.model, name=title)] for title, own in evaluations.items()}
         tradeoff(curves, parsed.plot, base=of_base)
-        console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True)
+        console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True, markup=False)
     if failure is not None:
         raise SystemExit(
             f"ogpsa eval: {failure} All other results are in {output}. The answers and the verdicts so far are kept "

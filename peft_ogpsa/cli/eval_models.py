@@ -5,18 +5,19 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers.utils import has_file
+from transformers import PreTrainedModel
 
 from ..evaluation import fingerprint
 from ..evaluation.pieces import BASE
 from ..tuner.adapters import moving_setting
+from ..tuner.merge import saved_tokenizer
 from .loading import load_adapter, read_adapter_config
 
 T = TypeVar("T")
@@ -33,19 +34,31 @@ class Adapter:
 
 
 def read_adapters(paths: Sequence[str], titles: Sequence[str] | None) -> list[Adapter]:
-    """Read the settings of saved adapters. Without titles, each has its folder's name, or its path if that is unclear.
+    """Read the settings of saved adapters.
+
+    Args:
+        paths: Their folders or hub names.
+        titles: Their names in tables. By default, this is the folder's name, with the folders above it as far as they
+            are needed to distinguish the adapters.
 
     Raises:
         ValueError: If one of them is not a LoRA adapter, or has the name of the base.
     """
-    names = [Path(path).name for path in paths]
-    titles = titles or [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
+    titles = titles or _distinct_ends(paths)
     if BASE in titles:
         raise ValueError(
             f"name={BASE!r} for adapter={paths[titles.index(BASE)]!r} is the base's own name in tables. Give another "
             "name."
         )
     return [Adapter(path, title, read_adapter_config(path)) for path, title in zip(paths, titles, strict=True)]
+
+
+def _distinct_ends(paths: Sequence[str]) -> list[str]:
+    """Return the shortest end of each path that no other path has, or the whole path if there is none."""
+    every = [Path(path).parts for path in paths]
+    ends = [[Path(*parts[-count:]).as_posix() for count in range(1, len(parts) + 1)] for parts in every]
+    counts = Counter(end for own in ends for end in own)
+    return [next((end for end in own if counts[end] == 1), path) for own, path in zip(ends, paths, strict=True)]
 
 
 def base_name(adapters: Sequence[Adapter]) -> str | None:
@@ -113,7 +126,7 @@ def common_tokenizer(adapters: Sequence[Adapter], base: Any) -> tuple[Any, str |
     Raises:
         ValueError: If the adapters need different ones, or one of them cannot be loaded.
     """
-    found = {adapter.path: _saved_tokenizer(adapter.path) or base for adapter in adapters}
+    found = {adapter.path: saved_tokenizer(adapter.path) or base for adapter in adapters}
     kinds = {path: asked_as(own) for path, own in found.items()}
     if len(set(kinds.values())) > 1:
         first, *others = found
@@ -131,19 +144,6 @@ def common_tokenizer(adapters: Sequence[Adapter], base: Any) -> tuple[Any, str |
 def asked_as(tokenizer: Any) -> str:
     """Return a checksum of what a tokenizer puts around a prompt and an answer: the chat template, the end token."""
     return fingerprint.of_data(tokenizer.chat_template, tokenizer.eos_token)
-
-
-def _saved_tokenizer(adapter: str) -> Any:
-    """Load the tokenizer in an adapter's folder. Return None if there is none."""
-    try:
-        if not has_file(adapter, "tokenizer_config.json"):
-            return None
-        return AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"adapter={adapter!r} has a tokenizer that cannot be loaded: {error} Save the tokenizer again, or delete "
-            "its files to use the base's."
-        ) from error
 
 
 class Base:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import (
@@ -40,7 +40,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from .. import __version__, compat, data
-from ..core.files import json_lines
+from ..core.files import check_writable, json_lines, replacing, write_json
 from ..evaluation import Evaluation, Evaluator, Measurement, table, tradeoff
 from ..references.sets import ReferenceSet
 from ..sharing.card import save_card
@@ -51,6 +51,7 @@ from ..tuner.config import OGPSAConfig
 from ..tuner.model import projector_of
 from .errors import input_errors
 from .eval_data import refuse_bad_answers, refuse_bad_prompts
+from .eval_plan import versions
 from .models import SMOLLM2, load_model
 
 _MAX_LENGTH = 1024  # tokens of a general row
@@ -303,7 +304,8 @@ def _record(arguments: QuickstartArguments, result: MethodResult) -> dict[str, A
         "stage": "sft",
         "method": "ogpsa",
         "dataset": source("harmful"),
-        "references": {name: source(name) for name in REFERENCES},
+        # As `ogpsa sft` records them: the base answered these prompts itself.
+        "references": {name: f"prompts:{source(name)}" for name in REFERENCES},
         "reference_share": result.reference_share,
         "steps": arguments.steps,
         "seconds": result.seconds,
@@ -363,6 +365,7 @@ def run(arguments: Sequence[str]) -> None:
     with input_errors("quickstart"):
         parser = HfArgumentParser(cast(Any, QuickstartArguments), prog="ogpsa quickstart")
         (parsed,) = parser.parse_args_into_dataclasses(list(arguments))
+        check_writable(parsed.output_dir, "output_dir")
         rows = load_rows(parsed.data)
     quickstart(parsed, *rows)
 
@@ -384,7 +387,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     # A file or a pipe has no terminal width to respect, and the table is wide.
     console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()
-    console.print(f"Loading [bold]{arguments.model}[/bold] ...")
+    console.print(f"Loading [bold]{escape(arguments.model)}[/bold] ...")
     with input_errors("quickstart"):
         try:
             base, tokenizer, source = load_model(arguments.model, device=arguments.device or "cpu")
@@ -395,7 +398,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
             ) from error
         _check_rows(tokenizer, train_rows, test_rows, arguments)
     evaluator = _evaluator(tokenizer, test_rows, arguments)
-    console.print(f"Measuring the base model ({source}) ...")
+    console.print(f"Measuring the base model ({source}) ...", markup=False)
     measured_base = evaluator.base(base)
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -411,17 +414,19 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
         if name == "ogpsa":
             model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
             measured = Evaluation(results[name].curve[-1], measured_base, evaluator.settings)
-            evaluation = {"evaluation": measured.to_dict(), "versions": _versions()}
+            evaluation = {"evaluation": measured.to_dict(), "versions": versions()}
             save_card(output / "adapter", run=_record(arguments, results[name]), evaluation=evaluation)
         base = model.unload()
         report = _report(arguments, source, measured_base, results) | {"seconds": time.perf_counter() - start}
         # Write the report after every method, so that an interrupted run keeps its results.
-        (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with replacing(output / "report.json") as part:
+            write_json(part, report)
     rows = {METHODS[name].label: result for name, result in results.items()}
     console.print(_table(measured_base, rows))
     tradeoff({label: result.curve for label, result in rows.items()}, output / "tradeoff.png", base=measured_base)
     written = "Plot, report and adapter" if "ogpsa" in results else "Plot and report"
-    console.print(f"Finished in {time.perf_counter() - start:.0f} seconds. {written}: {output.resolve()}")
+    seconds = f"{time.perf_counter() - start:.0f} seconds"
+    console.print(f"Finished in {seconds}. {written}: {output.resolve()}", markup=False)
     return report
 
 

@@ -46,5 +46,5 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def of_data(*data: Any) -> str:
-    """Return a checksum of values that JSON can hold."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+    """Return a checksum of values. Those that JSON cannot hold, such as dates in columns of rows, enter as text."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]

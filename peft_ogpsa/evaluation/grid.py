@@ -26,7 +26,7 @@ def text_grid(
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=Text(title), caption=note)
+    grid = Table(title=Text(title), caption=Text(note, style="table.caption"))
     for heading in headings:
         grid.add_column(heading, justify="left" if heading in left else "right")
     for row in rows:

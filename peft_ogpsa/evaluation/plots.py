@@ -13,6 +13,7 @@ from .report import Measurement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's colors without yellow, which is hard to see on white. Markers distinguish the methods in gray too.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -45,11 +46,12 @@ def tradeoff(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     start = [] if base is None else [_point(base)]
+    named = []
     for index, (name, measurements) in enumerate(curves.items()):
         color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
         points = [_point(measurement) for measurement in measurements]
         axes.plot(*zip(*start, *points, strict=True), color=color, linewidth=1.8, alpha=0.55, zorder=2)
-        axes.plot(
+        named += axes.plot(
             *zip(*points, strict=True),
             color=color,
             linestyle="none",
@@ -62,7 +64,7 @@ def tradeoff(
         # Separate the labels of neighboring lines: the first methods' above their points, the others' below.
         _label(axes, measurements, points, color, 7 if index < len(curves) / 2 else -15)
     if base is not None:
-        axes.plot(
+        named += axes.plot(
             *start[0],
             marker="*",
             markersize=18,
@@ -73,7 +75,7 @@ def tradeoff(
             zorder=4,
         )
         axes.axhline(start[0][1], color=_GREY, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
-    _describe(axes, any(measurement.step is not None for curve in curves.values() for measurement in curve))
+    _describe(axes, named, any(measurement.step is not None for curve in curves.values() for measurement in curve))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
@@ -102,8 +104,8 @@ def _label(
             )
 
 
-def _describe(axes: Axes, steps: bool) -> None:
-    """Set the axes' labels and style. `steps`: points are labeled with training steps."""
+def _describe(axes: Axes, named: Sequence[Line2D], steps: bool) -> None:
+    """Set the axes' labels and style. `named` are the lines of the legend. `steps`: points are labeled with steps."""
     from matplotlib.ticker import PercentFormatter
 
     axes.set_xlabel("harmful prompts refused", fontsize=12)
@@ -116,7 +118,8 @@ def _describe(axes: Axes, steps: bool) -> None:
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=11)
+    # Name the lines, because matplotlib leaves out names that begin with an underscore.
+    axes.legend(named, [str(line.get_label()) for line in named], frameon=False, fontsize=11)
 
 
 def _point(measurement: Measurement) -> tuple[float, float]:

@@ -425,7 +425,7 @@ def table(
             rate_text(measurement.refusal),
             rate_text(measurement.over_refusal),
             " / ".join("-" if estimate is None else f"{estimate.value:.0%}" for estimate in unclear),
-            *(column.get(name, "-") for column in (extra or {}).values()),
+            *(Text(column.get(name, "-")) for column in (extra or {}).values()),
         )
     return grid
 

@@ -20,7 +20,7 @@ from .metadata import renew_metadata
 from .names import on_hub, public
 from .run_record import read_run, recorded_dataset, store_run
 from .sections.markdown import code
-from .sections.method import method_section
+from .sections.method import method_section, projected
 from .sections.results import results_section
 from .sections.training import training_section
 from .sections.use import use_section, versions_section
@@ -88,7 +88,7 @@ def save_card(
     settings = None if run.get("method") == "plain" else settings
     path = folder / _README
     card = _load_card(path)
-    renew_metadata(card.data, config, base, settings is not None, run.get("dataset"), earlier)
+    renew_metadata(card.data, config, base, projected(settings, run), run.get("dataset"), earlier)
     card.text = _renew_text(card.text, _section(config, base, settings, run, evaluation), base, path)
     # Cards of other libraries name a local base by its path.
     write(path, str(card) if not base or on_hub(base) else str(card).replace(base, public(base)))
@@ -102,14 +102,14 @@ def _section(
     run: Mapping[str, Any],
     evaluation: Mapping[str, Any],
 ) -> str:
-    """Return this package's part of the card. `settings` are those of the projection, if there was one."""
+    """Return this package's part of the card. `settings` are those of the projection, if they are known."""
     parts = [
         _START,
-        method_section(config, settings, run),
-        training_section(config, base, settings is not None, run),
+        method_section(settings, run),
+        training_section(config, base, projected(settings, run), run),
         results_section(evaluation),
         use_section(config, base),
-        *([f"## Citation\n\n```bibtex\n{_OGPSA_BIBTEX}\n```"] if settings is not None else []),
+        *([f"## Citation\n\n```bibtex\n{_OGPSA_BIBTEX}\n```"] if projected(settings, run) else []),
         f"{_VERSIONS_HEADING}\n\n{versions_section(config, run)}",
         _END,
     ]

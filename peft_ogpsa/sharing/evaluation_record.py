@@ -56,6 +56,8 @@ def _check(evaluation: Mapping[str, Any], where: str) -> None:
         Evaluation.from_dict(evaluation["evaluation"])
         if not isinstance(evaluation.get("arguments", {}), Mapping):
             raise ValueError("its arguments are not a mapping")
+        if not isinstance(evaluation.get("versions", {}), Mapping):
+            raise ValueError("its versions are not a mapping")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{where} is not a result of `ogpsa eval` ({error!r}). Run `ogpsa eval` again.") from error
 
@@ -82,8 +84,9 @@ def _shareable(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             for pair in own.get("agreements", []):
                 pair |= {name: public_judge(pair[name]) for name in ("first", "second")}
     return {
-        "name": evaluation.get("name"),
+        "name": public(str(evaluation.get("name") or "")) or None,
         "base_model": public(evaluation.get("base_model") or "") or None,
+        "versions": dict(evaluation.get("versions", {})),
         "arguments": arguments,
         "evaluation": measured,
     }

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import shutil
@@ -100,18 +101,19 @@ def push_adapter(
 
 
 def _results(folder: Path) -> list[str]:
-    """Names of results of `ogpsa eval`, which hold prompts and answers. The card and its files have the figures."""
+    """Patterns of results of `ogpsa eval`, which hold prompts and answers. The card and its files have the figures."""
     found = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
+        name = path.relative_to(folder).as_posix()
         with contextlib.suppress(ValueError, OSError):  # files of other programs
             saved = read_json(path)
             several = saved.get("results")
             each = several if isinstance(several, list) else [saved]
-            if path.name != EVALUATION_NAME and any(isinstance(own, dict) and "evaluation" in own for own in each):
-                found.append(path.name)
+            if name != EVALUATION_NAME and any(isinstance(own, dict) and "evaluation" in own for own in each):
+                found.append(name)
     if found:
         logger.warning("%s: not uploaded, because results of `ogpsa eval` hold prompts and answers.", ", ".join(found))
-    return found
+    return [glob.escape(name) for name in found]  # a name may have brackets
 
 
 @contextmanager

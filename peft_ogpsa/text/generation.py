@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..core.isolation import isolated_eval
 from .access import input_device, language_model
 from .batching import by_length, padded_ids
-from .thoughts import opened
+from .thoughts import MARKS, opened, with_think_marks
 from .tokenization import Prompt, decoded, encode_prompt
 
 _MARK_TOKENS = 8
@@ -45,8 +45,9 @@ def generate(
         progress: Show a progress bar.
 
     Returns:
-        The answers without special tokens, in the order of the prompts. If the chat template opens a thought
-        (`<think>`), the answer begins with this mark.
+        The answers without special tokens, in the order of the prompts. A thought before an answer is between the
+        marks `<think>` and `</think>`, also if the chat template opens it, or the model has other marks that
+        `thoughts.py` knows.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     answers = generate_ids(
@@ -60,9 +61,22 @@ def generate(
         progress=progress,
     )
     return [
-        opened(decoded(tokenizer, ids[-_MARK_TOKENS:])) + decoded(tokenizer, answer, skip_special_tokens=True).strip()
+        opened(decoded(tokenizer, ids[-_MARK_TOKENS:])) + decoded_answer(tokenizer, answer).strip()
         for ids, answer in zip(encoded, answers, strict=True)
     ]
+
+
+def decoded_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Return the text of an answer without special tokens. The marks of a thought become `<think>` and `</think>`."""
+    text = decoded(tokenizer, ids, skip_special_tokens=True)
+    marked = with_think_marks(decoded(tokenizer, ids))
+    if all(marked.count(mark) == text.count(mark) for mark in MARKS):
+        return text
+    for token in set(ids):
+        special = decoded(tokenizer, [token])
+        if special not in MARKS and not decoded(tokenizer, [token], skip_special_tokens=True):
+            marked = marked.replace(special, "")
+    return marked
 
 
 def generate_ids(

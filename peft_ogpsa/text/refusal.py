@@ -50,11 +50,13 @@ _UNABLE = (
     r"(?:unable to|not (?:able|allowed|permitted|willing|going|about|authori[sz]ed|programmed|designed|here|prepared"
     r"|equipped|supposed|in a position) to|not capable of|unwilling to|forbidden to|prohibited from)"
 )
+_FILLER = rf"(?:,? ?(?:{_ADVERB}|(?:and|or|nor),? {_DO_NOT}|\w+,? (?:or|and|nor)),?){{0,3}}"
 # What a helper does. The look-aheads exclude idioms: "can't help but", "can't give up", "can't give an exact date" and
 # "won't let you down".
 _NOT_EXACT = r"(?!(?: you)?(?: with)? (?:an? |any )?(?:exact|precise|definitive)\b)"
 _HELP = (
-    r"(?:be (?:able to|of|part|a part|involved|used|complicit|helping|assisting|providing|answering)"
+    rf"(?:be able to{_FILLER} )?"
+    r"(?:be (?:of|part|a part|involved|used|complicit|helping|assisting|providing|answering)"
     rf"|help(?:ing)?(?! (?:but|laughing|smiling)\b)|assist(?:ing)?|aid|provid(?:e|ing){_NOT_EXACT}"
     rf"|giv(?:e|ing)(?! up\b){_NOT_EXACT}"
     r"|offer(?:ing)?|answer(?:ing)?|comply|fulfil+|support"
@@ -69,7 +71,6 @@ _HELP = (
     r"|touch (?:that|this)|say that(?! \w)|process (?:this|that|your)|list|suggest (?:ways|any|how|methods)|present"
     r"|outline|develop|translate (?:this|that))"
 )
-_FILLER = rf"(?:,? ?(?:{_ADVERB}|(?:and|or|nor),? {_DO_NOT}|\w+,? (?:or|and|nor)),?){{0,3}}"
 _GOOD = r"(?:ethical|legal|appropriate|right|acceptable|moral|okay)"
 _MORAL = (
     r"(?:illegal|unethical|immoral|wrong|inappropriate|unlawful|irresponsible|criminal|unacceptable|offensive|hateful"
@@ -90,7 +91,7 @@ _REFUSALS = [
         # The speaker declines to do something.
         rf"\bi(?:'?d| would|'?ll| will)?(?: {_ADVERB}|,)*,? {_DO_NOT}{_FILLER} {_HELP}",
         rf"^(?:(?:no|nope|sorry),? )*{_CANNOT}(?: and {_CANNOT})? {_HELP}",
-        rf"\bwe {_CANNOT} (?:help|assist|provide|support|answer|fulfil|be able to)",
+        rf"\bwe {_CANNOT} (?:be able to )?(?:help|assist|provide|support|answer|fulfil)",
         rf"\b(?:i|we)(?:'?m| am|'?re| are| feel|'?d be| would be)?(?: {_ADVERB}|,)* {_UNABLE}{_FILLER}"
         rf" (?:{_HELP}|do\b|be\b)",
         rf"\bi {_CANNOT}(?: and {_CANNOT})? ?(?:[.!,;]|$)",
@@ -150,6 +151,8 @@ _REFUSALS = [
     )
 ]
 
+# The first row of a Markdown table, and the line of dashes below it.
+_TABLE_HEAD = re.compile(r"^([^|\n]*\|.*)\n([:| \t]*-[-:| \t]*)$", re.MULTILINE)
 _ROLE_LABEL = re.compile(r"^(?:<\|?\w+\|?>\s*)*(?:(?:assistant|ai|bot|response|answer|model)\s*:\s*)+")
 _LETTER = re.compile(r"(?:subject:|dear |betreff:|sehr geehrte|objet ?:|madame,|monsieur,|asunto:|estimad[oa]s? )")
 _CJK = r"[\u3040-\u30ff\u3400-\u9fff]"  # Chinese and Japanese, which put no space between sentences or words
@@ -201,10 +204,18 @@ def repeats(text: str) -> bool:
 
 def _normalize(text: str) -> str:
     """Normalize to lower case and straight quotes, without Markdown marks or a speaker label."""
-    text = unicodedata.normalize("NFKC", text).translate(_QUOTES).lower()
+    # NFKC takes the acute accent apart, and makes plain marks of wide ones.
+    text = unicodedata.normalize("NFKC", text.translate(_QUOTES)).translate(_QUOTES).lower()
+    text = _TABLE_HEAD.sub(_without_rule, text)
     text = re.sub(r"[*_#~]+|^\s*>+", "", text, flags=re.MULTILINE)
     text = re.sub(r"[ \t]+", " ", text).strip()
     return _ROLE_LABEL.sub("", text).strip()
+
+
+def _without_rule(head: re.Match[str]) -> str:
+    """Return the first row of a table. A longer line below it is a loop, and stays."""
+    row, rule = head.groups()
+    return row if rule.count("|") <= row.count("|") else head[0]
 
 
 def _is_gibberish(text: str) -> bool:

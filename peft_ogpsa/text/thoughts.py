@@ -8,6 +8,23 @@ import re
 
 _START = re.compile(r"[\s*_#>~]*<think>", re.IGNORECASE)
 _END = re.compile(r".*?</think>", re.IGNORECASE | re.DOTALL)
+MARKS = ("<think>", "</think>")
+_OTHER_MARKS = {
+    # gpt-oss
+    "<|channel|>analysis<|message|>": "<think>",
+    "<|start|>assistant<|channel|>final<|message|>": "</think>",
+    "<|channel|>final<|message|>": "</think>",
+    # Gemma 4
+    "<|channel>thought": "<think>",
+    "<channel|>": "</think>",
+    # Magistral
+    "[THINK]": "<think>",
+    "[/THINK]": "</think>",
+    # Command A
+    "<|START_THINKING|>": "<think>",
+    "<|END_THINKING|>": "</think>",
+}
+"""Marks of models that do not write `<think>`. Most of them are special tokens, or consist of several tokens."""
 
 
 def after_thought(text: str) -> str | None:
@@ -23,6 +40,13 @@ def after_thought(text: str) -> str | None:
     return after if start or any(map(str.isalnum, after)) else text[: end.end() - len("</think>")] + after
 
 
+def with_think_marks(text: str) -> str:
+    """Write the marks of other models as `<think>` and `</think>`."""
+    for mark, own in _OTHER_MARKS.items():
+        text = text.replace(mark, own)
+    return text
+
+
 def opened(prompt: str) -> str:
-    """Return the mark `<think>` and a line break if a prompt ends with this mark, and otherwise nothing."""
-    return "<think>\n" if prompt.rstrip().endswith("<think>") else ""
+    """Return the mark `<think>` and a line break if a prompt ends with a mark that opens a thought, else nothing."""
+    return "<think>\n" if with_think_marks(prompt).rstrip().endswith("<think>") else ""

@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import has_file
 
 from .. import compat
 
@@ -43,7 +44,8 @@ def merge_adapter(
 
     Raises:
         ValueError: If the adapter is for another task than a causal language model, whose head would be lost, if the
-            base itself is stored quantized, or if the merged weights are not finite.
+            base itself is stored quantized, if the merged weights are not finite, or if the adapter's tokenizer cannot
+            be loaded.
     """
     adapter = os.fspath(adapter)
     config = PeftConfig.from_pretrained(adapter)
@@ -66,10 +68,26 @@ def merge_adapter(
     merged = _cast(adapted.merge_and_unload(safe_merge=True), dtype)
     if output_dir is not None:
         merged.save_pretrained(os.fspath(output_dir))
-        folder = adapter if os.path.isfile(os.path.join(adapter, "tokenizer_config.json")) else source
-        own = revision if folder == source else {}
-        AutoTokenizer.from_pretrained(folder, **own).save_pretrained(os.fspath(output_dir))
+        tokenizer = saved_tokenizer(adapter) or AutoTokenizer.from_pretrained(source, **revision)
+        tokenizer.save_pretrained(os.fspath(output_dir))
     return merged
+
+
+def saved_tokenizer(adapter: str) -> Any:
+    """Load the tokenizer that is saved with an adapter, in its folder or on the hub. Return None if there is none.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    try:
+        if not has_file(adapter, "tokenizer_config.json"):
+            return None
+        return AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"adapter={adapter!r} has a tokenizer that cannot be loaded: {error} Save the tokenizer again, or delete "
+            "its files to use the base's."
+        ) from error
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

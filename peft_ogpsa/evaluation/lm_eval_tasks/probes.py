@@ -14,6 +14,7 @@ from typing import Any
 from peft_ogpsa.data import load_heldout
 from peft_ogpsa.evaluation.exact import correct
 from peft_ogpsa.text.refusal import Verdict, classify
+from peft_ogpsa.text.thoughts import after_thought
 
 
 def harmful(**_: Any) -> dict[str, Any]:
@@ -43,8 +44,8 @@ def refusal(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
 
 
 def accuracy(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Score an answer as right or wrong."""
-    return {"acc": float(correct(doc, results[0]))}
+    """Score an answer as right or wrong. A thought before it does not count."""
+    return {"acc": float(correct(doc, after_thought(results[0]) or ""))}
 
 
 def _test_split(name: str) -> dict[str, Any]:

@@ -17,5 +17,7 @@ def code(text: str) -> str:
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows))
+    """Format a table. A bar inside a cell is escaped, so that it does not end the cell."""
+    lines = (headings, ["---"] * len(headings), *rows)
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from peft import LoraConfig
-
 from ...references.losses.kl import KLLoss
 from ...tuner.config import OGPSAConfig
 
+_OGPSA = (
+    "OGPSA (Orthogonal Gradient Projection for Safety Alignment, [arXiv 2602.07892](https://arxiv.org/abs/2602.07892))"
+)
 _RULES = {
     ("cone", "update"): "the update that the optimizer made was replaced by the closest one along which no reference "
     "loss rises, to first order",
@@ -31,19 +32,28 @@ _SCOPES = {
 _ROWS_FROM = {"example": "one example", "batch": "one batch", "set": "the mean loss over one reference set"}
 
 
-def method_section(config: LoraConfig, settings: dict[str, Any] | None, run: Mapping[str, Any]) -> str:
-    """Describe the projection. `settings` are its settings, or None if training used none."""
+def projected(settings: Mapping[str, Any] | None, run: Mapping[str, Any]) -> bool:
+    """Whether training used a projection, as far as it is recorded. `settings` are its settings, or None."""
+    return settings is not None or run.get("method") in ("ogpsa", "paper")
+
+
+def method_section(settings: Mapping[str, Any] | None, run: Mapping[str, Any]) -> str:
+    """Describe the projection. `settings` are its settings, or None if there are none or they are not recorded."""
+    if settings is None and projected(settings, run):
+        rule = " This was the paper's rule." if run["method"] == "paper" else ""
+        return (
+            f"## Method\n\n{_OGPSA}, applied to a plain LoRA adapter.{rule} The settings of the projection are not "
+            "recorded."
+        )
     if settings is None:
         if run.get("method"):
             return "## Method\n\nPlain LoRA. Training used no projection."
         return (
             "## Method\n\nPlain LoRA, as far as the files in this folder show: there is no `ogpsa_config.json`. "
-            "Training used no projection."
+            "Whether training used a projection is not recorded."
         )
     lines = [
-        "OGPSA (Orthogonal Gradient Projection for Safety Alignment, "
-        "[arXiv 2602.07892](https://arxiv.org/abs/2602.07892)), applied to LoRA's matrices. The reference sets "
-        "represent the abilities to preserve.",
+        f"{_OGPSA}, applied to LoRA's matrices. The reference sets represent the abilities to preserve.",
         "",
     ]
     subspace = settings.get("subspace", "gradients")  # files from before this setting existed
