@@ -57,7 +57,7 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[OGPSACallback(references)],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()  # a plain LoRA adapter
 
 

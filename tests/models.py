@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertModel,
@@ -14,6 +15,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -22,6 +24,11 @@ VOCABULARY = 100
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+TEMPLATE_OF_PARTS = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
 
 
@@ -114,6 +121,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=TEMPLATE,
         padding_side="right",
         model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def tiny_processor(template: str) -> ProcessorMixin:
+    """A processor for text and images, whose tokenizer adds `<s>` to plain text, as with LLaVA 1.5."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = template
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(), tokenizer=tokenizer, patch_size=14, chat_template=template
     )
 
 

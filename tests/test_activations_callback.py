@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import math
 
@@ -123,6 +124,35 @@ def test_resuming_with_other_reference_examples_is_refused(tmp_path):
     rebuilt = sft(tmp_path, model_of(), [OGPSACallback(others, rebuild_subspace=True)], **longer)
     rebuilt.train(resume_from_checkpoint=True)
     assert leak(rebuilt.model) < 1e-6
+
+
+def test_the_date_in_a_chat_template_makes_no_other_references(tmp_path, monkeypatch, caplog):
+    """As with Llama 3.2 and SmolLM3, when a run goes on after midnight."""
+
+    class Clock(datetime.datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 11, cls.day)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "<s>Today is {{ strftime_now('%d %b %Y') }}.</s>" + tokenizer.chat_template
+    options = {"save_strategy": "steps", "save_steps": 2}
+    first, model = model_of(), model_of()
+    sft(tmp_path, first, [OGPSACallback(sets(), tokenizer)], **options, max_steps=2).train()
+    Clock.day = 2
+    sft(tmp_path, model, [OGPSACallback(sets(), tokenizer)], **options, max_steps=4).train(resume_from_checkpoint=True)
+    assert model.projector.steps == 4
+    assert model.projector.activations.references != first.projector.activations.references, "the date is not shown"
+    Clock.day = 3
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        sft(tmp_path, model, [OGPSACallback(sets(), tokenizer)], max_steps=1).train()
+    assert "earlier stage" not in caplog.text
+    others = OGPSACallback([sets()[0], ReferenceSet("benign", TRAINING, samples=7)], tokenizer)
+    with pytest.raises(CheckpointError, match="other examples"):
+        sft(tmp_path, model_of(), [others], max_steps=6).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("weight", [8.0, None])

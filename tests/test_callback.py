@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import loops
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from loops import LORA, parameters_of
-from models import chat, randomize, tiny_llama, tiny_t5, tiny_tokenizer
+from models import TEMPLATE, chat, randomize, tiny_llama, tiny_t5, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -34,8 +35,11 @@ from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, Referenc
 from peft_ogpsa.core import step
 from peft_ogpsa.references.budget import refresh_samples
 from peft_ogpsa.references.losses import LOSSES, reference_loss
+from peft_ogpsa.references.self_answers import AnswerCounts
+from peft_ogpsa.references.sets import AnsweredSet
+from peft_ogpsa.trainer import checkpoint
 from peft_ogpsa.trainer.callback import examples_per_step
-from peft_ogpsa.trainer.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError
+from peft_ogpsa.trainer.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError, save
 
 TRAINING = [chat(f"How do I break rule {i}?", "I can't help with that, sorry.") for i in range(12)]
 GENERAL = [chat(f"What comes after {i}?", f"After {i} comes {i + 1}.") for i in range(9)]
@@ -487,6 +491,35 @@ def test_rows_that_are_not_finite_are_refused(tmp_path):
         sft(tmp_path, **{**options, "max_steps": 4}).train(resume_from_checkpoint=str(file.parent))
 
 
+def test_a_checkpoint_copies_only_the_tensors_that_cannot_be_written_as_they_are(tmp_path, monkeypatch):
+    stack = torch.arange(12.0).view(2, 6)
+    whole = torch.arange(4.0).view(2, 2)
+    tensors = {
+        "fresh": torch.arange(6.0),
+        "whole": whole,
+        "the same": whole,
+        "the same in another shape": whole.view(4),
+        "part": stack[1],
+        "gaps": stack[:, 2:],
+        "transposed": torch.arange(6.0).view(2, 3).T,
+        "empty": torch.zeros(0),
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+    }
+    written = {}
+
+    def watched(given, path):
+        written.update(given)
+        save_file(given, path)
+
+    monkeypatch.setattr("peft_ogpsa.trainer.checkpoint.save_file", watched)
+    checkpoint.save(tmp_path, {"tensors": tensors, "rest": {}})
+    kept = [name for name, own in written.items() if own.numel() and own.data_ptr() == tensors[name].data_ptr()]
+    assert kept == ["fresh", "whole", "parameter"]
+    loaded = checkpoint.load(tmp_path)["tensors"]
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], own) for name, own in tensors.items())
+
+
 @pytest.mark.parametrize(("rank", "slices"), [(16, 16), (4, 16), (4, 4), (3, 2)])
 def test_slices_are_saved_and_restored(tmp_path, rank, slices):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
@@ -704,6 +737,70 @@ def test_what_is_uploaded_during_training_has_ogpsas_settings(tmp_path):
     settings = json.loads((tmp_path / "run" / "ogpsa_config.json").read_text())
     assert settings["subspace"] == "gradients"
     assert settings["rows"] == 8
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """What is in each folder when its upload begins. With `.busy`, the first upload takes until the end."""
+    found = SimpleNamespace(files=[], busy=False)
+
+    def upload(folder_path, path_in_repo=None, **_):
+        if path_in_repo is not None:
+            found.files.append((path_in_repo, sorted(path.name for path in Path(folder_path).iterdir())))
+        return SimpleNamespace(done=lambda: not found.busy, result=lambda: None)
+
+    hub = SimpleNamespace(upload_folder=upload)
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *_, **__: hub, raising=False)
+    monkeypatch.setattr("transformers.trainer.upload_folder", upload, raising=False)  # in earlier versions
+    return found
+
+
+def uploading(tmp_path, strategy, **options):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "hub_strategy": strategy, **options}
+    trainer = sft(tmp_path, **options)
+    trainer.args.push_to_hub = True  # only now, because a new trainer would ask the hub
+    trainer.push_in_progress, trainer._finish_current_push = None, lambda: None
+    return trainer
+
+
+@pytest.mark.skipif(not hasattr(TrainerCallback, "on_push_begin"), reason="transformers 5 has it")
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "names"),
+    [("checkpoint", ["last-checkpoint"] * 2), ("all_checkpoints", ["checkpoint-2", "checkpoint-4"])],
+)
+def test_a_checkpoint_that_is_uploaded_has_the_subspace(tmp_path, uploads, monkeypatch, strategy, names, busy):
+    """transformers begins the upload before it tells of the checkpoint."""
+    uploads.busy = busy
+    saved = []
+    monkeypatch.setattr("peft_ogpsa.trainer.checkpoint.save", lambda place, _: (saved.append(place), save(place, _)))
+    trainer = uploading(tmp_path, strategy)
+    trainer.train()
+    assert [name for name, _ in uploads.files] == names[: 1 if busy else 2]
+    assert all({STATE_NAME, TENSORS_NAME} <= set(files) for _, files in uploads.files)
+    for name in ("checkpoint-2", "checkpoint-4"):
+        assert (tmp_path / "run" / name / STATE_NAME).is_file()
+    assert len(saved) == 2, "no file is replaced while it is uploaded"
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    assert len(saved) == 2, "the weights may be others after training"
+    resumed = sft(tmp_path, max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.model.projector.steps == 6
+
+
+def test_an_upload_that_would_lack_the_subspace_is_refused(tmp_path, uploads, monkeypatch):
+    with monkeypatch.context() as sharded:
+        trainer = uploading(tmp_path, "checkpoint")
+        shards = FullyShardedDataParallelPlugin(fsdp_version=2)
+        sharded.setitem(AcceleratorState._shared_state, "fsdp_plugin", shards)
+        sharded.setattr("peft_ogpsa.core.distributed.count", lambda: 2)
+        with pytest.raises(ValueError, match=r"hub_strategy='checkpoint' .* sharded.*save_subspace=False"):
+            trainer.train()
+    with monkeypatch.context() as old:
+        old.delattr(TrainerCallback, "on_push_begin", raising=False)
+        with pytest.raises(ValueError, match=r"hub_strategy='all_checkpoints' .*Install transformers>=5"):
+            uploading(tmp_path, "all_checkpoints").train()
+    assert not uploads.files
 
 
 def three_sets(loss="answer"):
@@ -1125,6 +1222,17 @@ def test_adapters_are_float32_before_the_optimizer_is_made_and_a_checkpoint_is_l
         parameter.data = parameter.data.to(torch.bfloat16)
     trainer = sft(tmp_path, model)
     assert {p.dtype for p in parameters_of(trainer.model)} == {torch.float32}
+
+
+def test_answers_under_another_chat_template_are_warned_of(tmp_path, caplog):
+    """TRL may change the template after the base has answered."""
+    (tmp_path / "other.jinja").write_text("Be brief. " + TEMPLATE)
+    rows = [{**row, "unfinished": False} for row in GENERAL]
+    own = AnsweredSet("general", rows, counts=AnswerCounts(9, 9, 0, 0, 0, 0), chat_template=TEMPLATE)
+    for path in (None, str(tmp_path / "other.jinja")):
+        assert "chat template" not in caplog.text
+        sft(tmp_path, callbacks=[OGPSACallback([own])], max_steps=1, chat_template_path=path).train()
+    assert "'general' holds answers that the base gave under another chat template" in caplog.text
 
 
 def test_the_callbacks_own_batch_size_and_seed(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -298,6 +299,37 @@ def test_rows_that_max_length_leaves_without_an_answer_are_counted(folder, capsy
         main([*command, "--max_length", "60", "--dataset", long, *evaluated, "--eval_dataset", longer])
     capsys.readouterr()
     main([*command, "--dataset", long])
+    assert "cuts off" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations", "completion"])
+def test_rows_that_stay_without_their_answer_are_counted(folder, capsys, form):
+    """The loss is of all tokens, so TRL drops no row."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").open()]
+    for row in rows[:9]:
+        row["prompt"][0]["content"] *= 10
+    if form != "completion":
+        rows = [{"messages": row["prompt"] + row["completion"], "label": False} for row in rows]
+    if form == "conversations":
+        rows = [{form: [{"from": m["role"], "value": m["content"]} for m in row["messages"]]} for row in rows]
+    write(folder / "long.jsonl", rows)
+    write(folder / "longer.jsonl", rows[:9])
+    long, longer = str(folder / "long.jsonl"), str(folder / "longer.jsonl")
+    command = ["sft", "--config", str(folder / "sft.yaml"), "--method", "plain", "--max_steps", "1"]
+    command += ["--max_length", "60"] + (["--completion_only_loss", "false"] if form == "completion" else [])
+    told = "{}: max_length=60 cuts off the last answer of {}. Raise max_length"
+    evaluated = ["--eval_dataset", long, "--eval_strategy", "steps"]
+    main([*command, "--dataset", long, *evaluated])
+    printed = capsys.readouterr().out
+    for option in ("dataset", "eval_dataset"):
+        assert told.format(option, "9 of 10 rows, but these rows stay, without it") in printed
+    none = told.format("dataset", "9 of 9 rows, so none of them has one")
+    with pytest.raises(SystemExit, match=f"^ogpsa sft: {none}"):
+        main([*command, "--dataset", longer])
+    capsys.readouterr()
+    main([*command, "--dataset", longer, "--max_length", "512"])
+    if "truncation_mode" in SFTConfig.__dataclass_fields__:
+        main([*command, "--dataset", longer, "--truncation_mode", "keep_end"])
     assert "cuts off" not in capsys.readouterr().out
 
 
@@ -1185,6 +1217,27 @@ def test_examples_parse(path):
         (first,) = [e for e in EXAMPLES if e.stem == path.stem.replace("dpo", "sft")]
         assert yaml.safe_load(first.read_text())["output_dir"] == run.adapter
     assert isinstance(training, CONFIGS[stage])
+
+
+def test_every_process_loads_all_weights_of_the_reference_policy(folder, monkeypatch):
+    """As under `accelerate launch` with FSDP2: the first process alone loads the policy, which accelerate then copies.
+
+    TRL shards the reference policy without a copy, so every process needs its weights.
+    """
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    seen = []
+
+    def load_base(*_, **__):
+        seen.append(os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"])
+        if len(seen) == 2:
+            raise ValueError("Both are loaded.")
+        return None, None
+
+    monkeypatch.setattr("peft_ogpsa.cli.training.load_base", load_base)
+    with pytest.raises(SystemExit, match=r"Both are loaded\."):
+        main(["dpo", "--config", str(folder / "dpo.yaml"), "--full_parameter"])
+    assert seen == ["false", "true"]  # the reference policy, the policy
 
 
 @pytest.mark.slow

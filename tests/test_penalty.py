@@ -121,3 +121,10 @@ def test_the_default_draws_what_the_default_budget_allows(tmp_path):
     train(tmp_path, penalty, steps=2)
     # 0.075 of the 20 examples of 5 steps are 1.5 passes; an example with a pass of the base counts 3/2.
     assert penalty.examples == 2
+
+
+@pytest.mark.parametrize(("samples", "accumulation", "expected"), [(9, 1, 9), (None, 12, 12)])
+def test_it_may_draw_more_examples_than_a_cone_has_rows(tmp_path, samples, accumulation, expected):
+    penalty = ReferencePenalty([ReferenceSet("squares", ROWS * 3, loss="kl")], samples=samples)
+    train(tmp_path, penalty, steps=1, gradient_accumulation_steps=accumulation)
+    assert penalty.examples == expected > OGPSAConfig(subspace="gradients").rows

@@ -104,6 +104,41 @@ def test_tokenized_pairs():
             ReferenceSet("set", PAIRS, beta=beta)
 
 
+USER = {"role": "user", "content": "Why?"}
+ANSWER = {"role": "assistant", "content": "Because."}
+OTHER = {"role": "assistant", "content": "Dunno."}
+IMPLICIT = {
+    "the last turn differs": ([USER, ANSWER], [USER, OTHER]),
+    "an earlier turn differs": ([USER, ANSWER, USER, ANSWER], [USER, OTHER, USER, OTHER]),
+    "the last turn is the same": ([USER, ANSWER, USER, ANSWER], [USER, OTHER, USER, ANSWER]),
+    "one conversation goes on": ([USER, ANSWER], [USER, OTHER, USER, ANSWER]),
+    "one conversation begins the other": ([USER, ANSWER], [USER, ANSWER, USER, OTHER]),
+    "both are the same": ([USER, ANSWER], [USER, ANSWER]),
+    "plain text": ("2+2=4", "2+2=5"),
+    "plain text, which differs after a space": ("Q: sky? blue", "Q: sky? green"),
+    "plain text, which differs in a word": ("Q: good", "Q: great"),
+    "plain text that begins the other": ("Q: yes", "Q: yes sir"),
+}
+
+
+@pytest.mark.parametrize("name", IMPLICIT)
+def test_pairs_without_a_prompt_are_those_of_trl(tmp_path, name):
+    chosen, rejected = IMPLICIT[name]
+    row = {"chosen": chosen, "rejected": rejected}
+    tokenizer = tiny_tokenizer()
+    (pair,) = ReferenceSet("pairs", [row], loss="dpo").tokenize(tokenizer)
+    trainer = DPOTrainer(
+        get_peft_model(tiny_llama(vocab_size=259), LoraConfig(**LORA)),
+        args=DPOConfig(str(tmp_path), max_length=None, use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list([row]),
+        processing_class=tokenizer,
+    )
+    (expected,) = trainer.train_dataset
+    for own, answer in ((pair.chosen, "chosen_ids"), (pair.rejected, "rejected_ids")):
+        assert own.ids[: own.answer_start] == expected["prompt_ids"]
+        assert own.answer == expected[answer]
+
+
 def test_loader_batches_pairs_by_length():
     (batches,) = ReferenceLoader({"pairs": random_pairs()}, None, 2).draw().values()
     assert [[len(pair.ids) for pair in batch] for batch in batches] == [[8, 9], [9, 11]]

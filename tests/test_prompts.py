@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import chat, randomize, tiny_llama, tiny_tokenizer
+from models import TEMPLATE_OF_PARTS, chat, randomize, tiny_llama, tiny_processor, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 
@@ -220,6 +220,28 @@ def test_the_template_of_a_processor_is_not_left_out(answered, taught):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"Set processor.tokenizer.chat_template = processor.chat_template"):
         answered(tokenizer=processor)
+
+
+def test_a_processor_is_asked_as_in_training(answered, monkeypatch):
+    """TRL asks the processor, which may add a first token that its tokenizer does not add."""
+    processor = tiny_processor(TEMPLATE_OF_PARTS)
+    asked = []
+
+    def generate(model, tokenizer, prompts, **settings):
+        asked.extend(prompts)
+        return [tokenizer("A wren sings.", add_special_tokens=False)["input_ids"] for _ in prompts]
+
+    monkeypatch.setattr(self_answers, "generate_ids", generate)
+    own = answered(["Bird?"], tokenizer=processor)
+    assert own.chat_template == TEMPLATE_OF_PARTS
+    assert processor.tokenizer.decode(asked[0]) == "<s>USER: Bird? ASSISTANT: "
+    assert "ids" not in own.dataset[0]
+    (example,) = own.tokenize(processor)
+    assert example.ids[: example.answer_start] == asked[0]
+    assert answered(["Bird?"], tokenizer=processor).dataset == own.dataset
+    assert len(asked) == 1
+    answered(["Bird?"], tokenizer=processor.tokenizer)
+    assert len(asked) == 2, "asked in another way"
 
 
 def test_columns_for_the_chat_template_reach_it(answered, taught, generated):

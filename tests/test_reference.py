@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
-from models import chat, tiny_llama, tiny_tokenizer
+from models import TEMPLATE, TEMPLATE_OF_PARTS, chat, tiny_llama, tiny_processor, tiny_tokenizer
 from peft import get_peft_model
+from trl import SFTConfig, SFTTrainer
 
 from peft_ogpsa import OGPSAConfig, ReferenceLoader, ReferenceSet, reference_loss
 from peft_ogpsa.references.losses import answer_loss, collate
-from peft_ogpsa.text.tokenization import Example
+from peft_ogpsa.text.tokenization import Example, encode_prompt
 
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
@@ -104,6 +105,36 @@ def test_columns_for_the_chat_template_reach_it(tools):
     assert "Yes" in tokenizer.decode(example.answer)
     plain = {name: row[name] for name in ("prompt", "completion")}
     assert "calm" not in tokenizer.decode(ReferenceSet("set", [plain]).tokenize(tokenizer)[0].ids)
+
+
+@pytest.mark.parametrize("tools", [[], "[]", None])
+def test_an_empty_list_of_tools_is_not_none(tools):
+    """TRL passes it on to the template, too."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if tools is not none %}{{ tools | length }} tools{% endif %}" + TEMPLATE
+    row = {**chat("Q", "Yes"), "tools": tools}
+    for ids in (ReferenceSet("set", [row]).tokenize(tokenizer)[0].ids, encode_prompt(tokenizer, row)):
+        assert tokenizer.decode(ids).startswith("<s>user" if tools is None else "0 tools<s>user")
+
+
+@pytest.mark.parametrize("begin", ["", "<s>"])
+@pytest.mark.parametrize("row", [chat("Why?", "So."), {"prompt": "2+2=", "completion": "4"}], ids=["chat", "plain"])
+def test_rows_for_a_processor_are_those_of_trl(tmp_path, row, begin):
+    """TRL asks the processor, which adds `<s>` to a conversation that does not begin with it."""
+    processor = tiny_processor(begin + TEMPLATE_OF_PARTS)
+    (example,) = ReferenceSet("set", [row]).tokenize(processor)
+    trainer = SFTTrainer(
+        tiny_llama(vocab_size=259),
+        args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list([row]),
+        processing_class=processor,
+    )
+    (expected,) = trainer.train_dataset
+    assert example.ids == expected["input_ids"]
+    assert example.labels == expected["labels"]
+    assert example.ids.count(processor.tokenizer.bos_token_id) == 1
+    if not isinstance(row["prompt"], str):
+        assert encode_prompt(processor, row["prompt"]) == example.ids[: example.answer_start]
 
 
 def test_truncation_drops_what_has_no_answer_left(caplog):
@@ -363,6 +394,26 @@ def test_a_loader_resumes_with_the_order_that_was_saved():
     straight.draw()
     resumed.load_state_dict(straight.state_dict())
     assert resumed.draw() == straight.draw()
+
+
+def test_a_loader_knows_its_references_by_their_tokens_or_their_rows():
+    def loader(template=TEMPLATE, **changes):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        own = ReferenceSet(**{"name": "a", "dataset": rows(6), **changes})
+        return ReferenceLoader.from_sets([own], tokenizer, OGPSAConfig(), step_examples=4)
+
+    saved = loader().state_dict()
+    loader("<s>Another day.</s>" + TEMPLATE).load_state_dict(saved)
+    loader(dataset=iter([{**row, "source": "web"} for row in rows(6)])).load_state_dict(saved)
+    loader().load_state_dict({**saved, "digest": saved["digest"].partition("-")[0]})  # as saved before
+    for other in (
+        loader(dataset=rows(7)[1:]),
+        loader("<s>Another day.</s>" + TEMPLATE, max_length=99),
+        loader("<s>Another day.</s>" + TEMPLATE, loss="all"),
+    ):
+        with pytest.raises(ValueError, match="but other examples"):
+            other.load_state_dict(saved)
 
 
 def test_a_loader_for_a_loop_of_ones_own_takes_no_pairs():

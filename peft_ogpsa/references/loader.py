@@ -17,10 +17,10 @@ from torch import nn
 from ..core.forms import Form, check_form
 from ..core.passes import WEIGHT, ReferenceBatches
 from ..text.batching import by_length, padded_examples, padding_of
-from ..text.tokenization import Example
+from ..text.tokenization import Example, tokenizer_of
 from .budget import check_rows, refresh_samples
 from .losses import LOSSES, loss_of
-from .sets import ReferenceSet, check_sets
+from .sets import ReferenceSet, check_sets, digest_of_rows
 
 if TYPE_CHECKING:
     from ..core.config import ProjectionConfig
@@ -40,6 +40,7 @@ class ReferenceLoader:
         seed (`int`): Seed of the order, which differs from epoch to epoch.
         pad_token_id (`int`): Token id that pads short examples in `batches`.
         null_space (`bool`): Whether an activation subspace projects, so that smaller reference weights are enough.
+        rows_digest (`str`): Digest of the rows that the examples are of, from `digest_of_rows`. Empty: unknown.
 
     Attributes:
         losses (`dict[str, ReferenceLoss]`): The loss of each set, which its examples name.
@@ -54,6 +55,7 @@ class ReferenceLoader:
         seed: int = 0,
         pad_token_id: int = 0,
         null_space: bool = False,
+        rows_digest: str = "",
     ) -> None:
         self.sets = {name: list(examples) for name, examples in sets.items()}
         self.samples = samples
@@ -65,6 +67,7 @@ class ReferenceLoader:
         self.cost = _mean_cost(self.sets)
         self._drawn = dict.fromkeys(self.sets, 0)
         self._draws = 0
+        self._rows_digest = rows_digest
         self._digest: str | None = None
 
     @classmethod
@@ -76,6 +79,7 @@ class ReferenceLoader:
         batch_size: int,
         seed: int = 0,
         pad_token_id: int = 0,
+        rows_digest: str = "",
     ) -> ReferenceLoader:
         """Build a loader that draws as many examples as the projection's settings say.
 
@@ -86,12 +90,13 @@ class ReferenceLoader:
             batch_size (`int`): See the class.
             seed (`int`): See the class.
             pad_token_id (`int`): See the class.
+            rows_digest (`str`): See the class.
 
         Raises:
             ValueError: If a refresh would draw more than `rows` holds, or would omit a set with `rows_from="set"`.
         """
         samples = refresh_samples(config, step_examples, batch_size, len(sets), _mean_cost(sets))
-        loader = cls(sets, samples, batch_size, seed, pad_token_id, config.uses_activations)
+        loader = cls(sets, samples, batch_size, seed, pad_token_id, config.uses_activations, rows_digest)
         check_rows(config, loader.most_drawn(config.row_of))
         return loader
 
@@ -134,9 +139,9 @@ class ReferenceLoader:
                     f"Reference set {own.name!r} has loss={own.loss!r}, which needs the log-probabilities of a "
                     "reference policy. Use OGPSACallback with a trainer, or another loss."
                 )
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        sets = {own.name: own.tokenize(tokenizer) for own in reference_sets}
-        return cls.for_training(sets, config, step_examples, batch_size, seed, padding_of(tokenizer))
+        sets = {own.name: own.tokenize(processing_class) for own in reference_sets}
+        padding, digest = padding_of(tokenizer_of(processing_class)), digest_of_rows(reference_sets)
+        return cls.for_training(sets, config, step_examples, batch_size, seed, padding, digest)
 
     def prepare(
         self,
@@ -238,14 +243,21 @@ class ReferenceLoader:
 
     @property
     def digest(self) -> str:
-        """Digest of all tokens of all sets. Different reference sets have different digests."""
+        """Digest of all tokens of all sets and, after a hyphen, of their rows if it is known."""
         if self._digest is None:
             found = hashlib.sha256()
             for name in self.sets:
                 own = [[sequence.ids, sequence.answer_start] for sequence in self._sequences(name)]
                 found.update(json.dumps([name, own]).encode())
-            self._digest = found.hexdigest()[:16]
+            self._digest = found.hexdigest()[:16] + (self._rows_digest and f"-{self._rows_digest}")
         return self._digest
+
+    def has_digest(self, digest: str) -> bool:
+        """Return whether a digest is that of the same reference sets: of the same tokens, or of the same rows.
+
+        The same rows have other tokens on another day if the chat template shows the date.
+        """
+        return not set(self.digest.split("-")).isdisjoint(digest.split("-"))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from where `state_dict` was taken.
@@ -259,7 +271,7 @@ class ReferenceLoader:
                 f"The reference sets of the checkpoint have the sizes {state['sizes']}, but the given sets have the "
                 f"sizes {self._sizes()}. Resume with the same sets, or rebuild the subspace."
             )
-        if state["digest"] != self.digest:
+        if not self.has_digest(state["digest"]):
             raise ValueError(
                 "The given reference sets have the names and sizes of those in the checkpoint, but other examples. "
                 "Resume with the same sets, or rebuild the subspace."

@@ -27,6 +27,7 @@ from ..text.refusal import Verdict, classify, repeats
 from ..text.thoughts import after_thought
 from ..text.tokenization import (
     Message,
+    ProcessingClass,
     Prompt,
     content_of,
     decoded,
@@ -35,6 +36,7 @@ from ..text.tokenization import (
     prompt_text,
     template_columns,
     text_or_messages,
+    tokenizer_of,
 )
 from ..tuner.adapters import base_of
 
@@ -142,7 +144,7 @@ def base_answers(
         template would show another answer than the base wrote, or another context, it also has the tokens (`ids`),
         where the answer starts in them (`answer_start`), and whether the template shows all but their end (`shown`).
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     if tokenizer.chat_template is None and getattr(processing_class, "chat_template", None) is not None:
         raise ValueError(
             f"{where}: the processor has a chat template and its tokenizer has none, so the prompts would be asked "
@@ -159,7 +161,7 @@ def base_answers(
     if asked_as is not None:
         questions = [asked_as(tokenizer, prompt, f"{where}: prompt {i}") for i, prompt in enumerate(given)]
     encoded = [
-        encode_prompt(tokenizer, {"prompt": question, **own}, f"{where}: prompt {i}")
+        encode_prompt(processing_class, {"prompt": question, **own}, f"{where}: prompt {i}")
         for i, (question, own) in enumerate(zip(questions, options, strict=True))
     ]
     fitting = [position for position, ids in enumerate(encoded) if len(ids) < max_length]
@@ -178,7 +180,7 @@ def base_answers(
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
     folder.mkdir(parents=True, exist_ok=True)
     told = [{"prompt": questions[i], **options[i]} if options[i] else questions[i] for i in fitting]
-    path = folder / f"{_key(model, tokenizer, told, settings)}.jsonl"
+    path = folder / f"{_key(model, processing_class, told, settings)}.jsonl"
     rows = _read(path, fit)
     if rows is None:
         check_writable(folder, "cache_dir")
@@ -187,7 +189,7 @@ def base_answers(
         with base_of(model):
             answers = generate_ids(model, tokenizer, prompt_ids, progress=progress, **settings)
         rows = [
-            _row(tokenizer, given[position], options[position], ids, answer, max_new_tokens)
+            _row(processing_class, given[position], options[position], ids, answer, max_new_tokens)
             for position, ids, answer in zip(fitting, prompt_ids, answers, strict=True)
         ]
         _store(path, rows, where)
@@ -281,13 +283,14 @@ def _content(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> C
 
 
 def _row(
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     prompt: Content,
     options: Mapping[str, Any],
     prompt_ids: list[int],
     answer_ids: list[int],
     max_new_tokens: int,
 ) -> dict[str, Any]:
+    tokenizer = tokenizer_of(processing_class)
     # An answer that ends exactly on the last token also counts as unfinished. The only cost is that token's score.
     unfinished = len(answer_ids) >= max_new_tokens
     if isinstance(prompt, str):
@@ -300,21 +303,22 @@ def _row(
         text = text.rstrip("\ufffd")  # an incomplete character
     completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
     row = {"prompt": prompt, **options, "completion": completion, "unfinished": unfinished}
-    if text and not _renders(tokenizer, row, answer_ids):
+    if text and not _renders(processing_class, row, answer_ids):
         row |= {"ids": prompt_ids + answer_ids, "answer_start": len(prompt_ids)}
-        row["shown"] = _renders(tokenizer, row, answer_ids[:-1])  # some templates only leave out the end of a turn
+        # Some templates only leave out the end of a turn.
+        row["shown"] = _renders(processing_class, row, answer_ids[:-1])
     return row
 
 
-def _renders(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], answer_ids: list[int]) -> bool:
+def _renders(processing_class: ProcessingClass, row: Mapping[str, Any], answer_ids: list[int]) -> bool:
     """Whether a row, as it is tokenized for training, has the answer as the model wrote it, where it writes one.
 
     Templates of reasoning models drop or close a thought, or open one for the model. Then the row keeps the tokens
     themselves.
     """
-    example = encode_row(tokenizer, row, "An answer")
-    before = encode_prompt(tokenizer, row, "An answer")
-    shown, written = (decoded(tokenizer, ids).strip() for ids in (example.answer, answer_ids))
+    example = encode_row(processing_class, row, "An answer")
+    before = encode_prompt(processing_class, row, "An answer")
+    shown, written = (decoded(tokenizer_of(processing_class), ids).strip() for ids in (example.answer, answer_ids))
     return example.ids[: len(before)] == before and shown.startswith(written.rstrip("\ufffd"))
 
 
@@ -324,10 +328,10 @@ def answer_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def _key(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], settings: Mapping[str, Any]
+    model: torch.nn.Module, processing_class: ProcessingClass, prompts: Sequence[Any], settings: Mapping[str, Any]
 ) -> str:
     """Digest what the answers depend on, in 32 hexadecimal digits."""
-    lm = language_model(model)
+    lm, tokenizer = language_model(model), tokenizer_of(processing_class)
     ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     # Without the chat template, which may show today's date.
     rules = [tokenizer(prompt_text(prompt))["input_ids"] for prompt in prompts]
@@ -338,6 +342,8 @@ def _key(
         "prompts": prompts,
         "settings": settings,
     }
+    if tokenizer is not processing_class:
+        facts["processor"] = [type(processing_class).__name__, getattr(processing_class, "chat_template", None)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(_weights_digest(lm))
     return digest.hexdigest()[:32]

@@ -4,18 +4,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from ..text.tokenization import Example, Prompt, columns_of, shared_length
+from ..text.tokenization import Example, ProcessingClass, Prompt, columns_of, shared_length
 from .losses import LOSSES
 from .losses.dpo import Pair
 from .self_answers import AnswerCounts, self_answers
@@ -153,7 +153,8 @@ class ReferenceSet:
             max_length=max_length,
             progress=progress,
         )
-        return AnsweredSet(name, rows, None, max_length, loss, counts=counts)
+        template = getattr(processing_class, "chat_template", None)
+        return AnsweredSet(name, rows, None, max_length, loss, counts=counts, chat_template=template)
 
     def tokenize(self, processing_class: Any) -> list[Example] | list[Pair]:
         """Tokenize the rows, with the tokenizer's chat template if they are conversational.
@@ -167,14 +168,11 @@ class ReferenceSet:
         Raises:
             ValueError: See the class.
         """
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        rows = list(islice(self.dataset, self.samples))
-        if isinstance(self.dataset, Iterator):
-            self.dataset = rows  # it can be read once only, and a second stage reads it again
+        rows = self.rows()
         if not rows:
             raise ValueError(f"Reference set {self.name!r} is empty. Give it at least one example.")
         named = [(row, f"Reference set {self.name!r}: row {i}") for i, row in enumerate(rows)]
-        whole = [example for row, name in named for example in self._encoded(tokenizer, row, name)]
+        whole = [example for row, name in named for example in self._encoded(processing_class, row, name)]
         examples = [example for example in (example.cut(self.max_length) for example in whole) if example is not None]
         if not examples:
             raise ValueError(
@@ -192,9 +190,16 @@ class ReferenceSet:
             )
         return examples
 
-    def _encoded(self, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name: str) -> list[Any]:
+    def rows(self) -> list[Mapping[str, Any]]:
+        """Return the rows that are used."""
+        rows = list(islice(self.dataset, self.samples))
+        if isinstance(self.dataset, Iterator) or not isinstance(self.dataset, Sized):
+            self.dataset = rows  # an iterator can be read once only, and a stream is slow
+        return rows
+
+    def _encoded(self, processing_class: ProcessingClass, row: Mapping[str, Any], name: str) -> list[Any]:
         """Return the examples of a row, uncut."""
-        return LOSSES[self.loss].tokenize(tokenizer, columns_of(row, name), name, self.beta)
+        return LOSSES[self.loss].tokenize(processing_class, columns_of(row, name), name, self.beta)
 
 
 @dataclass
@@ -206,16 +211,18 @@ class AnsweredSet(ReferenceSet):
     """
 
     counts: AnswerCounts = field(kw_only=True)
+    chat_template: Any = field(default=None, kw_only=True)
+    """The chat template under which the model answered, if it is known."""
 
-    def _encoded(self, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name: str) -> list[Any]:
+    def _encoded(self, processing_class: ProcessingClass, row: Mapping[str, Any], name: str) -> list[Any]:
         """Return the example of a row, uncut, without the end of the turn if the answer was cut."""
         if "ids" in row:  # the chat template would show another answer than the model's
             return [Example(list(row["ids"]), row["answer_start"], self.loss)]
-        (example,) = super()._encoded(tokenizer, row, name)
+        (example,) = super()._encoded(processing_class, row, name)
         if not row["unfinished"]:
             return [example]
         # The tokens that stay the same when the answer continues belong to the answer, whatever the template.
-        (longer,) = super()._encoded(tokenizer, _going_on(row), name)
+        (longer,) = super()._encoded(processing_class, _going_on(row), name)
         cut = example.cut(shared_length(example.ids, longer.ids))
         return [] if cut is None else [cut]
 
@@ -226,6 +233,15 @@ def _going_on(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(completion, str):
         return {**row, "completion": completion + " and"}
     return {**row, "completion": [{**message, "content": message["content"] + " and"} for message in completion]}
+
+
+def digest_of_rows(reference_sets: Sequence[ReferenceSet]) -> str:
+    """Digest the rows that are used, before a chat template shows them. It may show another date on another day."""
+    facts = [
+        (own.name, own.loss, own.max_length, [columns_of(row, own.name) for row in own.rows()])
+        for own in reference_sets
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def check_sets(reference_sets: Sequence[ReferenceSet], where: str) -> None:

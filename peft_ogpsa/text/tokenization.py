@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..core.examples import IGNORED
 
 Message = Mapping[str, Any]
 Row = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Mapping[str, Any]
+ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 
 _NOT_TEXT = ("image", "images", "video", "videos", "audio")
 _ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
@@ -45,7 +46,12 @@ class Example:
         return replace(self, ids=self.ids[:max_length]) if self.answer_start < max_length else None
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Example:
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a processor, or a tokenizer itself."""
+    return cast(PreTrainedTokenizerBase, getattr(processing_class, "tokenizer", processing_class))
+
+
+def encode_row(processing_class: ProcessingClass, row: Row, name: str) -> Example:
     """Encode a training row as the model sees it in training.
 
     The answer begins where the row's tokens first differ from those of the prompt with the generation prompt added. So
@@ -53,7 +59,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
     includes the end of the turn (templates) or the end-of-sequence token (plain strings).
 
     Args:
-        tokenizer: The tokenizer. It needs a chat template if the row is made of messages.
+        processing_class: The tokenizer, or a processor with one. It needs a chat template if the row is made of
+            messages.
         row: A row in a format that TRL's trainers read, with messages or plain strings: `chosen` and `rejected` with
             or without their `prompt` (the answer is the chosen one), `prompt` and `completion`, `messages` (the answer
             is the last assistant turn), or `text` (all of it is the answer). If it has the columns of several formats,
@@ -65,7 +72,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
             without a template, has images or other content that is not text, or has an answer that should not be
             learned (`label` is `False`).
     """
-    columns = columns_of(row, name)
+    tokenizer, columns = tokenizer_of(processing_class), columns_of(row, name)
     if columns.get("label") is False:
         raise ValueError(
             f"{name} has label=False, so its completion is an example of what not to answer. Leave such rows out."
@@ -90,15 +97,17 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, name: str) -> Examp
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         options = template_columns(columns)
-        prefix = _chat_ids(tokenizer, messages, name, options, add_generation_prompt=True) if messages else []
-        ids = _chat_ids(tokenizer, [*messages, *answer], name, options)
+        prefix = _chat_ids(processing_class, messages, name, options, add_generation_prompt=True) if messages else []
+        ids = _chat_ids(processing_class, [*messages, *answer], name, options)
     # Nothing predicts the first token.
     return Example(ids, max(shared_length(prefix, ids), 1))
 
 
 def template_columns(row: Row) -> dict[str, Any]:
     """Return the columns for the chat template, as TRL's trainers read them: `tools` and further arguments."""
-    return {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+    # An empty list of tools is not the same as none, because a template may test for none.
+    own = {"tools": row.get("tools"), "chat_template_kwargs": row.get("chat_template_kwargs") or None}
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def as_messages(row: Row) -> dict[str, Any]:
@@ -210,11 +219,8 @@ def _split(row: Row, name: str) -> tuple[Any, Any]:
         repeated = isinstance(row.get("prompt"), str) and _is_conversation(chosen)
         if "prompt" in row and not repeated:
             return row["prompt"], chosen
-        if isinstance(chosen, str):
-            rejected = row.get("rejected", "")
-            length = shared_length(chosen, rejected if isinstance(rejected, str) else "")
-            return chosen[:length], chosen[length:]
-        return chosen[:-1], chosen[-1:]
+        length = _prompt_length(chosen, text_or_messages(row.get("rejected", ()), name))
+        return chosen[:length], chosen[length:]
     if "prompt" in row and "completion" in row:
         return row["prompt"], row["completion"]
     if "messages" in row:
@@ -232,16 +238,30 @@ def _split(row: Row, name: str) -> tuple[Any, Any]:
     )
 
 
+def _prompt_length(chosen: str | list[Message], rejected: str | list[Message]) -> int:
+    """Return how many characters or turns of a pair's answers are its prompt, as TRL's `extract_prompt` finds them.
+
+    Both answers share the prompt, and each of them has something after it.
+    """
+    if not rejected or isinstance(chosen, str) != isinstance(rejected, str):  # there is nothing to share
+        return 0 if isinstance(chosen, str) else len(chosen) - 1
+    shared = shared_length(chosen, rejected)
+    shortest = min(len(chosen), len(rejected))
+    if 0 < shared < shortest and chosen[shared - 1] == " ":
+        return shared - 1  # the space belongs to the answers
+    return min(shared, shortest - 1)
+
+
 def _is_conversation(answer: str | list[Message]) -> bool:
     """Whether an answer holds turns before it: those of the user, or a system message."""
     return not isinstance(answer, str) and bool(answer) and answer[0]["role"] != "assistant"
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "A prompt") -> list[int]:
+def encode_prompt(processing_class: ProcessingClass, prompt: Prompt, name: str = "A prompt") -> list[int]:
     """Encode a prompt as the model sees it when it is about to answer.
 
     Args:
-        tokenizer: The tokenizer. Its chat template is applied if it has one.
+        processing_class: The tokenizer, or a processor with one. Its chat template is applied if it has one.
         prompt: A string (one user turn), messages, or a row with `prompt` or `messages` (a last turn of the assistant
             is dropped).
         name: Name of the prompt in error messages.
@@ -252,10 +272,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str 
     """
     content = text_or_messages(content_of(prompt, name), name)
     _check_text_only(prompt, (content,), name)
+    tokenizer = tokenizer_of(processing_class)
     if isinstance(content, str) and tokenizer.chat_template is None:
         return _prompt_ids(tokenizer, content, name)
     options = template_columns(prompt) if isinstance(prompt, Mapping) else {}
-    return _chat_ids(tokenizer, _turns(content), name, options, add_generation_prompt=True)
+    return _chat_ids(processing_class, _turns(content), name, options, add_generation_prompt=True)
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -280,6 +301,11 @@ def _turns(content: str | list[Message]) -> list[Message]:
 def _plain(content: Any) -> str:
     """Return the text of a turn. Parts without text, such as images, are left out."""
     return "" if content is None else str(_joined(content))
+
+
+def _in_parts(content: Any) -> Any:
+    """Return text as content in parts. Other content stays as it is."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _joined(content: Any) -> Any:
@@ -325,16 +351,19 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[
 
 
 def _chat_ids(
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     messages: Sequence[Message],
     name: str,
     options: Mapping[str, Any],
     add_generation_prompt: bool = False,
 ) -> list[int]:
     tools = options.get("tools")
+    # TRL asks the processor, which also adds the special tokens that a tokenizer leaves out of a conversation.
+    by_processor = isinstance(processing_class, ProcessorMixin) and processing_class.chat_template is not None
+    owner = processing_class if by_processor else tokenizer_of(processing_class)
 
     def apply(messages: Any, *, tokenize: bool) -> Any:
-        return tokenizer.apply_chat_template(
+        return owner.apply_chat_template(
             messages,
             tools=json.loads(tools) if isinstance(tools, str) else tools,
             add_generation_prompt=add_generation_prompt,
@@ -344,6 +373,8 @@ def _chat_ids(
         )
 
     turns: list[Message] = [dict(message) for message in messages]
+    if by_processor:  # most of their templates need parts
+        turns = [{**turn, "content": _in_parts(turn["content"])} for turn in turns]
     in_parts = [turn["content"] for turn in turns if isinstance(turn["content"], list | tuple)]
 
     def knows_parts() -> bool:
@@ -359,4 +390,4 @@ def _chat_ids(
         ids = apply(turns, tokenize=True)
     except Exception as error:  # a template is a program of the model's authors
         raise ValueError(f"{name} does not work with the tokenizer's chat template: {error}") from error
-    return cast(list[int], ids)
+    return list(ids[0] if by_processor else ids)

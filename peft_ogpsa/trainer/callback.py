@@ -30,8 +30,9 @@ from ..core.parameters import OtherWeightsError
 from ..core.projector import Projector
 from ..references.loader import ReferenceLoader
 from ..references.losses import reference_loss
-from ..references.sets import ReferenceSet, check_sets
+from ..references.sets import ReferenceSet, check_sets, digest_of_rows
 from ..text.batching import padding_of
+from ..text.tokenization import tokenizer_of
 from ..tuner.attaching import attached
 from ..tuner.config import OGPSAConfig
 from ..tuner.targets import LoraTargets
@@ -54,6 +55,8 @@ class _Run:
         loader: The loader of the run's reference examples.
         first: The step that the run begins with.
         still: Whether the projection is off, because the run is finished.
+        uploaded: The step whose checkpoint is being uploaded, with its subspace.
+        over: Whether training has ended.
     """
 
     state: weakref.ref[TrainerState]
@@ -61,6 +64,8 @@ class _Run:
     loader: ReferenceLoader
     first: int = 0
     still: bool = False
+    uploaded: int | None = None
+    over: bool = False
 
 
 class OGPSACallback(TrainerCallback):
@@ -109,7 +114,7 @@ class OGPSACallback(TrainerCallback):
             examples than `rows` holds, or the subspace of a resumed checkpoint is missing, is damaged, belongs to
             other weights, or does not fit; if an old transformers has not loaded the adapter of a resumed checkpoint;
             if DPO of an already trained adapter would take the base as its reference policy (an old TRL); if the
-            trainer has a second OGPSACallback.
+            trainer has a second OGPSACallback; if it would upload checkpoints without the subspace.
         RuntimeError: During training, if a step was not projected, because torch has no hooks for the optimizer or the
             optimizer trains other parameters.
     """
@@ -187,6 +192,8 @@ class OGPSACallback(TrainerCallback):
         trainer = compat.trainer_of(self)
         checks.refuse_unsupported(args, model)
         checks.refuse_second_callback(trainer, self)
+        if self.save_subspace:
+            checks.refuse_early_upload(args)
         projector = self._projector_of(model)
         checks.refuse_base_as_reference(trainer, projector)
         if state.global_step > 0:
@@ -208,7 +215,7 @@ class OGPSACallback(TrainerCallback):
         if state.global_step > 0 and not self.rebuild_subspace:
             self._resume(args, state, run)
         kept = None if projector.unbuilt else projector.activations
-        if kept is not None and kept.references not in ("", loader.digest):
+        if kept is not None and kept.references and not loader.has_digest(kept.references):
             logger.warning(
                 "The adapter continues in the activation subspace of its earlier stage, which was built from other "
                 "reference sets. Abilities that only the new sets cover are not protected. To build the subspace from "
@@ -252,15 +259,15 @@ class OGPSACallback(TrainerCallback):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     ) -> tuple[ReferenceLoader, int]:
         """Tokenize the references. Return their loader, and the training examples of one optimizer step."""
-        tokenizer = self.processing_class or processing_class
-        if tokenizer is None:
+        processing_class = self.processing_class or processing_class
+        if processing_class is None:
             raise ValueError(
                 "OGPSACallback needs a tokenizer for its reference sets. Give OGPSACallback(processing_class=...), "
                 "or give processing_class to the trainer."
             )
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        checks.warn_of_other_template(self.reference_sets, processing_class)
         examples = {
-            reference_set.name: reference_set.tokenize(tokenizer)
+            reference_set.name: reference_set.tokenize(processing_class)
             for reference_set in tqdm(self.reference_sets, "Tokenizing references", delay=2, disable=args.disable_tqdm)
         }
         # The trainer may have found a smaller batch that fits into memory.
@@ -268,9 +275,8 @@ class OGPSACallback(TrainerCallback):
         # Each process handles its share of a batch.
         batch_size = (self.batch_size or trained_batch // max(1, args.n_gpu)) * distributed.count()
         step_examples = examples_per_step(args, trained_batch)
-        loader = ReferenceLoader.for_training(
-            examples, config, step_examples, batch_size, self.seed, padding_of(tokenizer)
-        )
+        padding, digest = padding_of(tokenizer_of(processing_class)), digest_of_rows(self.reference_sets)
+        loader = ReferenceLoader.for_training(examples, config, step_examples, batch_size, self.seed, padding, digest)
         return loader, step_examples
 
     def _projector_of(self, model: nn.Module) -> Projector:
@@ -370,9 +376,19 @@ class OGPSACallback(TrainerCallback):
         if not _saves_without_event(args):
             self._save(args, state)
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the subspace in a checkpoint that is to be uploaded. For that, `on_save` comes too late."""
+        training = any(run.state() is state and not run.over for run in self._runs)
+        if training and checks.uploads_checkpoints(args) and self._checkpoint_directory(args, state).is_dir():
+            self._save(args, state)
+            self._run_of(state).uploaded = state.global_step
+
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         run = self._run_of(state)
-        if not self.save_subspace or not run.projector.projected():
+        # Files that are being uploaded must not be replaced.
+        if not self.save_subspace or not run.projector.projected() or run.uploaded == state.global_step:
             return
         saved = run.projector.state_dict()  # call this in all processes, because it gathers shards
         saved["rest"]["loader"] = run.loader.state_dict()
@@ -386,6 +402,7 @@ class OGPSACallback(TrainerCallback):
         run = self._run_of(state)
         self._restored.pop(run.projector, None)
         run.projector.max_grad_norm = None
+        run.over = True
         if run.still:
             run.projector.enabled, run.still = True, False
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .. import compat
 from ..core import distributed
@@ -23,6 +25,7 @@ from ..core.config import ProjectionConfig
 from ..core.full_parameter import FullParameterConfig
 from ..core.projector import Projector
 from ..references.losses import ReferenceLoss
+from ..references.sets import AnsweredSet, ReferenceSet
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,31 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             f"The model is spread over several devices (device_map), but it is trained in {distributed.count()} "
             "processes. Load it without device_map."
         )
+
+
+def uploads_checkpoints(args: TrainingArguments) -> bool:
+    """Whether the trainer uploads its checkpoints during training."""
+    return args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+
+
+def refuse_early_upload(args: TrainingArguments) -> None:
+    """Reject uploads of checkpoints that begin before the subspace can be in them."""
+    if not uploads_checkpoints(args):
+        return
+    if not hasattr(TrainerCallback, "on_push_begin"):
+        reason = "transformers before 5.0 begins an upload without telling callbacks. Install transformers>=5"
+    elif compat.fsdp_plugin() is not None and distributed.count() > 1:
+        reason = (
+            "the parameters are sharded: only the first process knows of the upload, but the subspace must be "
+            "gathered from all processes. Upload the checkpoint folders after training"
+        )
+    else:
+        return
+    strategy = HubStrategy(args.hub_strategy).value
+    raise ValueError(
+        f"hub_strategy={strategy!r} would upload checkpoints without the subspace, because {reason}. To save and "
+        "upload them without it, give OGPSACallback(save_subspace=False)."
+    )
 
 
 def refuse_second_callback(trainer: Trainer | None, callback: TrainerCallback) -> None:
@@ -110,6 +138,20 @@ def _has_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> bool:
         name in saved and torch.allclose(value.float().cpu(), saved[name].float(), rtol=rounding, atol=0)
         for name, value in own.items()
     )
+
+
+def warn_of_other_template(reference_sets: Sequence[ReferenceSet], processing_class: Any) -> None:
+    """Warn if the chat template has changed since the base answered, for example by TRL's `chat_template_path`."""
+    template = getattr(processing_class, "chat_template", None)
+    for own in reference_sets:
+        if isinstance(own, AnsweredSet) and own.chat_template not in (None, template):
+            logger.warning(
+                "Reference set %r holds answers that the base gave under another chat template than that of the "
+                "trainer, so they are not what it says now. If the trainer changes the template "
+                "(chat_template_path), change that of the tokenizer before ReferenceSet.from_prompts.",
+                own.name,
+            )
+            return
 
 
 def check_losses(losses: Mapping[str, ReferenceLoss], config: ProjectionConfig, model: nn.Module) -> None:

@@ -82,7 +82,8 @@ class ReferencePenalty(TrainerCallback):
                 f"ReferencePenalty works only in one process, but there are {distributed.count()} processes. Start "
                 "only one."
             )
-        config = ProjectionConfig(subspace="gradients", refresh_steps=self.every, refresh_samples=self.samples)
+        # As for the null space: `rows` does not limit the number of gradients that are only added.
+        config = ProjectionConfig(subspace="activations", refresh_steps=self.every, refresh_samples=self.samples)
         size = args.train_batch_size
         self._loader = ReferenceLoader.from_sets(
             self.reference_sets,

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ...text.batching import padded_examples
 from ...text.logits import scored_logits, scored_positions
-from ...text.tokenization import Row
+from ...text.tokenization import ProcessingClass, Row
 from .base import ReferenceLoss, both_sides, mean_of_examples
 
 
@@ -45,9 +44,9 @@ class AllLoss(AnswerLoss):
     name = "all"
     for_own_answers = False
 
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase, row: Row, name: str, beta: float) -> list[Any]:
+    def tokenize(self, processing_class: ProcessingClass, row: Row, name: str, beta: float) -> list[Any]:
         """Convert a row to one example that is scored from its second token. Nothing predicts the first."""
-        return [replace(example, answer_start=1) for example in super().tokenize(tokenizer, row, name, beta)]
+        return [replace(example, answer_start=1) for example in super().tokenize(processing_class, row, name, beta)]
 
 
 class BothLoss(AnswerLoss):
@@ -56,7 +55,7 @@ class BothLoss(AnswerLoss):
     name = "both"
     for_own_answers = False
 
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase, row: Row, name: str, beta: float) -> list[Any]:
+    def tokenize(self, processing_class: ProcessingClass, row: Row, name: str, beta: float) -> list[Any]:
         """Convert a preference pair to two examples, the chosen one first."""
         tokenize = super().tokenize
-        return [e for side in both_sides(row, name, self.name) for e in tokenize(tokenizer, side, name, beta)]
+        return [e for side in both_sides(row, name, self.name) for e in tokenize(processing_class, side, name, beta)]

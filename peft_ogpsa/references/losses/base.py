@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ...text.batching import padded_examples
 from ...text.logits import scored_positions
-from ...text.tokenization import Example, Row, encode_row
+from ...text.tokenization import Example, ProcessingClass, Row, encode_row
 
 TAG = "loss"
 """Key of a batch that holds the name of its loss."""
@@ -47,11 +46,11 @@ class ReferenceLoss(ABC):
     without_base: ClassVar[tuple[str, ...]] = ()
     """Losses to use instead where there is no base."""
 
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase, row: Row, name: str, beta: float) -> list[Any]:
+    def tokenize(self, processing_class: ProcessingClass, row: Row, name: str, beta: float) -> list[Any]:
         """Convert a row to examples. By default, it becomes one example.
 
         Args:
-            tokenizer: The tokenizer.
+            processing_class: The tokenizer, or a processor with one.
             row: A row of the reference set.
             name: Name of the row in error messages.
             beta: `ReferenceSet.beta`, for preference losses.
@@ -63,7 +62,7 @@ class ReferenceLoss(ABC):
         Raises:
             ValueError: If the row has no known format, or its format is not the one that this loss needs.
         """
-        return [replace(encode_row(tokenizer, row, name), loss=self.name)]
+        return [replace(encode_row(processing_class, row, name), loss=self.name)]
 
     # Most losses need neither a check nor a preparation.
     def check(self, model: nn.Module) -> None:  # noqa: B027

@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ...core.isolation import isolated_eval
 from ...text.batching import by_length, padded_examples
 from ...text.logits import scored_logits, scored_positions
-from ...text.tokenization import Example, Row, encode_row
+from ...text.tokenization import Example, ProcessingClass, Row, encode_row
 from ...tuner.adapters import reference_policy
 from .base import TAG, ReferenceLoss, both_sides
 
@@ -58,9 +57,9 @@ class DPOLoss(ReferenceLoss):
     needs_policy = True
     without_base = ("both", "answer")
 
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase, row: Row, name: str, beta: float) -> list[Pair]:
+    def tokenize(self, processing_class: ProcessingClass, row: Row, name: str, beta: float) -> list[Pair]:
         """Convert a preference pair to one `Pair`, still without its margin."""
-        chosen, rejected = (encode_row(tokenizer, side, name) for side in both_sides(row, name, self.name))
+        chosen, rejected = (encode_row(processing_class, side, name) for side in both_sides(row, name, self.name))
         return [Pair(chosen, rejected, beta)]
 
     def prepare(
