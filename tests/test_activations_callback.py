@@ -338,7 +338,7 @@ def test_the_reference_policy_loses_what_the_adapter_loses(tmp_path, caplog, pre
     assert all(entry["rewards/chosen"] == entry["rewards/rejected"] == 0 for entry in logged)
 
 
-def test_margins_are_those_of_the_policy_after_it_has_changed(tmp_path):
+def test_margins_are_those_of_the_policy_after_it_has_changed(tmp_path, caplog):
     model = model_of(reference_weight=1.0)
     sft(tmp_path, model, learning_rate=5e-2, max_steps=20).train()
     model.save_pretrained(tmp_path / "adapter")
@@ -351,7 +351,9 @@ def test_margins_are_those_of_the_policy_after_it_has_changed(tmp_path):
     callback = OGPSACallback([*similar(), pairs])
     trainer = dpo(tmp_path, again, callback)
     trainer.args.learning_rate = 0.0
-    trainer.train()
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        trainer.train()
+    assert "The reference policy (adapter 'ref') is the adapter without that part" in caplog.text
     loader = callback._runs[-1].loader
     (used,) = (pair.margin for pair in loader.sets["pairs"])
     loader.prepare(trainer.model, "cpu")

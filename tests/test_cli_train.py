@@ -310,6 +310,7 @@ def test_rows_that_stay_without_their_answer_are_counted(folder, capsys, form):
         row["prompt"][0]["content"] *= 10
     if form != "completion":
         rows = [{"messages": row["prompt"] + row["completion"], "label": False} for row in rows]
+    later = rows[0]["messages"] if form == "messages" else []
     if form == "conversations":
         rows = [{form: [{"from": m["role"], "value": m["content"]} for m in row["messages"]]} for row in rows]
     write(folder / "long.jsonl", rows)
@@ -331,6 +332,11 @@ def test_rows_that_stay_without_their_answer_are_counted(folder, capsys, form):
     if "truncation_mode" in SFTConfig.__dataclass_fields__:
         main([*command, "--dataset", longer, "--truncation_mode", "keep_end"])
     assert "cuts off" not in capsys.readouterr().out
+    if later:  # the first answers of these rows stay
+        earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+        write(folder / "turns.jsonl", [{"messages": [*earlier, *later]}] * 3)
+        main([*command, "--dataset", str(folder / "turns.jsonl")])
+        assert "the last answer of 3 of 3 rows, but these rows stay, without it" in capsys.readouterr().out
 
 
 def test_packed_rows_are_not_counted_as_dropped(folder, capsys):

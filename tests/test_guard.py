@@ -621,7 +621,7 @@ def test_base_weights_that_join_the_optimizer_later_are_refused():
     weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.requires_grad_(True)
     optimizer.add_param_group({"params": [weight]})
     trained_once(model, 1)
-    with pytest.raises(ValueError, match=r"base"):
+    with pytest.raises(ValueError, match=r"up_proj.base_layer.weight is trained and belongs to the base model"):
         optimizer.step()
 
 
@@ -649,7 +649,7 @@ def test_a_frozen_adapter_that_becomes_active_later_is_refused():
         if ".two." in name:
             torch.nn.init.ones_(parameter.requires_grad_(False))
     loss_of(model, batch(2)).backward()
-    with pytest.raises(ValueError, match=r"two"):
+    with pytest.raises(ValueError, match=r"The adapter 'two' is frozen and active together with"):
         optimizer.step()
     model.set_adapter("default")
     optimizer.step()

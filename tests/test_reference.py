@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_ogpsa import OGPSAConfig, ReferenceLoader, ReferenceSet, reference_loss
 from peft_ogpsa.references.losses import answer_loss, collate
-from peft_ogpsa.text.tokenization import Example, encode_prompt
+from peft_ogpsa.text.tokenization import Example, encode_prompt, encode_row
 
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
@@ -107,14 +109,14 @@ def test_columns_for_the_chat_template_reach_it(tools):
     assert "calm" not in tokenizer.decode(ReferenceSet("set", [plain]).tokenize(tokenizer)[0].ids)
 
 
-@pytest.mark.parametrize("tools", [[], "[]", None])
+@pytest.mark.parametrize("tools", [[], "[]", "", None])
 def test_an_empty_list_of_tools_is_not_none(tools):
     """TRL passes it on to the template, too."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% if tools is not none %}{{ tools | length }} tools{% endif %}" + TEMPLATE
     row = {**chat("Q", "Yes"), "tools": tools}
     for ids in (ReferenceSet("set", [row]).tokenize(tokenizer)[0].ids, encode_prompt(tokenizer, row)):
-        assert tokenizer.decode(ids).startswith("<s>user" if tools is None else "0 tools<s>user")
+        assert tokenizer.decode(ids).startswith("<s>user" if tools in ("", None) else "0 tools<s>user")
 
 
 @pytest.mark.parametrize("begin", ["", "<s>"])
@@ -135,6 +137,23 @@ def test_rows_for_a_processor_are_those_of_trl(tmp_path, row, begin):
     assert example.ids.count(processor.tokenizer.bos_token_id) == 1
     if not isinstance(row["prompt"], str):
         assert encode_prompt(processor, row["prompt"]) == example.ids[: example.answer_start]
+
+
+@pytest.mark.parametrize("made", ["tensor", "flat"])
+def test_processors_may_return_a_tensor_or_one_list(monkeypatch, made):
+    processor, row = tiny_processor(TEMPLATE_OF_PARTS), chat("Why?", "So.")
+    expected = encode_row(processor, row, "a row")
+    ask = type(processor).apply_chat_template
+
+    def other(self, *arguments, **options):
+        found = ask(self, *arguments, **options)
+        if not options["tokenize"]:
+            return found
+        return torch.tensor(found) if made == "tensor" else found[0]
+
+    monkeypatch.setattr(type(processor), "apply_chat_template", other)
+    assert encode_row(processor, row, "a row") == expected
+    assert json.dumps(encode_row(processor, row, "a row").ids)
 
 
 def test_truncation_drops_what_has_no_answer_left(caplog):

@@ -204,6 +204,10 @@ def test_runs_that_were_ended_are_not_said_to_miss_the_loss():
     text = report.at_equal_loss(BASE, runs)
     assert "| early | 2 | +12% | ended before |" in text
     assert "| one | 2, 1 ended before | +12% | +0.191 |" in text
+    scaled = run_of((40, 2.2, 0.1, 1.0))
+    scaled["run_info"]["settings"] = {"steps": 40}
+    scaled["train_info"]["metrics"][-1]["scale"] = 0.65
+    assert "| scaled | 1 | +12% | ended before |" in report.at_equal_loss(BASE, runs | {"scaled": {0: scaled}})
 
 
 def test_the_state_that_is_nearest_to_the_base_of_those_that_are_safe():

@@ -126,7 +126,8 @@ def _counted(values: Sequence[float | None], seeds: set[int]) -> str:
 
 
 def _ended_early(run: Any) -> bool:
-    return bool(run["train_info"]["metrics"][-1]["step"] < run["run_info"].get("settings", {}).get("steps", 0))
+    last = run["train_info"]["metrics"][-1]
+    return bool(last["step"] < run["run_info"].get("settings", {}).get("steps", 0) or last.get("scale", 1) < 1)
 
 
 def at_first_safe(base: Point, runs: Mapping[str, Mapping[int, Any]], every: bool = True) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -34,7 +34,7 @@ from ..sharing.card import save_card
 from ..sharing.folder import weights_digest
 from ..sharing.hub import push_adapter
 from ..sharing.run_record import save_run
-from ..text.tokenization import as_messages, encode_row
+from ..text.tokenization import as_messages, columns_of, encode_row
 from ..trainer.callback import OGPSACallback
 from ..trainer.checkpoint import STATE_NAME, CheckpointError, last_whole
 from ..tuner.config import SIDECAR_NAME, OGPSAConfig
@@ -402,11 +402,13 @@ def _count_cut(
     dropped = len(given) - len(used)
     if dropped:
         cut, told = dropped, f"{told}answers of {dropped} of {len(given)} rows, so they are not used. {remedy}"
+        none_left = cut == len(given)
     else:
-        cut = _kept_without_answer(given, used, training, processing_class)
-        so = "so none of them has one" if cut == len(given) else "but these rows stay, without it"
+        without = _kept_without_answer(given, used, training, processing_class)
+        cut, none_left = len(without), len(without) == len(given) and max(map(_answers, without), default=0) == 1
+        so = "so none of them has one" if none_left else "but these rows stay, without it"
         told = f"{told}last answer of {cut} of {len(given)} rows, {so}. {remedy}"
-    if cut and cut == len(given):
+    if cut and none_left:
         raise ValueError(told)
     if cut:
         console.print(told, soft_wrap=True)
@@ -417,21 +419,26 @@ def _kept_without_answer(
     used: Dataset,
     training: SFTConfig | DPOConfig,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-) -> int:
-    """Count the rows that are trained on up to their last answer. TRL keeps them if its loss is of all tokens."""
+) -> list[Mapping[str, Any]]:
+    """Return the rows that are trained on up to their last answer. TRL keeps them if its loss is of all tokens."""
     length, columns = training.max_length, given.column_names
     of_all_tokens = "messages" in columns or getattr(training, "completion_only_loss", None) is False
     cut_at_end = getattr(training, "truncation_mode", "keep_start") == "keep_start"
     if length is None or not of_all_tokens or not cut_at_end or "input_ids" in columns:
-        return 0
+        return []
     if "input_ids" not in used.column_names:  # rows with images are tokenized during training
-        return 0
-    whole = [
-        encode_row(processing_class, {**row, "label": None}, f"row {i}")  # TRL ignores a label in these formats
-        for i, (row, ids) in enumerate(zip(given, used["input_ids"], strict=True))
+        return []
+    longest = [
+        columns_of({**row, "label": None}, "row")  # TRL ignores a label in these formats
+        for row, ids in zip(given, used["input_ids"], strict=True)
         if len(ids) >= length
     ]
-    return sum(example.cut(length) is None for example in whole)
+    return [row for row in longest if encode_row(processing_class, row, "row").cut(length) is None]
+
+
+def _answers(row: Mapping[str, Any]) -> int:
+    """Count the answers of a row."""
+    return sum(turn["role"] == "assistant" for turn in row["messages"]) if "messages" in row else 1
 
 
 def _method_config(options: _Options, console: Console) -> MethodConfig:

@@ -335,8 +335,8 @@ def refuse_maximizing(optimizer: Optimizer, config: ProjectionConfig) -> None:
     added = config.refreshes and config.reference_weight != 0
     if (added or solved) and any(group.get("maximize") for group in optimizer.param_groups):
         raise ValueError(
-            f"{type(optimizer).__name__} has maximize=True, but reference losses are to fall. Set maximize=False, and "
-            "give backward() the negative of what you maximize."
+            f"{type(optimizer).__name__} has maximize=True, but reference losses must be minimized. Set "
+            "maximize=False, and give backward() the negative of what you maximize."
         )
 
 

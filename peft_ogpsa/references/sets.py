@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..text.tokenization import Example, ProcessingClass, Prompt, columns_of, shared_length
+from ..text.tokenization import Example, ProcessingClass, Prompt, columns_of, shared_length, template_of
 from .losses import LOSSES
 from .losses.dpo import Pair
 from .self_answers import AnswerCounts, self_answers
@@ -153,8 +153,8 @@ class ReferenceSet:
             max_length=max_length,
             progress=progress,
         )
-        template = getattr(processing_class, "chat_template", None)
-        return AnsweredSet(name, rows, None, max_length, loss, counts=counts, chat_template=template)
+        own = template_of(processing_class)
+        return AnsweredSet(name, rows, None, max_length, loss, counts=counts, chat_template=own)
 
     def tokenize(self, processing_class: Any) -> list[Example] | list[Pair]:
         """Tokenize the rows, with the tokenizer's chat template if they are conversational.

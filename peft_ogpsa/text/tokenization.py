@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..core.examples import IGNORED
@@ -49,6 +50,12 @@ class Example:
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a processor, or a tokenizer itself."""
     return cast(PreTrainedTokenizerBase, getattr(processing_class, "tokenizer", processing_class))
+
+
+def template_of(processing_class: Any) -> Any:
+    """Return the chat template that is used: a processor's own, or that of its tokenizer."""
+    own = getattr(processing_class, "chat_template", None)
+    return getattr(tokenizer_of(processing_class), "chat_template", None) if own is None else own
 
 
 def encode_row(processing_class: ProcessingClass, row: Row, name: str) -> Example:
@@ -105,8 +112,9 @@ def encode_row(processing_class: ProcessingClass, row: Row, name: str) -> Exampl
 
 def template_columns(row: Row) -> dict[str, Any]:
     """Return the columns for the chat template, as TRL's trainers read them: `tools` and further arguments."""
-    # An empty list of tools is not the same as none, because a template may test for none.
-    own = {"tools": row.get("tools"), "chat_template_kwargs": row.get("chat_template_kwargs") or None}
+    # An empty list of tools is not the same as none, because a template may test for none. An empty text is none.
+    tools, arguments = row.get("tools"), row.get("chat_template_kwargs")
+    own = {"tools": None if tools == "" else tools, "chat_template_kwargs": arguments or None}
     return {name: value for name, value in own.items() if value is not None}
 
 
@@ -390,4 +398,6 @@ def _chat_ids(
         ids = apply(turns, tokenize=True)
     except Exception as error:  # a template is a program of the model's authors
         raise ValueError(f"{name} does not work with the tokenizer's chat template: {error}") from error
-    return list(ids[0] if by_processor else ids)
+    # A processor may return a batch of one, and as a tensor.
+    ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    return list(ids[0] if ids and isinstance(ids[0], list) else ids)

@@ -26,6 +26,7 @@ from ..core.full_parameter import FullParameterConfig
 from ..core.projector import Projector
 from ..references.losses import ReferenceLoss
 from ..references.sets import AnsweredSet, ReferenceSet
+from ..text.tokenization import template_of
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def _has_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> bool:
 
 def warn_of_other_template(reference_sets: Sequence[ReferenceSet], processing_class: Any) -> None:
     """Warn if the chat template has changed since the base answered, for example by TRL's `chat_template_path`."""
-    template = getattr(processing_class, "chat_template", None)
+    template = template_of(processing_class)
     for own in reference_sets:
         if isinstance(own, AnsweredSet) and own.chat_template not in (None, template):
             logger.warning(

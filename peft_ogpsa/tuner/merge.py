@@ -57,6 +57,9 @@ def merge_adapter(
         )
     source = os.fspath(base or config.base_model_name_or_path or "")
     revision = {"revision": config.revision} if base is None and config.revision else {}
+    tokenizer = None  # loaded first, because it may be damaged
+    if output_dir is not None:
+        tokenizer = saved_tokenizer(adapter) or AutoTokenizer.from_pretrained(source, **revision)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device_map, **revision)
     if getattr(model, "quantization_method", None) is not None:
         raise ValueError(
@@ -66,9 +69,8 @@ def merge_adapter(
     adapted: Any = PeftModel.from_pretrained(model, adapter)
     _untie(adapted.get_base_model())
     merged = _cast(adapted.merge_and_unload(safe_merge=True), dtype)
-    if output_dir is not None:
+    if output_dir is not None and tokenizer is not None:
         merged.save_pretrained(os.fspath(output_dir))
-        tokenizer = saved_tokenizer(adapter) or AutoTokenizer.from_pretrained(source, **revision)
         tokenizer.save_pretrained(os.fspath(output_dir))
     return merged
 
