@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 
 import pytest
@@ -415,21 +416,34 @@ def test_a_loader_resumes_with_the_order_that_was_saved():
     assert resumed.draw() == straight.draw()
 
 
-def test_a_loader_knows_its_references_by_their_tokens_or_their_rows():
-    def loader(template=TEMPLATE, **changes):
+def test_a_loader_knows_its_references_by_their_tokens_or_their_rows(monkeypatch):
+    dated = "<s>Day {{ strftime_now('%d') }}.</s>" + TEMPLATE
+
+    class Clock(datetime.datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 11, cls.day)
+
+    def loader(day=1, template=dated, **changes):
+        monkeypatch.setattr(Clock, "day", day)
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = template
         own = ReferenceSet(**{"name": "a", "dataset": rows(6), **changes})
         return ReferenceLoader.from_sets([own], tokenizer, OGPSAConfig(), step_examples=4)
 
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
     saved = loader().state_dict()
-    loader("<s>Another day.</s>" + TEMPLATE).load_state_dict(saved)
+    assert loader(2).digest.partition("-")[0] != saved["digest"].partition("-")[0], "the date is not shown"
+    loader(2).load_state_dict(saved)
     loader(dataset=iter([{**row, "source": "web"} for row in rows(6)])).load_state_dict(saved)
     loader().load_state_dict({**saved, "digest": saved["digest"].partition("-")[0]})  # as saved before
     for other in (
         loader(dataset=rows(7)[1:]),
-        loader("<s>Another day.</s>" + TEMPLATE, max_length=99),
-        loader("<s>Another day.</s>" + TEMPLATE, loss="all"),
+        loader(2, max_length=99),
+        loader(2, loss="all"),
+        loader(1, "<s>Another template.</s>" + TEMPLATE),
     ):
         with pytest.raises(ValueError, match="but other examples"):
             other.load_state_dict(saved)

@@ -43,6 +43,7 @@ from ..evaluation.store import Conditions, PieceStore
 from ..sharing.card import save_card
 from ..sharing.folder import weights_digest
 from ..sharing.run_record import read_run
+from ..text.tokenization import tokenizer_of
 from .errors import input_errors
 from .eval_arguments import EvalArguments, parse
 from .eval_data import check_rows, load_eval_data
@@ -94,7 +95,7 @@ def run(arguments: Sequence[str]) -> None:
         loaded, processing_class = load_base(options)
         base = Base(loaded, lambda: load_base(options)[0])
         del loaded  # so that the memory holds the base once when it is loaded again
-        tokenizer, owner = common_tokenizer(adapters, getattr(processing_class, "tokenizer", processing_class))
+        tokenizer, owner = common_tokenizer(adapters, tokenizer_of(processing_class))
         conditions = common_conditions(parsed, base.model, tokenizer)
         base.check_fit(adapters)
         check_rows(data, tokenizer, parsed.max_length, kl=bool(adapters))

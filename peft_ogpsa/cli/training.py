@@ -34,7 +34,7 @@ from ..sharing.card import save_card
 from ..sharing.folder import weights_digest
 from ..sharing.hub import push_adapter
 from ..sharing.run_record import save_run
-from ..text.tokenization import as_messages, columns_of, encode_row
+from ..text.tokenization import as_messages, columns_of, encode_row, tokenizer_of
 from ..trainer.callback import OGPSACallback
 from ..trainer.checkpoint import STATE_NAME, CheckpointError, last_whole
 from ..tuner.config import SIDECAR_NAME, OGPSAConfig
@@ -297,7 +297,7 @@ def _prepare(
     train_rows, held_out = _rows(options)
     sets, lookalikes = _prompts(options, config, len(train_rows))
     base, processing_class, policy = _load(options)
-    tokenizer = cast("PreTrainedTokenizerBase", getattr(processing_class, "tokenizer", processing_class))
+    tokenizer = tokenizer_of(processing_class)
     _set_end_token(training, tokenizer)
     if data.own_refusals:
         refusals = refusals_from_prompts(train_rows.to_list(), base, processing_class)

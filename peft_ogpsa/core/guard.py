@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 from . import distributed
 from .building import Builder
 from .config import ProjectionConfig
-from .parameters import Parameters
+from .parameters import Parameters, held_by
 from .refreshing import Refresher
 from .schedule import Schedule
 
@@ -248,6 +248,7 @@ class Guard:
 
         Raises:
             RuntimeError: If a projected parameter is not the model's own.
+            ValueError: See `check_others`.
         """
         distributed.reshard(model)  # modules that an evaluation has left gathered hold other tensors
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
@@ -269,7 +270,7 @@ class Guard:
             ValueError: If they are the base's own, whose changes an activation subspace cannot keep from acting on
                 the reference inputs.
         """
-        held = _held_by(optimizer)
+        held = held_by(optimizer)
         if held != self._held:
             self._held = held
             self._report_others(self._parameters.targets.model, optimizer)
@@ -278,7 +279,7 @@ class Guard:
         if self._warned_of_others or not self._parameters.targets.names_others:
             return
         projected = {id(parameter) for parameter in self.projected().values()}
-        held = None if optimizer is None else _held_by(optimizer)
+        held = None if optimizer is None else held_by(optimizer)
         names = [
             name
             for name, parameter in model.named_parameters()
@@ -293,10 +294,6 @@ class Guard:
                 len(names),
                 _some(names),
             )
-
-
-def _held_by(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def refuse_averaging(optimizer: Optimizer, config: ProjectionConfig) -> None:

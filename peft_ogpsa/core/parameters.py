@@ -22,6 +22,11 @@ class OtherWeightsError(ValueError):
     """A saved subspace belongs to other weights than those in training."""
 
 
+def held_by(optimizer: Optimizer) -> set[int]:
+    """The `id` of every parameter that an optimizer holds."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
 class Parameters:
     """The parameters in training.
 
@@ -52,7 +57,7 @@ class Parameters:
 
     def stepped_by(self, optimizer: Optimizer) -> set[int]:
         """The `id` of every parameter in training that the optimizer holds."""
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        owned = held_by(optimizer)
         trained = self._ids()
         if not trained & owned and self._strangers.get(optimizer) != (owned, trained):
             self.targets.forget()  # the optimizer may hold parameters that replaced the known ones
@@ -71,13 +76,12 @@ class Parameters:
             RuntimeError: If it would. Such a step is not projected.
         """
         stepped = {id(parameter): name for name, parameter in self.targets.frozen() if parameter.grad is not None}
-        held = (id(parameter) for group in optimizer.param_groups for parameter in group["params"]) if stepped else ()
-        found = next((stepped[own] for own in held if own in stepped), None)
+        found = next(iter(stepped.keys() & held_by(optimizer)), None) if stepped else None
         if found is not None:
             raise RuntimeError(
-                f"The optimizer would step {found}, which is frozen (requires_grad=False) but has a gradient. This "
-                "step would not be projected. Freeze parameters, or activate another adapter, after the step and "
-                "after zero_grad(set_to_none=True)."
+                f"The optimizer would step {stepped[found]}, which is frozen (requires_grad=False) but has a "
+                "gradient. This step would not be projected. Freeze parameters, or activate another adapter, after "
+                "the step and after zero_grad(set_to_none=True)."
             )
 
     def check_all_stepped_by(self, optimizer: Optimizer) -> None:

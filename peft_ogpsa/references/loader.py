@@ -140,7 +140,7 @@ class ReferenceLoader:
                     "reference policy. Use OGPSACallback with a trainer, or another loss."
                 )
         sets = {own.name: own.tokenize(processing_class) for own in reference_sets}
-        padding, digest = padding_of(tokenizer_of(processing_class)), digest_of_rows(reference_sets)
+        padding, digest = padding_of(tokenizer_of(processing_class)), digest_of_rows(reference_sets, processing_class)
         return cls.for_training(sets, config, step_examples, batch_size, seed, padding, digest)
 
     def prepare(
@@ -255,7 +255,8 @@ class ReferenceLoader:
     def has_digest(self, digest: str) -> bool:
         """Return whether a digest is that of the same reference sets: of the same tokens, or of the same rows.
 
-        The same rows have other tokens on another day if the chat template shows the date.
+        The same rows have other tokens on another day if the chat template shows the date. Under another template,
+        they are others.
         """
         return not set(self.digest.split("-")).isdisjoint(digest.split("-"))
 

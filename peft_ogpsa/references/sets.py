@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..text.tokenization import Example, ProcessingClass, Prompt, columns_of, shared_length, template_of
+from ..text.tokenization import Example, ProcessingClass, Prompt, columns_of, shared_length, template_of, tokenizer_of
 from .losses import LOSSES
 from .losses.dpo import Pair
 from .self_answers import AnswerCounts, self_answers
@@ -235,13 +235,14 @@ def _going_on(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**row, "completion": [{**message, "content": message["content"] + " and"} for message in completion]}
 
 
-def digest_of_rows(reference_sets: Sequence[ReferenceSet]) -> str:
-    """Digest the rows that are used, before a chat template shows them. It may show another date on another day."""
+def digest_of_rows(reference_sets: Sequence[ReferenceSet], processing_class: ProcessingClass) -> str:
+    """Digest the rows that are used and the chat template, which may show another date on another day."""
     facts = [
         (own.name, own.loss, own.max_length, [columns_of(row, own.name) for row in own.rows()])
         for own in reference_sets
     ]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    shown_by = template_of(processing_class), len(tokenizer_of(processing_class))
+    return hashlib.sha256(repr((facts, shown_by)).encode()).hexdigest()[:16]
 
 
 def check_sets(reference_sets: Sequence[ReferenceSet], where: str) -> None:

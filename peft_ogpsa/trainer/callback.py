@@ -275,7 +275,8 @@ class OGPSACallback(TrainerCallback):
         # Each process handles its share of a batch.
         batch_size = (self.batch_size or trained_batch // max(1, args.n_gpu)) * distributed.count()
         step_examples = examples_per_step(args, trained_batch)
-        padding, digest = padding_of(tokenizer_of(processing_class)), digest_of_rows(self.reference_sets)
+        padding = padding_of(tokenizer_of(processing_class))
+        digest = digest_of_rows(self.reference_sets, processing_class)
         loader = ReferenceLoader.for_training(examples, config, step_examples, batch_size, self.seed, padding, digest)
         return loader, step_examples
 
