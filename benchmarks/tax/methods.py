@@ -162,7 +162,7 @@ _LEARNING_RATES: dict[str, dict[str, Method]] = {
     "attention": at_rates("attention", Method(layers="attention"), *_AROUND),
     "up_proj, rank 1": at_rates("up_proj, rank 1", Method(layers="up_proj"), 1.0, 3.0, 10.0),
     "LoRA-Null": at_rates("LoRA-Null", Method(start="lora_null"), *_AROUND),
-    "LoRA-Null, A frozen": at_rates("LoRA-Null, A frozen", Method(start="lora_null_frozen"), *_AROUND),
+    "LoRA-Null, A frozen": at_rates("LoRA-Null, A frozen", Method(start="lora_null_frozen"), 1.0, 3.0, 10.0),
     "CorDA": at_rates("CorDA", Method(start="corda"), *_AROUND),
     "MiCA": at_rates("MiCA", Method(start="mica"), *_AROUND),
     "OSF": {
