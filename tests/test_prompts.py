@@ -182,6 +182,23 @@ def test_an_answer_that_the_template_would_rewrite_keeps_its_tokens(thought, ans
     assert own.tokenize(tokenizer)[1].ids == tale.ids[: len(asked[1]) + 5]
 
 
+@pytest.mark.parametrize("marks", [("<think>", "</think>"), ("[THINK]", "[/THINK]")])
+def test_a_refusal_after_a_thought_between_special_tokens_is_one(marks, answered, taught, monkeypatch):
+    """Special tokens are left out of an answer's text. With its marks, the thought does not count as the answer."""
+    tokenizer = copy.deepcopy(taught[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    thought = f"{marks[0]}Birds sing.{marks[1]}"
+    said = [f"{thought}I'm sorry, but I can't help with that.", f"{thought}A wren sings."]
+    written = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in said]
+    monkeypatch.setattr(self_answers, "generate_ids", lambda *arguments, **options: written)
+    own = answered(["Tale?", "Bird?"], tokenizer=tokenizer, max_new_tokens=99)
+    (row,) = own.dataset
+    assert own.counts.refused == 1
+    assert row["completion"][0]["content"] == "<think>Birds sing.</think>A wren sings."
+    (example,) = own.tokenize(tokenizer)
+    assert example.ids[example.answer_start :][: len(written[1])] == written[1]
+
+
 def test_a_thought_that_the_template_opens_stays_open(answered, taught, monkeypatch):
     """As with templates whose generation prompt ends with `<think>`: the row is scored where the model wrote it."""
     tokenizer = copy.copy(taught[1])

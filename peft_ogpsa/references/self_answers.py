@@ -22,7 +22,7 @@ from ..core.files import check_writable, json_lines, replacing
 from ..core.precision import bit_sum
 from ..text.access import input_device, language_model
 from ..text.cache import cache_dir as default_cache
-from ..text.generation import generate_ids
+from ..text.generation import decoded_answer, generate_ids
 from ..text.refusal import Verdict, classify, repeats
 from ..text.thoughts import after_thought
 from ..text.tokenization import (
@@ -43,7 +43,7 @@ from ..tuner.adapters import base_of
 logger = logging.getLogger(__name__)
 
 _SHORT = 20  # characters of an answer whose words the matcher does not know
-_FORMAT = 4  # version of the cache file's format
+_FORMAT = 5  # version of the cache file's format
 _LIST_MARK = re.compile(r"(?:^|\n)[^\w\n]*\d{1,3}[.)][^\w\n]*$")  # "2." at the start of an item that was cut
 _SENTENCE = re.compile(r"""(?s).*(?:[.!?](?=["')\]*]*(?:\s|$))|[。！？।])["')\]*”’」』）]*""")
 
@@ -298,7 +298,7 @@ def _row(
         before = decoded(tokenizer, prompt_ids, skip_special_tokens=True)
         text = decoded(tokenizer, prompt_ids + answer_ids, skip_special_tokens=True)[len(before) :]
     else:
-        text = decoded(tokenizer, answer_ids, skip_special_tokens=True).strip()
+        text = decoded_answer(tokenizer, answer_ids).strip()
     if unfinished:
         text = text.rstrip("\ufffd")  # an incomplete character
     completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
