@@ -132,7 +132,15 @@ def at_rates(name: str, method: Method, *factors: float) -> dict[str, Method]:
     }
 
 
-_TIMES = {0.1: "tenth of", 0.25: "quarter of", 1 / 3: "third of", 0.5: "half", 3.0: "three times", 10.0: "ten times"}
+_TIMES = {
+    0.1: "tenth of",
+    0.25: "quarter of",
+    1 / 3: "third of",
+    0.5: "half",
+    3.0: "three times",
+    5.0: "five times",
+    10.0: "ten times",
+}
 
 WHOLE: dict[str, Method] = {
     "plain": Method(whole=True),
@@ -162,7 +170,7 @@ _LEARNING_RATES: dict[str, dict[str, Method]] = {
     "attention": at_rates("attention", Method(layers="attention"), *_AROUND),
     "up_proj, rank 1": at_rates("up_proj, rank 1", Method(layers="up_proj"), 1.0, 3.0, 10.0),
     "LoRA-Null": at_rates("LoRA-Null", Method(start="lora_null"), *_AROUND),
-    "LoRA-Null, A frozen": at_rates("LoRA-Null, A frozen", Method(start="lora_null_frozen"), 1.0, 3.0, 10.0),
+    "LoRA-Null, A frozen": at_rates("LoRA-Null, A frozen", Method(start="lora_null_frozen"), 1.0, 3.0, 5.0, 10.0),
     "CorDA": at_rates("CorDA", Method(start="corda"), *_AROUND),
     "MiCA": at_rates("MiCA", Method(start="mica"), *_AROUND),
     "OSF": {
