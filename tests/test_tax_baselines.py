@@ -302,6 +302,7 @@ def test_corda_preserves_what_the_references_use():
 
 RUNS = [
     ("plain, scaled", ("sft",)),
+    ("null space, KL 2, scaled", ("sft",)),
     ("plain, quarter of the learning rate", ("sft",)),
     ("MLP", ("sft",)),
     ("attention", ("dpo",)),
@@ -347,7 +348,8 @@ def test_a_run_trains_and_leaves_the_base(bench, name, stages, monkeypatch):
     assert points[-1]["kl"] > points[0]["kl"] / 2 > 0
     assert points[0]["kl"] < 0.1  # from the real base, and not from what CorDA and LoRA-Null leave of it
     assert isinstance(trainers[0], AnchoredTrainer) == (METHODS[name].anchor > 0)
-    assert (result["train_info"]["references"] > 0) == (METHODS[name].replay > 0)
+    weight = METHODS[name].replay or (METHODS[name].overrides or {}).get("reference_weight", 0)
+    assert (result["train_info"]["references"] > 0) == (weight > 0)
     if name.startswith("LoRA-Null"):
         moved = {
             own.rsplit(".", 3)[1] for own, p in adapter(trainers[-1].model).items() if not p.equal(starts[0][own])

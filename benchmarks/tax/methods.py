@@ -207,6 +207,14 @@ _WEIGHTS: dict[str, dict[str, Method]] = {
 }
 """Families whose main knob is a weight."""
 
+_SCALED: dict[str, Method] = {
+    "plain, scaled": Method(scaled=True),
+    "KL 8, 2 of 40, scaled": replace(_WEIGHTS["KL penalty"]["KL 8, 2 of 40"], scaled=True),
+    "null space, scaled": replace(null_space(subspace_energy=1.0), scaled=True),
+    "null space, KL 2, scaled": replace(_WEIGHTS["null space and KL penalty"]["null space, KL 2"], scaled=True),
+}
+"""Methods whose finished adapter is scaled. The knob is the scale, which every run goes through."""
+
 METHODS: dict[str, Method] = {
     **_LEARNING_RATES["plain"],
     **_LEARNING_RATES["paper"],
@@ -320,7 +328,7 @@ METHODS: dict[str, Method] = {
     "SGD, paper": Method(paper=True, overrides={"rows": 4}, answers="given", **SGD),
     "SGD, cone": Method(BARE, **SGD),
     "SGD, replay 1": Method(replay=1.0, **SGD),
-    "plain, scaled": Method(scaled=True),
+    **_SCALED,
     **_LEARNING_RATES["MLP"],
     **_LEARNING_RATES["attention"],
     **_LEARNING_RATES["up_proj, rank 1"],
@@ -342,13 +350,14 @@ GRADIENTS = "cone of KL, weight 8, 8 rows, 2 of 40"
 
 SEARCH: dict[str, tuple[str, ...]] = {
     **{family: tuple(rows) for family, rows in (_LEARNING_RATES | _WEIGHTS).items()},
-    "plain, scaled": ("plain, scaled",),
+    **{name: (name,) for name in _SCALED},
     "cone of KL": tuple(f"cone of KL, weight {w}, 8 rows, 2 of 40" for w in (5, 8, 12)),
     "null space": (*(f"null space, energy {energy}" for energy in (0.9, 0.95, 0.99)), "null space"),
 }
-"""For each family of methods, the rows that differ in its main knob alone, to choose from on a seed that no table has.
+"""For each family of methods, the rows that differ in its main knob alone.
 
-The knob of "plain, scaled" is the scale, which every run goes through."""
+To choose from on a seed that no table has.
+"""
 
 DRAWN = (
     "plain",
