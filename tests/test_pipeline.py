@@ -13,7 +13,8 @@ from peft_ogpsa.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QLORA = ["--load_in_4bit", "--use_bnb_nested_quant", "--gradient_checkpointing", "true", "--optim", "paged_adamw_8bit"]
-# On a CPU every pass in 4 bits is slow, and so is every token of an answer.
+# On a CPU every pass in 4 bits is slow, and so is every token of an answer: these prompts have short ones.
+PROMPTS = ["What is the capital of France?", "What is the capital of Italy?"]
 SHORT = ["--max_steps", "2", "--warmup_steps", "0", "--save_strategy", "no", "--logging_steps", "1"]
 SHORT += ["--lookalikes", "0", "--reference_samples", "2", "--reference_max_length", "72"]
 SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--learning_rate", "2e-3"]
@@ -21,6 +22,10 @@ SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", 
 
 def train(stage: str, output: Path, *options: str) -> None:
     config = str(EXAMPLES / f"{stage}_smollm2_135m.yaml")
+    if "--references" not in options:
+        prompts = output.parent / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+        options += ("--references", f"capitals=prompts:{prompts}")
     main([stage, "--config", config, "--output_dir", str(output), *QLORA, *SHORT, *SMALL, *options])
 
 
