@@ -382,8 +382,7 @@ def checkpointing(module: Any) -> Callable | None:
     """The function that checkpoints a layer's activations, if it is a layer of transformers and checkpointing is on.
 
     Relies on: such layers have a class `GradientCheckpointingLayer` (found by name, without importing transformers), a
-    flag `gradient_checkpointing`, and `_gradient_checkpointing_func`, a `functools.partial` with the keyword
-    `use_reentrant`, which they call only in training mode.
+    flag `gradient_checkpointing`, and `_gradient_checkpointing_func`, which they call only in training mode.
     """
     names = [cls.__name__ for cls in type(module).__mro__]
     if "GradientCheckpointingLayer" not in names or not module.gradient_checkpointing:

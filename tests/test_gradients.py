@@ -82,24 +82,76 @@ def test_rows_of_a_padded_batch(scope):
     assert_rows_equal(raw_rows(model), one_at_a_time(model, examples))
 
 
+class Offloaded(torch.autograd.Function):
+    """Checkpointing of its own, as tools have it: its backward pass leaves the weights' gradients in `.grad`."""
+
+    @staticmethod
+    def forward(ctx, function, hidden, *others):
+        ctx.save_for_backward(hidden)
+        ctx.function, ctx.others = function, others
+        with torch.no_grad():
+            return function(hidden, *others)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.function(hidden, *ctx.others)
+        torch.autograd.backward(output, gradient)
+        return None, hidden.grad, *(None for _ in ctx.others)
+
+
+def always_reentrant(function, *arguments, use_reentrant=None, **options):
+    return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=True, **options)
+
+
+def of_the_layer(function, *arguments, use_reentrant=None, **options):
+    """As in tools that look at the layer whose method they get, which a function of ours is not."""
+    assert next(function.func.__self__.parameters()) is not None
+    return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=False, **options)
+
+
+CHECKPOINTS = {
+    "non-reentrant": torch.utils.checkpoint.checkpoint,
+    "reentrant": torch.utils.checkpoint.checkpoint,
+    "made reentrant": always_reentrant,
+    "offloaded": lambda function, *arguments, use_reentrant: Offloaded.apply(function, *arguments),
+    "of the layer": of_the_layer,
+}
+
+
 @pytest.mark.parametrize("rows_from", ["example", "batch"])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_rows_with_gradient_checkpointing(reentrant, rows_from):
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_rows_with_gradient_checkpointing(kind, rows_from, monkeypatch):
+    """Tools replace what transformers checkpoints with, whatever the keyword says."""
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", CHECKPOINTS[kind])
     model = model_with_random_adapter(lora_dropout=0.5, rows_from=rows_from)
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
     model.train()
     examples = ragged()
     runs = []
     model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     model.projector.refresh({"set": [collate(examples, 0, "cpu")]}, answer_loss)
     # The layers' inner values are computed again in the backward pass, where that is possible.
-    assert len(runs) == (1 if reentrant else 2)
+    assert len(runs) == (2 if kind == "non-reentrant" else 1)
     assert all(module.training for module in model.modules())
     expected = one_at_a_time(model, examples)
     if rows_from == "batch":
         expected = [[sum(pieces) / len(expected) for pieces in zip(*expected, strict=True)]]
     assert_rows_equal(raw_rows(model), expected)
+
+
+@pytest.mark.parametrize("rows_from", ["example", "batch"])
+def test_a_graph_that_is_cut_is_an_error(rows_from):
+    model = model_with_random_adapter(rows_from=rows_from)
+    other = torch.ones((), requires_grad=True)
+
+    def cut(model, batch):
+        return answer_loss(model, batch).detach() * other
+
+    with pytest.raises(RuntimeError, match=r"no gradient for any projected parameter\. .*use_reentrant"):
+        model.projector.refresh({"set": [collate(ragged(), 0, "cpu")]}, cut)
 
 
 class Dtypes:

@@ -151,6 +151,19 @@ def test_the_base_answers_the_prompts_when_training_starts(tmp_path, monkeypatch
     assert not any(adapters_off(model))
 
 
+@pytest.mark.parametrize("templated", [True, False])
+def test_prompts_without_a_chat_template_are_told(tmp_path, templated, monkeypatch, caplog):
+    monkeypatch.setattr(self_answers, "generate_ids", one_sentence)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    callback = Settings.read({"references": PROMPTS, "reference_samples": 3, "subspace_rank": 4}).callback()
+    trainer = sft(tmp_path, plain(), [callback], max_steps=1)
+    if not templated:
+        callback.processing_class = tiny_tokenizer()
+        callback.processing_class.chat_template = None
+    trainer.train()
+    assert ("completes the reference prompts as plain text" in caplog.text) is not templated
+
+
 def test_each_model_answers_the_prompts_for_itself(tmp_path, monkeypatch):
     """As in a sweep, where one callback serves several models."""
     seen = []
@@ -220,12 +233,23 @@ def test_llamafactory_gets_its_own_options_and_the_callback(tmp_path, monkeypatc
         ({"ogpsa": {"references": ROWS}, "stage": "ppo"}, [], "stage='ppo' does not work with OGPSA"),
         ({"ogpsa": {"references": ROWS}, "finetuning_type": "full"}, [], "finetuning_type='full' makes no LoRA"),
         ({"ogpsa": {"references": ROWS}, "use_unsloth": True}, [], "use_unsloth: unsloth's fused kernels do not"),
+        ({"ogpsa": {"references": ROWS}, "use_hyper_parallel": True}, [], "use_hyper_parallel: true trains with a"),
     ],
 )
 def test_llamafactory_says_what_is_wrong(tmp_path, config, words, message):
     path = write(tmp_path / "run.yaml", config)
     with pytest.raises(SystemExit, match=message):
         llamafactory.main([path, *words])
+
+
+@pytest.mark.parametrize("name", llamafactory.OTHER_TRAINERS)
+def test_llamafactory_with_another_trainer_is_refused(tmp_path, name, monkeypatch):
+    path = write(tmp_path / "run.yaml", {"ogpsa": {"references": ROWS}})
+    monkeypatch.setenv(name, "0")
+    llamafactory.read([path])
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=f"{name}=1 trains with a trainer that does not call OGPSA's callback"):
+        llamafactory.read([path])
 
 
 def test_llamafactory_may_use_unsloth_with_reference_gradients(tmp_path):
@@ -338,6 +362,15 @@ def test_axolotl_gets_the_callback(plugin):
     assert (callback.seed, callback.config.subspace_rank, callback.reference_sets[0].beta) == (5, 3, 0.3)
 
 
+@pytest.mark.parametrize(
+    ("options", "beta"),
+    [({"trl": {"beta": 0.5}, "rl_beta": 0.3}, 0.5), ({"trl": {}, "dpo_beta": 0.2}, 0.2), ({"trl": None}, 0.1)],
+)
+def test_axolotl_gives_its_beta(plugin, options, beta):
+    (callback,) = plugin.add_callbacks_pre_trainer(axolotl_config(**options), plain())
+    assert callback.reference_sets[0].beta == beta
+
+
 def test_axolotl_may_use_its_kernels_with_reference_gradients(plugin):
     config = axolotl_config(ogpsa={"references": ROWS, "subspace": "gradients"}, lora_mlp_kernel=True)
     plugin.register(config)
@@ -351,6 +384,7 @@ def test_axolotl_may_use_its_kernels_with_reference_gradients(plugin):
         ({"ogpsa": {"references": ROWS, "rnk": 3}}, "rnk is not an option"),
         ({"ogpsa": {}}, "references is missing"),
         ({"adapter": None}, "adapter=None makes no LoRA adapter"),
+        ({"relora": True}, "relora: true merges the adapter into the base"),
         ({"lora_mlp_kernel": True}, "lora_mlp_kernel: axolotl's fused LoRA kernels do not .* lora_mlp_kernel: false"),
     ],
 )
@@ -402,6 +436,14 @@ def test_swift_finds_the_callback_by_name(callbacks_map):
     assert (callback.seed, callback.config.subspace_rank, callback.reference_sets[0].beta) == (5, 3, 0.3)
     swift.register({"references": ROWS}, name="other")
     assert callbacks_map["other"](types.SimpleNamespace(seed=5), None).reference_sets[0].beta == 0.1
+
+
+def test_swift_resumes_from_the_checkpoint_that_it_names(callbacks_map):
+    swift.register({"references": ROWS})
+    arguments = types.SimpleNamespace(seed=0, resume_from_checkpoint="v0/checkpoint-5")
+    assert callbacks_map["ogpsa"](arguments, None).resume_from == "v0/checkpoint-5"
+    swift.register({"references": ROWS, "resume_from": "elsewhere"})
+    assert callbacks_map["ogpsa"](arguments, None).resume_from == "elsewhere"
 
 
 def test_swift_says_what_is_wrong_when_the_plugin_is_imported(callbacks_map):

@@ -63,9 +63,19 @@ def first_tensor(batch: Any) -> Tensor:
 
 
 def batch_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, first: int = 0) -> Tensor:
-    """Pass the gradient of `loss_fn(model, batch)` to `sink`, `(1, *shape)` per piece, and return the loss."""
+    """Pass the gradient of `loss_fn(model, batch)` to `sink`, `(1, *shape)` per piece, and return the loss.
+
+    Raises:
+        RuntimeError: If no gradient arrived.
+    """
     loss = _scalar(loss_fn(model, batch))
     gradients = torch.autograd.grad(loss * _LOSS_SCALE, blocks.flat_parameters(), allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise RuntimeError(
+            "The backward pass of a reference batch computed no gradient for any projected parameter. Either the loss "
+            "does not depend on them, or something cuts the graph, as the gradient checkpointing of some tools does. "
+            "Set gradient_checkpointing_kwargs={'use_reentrant': False}, or turn gradient checkpointing off."
+        )
     for piece, gradient in enumerate(gradients):
         if gradient is not None:
             sink.add(piece, gradient.unsqueeze(0).float() / _LOSS_SCALE, first)
@@ -224,7 +234,7 @@ def _hooked_gradients(
         for handle in handles:
             handle.remove()
     # If a module's output does not reach the loss, it is watched but not told. Its weight may still be used elsewhere.
-    if not inputs_ok or watched != told or any(gradient is not None for gradient in others):
+    if not told or not inputs_ok or watched != told or any(gradient is not None for gradient in others):
         raise _NotPerExampleError
     return loss.detach()
 

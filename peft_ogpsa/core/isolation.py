@@ -76,11 +76,9 @@ def _checkpointing_kept(model: nn.Module) -> Iterator[None]:
     This excludes reentrant checkpointing, which `autograd.grad` does not support.
     """
     found = ((module, compat.checkpointing(module)) for module in model.modules())
-    changed = [
-        (module, checkpoint)
-        for module, checkpoint in found
-        if checkpoint is not None and getattr(checkpoint, "keywords", {}).get("use_reentrant") is False
-    ]
+    layers = [(module, checkpoint) for module, checkpoint in found if checkpoint is not None]
+    usable = {checkpoint: _keeps_gradients(checkpoint) for checkpoint in {checkpoint for _, checkpoint in layers}}
+    changed = [(module, checkpoint) for module, checkpoint in layers if usable[checkpoint]]
     for module, checkpoint in changed:
         module.training = True
         compat.set_checkpointing(module, _evaluating(module, checkpoint))
@@ -89,6 +87,21 @@ def _checkpointing_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, checkpoint in changed:
             compat.set_checkpointing(module, checkpoint)
+
+
+def _keeps_gradients(checkpoint: Callable) -> bool:
+    """Whether `autograd.grad` finds the gradients of weights in what this function checkpoints.
+
+    A function's keywords do not tell. Training tools replace the function below it, by one that is always reentrant or
+    offloads to the CPU. `autograd.grad` then finds no gradient, and reports no error.
+    """
+    weight, inputs = (torch.full((1, 1, 1), value, requires_grad=True) for value in (2.0, 3.0))
+    try:
+        output = checkpoint(lambda given: given * weight, inputs)
+        (gradient,) = torch.autograd.grad(output, weight, grad_outputs=torch.ones(1, 1, 1), allow_unused=True)
+    except Exception:  # such as that of a function that needs a layer's own method
+        return False
+    return gradient is not None and bool(gradient == inputs)
 
 
 def _evaluating(module: nn.Module, checkpoint: Callable) -> Callable:

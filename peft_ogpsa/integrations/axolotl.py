@@ -18,6 +18,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 from torch import nn
 
+from ..references.sets import ReferenceSet
 from .callback import ToolCallback
 from .settings import Settings
 
@@ -42,13 +43,18 @@ class OGPSAPlugin(BasePlugin):
         """Check the options before axolotl loads anything.
 
         Raises:
-            ValueError: If `ogpsa` is missing or not allowed, if there is no LoRA adapter, or if axolotl's fused LoRA
-                kernels are on with an activation subspace.
+            ValueError: If `ogpsa` is missing or not allowed, if there is no LoRA adapter or ReLoRA merges it, or if
+                axolotl's fused LoRA kernels are on with an activation subspace.
         """
         if cfg.get("adapter") not in ("lora", "qlora"):
             raise ValueError(
                 f"adapter={cfg.get('adapter')!r} makes no LoRA adapter, which OGPSA needs here. Set adapter: lora or "
                 "adapter: qlora."
+            )
+        if cfg.get("relora"):
+            raise ValueError(
+                "relora: true merges the adapter into the base again and again in training, and OGPSA keeps the model "
+                "close to the base. Set relora: false."
             )
         settings = _settings(cfg)
         on = [name for name in KERNELS if cfg.get(name)]
@@ -73,4 +79,6 @@ def _settings(cfg: Any) -> Settings:
             "plugins names OGPSAPlugin, but there is no `ogpsa`. Add it, for example ogpsa: {references: {general: "
             "'prompts:general'}}, or remove the plugin."
         )
-    return Settings.read(options, beta=cfg.get("rl_beta") or cfg.get("dpo_beta") or 0.1)
+    # In the order in which axolotl looks for it.
+    betas = (cfg.get("trl") or {}).get("beta"), cfg.get("rl_beta"), cfg.get("dpo_beta"), ReferenceSet.beta
+    return Settings.read(options, beta=next(beta for beta in betas if beta is not None))

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from ..cli.datasets import PromptSet
 from ..references.sets import ReferenceSet
+from ..text.tokenization import template_of
 from ..trainer.callback import OGPSACallback
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
         TrainerState,
         TrainingArguments,
     )
+
+logger = logging.getLogger(__name__)
 
 
 class ToolCallback(OGPSACallback):
@@ -63,11 +67,20 @@ class ToolCallback(OGPSACallback):
         self._refuse_prompts_in_several_processes(args)
         tokenizer = self.processing_class or processing_class
         if tokenizer is not None:  # OGPSACallback reports a missing one
+            self._warn_without_template(tokenizer)
             base = cast("PreTrainedModel", model)
             self.reference_sets = [
                 own.answered(base, tokenizer) if isinstance(own, PromptSet) else own for own in self._given
             ]
         super().on_train_begin(args, state, control, model, processing_class, optimizer, **kwargs)
+
+    def _warn_without_template(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+        if template_of(processing_class) is None and any(isinstance(own, PromptSet) for own in self._given):
+            logger.warning(
+                "The tokenizer has no chat template, so the base model completes the reference prompts as plain text. "
+                "If your tool trains with a template of its own, this is not how the model is asked in training. Then "
+                "set it as the tokenizer's chat template, too, or use an instruct model."
+            )
 
     def _refuse_prompts_in_several_processes(self, args: TrainingArguments) -> None:
         if args.world_size > 1 and any(isinstance(own, PromptSet) for own in self._given):

@@ -11,6 +11,7 @@ python -m peft_ogpsa.integrations.llamafactory CONFIG.yaml [option=value ...]
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from .settings import Settings
 
 STAGES = ("sft", "dpo")
 """The stages of LLaMA-Factory that OGPSA was tried with."""
+
+OTHER_TRAINERS = ("USE_MCA", "USE_MEGATRON_BRIDGE")
+"""Environment variables that choose a trainer which is not transformers' own and does not call its callbacks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,6 +94,13 @@ def _check(config: dict[str, Any], settings: Settings) -> None:
     if kind != "lora":
         raise ValueError(
             f"finetuning_type={kind!r} makes no LoRA adapter, which OGPSA needs here. Set finetuning_type: lora."
+        )
+    other = [f"{name}=1" for name in OTHER_TRAINERS if os.environ.get(name, "").lower() in ("1", "true", "y")]
+    other += ["use_hyper_parallel: true"] if config.get("use_hyper_parallel") else []
+    if other:
+        raise ValueError(
+            f"{other[0]} trains with a trainer that does not call OGPSA's callback, so it would train plain LoRA. "
+            "Leave it out."
         )
     if config.get("use_unsloth") and settings.config.uses_activations:
         raise ValueError(

@@ -35,7 +35,9 @@ def register(options: Mapping[str, Any], name: str = "ogpsa") -> None:
     Settings.read(options)  # reports mistakes before the model is loaded
 
     def make(args: Any, trainer: Any) -> ToolCallback:
-        settings = Settings.read(options, beta=getattr(args, "beta", None) or 0.1)
+        # ms-swift gives every run a new folder, so that the checkpoint of an earlier run is not where this run saves.
+        resumed = {"resume_from": getattr(args, "resume_from_checkpoint", None)}
+        settings = Settings.read({**resumed, **options}, beta=getattr(args, "beta", None) or 0.1)
         return settings.callback(seed=args.seed)
 
     callbacks_map[name] = make
