@@ -41,7 +41,9 @@ def sizes() -> None:
             elements = blocks * rank * (3 * hidden + wide)
             # A sketch and its test matrix, in float32.
             meanwhile = 2 * 4 * blocks * (rank + OVERSAMPLING) * (3 * hidden + wide)
-            mib = [count / 2**20 for count in (4 * elements, 2 * elements, meanwhile)]
+            # Rounded directions are oblique, and have an inverse in float32 for each input.
+            inverses = 4 * blocks * 4 * rank**2
+            mib = [count / 2**20 for count in (4 * elements, 2 * elements + inverses, meanwhile)]
             print(f"| {name} | {rank} | {mib[0]:,.0f} MiB | {mib[1]:,.0f} MiB | {mib[2]:,.0f} MiB |")
 
 

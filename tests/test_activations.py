@@ -1736,6 +1736,18 @@ def test_memory_counts_the_directions():
     # Two layers, three inputs of width 32 and one of 64, eight directions of four bytes.
     assert held_bytes == 2 * (3 * 32 + 64) * 8 * 4
     assert step_bytes > 0
+    # Nothing else holds them: a view would keep all of its storage.
+    assert all(own.directions.untyped_storage().nbytes() == 0 for own in projector.activations.inputs)
+
+
+def test_memory_of_a_step_counts_directions_that_are_converted():
+    steps = []
+    for dtype in ("float32", "bfloat16"):
+        _, projector = lora(rows_dtype=dtype)
+        projector.refresh(many(), loss_of)
+        steps.append(projector.memory(1)[1])
+    stacks = [stack.basis.numel() for stack in projector.activations._stacks]
+    assert 4 * min(stacks) <= steps[1] - steps[0] <= 4 * max(stacks)
 
 
 # Models that are changed after the build

@@ -8,11 +8,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from loops import batch, loss_of
 from parallel import build, common_folder, references, sgd, spawn, train, whole, wrap
 
 from peft_ogpsa import projector_of
 from peft_ogpsa.core import distributed
+from peft_ogpsa.core.sketch import Sketch
 from peft_ogpsa.trainer import checkpoint
 
 TOLERANCE = 1e-5
@@ -101,6 +103,7 @@ def _two(folder: Path) -> dict[str, Any]:
         train(built("lora"), how, range(2), sgd, save=folder / how)
         told[f"resumed {how}"] = train(built("lora"), how, range(2, 4), sgd, resume=folder / how)["parameters"]
     told["refused"] = _refused()
+    told["other directions"] = _other_directions()
     told["other batches"] = _other_batches()
     return told
 
@@ -135,6 +138,26 @@ def _in_use(how: str) -> list[bool]:
     told.append(projector.activations.in_use())
     projector.reset()
     return [*told, projector.activations is not None]
+
+
+def _other_directions() -> list[float]:
+    """The difference of every A between two processes of which one finds other directions, as other hardware may."""
+    leading = Sketch.leading
+
+    def other(sketch: Sketch) -> tuple[torch.Tensor, torch.Tensor]:
+        energies, directions = leading(sketch)
+        return (energies[:-1], directions[:, 1:]) if distributed.rank() else (energies, directions)
+
+    model = built("lora")
+    wrap(model, "ddp")
+    with patch.object(Sketch, "leading", other):
+        projector_of(model).refresh(references(0), loss_of, model)
+    spread = []
+    for own in whole(model).values():
+        ends = torch.stack([own, -own])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        spread.append(float((ends[0] + ends[1]).max()))
+    return spread
 
 
 def _refused() -> str:
@@ -220,6 +243,12 @@ def test_two_processes_equal_one(two, alone, case, how):
         # Shares of the steps are those of what a process holds.
         if "seconds" not in name and not ("removed" in name and how == "fsdp2"):
             assert told["figures"][name] == pytest.approx(expected["figures"][name], abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_processes_that_find_other_directions_take_those_of_the_first(two):
+    assert len(two[0]["other directions"]) == 28
+    assert set(two[0]["other directions"]) == {0.0}
 
 
 @pytest.mark.slow

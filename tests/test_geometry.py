@@ -324,6 +324,17 @@ def test_cone_without_float64(monkeypatch):
     assert close(result, cone(rows, vectors), vectors, 1e-3)
 
 
+def test_the_cone_needs_no_operation_that_a_cuda_graph_cannot_hold(monkeypatch):
+    """`torch.cholesky_solve` of a batch goes to MAGMA, whose pointers are in the host's memory."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("torch.cholesky_solve")
+
+    monkeypatch.setattr(torch, "cholesky_solve", refuse)
+    rows, vectors = sample("plain", 12, 64)
+    assert not torch.equal(cone(rows, vectors), vectors)
+
+
 def test_nothing_is_read_back_from_an_accelerator():
     """The meta device holds no values, so any data-dependent control flow raises on it."""
     rows = torch.empty(3, 5, 16, device="meta")

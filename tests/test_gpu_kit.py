@@ -50,7 +50,7 @@ def test_stages_have_names_files_and_arguments_that_exist(toy, device, tmp_path)
         if target != "pytest":
             path = ROOT / (target if target.endswith(".py") else target.replace(".", "/"))
             assert path.is_file() or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
-    assert sum(own.minutes / (2 if own.beside else 1) for own in found if not own.later) < 32, "half an hour"
+    assert plan.minutes([own for own in found if not own.later], 2) < 32, "half an hour"
 
 
 def test_the_tax_rows_are_those_of_the_grid():
@@ -63,9 +63,18 @@ def test_the_tax_rows_are_those_of_the_grid():
 
 def test_a_budget_takes_what_fits_in_order_of_worth():
     own = [stage("a", minutes=2), stage("b", minutes=9), stage("c", minutes=4, beside=True), stage("d", minutes=1)]
-    assert [found.name for found in plan.chosen(own, 5, 2)] == ["a", "c", "d"]
+    assert [found.name for found in plan.chosen(own, 7, 2)] == ["a", "c", "d"]
+    assert [found.name for found in plan.chosen(own, 5, 2)] == ["a", "d"]
     assert plan.chosen(own, None, 1) == own
     assert plan.chosen(own, 0.5, 1) == []
+
+
+def test_stages_side_by_side_take_as_long_as_the_worker_that_has_most():
+    three = [stage(name, minutes=2, beside=True) for name in "abc"]
+    assert plan.minutes(three, 2) == 4
+    assert plan.minutes([*three, stage("d", minutes=1)], 3) == 3
+    assert plan.minutes(three, 1) == 6
+    assert [found.name for found in plan.chosen(three, 3, 2)] == ["a", "b"]
 
 
 def test_neighbors_run_side_by_side():

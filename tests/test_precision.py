@@ -6,8 +6,10 @@ import contextlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_ogpsa.core.precision import compute_dtype, full_precision
+from peft_ogpsa.core import precision
+from peft_ogpsa.core.precision import bit_sum, compute_dtype, full_precision
 
 NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 MATMULS = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if NEWER else []
@@ -59,6 +61,36 @@ def test_tf32_is_off_inside_and_what_it_was_afterwards(name):
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cuda.matmul.allow_tf32
     assert state() == before
+
+
+@pytest.mark.skipif(not NEWER, reason="torch.backends.fp32_precision came with torch 2.9")
+def test_a_later_change_of_the_general_setting_acts():
+    """As with a second trainer in the same process that sets tf32=False."""
+    torch.backends.fp32_precision = "tf32"
+    with full_precision(torch.device("cpu")):
+        pass
+    torch.backends.fp32_precision = "ieee"
+    assert [own.fp32_precision for own in MATMULS] == ["ieee", "ieee"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 8, 21])
+def test_bits_are_added_in_parts(monkeypatch, dtype, count):
+    """torch converts what it adds to 64 bits, which takes four times the memory of a model in 16 bits."""
+    sizes = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, arguments=(), options=None):
+            if "sum" in function.__name__:
+                sizes.append(arguments[0].numel())
+            return function(*arguments, **(options or {}))
+
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = int(values.view(precision._INTEGERS[values.element_size()]).sum(dtype=torch.int64))
+    monkeypatch.setattr(precision, "_PART", 8)
+    with Sums():
+        assert bit_sum(values) == whole
+    assert max(sizes) <= 8
 
 
 def test_autocast_is_off_inside():

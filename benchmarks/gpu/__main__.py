@@ -50,10 +50,11 @@ def _run(arguments: argparse.Namespace) -> int:
     for result in runner.run(planned):
         results.append(result)
         print(f"{result['status']:11} {result['seconds']:7.1f} s  {result['stage']}", flush=True)
-    bad = [result["stage"] for result in results if result["status"] != "done"]
-    print(f"{len(results) - len(bad)} of {len(planned)} stages done in {time.monotonic() - start:.0f} s.")
+    done = {result["stage"] for result in results if result["status"] == "done"}
+    bad = [stage.name for stage in planned if stage.name not in done]
+    print(f"{len(done)} of {len(planned)} stages done in {time.monotonic() - start:.0f} s.")
     if bad:
-        print(f"Not done: {', '.join(bad)}. Their logs are in {arguments.output}.")
+        print(f"Not done: {', '.join(bad)}. The logs of those that began are in {arguments.output}.")
     return 1 if bad else 0
 
 

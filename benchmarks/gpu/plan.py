@@ -19,13 +19,22 @@ def chosen(stages: Sequence[Stage], budget: float | None, workers: int) -> list[
     """
     if budget is None:
         return list(stages)
-    found, left = [], budget
+    found: list[Stage] = []
     for stage in stages:
-        minutes = stage.minutes / (workers if stage.beside else 1)
-        if minutes <= left:
+        if minutes([*found, stage], workers) <= budget:
             found.append(stage)
-            left -= minutes
     return found
+
+
+def minutes(stages: Sequence[Stage], workers: int) -> float:
+    """Minutes that stages take, group by group. In a group, each worker takes the next stage when it can."""
+    total = 0.0
+    for group in groups(stages):
+        busy = [0.0] * workers
+        for stage in group:
+            busy[busy.index(min(busy))] += stage.minutes
+        total += max(busy)
+    return total
 
 
 def groups(stages: Sequence[Stage]) -> list[list[Stage]]:

@@ -100,8 +100,6 @@ class ActivationSubspace:
         self._gained = False  # whether a step within the current step has had its gain
         # For each stack: squared lengths of the parts removed from steps, and of the steps.
         self._squares = [torch.zeros(2, dtype=torch.float32, device=stack.basis.device) for stack in self._stacks]
-        for own in self.inputs:
-            own.directions = own.directions[:, :0]  # stored in the stacks from now on
 
     def _stacked(self) -> list[Stack]:
         own: dict[str, InputMatrix] = {matrix.layer: matrix for matrix in self.matrices}
@@ -140,6 +138,7 @@ class ActivationSubspace:
                 for held, i in zip(basis, part, strict=True):
                     found = self.inputs[i].directions
                     held[:, : found.shape[1]] = found.to(device, self.dtype)
+                    self.inputs[i].directions = found.new_zeros(len(found), 0)  # free what the stack holds from now on
                 matrices = [[own[layer] for layer in self.inputs[i].layers] for i in part]
                 gains = [self.inputs[i].gain if self._adapter else 1.0 for i in part]
                 gain = torch.tensor(gains, dtype=torch.float32, device=device).view(-1, 1, 1)
@@ -360,9 +359,13 @@ class ActivationSubspace:
         )
 
     def step_bytes(self) -> int:
-        """Additional memory that a step needs, in bytes: the snapshot, and three copies of one stack."""
+        """Additional memory that a step needs, in bytes: the snapshot, and three copies of one stack.
+
+        Directions in bfloat16 are converted to float32, one stack at a time.
+        """
         sizes = [4 * sum(distributed.local(p).numel() for p in stack.parameters()) for stack in self._stacks]
-        return sum(sizes) + 3 * max(sizes)
+        converted = [0 if stack.basis.dtype == torch.float32 else 4 * stack.basis.numel() for stack in self._stacks]
+        return sum(sizes) + max(3 * size + more for size, more in zip(sizes, converted, strict=True))
 
     def state_dict(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """The directions by name, and a JSON-ready list with one entry per input."""

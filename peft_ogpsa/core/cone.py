@@ -170,7 +170,9 @@ def _interior_point(h: Tensor, p: Tensor, ridge: float, iterations: int) -> Tens
 
 
 def _solve(factors: Tensor, vectors: Tensor) -> Tensor:
-    return torch.cholesky_solve(vectors.unsqueeze(-1), factors).squeeze(-1)
+    # On CUDA, `torch.cholesky_solve` of a batch uses MAGMA with pointers in host memory, which no CUDA graph can hold.
+    half = torch.linalg.solve_triangular(factors, vectors.unsqueeze(-1), upper=False)
+    return torch.linalg.solve_triangular(factors.mT, half, upper=True).squeeze(-1)
 
 
 def _longest(x: Tensor, dx: Tensor) -> Tensor:

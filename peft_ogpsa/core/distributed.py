@@ -86,6 +86,11 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(t.shape).to(t.device, t.dtype) for part, t in zip(parts, tensors, strict=True)]
 
 
+def of_first(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the first process's values, to the bit, in one collective as in `summed`."""
+    return summed([tensor if rank() == 0 else torch.zeros_like(tensor) for tensor in tensors])
+
+
 def check_agreement(numbers: Sequence[int], device: torch.device, what: str) -> None:
     """Check that all processes have the same numbers, before they wait for one another in vain.
 

@@ -137,6 +137,7 @@ def find(
         _add_up(sketches.values())
         # Each sketch is freed as soon as its directions are found.
         found = [_input(watcher.shared[name], sketches.pop(name), rank, energy) for name in list(sketches)]
+        _agree(found)
         _measure(found, held, watcher, forward, model)
     _warn_of_few(found)
     return found
@@ -206,6 +207,18 @@ def _input(layers: Sequence[str], sketch: Sketch, rank: int | None, energy: floa
     found = Input(tuple(layers), directions.shape[0], energies, directions.float(), total, tokens=tokens)
     found.cut(rank, energy)
     return found
+
+
+def _agree(found: Sequence[Input]) -> None:
+    """Take the first process's directions. Other hardware finds others, and the copies of A would differ under DDP."""
+    if distributed.count() == 1:
+        return
+    counts = torch.tensor([len(item.energies) for item in found], device=found[0].directions.device)
+    for item, k in zip(found, distributed.of_first([counts])[0].tolist(), strict=True):
+        own = [item.directions, item.energies]
+        if distributed.rank():
+            own = [item.directions.new_zeros(item.width, k), item.energies.new_zeros(k)]
+        item.directions, item.energies = distributed.of_first(own)
 
 
 def _warn_of_few(found: Sequence[Input]) -> None:

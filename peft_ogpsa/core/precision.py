@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+_PART = 2**24  # numbers that are converted to 64 bits at once
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
@@ -36,7 +37,8 @@ def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
 def bit_sum(tensor: torch.Tensor) -> int:
     """Sum a tensor's bits as integers: a checksum that is the same on every device and with any number of threads."""
     bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+    # In parts, because torch converts everything to 64 bits before it adds.
+    return int(torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_PART)]).sum())
 
 
 @contextmanager
@@ -47,7 +49,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
     with contextlib.suppress(RuntimeError):
         older = torch.get_float32_matmul_precision()
     places = [own for own in _matmuls() if hasattr(own, "fp32_precision")]
-    newer = [own.fp32_precision for own in places]
+    # A value that equals the general one counts as inherited, so that a later change of the general one still acts.
+    general = getattr(torch.backends, "fp32_precision", None)
+    newer = ["none" if own.fp32_precision == general else own.fp32_precision for own in places]
     if older is not None:
         torch.set_float32_matmul_precision("highest")
     for own in places:
