@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
 from peft_ogpsa.core.projector import Projector
+from peft_ogpsa.text.logits import pass_through
 from peft_ogpsa.trainer.checkpoint import TENSORS_NAME, CheckpointError
 from peft_ogpsa.tuner.attaching import attached
 
@@ -57,6 +58,29 @@ def test_it_is_built_before_the_first_step_and_held(tmp_path, capsys):
     assert "q_proj+k_proj+v_proj: 2 inputs of width 32. 8 directions hold" in shown
     assert "of the energy of held-out ones" in shown
     assert "reference examples every" not in shown
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_building_computes_no_logits_that_nobody_needs(tmp_path, bf16):
+    model = model_of()
+    lengths = []
+    hook = model.get_base_model().lm_head.register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
+    trainer = sft(tmp_path, model, max_steps=1, bf16=bf16)
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    hook.remove()
+    assert len(lengths) > 2
+    assert set(lengths) == {1}
+    assert len({own.tokens for own in model.projector.activations.inputs}) == 1
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_an_output_layer_in_training_gets_all_of_its_inputs(targets):
+    model = get_peft_model(base(), LoraConfig(**{**LORA, "target_modules": targets}))
+    ids = torch.arange(8)[None]
+    logits = pass_through(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert logits.shape[1] == (8 if "lm_head" in targets else 1)
 
 
 def test_figures_are_logged(tmp_path):

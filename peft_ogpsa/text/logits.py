@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .access import input_device, language_model
 from .batching import padded_ids
@@ -55,12 +56,41 @@ def scored_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ValueError: If the model is not a causal language model.
     """
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    # Convert only the scored positions to float32: the logits are the largest tensor of the pass.
+    return _logits(model, batch)[:, :-1][scored_positions(batch)].float()
+
+
+def pass_through(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Pass a batch through a model for what its layers see, and not for its logits, which are its largest tensor.
+
+    The output layer computes the last position alone if it is not in training itself and the model has this option.
+
+    Args:
+        model: The model, as it is called in training.
+        batch: `input_ids` and `attention_mask`, `(examples, tokens)` each.
+
+    Returns:
+        The logits that were computed.
+
+    Raises:
+        ValueError: If the model is not a causal language model.
+    """
+    lm = language_model(model)
+    head = lm.get_output_embeddings() if isinstance(lm, PreTrainedModel) else None
+    if head is None or any(parameter.requires_grad for parameter in head.parameters()):
+        return _logits(model, batch)
+    # The signature of the class, because the trainer replaces the bound method for mixed precision.
+    able = "logits_to_keep" in inspect.signature(type(lm).forward).parameters
+    return _logits(model, batch, **({"logits_to_keep": 1} if able else {}))
+
+
+def _logits(model: Any, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False, **options).logits
     if logits.dim() != 3:
         raise ValueError(
             f"Reference losses need a causal language model, and this {type(model).__name__} returns logits of shape "
             f"{tuple(logits.shape)} instead of (examples, tokens, vocabulary). For other models give your own loss to "
             "model.projector.refresh(batches, loss_fn) in a loop of your own."
         )
-    # Convert only the scored positions to float32: the logits are the largest tensor of the pass.
-    return logits[:, :-1][scored_positions(batch)].float()
+    return logits

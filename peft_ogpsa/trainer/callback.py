@@ -32,6 +32,7 @@ from ..references.loader import ReferenceLoader
 from ..references.losses import reference_loss
 from ..references.sets import ReferenceSet, check_sets, digest_of_rows
 from ..text.batching import padding_of
+from ..text.logits import pass_through
 from ..text.tokenization import tokenizer_of
 from ..tuner.attaching import attached
 from ..tuner.config import OGPSAConfig
@@ -344,7 +345,7 @@ class OGPSACallback(TrainerCallback):
         total = sum(map(len, batches.values()))
         if run.projector.unbuilt:
             bar_of = partial(tqdm, desc="Reference inputs", disable=args.disable_tqdm)
-            run.projector.refresh(batches, lambda _, batch: reference_loss(model, batch), model, progress=bar_of)
+            run.projector.refresh(batches, lambda _, batch: pass_through(model, batch), model, progress=bar_of)
             return
         with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
             # Use the trainer's own model, not the bare one, because it has the trainer's mixed precision.
