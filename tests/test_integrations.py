@@ -233,7 +233,11 @@ def test_llamafactory_gets_its_own_options_and_the_callback(tmp_path, monkeypatc
         ({"ogpsa": {"references": ROWS}, "stage": "ppo"}, [], "stage='ppo' does not work with OGPSA"),
         ({"ogpsa": {"references": ROWS}, "finetuning_type": "full"}, [], "finetuning_type='full' makes no LoRA"),
         ({"ogpsa": {"references": ROWS}, "use_unsloth": True}, [], "use_unsloth: unsloth's fused kernels do not"),
-        ({"ogpsa": {"references": ROWS}, "use_hyper_parallel": True}, [], "use_hyper_parallel: true trains with a"),
+        (
+            {"ogpsa": {"references": ROWS}, "use_hyper_parallel": True},
+            [],
+            "use_hyper_parallel: true trains with",
+        ),
     ],
 )
 def test_llamafactory_says_what_is_wrong(tmp_path, config, words, message):
@@ -248,7 +252,7 @@ def test_llamafactory_with_another_trainer_is_refused(tmp_path, name, monkeypatc
     monkeypatch.setenv(name, "0")
     llamafactory.read([path])
     monkeypatch.setenv(name, "1")
-    with pytest.raises(ValueError, match=f"{name}=1 trains with a trainer that does not call OGPSA's callback"):
+    with pytest.raises(ValueError, match=f"{name}=1 trains with another backend of LLaMA-Factory"):
         llamafactory.read([path])
 
 

@@ -25,7 +25,7 @@ STAGES = ("sft", "dpo")
 """The stages of LLaMA-Factory that OGPSA was tried with."""
 
 OTHER_TRAINERS = ("USE_MCA", "USE_MEGATRON_BRIDGE")
-"""Environment variables that choose a trainer which is not transformers' own and does not call its callbacks."""
+"""Environment variables that choose another backend. Megatron Bridge ignores callbacks; the other was not tried."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,8 +99,8 @@ def _check(config: dict[str, Any], settings: Settings) -> None:
     other += ["use_hyper_parallel: true"] if config.get("use_hyper_parallel") else []
     if other:
         raise ValueError(
-            f"{other[0]} trains with a trainer that does not call OGPSA's callback, so it would train plain LoRA. "
-            "Leave it out."
+            f"{other[0]} trains with another backend of LLaMA-Factory. OGPSA was not tried with these backends, and "
+            "one of them ignores callbacks, so that it would train plain LoRA. Leave it out."
         )
     if config.get("use_unsloth") and settings.config.uses_activations:
         raise ValueError(
