@@ -77,6 +77,17 @@ def test_stages_side_by_side_take_as_long_as_the_worker_that_has_most():
     assert [found.name for found in plan.chosen(three, 3, 2)] == ["a", "b"]
 
 
+def test_a_stage_for_which_no_time_was_left_is_not_done(tmp_path, monkeypatch, capsys):
+    (tmp_path / "toy-model").mkdir()
+    (tmp_path / "toy-model" / "config.json").touch()
+    monkeypatch.setattr(Runner, "_one", lambda runner, stage: None)
+    words = ["run", "--output", str(tmp_path), "--device", "cpu", "--toy", "--stages", "tests"]
+    monkeypatch.setattr(sys, "argv", ["gpu", *words])
+    assert main() == 1
+    assert "0 of 1 stages done" in (printed := capsys.readouterr().out)
+    assert "Not done: tests." in printed
+
+
 def test_neighbors_run_side_by_side():
     own = [stage("a"), stage("b", beside=True), stage("c", beside=True), stage("d"), stage("e")]
     assert [[found.name for found in group] for group in plan.groups(own)] == [["a"], ["b", "c"], ["d"], ["e"]]
