@@ -233,11 +233,7 @@ def test_llamafactory_gets_its_own_options_and_the_callback(tmp_path, monkeypatc
         ({"ogpsa": {"references": ROWS}, "stage": "ppo"}, [], "stage='ppo' does not work with OGPSA"),
         ({"ogpsa": {"references": ROWS}, "finetuning_type": "full"}, [], "finetuning_type='full' makes no LoRA"),
         ({"ogpsa": {"references": ROWS}, "use_unsloth": True}, [], "use_unsloth: unsloth's fused kernels do not"),
-        (
-            {"ogpsa": {"references": ROWS}, "use_hyper_parallel": True},
-            [],
-            "use_hyper_parallel: true trains with",
-        ),
+        ({"ogpsa": {"references": ROWS}, "use_hyper_parallel": True}, [], "use_hyper_parallel: true trains with"),
     ],
 )
 def test_llamafactory_says_what_is_wrong(tmp_path, config, words, message):
@@ -246,8 +242,8 @@ def test_llamafactory_says_what_is_wrong(tmp_path, config, words, message):
         llamafactory.main([path, *words])
 
 
-@pytest.mark.parametrize("name", llamafactory.OTHER_TRAINERS)
-def test_llamafactory_with_another_trainer_is_refused(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize("name", llamafactory.OTHER_BACKENDS)
+def test_llamafactory_with_another_backend_is_refused(tmp_path, name, monkeypatch):
     path = write(tmp_path / "run.yaml", {"ogpsa": {"references": ROWS}})
     monkeypatch.setenv(name, "0")
     llamafactory.read([path])

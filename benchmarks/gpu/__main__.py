@@ -46,11 +46,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.toy and not (place.model / "config.json").is_file():
         place.folder.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "benchmarks.gpu.toy", str(place.model)], check=True, cwd=machine.ROOT)
-    results = []
+    done = set()
     for result in runner.run(planned):
-        results.append(result)
+        if result["status"] == "done":
+            done.add(result["stage"])
         print(f"{result['status']:11} {result['seconds']:7.1f} s  {result['stage']}", flush=True)
-    done = {result["stage"] for result in results if result["status"] == "done"}
     bad = [stage.name for stage in planned if stage.name not in done]
     print(f"{len(done)} of {len(planned)} stages done in {time.monotonic() - start:.0f} s.")
     if bad:

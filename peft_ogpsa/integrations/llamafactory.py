@@ -24,7 +24,7 @@ from .settings import Settings
 STAGES = ("sft", "dpo")
 """The stages of LLaMA-Factory that OGPSA was tried with."""
 
-OTHER_TRAINERS = ("USE_MCA", "USE_MEGATRON_BRIDGE")
+OTHER_BACKENDS = ("USE_MCA", "USE_MEGATRON_BRIDGE")
 """Environment variables that choose another backend. Megatron Bridge ignores callbacks; the other was not tried."""
 
 
@@ -95,7 +95,7 @@ def _check(config: dict[str, Any], settings: Settings) -> None:
         raise ValueError(
             f"finetuning_type={kind!r} makes no LoRA adapter, which OGPSA needs here. Set finetuning_type: lora."
         )
-    other = [f"{name}=1" for name in OTHER_TRAINERS if os.environ.get(name, "").lower() in ("1", "true", "y")]
+    other = [f"{name}=1" for name in OTHER_BACKENDS if os.environ.get(name, "").lower() in ("1", "true", "y")]
     other += ["use_hyper_parallel: true"] if config.get("use_hyper_parallel") else []
     if other:
         raise ValueError(
