@@ -36,6 +36,12 @@ def parameters_of(model) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def whole_of(model) -> PeftModel | None:
+    """What `refresh` is to be told of a model: the `PeftModel` of an activated LoRA, which acts in no other way."""
+    config = getattr(model, "peft_config", {}).get("default")
+    return model if getattr(config, "alora_invocation_tokens", None) else None
+
+
 def step_violations(
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
@@ -53,7 +59,7 @@ def step_violations(
     stored = stored or (lambda projector: projector.subspace.blocks.stack())
     for number in range(steps):
         if projector.due:
-            projector.refresh(references(number), loss_of)
+            projector.refresh(references(number), loss_of, whole_of(model))
         loss_of(model, batch(number)).backward()
         before = [part.clone() for part in stored(projector)]
         (step or optimizer.step)()

@@ -42,7 +42,7 @@ def build(kind: str, layers: int = 2, **overrides: Any) -> torch.nn.Module:
     if settings["subspace"] != "activations" or settings["reference_weight"]:
         settings = {"rows": 8, "refresh_steps": 2, **settings}
     if kind == "lora":
-        return get_peft_model(model, OGPSAConfig(**LORA, **settings))
+        return get_peft_model(model, OGPSAConfig(**{**LORA, **settings}))
     attach(model, FullParameterConfig(**settings))
     return model
 

@@ -265,6 +265,49 @@ def test_a_stays_in_the_complement_for_optimizer(name):
     assert projector.steps == 200
 
 
+class OwnCopy(torch.optim.AdamW):
+    """Steps a copy of the parameters and writes it over them, as CPU offload and float32 master weights do."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr)
+        self.held = [torch.nn.Parameter(p.detach().clone()) for p in self.param_groups[0]["params"]]
+        self.inner = torch.optim.AdamW(self.held, lr=lr)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for held, p in zip(self.held, self.param_groups[0]["params"], strict=True):
+            held.grad = p.grad
+        self.inner.step()
+        for held, p in zip(self.held, self.param_groups[0]["params"], strict=True):
+            p.copy_(held)
+
+
+@pytest.mark.parametrize("rank", [16, 24])
+def test_an_optimizer_that_steps_its_own_copy_is_an_error(rank):
+    model, projector = lora(subspace_rank=rank)
+    projector.refresh(many(), loss_of)
+    start = max(float(a_of(layer).norm()) for layer in layers_of(model).values())
+    with pytest.raises(RuntimeError, match=r"a copy of the weights that it keeps itself.*Use an optimizer"):
+        train(model, OwnCopy(parameters_of(model), lr=1e-3), range(32))
+    assert max(float(a_of(layer).norm()) for layer in layers_of(model).values()) < 10 * start
+    assert 1 < projector.steps < 32
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1.0])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop", "Rprop", "Adagrad"])
+def test_no_other_optimizer_is_taken_for_one(name, lr):
+    model, projector = lora()
+    # The same batch again and again, with steps that are much too long: the weights swing.
+    for _ in range(40):
+        while projector.due:
+            projector.refresh(many(), loss_of)
+            optimizer = getattr(torch.optim, name)(parameters_of(model), lr=lr)
+        loss_of(model, batch(0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert projector.steps == 40
+
+
 @pytest.mark.parametrize("options", [{"clip": 1e-2}, {"accumulation": 3}, {"clip": 1.0, "accumulation": 2}])
 def test_clipping_and_accumulation(options):
     model, projector = lora(tiny_llama(num_hidden_layers=1))
@@ -902,7 +945,7 @@ def test_bad_values_are_refused(cls, overrides, message):
         {"use_dora": True},
         {"lora_bias": True},
         {"target_modules": [], "target_parameters": ["q_proj.weight"]},
-        *[{"init_lora_weights": start} for start in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")],
+        *[{"init_lora_weights": start} for start in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "mica")],
     ],
 )
 @pytest.mark.parametrize("subspace", ["activations", "both"])
@@ -1548,6 +1591,16 @@ def whole(**overrides):
     model = tiny_llama()
     settings = {"subspace": "activations", "subspace_rank": 8, "exclude": NOT_LINEAR, **overrides}
     return model, attach(model, FullParameterConfig(**settings))
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "embed_tokens"])
+def test_either_name_of_a_tied_weight_excludes_it(pattern):
+    model = tiny_llama(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    targets = attach(model, FullParameterConfig(exclude=[pattern]))._parameters.targets
+    names = [name for name, _, _ in targets.trained()]
+    assert "model.norm.weight" in names
+    assert not [name for name in names if "embed_tokens" in name or "lm_head" in name]
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

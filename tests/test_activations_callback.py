@@ -13,6 +13,7 @@ from models import chat, randomize, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_callback import GENERAL, TRAINING, sets, sft, weights
+from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
@@ -79,13 +80,51 @@ def test_building_computes_no_logits_that_nobody_needs(tmp_path, bf16):
 def test_an_output_layer_in_training_gets_all_of_its_inputs(targets):
     model = get_peft_model(base(), LoraConfig(**{**LORA, "target_modules": targets}))
     ids = torch.arange(8)[None]
-    logits = pass_through(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    with model.disable_adapter():  # as in a build: PEFT then freezes the adapter
+        logits = pass_through(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     assert logits.shape[1] == (8 if "lm_head" in targets else 1)
 
 
-def test_figures_are_logged(tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_subspace_of_the_output_layer_is_that_of_all_tokens(tmp_path, batch_size):
+    model = model_of(target_modules=["q_proj", "lm_head"], subspace_rank=None)
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True),
+        train_dataset=[{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}],
+        processing_class=tiny_tokenizer(),
+        callbacks=[OGPSACallback(sets(), batch_size=batch_size)],
+    )
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    inputs = {own.layers[-1].rpartition(".")[2]: own for own in model.projector.activations.inputs}
+    assert inputs["lm_head"].tokens == inputs["q_proj"].tokens > 100
+    assert len(inputs["lm_head"].energies) == 16
+
+
+def test_a_layer_that_gets_a_part_of_the_positions_is_refused():
+    class Last(torch.nn.Module):
+        def __init__(self, lm_head):
+            super().__init__()
+            self.inner = lm_head
+
+        def forward(self, hidden):
+            return self.inner(hidden[:, -1:])
+
+    model = base()
+    model.lm_head = Last(model.lm_head)
+    settings = {**LORA, "subspace": "activations", "reference_weight": 0.0, "target_modules": ["q_proj", "inner"]}
+    model = get_peft_model(model, OGPSAConfig(**settings))
+    ids = torch.arange(8)[None]
+    one = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with pytest.raises(ValueError, match=r"inner receives 1 vectors, but the batch has 8 positions: the model passes"):
+        model.projector.refresh({"set": [one, one]}, lambda own, batch: own(**{**batch, "labels": None}))
+
+
+def test_figures_are_logged(tmp_path, caplog):
     trainer = sft(tmp_path, model_of())
-    trainer.train()
+    with caplog.at_level(logging.INFO, "peft_ogpsa"):
+        trainer.train()
+    assert "OGPSA: the activation subspace uses" in caplog.text  # without progress bars
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     kinds = ("q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj")
     for kind in kinds:

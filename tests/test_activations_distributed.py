@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +12,10 @@ import torch
 import torch.distributed as dist
 from loops import batch, loss_of
 from parallel import build, common_folder, references, sgd, spawn, train, whole, wrap
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard
 
 from peft_ogpsa import projector_of
 from peft_ogpsa.core import distributed
@@ -105,6 +110,8 @@ def _two(folder: Path) -> dict[str, Any]:
     told["refused"] = _refused()
     told["other directions"] = _other_directions()
     told["other batches"] = _other_batches()
+    told["sharded along inputs"] = _sharded_along_inputs()
+    told["divided"] = _divided()
     return told
 
 
@@ -160,6 +167,18 @@ def _other_directions() -> list[float]:
     return spread
 
 
+def _divided() -> dict[str, torch.Tensor]:
+    """The parameters after steps of an optimizer that gives one process all of LoRA, the other the largest weight."""
+    model = built("lora", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    optimizer = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW, lr=1e-2)
+    build_and_train(model, "ddp", range(3), optimizer_of=optimizer)
+    own = whole(model)
+    held = [None] * dist.get_world_size()
+    dist.all_gather_object(held, own)
+    assert len(own) == 5, "two layers' A and B, and the head"
+    return held
+
+
 def _refused() -> str:
     """An adapter that was not born in the complement; all processes say so, and nothing is changed."""
     model = built("lora")
@@ -177,10 +196,22 @@ def _refused() -> str:
     return str(error.value)
 
 
-def _other_batches() -> str:
+def _other_batches() -> list[str]:
+    model, told = built("lora"), []
+    for own in (batch(0, 1 + distributed.rank()), batch(distributed.rank())):
+        with pytest.raises(ValueError, match="differ between the processes") as error:
+            projector_of(model).refresh({"own": [own]}, loss_of)
+        told.append(str(error.value))
+    return told
+
+
+def _sharded_along_inputs() -> str:
     model = built("lora")
-    with pytest.raises(ValueError, match="differ between the processes") as error:
-        projector_of(model).refresh({"own": [batch(0, 1 + distributed.rank())]}, loss_of)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    even = lambda p: p.dim() == 2 and p.shape[1] % dist.get_world_size() == 0  # noqa: E731
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if even(p) else 0))
+    with pytest.raises(ValueError, match="sharded along the inputs") as error:
+        projector_of(model).refresh(references(0), loss_of, model)
     return str(error.value)
 
 
@@ -294,6 +325,13 @@ def test_a_trained_adapter_is_accepted_and_not_changed(two, how):
 
 
 @pytest.mark.slow
+def test_processes_that_step_other_parameters_end_with_the_same(two):
+    first, second = two[0]["divided"]
+    for name, own in first.items():
+        assert torch.equal(own, second[name]), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WRAPPERS)
 def test_every_process_knows_whether_the_adapter_is_in_use(two, how):
     for told in two:
@@ -307,7 +345,15 @@ def test_every_process_refuses_an_adapter_from_elsewhere(two):
 
 @pytest.mark.slow
 def test_processes_with_other_batches_are_told(two):
-    assert "sizes of the reference batches" in two[0]["other batches"]
+    for told in two:
+        assert len(told["other batches"]) == 2
+        assert all("sizes of the reference batches, or their tokens, differ" in own for own in told["other batches"])
+
+
+@pytest.mark.slow
+def test_matrices_that_are_sharded_along_their_inputs_are_refused(two):
+    for told in two:
+        assert "Leave out shard_placement_fn" in told["sharded along inputs"]
 
 
 @pytest.mark.slow

@@ -33,10 +33,12 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
 from peft_ogpsa.core import step
+from peft_ogpsa.references import self_answers
 from peft_ogpsa.references.budget import refresh_samples
 from peft_ogpsa.references.losses import LOSSES, reference_loss
 from peft_ogpsa.references.self_answers import AnswerCounts
 from peft_ogpsa.references.sets import AnsweredSet
+from peft_ogpsa.text.refusal import Verdict
 from peft_ogpsa.trainer import checkpoint
 from peft_ogpsa.trainer.callback import examples_per_step
 from peft_ogpsa.trainer.checkpoint import STATE_NAME, TENSORS_NAME, CheckpointError, save
@@ -1233,6 +1235,21 @@ def test_answers_under_another_chat_template_are_warned_of(tmp_path, caplog):
         assert "chat template" not in caplog.text
         sft(tmp_path, callbacks=[OGPSACallback([own])], max_steps=1, chat_template_path=path).train()
     assert "'general' holds answers that the base gave under another chat template" in caplog.text
+
+
+def test_answers_under_no_chat_template_are_warned_of(tmp_path, caplog):
+    rows = [{**row, "unfinished": False} for row in GENERAL]
+    own = AnsweredSet("general", rows, counts=AnswerCounts(9, 9, 0, 0, 0, 0), chat_template="")
+    sft(tmp_path, callbacks=[OGPSACallback([own])], max_steps=1).train()
+    assert "'general' holds answers that the base gave under another chat template" in caplog.text
+
+
+def test_what_the_base_answers_without_a_template_says_so(monkeypatch):
+    monkeypatch.setattr(self_answers, "_verdict", lambda _: Verdict.COMPLIANCE)
+    model, tokenizer = model_of(), tiny_tokenizer()
+    tokenizer.chat_template = None
+    own = ReferenceSet.from_prompts("general", ["One?", "Two?"], model, tokenizer, max_new_tokens=4, progress=False)
+    assert own.chat_template == ""
 
 
 def test_the_callbacks_own_batch_size_and_seed(tmp_path):

@@ -98,6 +98,26 @@ def files(folder):
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if "cache" not in path.parts)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_full_disk_at_the_end_loses_no_weights(folder, monkeypatch, checkpoint):
+    save, command = SFTTrainer.save_model, ["sft", "--config", str(folder / "sft.yaml")]
+    main([*command, "--output_dir", str(folder / "other")])
+
+    def full(self, output_dir=None, **options):
+        if output_dir == str(folder / "sft"):
+            raise OSError(28, "No space left on device")
+        return save(self, output_dir, **options)
+
+    monkeypatch.setattr(SFTTrainer, "save_model", full)
+    with pytest.raises(SystemExit, match=r"the result cannot be saved: .*No space left on device") as error:
+        main([*command, *(["--save_strategy", "steps", "--save_steps", "3"] if checkpoint else [])])
+    where = re.search(r"Its weights are (?:saved )?in (\S+)\.(?:$| To save)", str(error.value)).group(1)
+    assert (where == str(folder / "sft" / "checkpoint-3")) is checkpoint
+    assert ("resume_from_checkpoint=last" in str(error.value)) is checkpoint
+    expected = weights(folder / "other")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(Path(where)).items())
+
+
 def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
     main(["sft", "--config", str(folder / "sft.yaml"), "--lora_r", "2", "--rows_from", "batch"])
     printed = capsys.readouterr().out

@@ -198,6 +198,17 @@ def test_a_stopped_run_continues(folder, passes, capsys):
         assert [measured(own) for own in result["results"]] == [measured(own) for own in whole["results"]]
 
 
+def test_a_full_disk_loses_no_figure(folder, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    whole = evaluate(folder, "whole.json", adapters=["plain", "ogpsa"])
+    monkeypatch.setattr(PieceStore, "add", full)
+    result = evaluate(folder, "full.json", adapters=["plain", "ogpsa"])
+    assert "is used, but cannot be stored for the next run: [Errno 28] No space left" in capsys.readouterr().out
+    assert [measured(own) for own in result["results"]] == [measured(own) for own in whole["results"]]
+
+
 def answers(measured):
     own = measured["sets"]["xstest"]
     return [sample["answer"] for sample in own["harmful_samples"] + own["benign_samples"]]

@@ -11,8 +11,8 @@ import pytest
 import scipy.stats
 import torch
 from matplotlib.axes import Axes
-from models import TEMPLATE, chat, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from models import TEMPLATE, chat, tiny_llama, tiny_tokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -470,6 +470,19 @@ class TestReport:
             "divergence_prompts": PROMPTS,
             "max_new_tokens": 6,
         }
+
+    def test_adapters_that_act_outside_the_layers_are_refused(self, tokenizer, data):
+        prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        activated = LoraConfig(
+            r=2, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=tokenizer.encode("Hi")
+        )
+        for config, name in ((prompts, "prompt learning"), (activated, r"activated LoRA \(alora_invocation_tokens\)")):
+            model = get_peft_model(tiny_llama(vocab_size=len(tokenizer)), config).eval()
+            model.requires_grad_(False)
+            with pytest.raises(ValueError, match=f"adapter uses {name}.* the figures would be the base's"):
+                evaluate(model, tokenizer, **data)
+            with model.disable_adapter():
+                assert len(generate(model, tokenizer, PROMPTS[:1], max_new_tokens=2)) == 1
 
     def test_base_is_the_model_without_adapter(self, adapted, shared_llama, tokenizer, data):
         result = evaluate(adapted, tokenizer, **data)

@@ -82,9 +82,13 @@ def test_large_groups_are_divided_and_nothing_changes(monkeypatch):
     assert all(torch.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(*ends, strict=True))
 
 
-def test_bfloat16_weights_are_collected_in_float32():
+def test_bfloat16_weights_are_collected_in_float32(caplog):
+    attach(tiny_llama(), FullParameterConfig())
+    assert not caplog.records
     model = tiny_llama().bfloat16()
     projector = attach(model, FullParameterConfig(refresh_steps=1))
+    assert "weights in training have 16 bits, such as model.embed_tokens.weight" in caplog.text
+    assert "dtype=torch.float32" in caplog.text
     steps(model, projector)
     assert {part.dtype for part in projector._step.masters} == {torch.float32}
     masters = projector.subspace.blocks.views(projector._step.masters)

@@ -188,6 +188,28 @@ def test_the_optimizers_own_post_hooks_see_the_projected_weights(when):
     assert all(torch.equal(seen, p) for seen, p in zip(average, parameters_of(model), strict=True))
 
 
+def test_the_optimizers_own_pre_hooks_see_the_training_gradient_alone():
+    lengths = []
+
+    def look(optimizer, *_):
+        lengths.append(torch.nn.utils.get_total_norm([p.grad for p in optimizer.param_groups[0]["params"]]))
+
+    model = random_adapter(reference_weight=5.0)
+    optimizer = torch.optim.SGD(parameters_of(model), lr=1e-3)
+    for number in range(2):
+        while model.projector.due:
+            model.projector.refresh(references(number), loss_of)
+        loss_of(model, batch(number)).backward()
+        alone = torch.nn.utils.get_total_norm([p.grad for p in parameters_of(model)])
+        handle = optimizer.register_step_pre_hook(look)
+        optimizer.step()
+        handle.remove()
+        assert lengths.pop() == alone
+        after = torch.nn.utils.get_total_norm([p.grad for p in parameters_of(model)])
+        assert after > 1.1 * alone  # the reference gradient came later
+        optimizer.zero_grad()
+
+
 def test_every_closure_of_a_step_gets_the_reference_gradient():
     model = random_adapter(reference_weight=2.0, rows_from="batch").double()
     optimizer = torch.optim.LBFGS(parameters_of(model), lr=0.1, max_iter=3)

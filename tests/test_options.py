@@ -12,7 +12,7 @@ import loops
 import pytest
 import torch
 from coverage_page import COMPLEMENT, CONE, REFUSED, covers
-from loops import LORA, batch, leak, loss_of, parameters_of, references, step_violations
+from loops import LORA, batch, leak, loss_of, parameters_of, references, step_violations, whole_of
 from models import VOCABULARY, tiny_llama
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import config as lora
@@ -156,7 +156,7 @@ def activation_steps(model) -> float:
     worst = 0.0
     for number in range(3):
         while model.projector.due:
-            model.projector.refresh(references(number), loss_of)
+            model.projector.refresh(references(number), loss_of, whole_of(model))
         loss_of(model, batch(number)).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1330,3 +1330,12 @@ def test_sets_refreshed_in_turn_keep_their_rows_in_every_type(rows_dtype):
         one.rows.stack, one.rows.scales, other.rows.stack, other.rows.scales, strict=True
     ):
         torch.testing.assert_close(rows.float() * scales.unsqueeze(-1), more.float() * others.unsqueeze(-1))
+
+
+def test_an_activated_lora_acts_only_through_the_peft_model():
+    model = ogpsa_model(alora_invocation_tokens=[5])
+    with pytest.raises(ValueError, match="model=peft_model"):
+        model.projector.refresh(references(0), loss_of)
+    assert model.projector.due
+    model.projector.refresh(references(0), loss_of, model=model)
+    assert not model.projector.due

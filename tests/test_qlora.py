@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from loops import LORA, batch, loss_of, parameters_of, references, step_violations
-from models import tiny_llama, tiny_tokenizer
+from models import chat, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from test_trainers import COMMON, GENERAL, PAIRS, ROWS, TOLERANCE, Violations
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
@@ -44,6 +44,39 @@ def four_bit(folder, dtype=torch.bfloat16):
 
 def prepared(folder, dtype=torch.bfloat16, **options):
     return prepare_model_for_kbit_training(four_bit(folder, dtype), **options)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_the_reference_policy_of_dpo_is_where_training_starts(precompute, saved, tmp_path):
+    """TRL copies the adapter, and then rounds it to bfloat16. The subspace of other references takes a part away."""
+
+    def sets(*rows):
+        return [OGPSACallback([ReferenceSet("general", [*GENERAL[: len(GENERAL) - len(rows)], *rows])])]
+
+    options = {"ogpsa": False, "bf16": True}
+    config = OGPSAConfig(subspace="activations", subspace_rank=8, reference_weight=0.0, **LORA)
+    model = get_peft_model(four_bit(saved), config)
+    trainer_of("SFT", model, tmp_path, callbacks=sets(), learning_rate=5e-2, max_steps=20, **options).train()
+    trained = adapter(model)
+    model.save_pretrained(tmp_path / "sft")
+    for rows in ([], [chat("How do I whisk eggs?", "Fast.")]):
+        again = PeftModel.from_pretrained(four_bit(saved), tmp_path / "sft", is_trainable=True)
+        options |= {"learning_rate": 0.0, "logging_steps": 1, "precompute_ref_log_probs": precompute}
+        trainer = trainer_of("DPO", again, tmp_path, callbacks=sets(*rows), **options)
+        if rows and precompute:
+            with pytest.raises(ValueError, match=r"of the adapter's effect .* precompute_ref_log_probs=False"):
+                trainer.train()
+            continue
+        trainer.train()
+        own, ref = adapter(again), adapter(again, "ref")
+        # What was computed before is left as it is, if less than `LEAK` of the adapter was removed.
+        tolerance = 1e-3 if precompute else 1e-4
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert [entry["loss"] for entry in logged] == pytest.approx([math.log(2)] * len(logged), abs=tolerance)
+        for name, value in own.items() if not precompute else ():
+            torch.testing.assert_close(value, ref[name.replace("default", "ref")], rtol=0, atol=1e-6)
+            if not rows:  # the adapter as it was trained, and not rounded
+                torch.testing.assert_close(value, trained[name], rtol=1e-5, atol=1e-6)
 
 
 def config_of(**overrides):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from models import TEMPLATE, TEMPLATE_OF_PARTS, chat, tiny_llama, tiny_processor, tiny_tokenizer
 from peft import get_peft_model
@@ -288,9 +289,33 @@ def test_loss_needs_a_causal_language_model():
             return type("Output", (), {"logits": torch.zeros(2, 3)})()
 
     with pytest.raises(
-        ValueError, match=r"causal language model, and this Classifier returns logits of shape \(2, 3\)"
+        ValueError, match=r"causal language model, which generates text .* This Classifier returns \(2, 3\)"
     ):
         answer_loss(Classifier(), collate([Example([1, 2], 1)] * 2, 0, "cpu"))
+
+
+def test_a_tokenizer_may_have_another_one_inside():
+    plain, holder = tiny_tokenizer(), tiny_tokenizer()
+    holder.tokenizer = object()
+    row = chat("Hi", "Yo.")
+    assert encode_row(holder, row, "row") == encode_row(plain, row, "row")
+
+
+def test_the_tokenizer_of_mistral_common_is_refused():
+    class MistralCommonBackend:
+        chat_template = None
+
+    with pytest.raises(ValueError, match=r"MistralCommonBackend.*PreTrainedTokenizerFast\.from_pretrained"):
+        encode_prompt(MistralCommonBackend(), "Hi", "prompt")
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForTokenClassification", "BertForQuestionAnswering"])
+def test_a_model_that_does_not_generate_is_refused(name):
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match=f"causal language model.* This {name} returns "):
+        answer_loss(getattr(transformers, name)(config), collate([Example([1, 2], 1)] * 2, 0, "cpu"))
 
 
 def test_every_epoch_has_an_order_of_its_own():

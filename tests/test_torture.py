@@ -79,6 +79,14 @@ def test_the_newest_whole_checkpoint_is_found_by_number(saved, caplog):
     assert checkpoint.last_whole(saved / "nothing") is None
 
 
+def test_the_run_that_has_written_last_is_the_one_that_is_resumed(tmp_path, saved, caplog):
+    sft(tmp_path, **{**SAVING, "max_steps": 2}).train()  # into the same folder: the older run had 4 steps
+    assert checkpoint.last_whole(saved) == saved / "checkpoint-2"
+    assert f"checkpoint-4 is skipped, because another run has written {saved / 'checkpoint-2'} later" in caplog.text
+    sft(tmp_path, **SAVING).train(resume_from_checkpoint=str(saved / "checkpoint-2"))
+    assert checkpoint.last_whole(saved) == saved / "checkpoint-4"
+
+
 def test_the_error_for_half_a_subspace_names_the_newest_whole_checkpoint(tmp_path, saved):
     (saved / "checkpoint-4" / checkpoint.STATE_NAME).unlink()
     with pytest.raises(checkpoint.CheckpointError, match=r"newest whole checkpoint is .*checkpoint-2\."):

@@ -123,11 +123,17 @@ def train(
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save on a full disk
                 raise
             raise SystemExit(f"ogpsa {stage}: {_stopped(error, trainer)}") from error
-    if run.full_parameter:
-        _save_whole(options, trainer, config)
-        console.print(f"Saved the model: {Path(_folder(training)).resolve()}", soft_wrap=True)
-    else:
-        _save_adapter(options, trainer, config, started_from, console)
+    try:
+        if run.full_parameter:
+            _save_whole(options, trainer, config)
+        else:
+            _save_adapter(options, trainer, config, started_from)
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(f"ogpsa {stage}: {_unsaved(error, trainer)}") from error
+    what = "the model" if run.full_parameter else "a plain LoRA adapter"
+    console.print(f"Saved {what}: {Path(_folder(training)).resolve()}", soft_wrap=True)
+    if training.push_to_hub and not run.full_parameter:
+        _push_adapter(training, trainer, console)
     compat.end(trainer)
 
 
@@ -139,6 +145,25 @@ def _stopped(error: Exception, trainer: SFTTrainer | DPOTrainer) -> str:
         f"training stopped after step {trainer.state.global_step}: {error}. Of this run, {after}. To continue from "
         "it, remove the cause and run the command again with resume_from_checkpoint=last."
     )
+
+
+def _unsaved(error: Exception, trainer: SFTTrainer | DPOTrainer) -> str:
+    """Say that the result could not be saved, and save the weights elsewhere if there is no checkpoint of them."""
+    state, whole = trainer.state, last_whole(trainer.args.output_dir or ".", subspace=False)
+    said = f"training is finished, but the result cannot be saved: {error}. "
+    if whole is not None and whole.name.endswith(f"-{state.global_step}"):
+        return said + (
+            f"Its weights are in {whole}. To save the result, remove the cause and run the command again with "
+            "resume_from_checkpoint=last."
+        )
+    if trainer.accelerator.num_processes > 1:  # not all of them may have come here
+        return said + "There is no checkpoint of the last step."
+    folder = tempfile.mkdtemp(prefix="ogpsa-")
+    try:
+        trainer.save_model(folder, _internal_call=True)
+    except (OSError, SafetensorError) as second:
+        return said + f"Its weights cannot be saved in {folder} either: {second}."
+    return said + f"Its weights are saved in {folder}."
 
 
 def _check_launch(options: _Options) -> None:
@@ -235,10 +260,9 @@ def _save_adapter(
     trainer: SFTTrainer | DPOTrainer,
     config: MethodConfig,
     started_from: str | None,
-    console: Console,
 ) -> None:
-    """Save the adapter with its card, and upload it if that is requested."""
-    training, folder = options.training, _folder(options.training)
+    """Save the adapter with its card."""
+    folder = _folder(options.training)
     model = cast(PeftModel, trainer.model)
     if "ref" in model.peft_config:
         model.delete_adapter("ref")  # DPO's copy of the adapter that it started from
@@ -246,17 +270,18 @@ def _save_adapter(
         (Path(folder) / SIDECAR_NAME).unlink(missing_ok=True)
     trainer.save_model(folder, _internal_call=True)  # this does not push to the hub
     save_card(folder, run=_record(options, trainer, config) | {"started_from_weights": started_from})
-    console.print(f"Saved a plain LoRA adapter: {Path(folder).resolve()}", soft_wrap=True)
-    if training.push_to_hub:
-        name = cast(str, trainer.hub_model_id)
-        url = push_adapter(
-            folder,
-            name,
-            private=training.hub_private_repo,
-            token=training.hub_token,
-            revision=training.hub_revision,
-        )
-        console.print(f"Pushed: {url}", soft_wrap=True)
+
+
+def _push_adapter(training: SFTConfig | DPOConfig, trainer: SFTTrainer | DPOTrainer, console: Console) -> None:
+    """Upload the saved adapter."""
+    url = push_adapter(
+        _folder(training),
+        cast(str, trainer.hub_model_id),
+        private=training.hub_private_repo,
+        token=training.hub_token,
+        revision=training.hub_revision,
+    )
+    console.print(f"Pushed: {url}", soft_wrap=True)
 
 
 def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodConfig) -> dict[str, Any]:

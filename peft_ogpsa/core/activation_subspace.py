@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
+from .copy_check import CopyCheck
 from .inputs import Input
 from .kinds import Kind, kind_of
 from .layout import LARGEST_GROUP
@@ -98,6 +99,7 @@ class ActivationSubspace:
         self._before: list[Tensor] | None = None
         self._before_inner: list[Tensor] | None = None
         self._gained = False  # whether a step within the current step has had its gain
+        self._copy_check = CopyCheck()  # of the first stack: an optimizer treats all alike
         # For each stack: squared lengths of the parts removed from steps, and of the steps.
         self._squares = [torch.zeros(2, dtype=torch.float32, device=stack.basis.device) for stack in self._stacks]
 
@@ -115,6 +117,12 @@ class ActivationSubspace:
         for i, item in enumerate(self.inputs):
             for layer in item.layers:
                 self._refuse_low_precision(own[layer])
+                if not distributed.has_whole_rows(own[layer].parameter):
+                    raise ValueError(
+                        f"{own[layer].name} is sharded along the inputs of its layer, which an activation subspace "
+                        "projects as a whole. Leave out shard_placement_fn in fully_shard, or use "
+                        "subspace='gradients'."
+                    )
             if not self._adapter and item.directions.shape[1] >= item.width:
                 raise ValueError(
                     f"The activation subspace takes all {item.width} dimensions of the input of {item.layers[0]}, so "
@@ -302,11 +310,15 @@ class ActivationSubspace:
                 assert self._before is not None
                 before = self._before[i]
                 step = now - before
+                if i == 0 and self._adapter and not self._gained:
+                    self._copy_check.before(step)
                 removed = stack.inside(step)
                 self._squares[i] += torch.stack([removed.square().sum(), step.square().sum()])
                 step -= removed
                 if not self._gained:
                     step *= stack.gain
+                if i == 0 and self._adapter and not self._gained:
+                    self._copy_check.after(step)
                 now = torch.add(before, step, out=now)
             if self._adapter:
                 # A was in the complement before. Project A itself, so that rounding errors do not add up.
@@ -361,11 +373,13 @@ class ActivationSubspace:
     def step_bytes(self) -> int:
         """Additional memory that a step needs, in bytes: the snapshot, and three copies of one stack.
 
-        Directions in bfloat16 are converted to float32, one stack at a time.
+        It includes two more copies of the first stack, which `CopyCheck` needs in an adapter's first steps. Directions
+        in bfloat16 are converted to float32, one stack at a time.
         """
         sizes = [4 * sum(distributed.local(p).numel() for p in stack.parameters()) for stack in self._stacks]
         converted = [0 if stack.basis.dtype == torch.float32 else 4 * stack.basis.numel() for stack in self._stacks]
-        return sum(sizes) + max(3 * size + more for size, more in zip(sizes, converted, strict=True))
+        checked = 2 * sizes[0] if self._adapter else 0
+        return sum(sizes) + checked + max(3 * size + more for size, more in zip(sizes, converted, strict=True))
 
     def state_dict(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """The directions by name, and a JSON-ready list with one entry per input."""

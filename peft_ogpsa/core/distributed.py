@@ -66,6 +66,11 @@ def are_sharded(parameters: Iterable[Tensor]) -> bool:
     return True
 
 
+def has_whole_rows(matrix: Tensor) -> bool:
+    """Whether each process holds whole rows of a matrix, as FSDP2 shards it unless told otherwise."""
+    return not isinstance(matrix, DTensor) or all(own.is_shard(0) for own in matrix.placements)
+
+
 def _size(tensor: DTensor) -> int:
     return tensor.device_mesh.size()
 

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,9 +16,12 @@ from torch import nn
 
 from . import attachment
 from .config import ProjectionConfig
+from .precision import LOW_PRECISION
 from .projector import Projector
 from .stacks import InputMatrix
 from .targets import without_wrappers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -166,18 +170,23 @@ class WholeTargets:
     def _included(self) -> list[tuple[str, str, nn.Parameter]]:
         known = self._known  # another thread may reset it in the meantime
         if known is None:
-            found = []
-            for name, parameter in self.model.named_parameters():
+            found, owners = [], defaultdict(list)
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
                 name = without_wrappers(name)
-                found.append((name, name.rpartition(".")[0], parameter))
+                owner = name.rpartition(".")[0]
+                if parameter not in owners:  # a shared one has the name of its first owner
+                    found.append((name, owner, parameter))
+                owners[parameter].append(owner)
             for pattern in self.config.exclude:
-                if not any(_matches(owner, pattern) for _, owner, _ in found):
+                if not any(_matches(owner, pattern) for own in owners.values() for owner in own):
                     raise ValueError(
                         f"exclude: {pattern!r} matches no module of this {type(self.model).__name__}. Use names of "
                         f"modules with parameters, for example {found[0][1]!r} or {found[-1][1]!r}."
                     )
             self._known = known = [
-                item for item in found if not any(_matches(item[1], pattern) for pattern in self.config.exclude)
+                item
+                for item in found
+                if not any(_matches(owner, pattern) for owner in owners[item[2]] for pattern in self.config.exclude)
             ]
         return known
 
@@ -254,6 +263,15 @@ def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
         raise ValueError(
             f"exclude={config.exclude!r} leaves no parameter to project: this {type(model).__name__} trains no other "
             "parameter. Exclude fewer modules, or unfreeze parameters."
+        )
+    low = [name for name, _, parameter in targets.trained() if parameter.dtype in LOW_PRECISION]
+    if low:
+        logger.warning(
+            "%d weights in training have 16 bits, such as %s. The optimizer itself rounds its steps to them, so small "
+            "steps are lost, with the projection and without. Load the model with dtype=torch.float32. It still "
+            "computes in 16 bits with bf16=True or fp16=True.",
+            len(low),
+            low[0],
         )
     attachment.detach(model)
     projector = Projector(targets)

@@ -50,7 +50,10 @@ _lock = threading.Lock()  # protects the set: another thread may add a watcher w
 _running: weakref.WeakKeyDictionary[Watcher, FrameType] = weakref.WeakKeyDictionary()
 # The call of an inner `step` that has begun last. Calls around it do not end an inner step of their own.
 _inner: weakref.WeakKeyDictionary[Watcher, FrameType] = weakref.WeakKeyDictionary()
-_handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+# Watchers in a step whose optimizer gives each process only some of the parameters.
+_divided: weakref.WeakSet[Watcher] = weakref.WeakSet()
+_pre_handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+_post_handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
 def watch(watcher: Watcher) -> None:
@@ -65,6 +68,7 @@ def unwatch(watcher: Watcher) -> None:
         _watchers.discard(watcher)
     _running.pop(watcher, None)
     _inner.pop(watcher, None)
+    _divided.discard(watcher)
 
 
 def closure_of(args: tuple, kwargs: dict) -> Callable[[], Any] | None:
@@ -100,6 +104,24 @@ def _is_running(step: FrameType) -> bool:
     return frame is step
 
 
+def _divides(optimizer: Optimizer) -> bool:
+    """Whether an optimizer makes other steps in every process, and then sends the parameters around."""
+    return any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__)
+
+
+def _global_pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """Run our pre hook after the optimizer's own, such as one that clips, which would see the reference gradient.
+
+    torch runs global pre hooks first.
+    """
+    if any(watcher.trains(optimizer) for watcher in _all_watchers()):
+        hooks = cast(OrderedDict, optimizer._optimizer_step_pre_hooks)
+        handle = _pre_handles.get(optimizer)
+        if handle is None or handle.id not in hooks:
+            handle = _pre_handles[optimizer] = optimizer.register_step_pre_hook(_pre_hook)
+        hooks.move_to_end(handle.id)
+
+
 def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     replaced = None
     with torch.no_grad():
@@ -110,12 +132,15 @@ def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, d
             around = _running.pop(watcher, None)
             if around is not None and _is_running(around):
                 _running[watcher] = around  # this step is part of an outer one
+                if watcher in _divided:
+                    continue
                 _inner[watcher] = _step_frame()
                 watcher.begin_inner_step()
                 _call_back_first(optimizer)
                 continue
             result = watcher.begin_step(optimizer, args, kwargs)
             _running[watcher] = _step_frame()
+            (_divided.add if _divides(optimizer) else _divided.discard)(watcher)
             _call_back_first(optimizer)
             if result is not None:
                 replaced = args, kwargs = result
@@ -128,9 +153,9 @@ def _call_back_first(optimizer: Optimizer) -> None:
     torch runs global post hooks last.
     """
     hooks = cast(OrderedDict, optimizer._optimizer_step_post_hooks)
-    handle = _handles.get(optimizer)
+    handle = _post_handles.get(optimizer)
     if handle is None or handle.id not in hooks:
-        handle = _handles[optimizer] = optimizer.register_step_post_hook(_post_hook)
+        handle = _post_handles[optimizer] = optimizer.register_step_post_hook(_post_hook)
     hooks.move_to_end(handle.id, last=False)
 
 
@@ -147,4 +172,4 @@ def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
                 watcher.end_step(optimizer)
 
 
-register_optimizer_step_pre_hook(_pre_hook)
+register_optimizer_step_pre_hook(_global_pre_hook)

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .gradients import LossFn, batch_gradient, batch_size, example_gradients, examples_of, sharded_gradient
+from .gradients import (
+    LossFn,
+    batch_gradient,
+    batch_size,
+    example_gradients,
+    examples_of,
+    first_tensor,
+    sharded_gradient,
+)
 from .linalg import small_dtype
+from .precision import bit_sum
 from .rows import Rows, Slots
 
 Losses = list[tuple[Tensor, float]]
@@ -105,9 +114,15 @@ def sized(sets: Mapping[str, Sequence[Any]]) -> list[SetBatches]:
 
 
 def check_sizes(sets: Sequence[SetBatches], device: torch.device) -> None:
-    """Check that all processes have batches of the same sizes. See `distributed.check_agreement`."""
+    """Check that all processes have batches of the same sizes and with the same first tensor, such as the token ids.
+
+    See `distributed.check_agreement`.
+    """
+    if distributed.count() == 1:
+        return
     numbers = [number for own in sets for number in (len(own.sizes), *own.sizes)]
-    distributed.check_agreement(numbers, device, "The sizes of the reference batches")
+    numbers += [bit_sum(first_tensor(batch)) for own in sets for batch in own.batches]
+    distributed.check_agreement(numbers, device, "The sizes of the reference batches, or their tokens,")
 
 
 class Passes:

@@ -234,6 +234,11 @@ class Projector:
                 out, with a warning.
         """
         config = self.config
+        if model is None and getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                "alora_invocation_tokens acts only through the PeftModel, which finds the tokens in a batch. Give it: "
+                "refresh(batches, loss_fn, model=peft_model)."
+            )
         sets = checked(batches)
         model = self.targets.model if model is None else model
         build = self._builder.lacks(config)

@@ -93,8 +93,9 @@ class Watcher:
             raise ValueError(
                 f"{len(missing)} adapted layers are not called when the model processes a reference example. One of "
                 f"them is {missing[0]}. Their inputs are not known. If a tool computes them with fused kernels "
-                "(unsloth, axolotl's lora_*_kernel), turn the kernels off. Otherwise leave these layers out of "
-                "target_modules. Or use subspace='gradients'."
+                "(unsloth, axolotl's lora_*_kernel), turn the kernels off. If they are experts to which none of its "
+                "tokens is routed, put a longer example first. Otherwise leave these layers out of target_modules. Or "
+                "use subspace='gradients'."
             )
 
     def take(self, forward: LossFn, model: nn.Module, part: Part, take: Take) -> None:
@@ -132,9 +133,15 @@ class Watcher:
         if vectors.dim() > 2 and vectors.shape[:2] != tokens.shape and vectors.shape[:2] == tokens.shape[::-1]:
             tokens = tokens.T  # a layer that has the sequence first
         where = tokens.flatten().nonzero().squeeze(1)
-        if len(where) == tokens.numel():
+        if len(where) == tokens.numel() and not (vectors.dim() == 3 and len(flat) < tokens.numel()):
             return flat
         if len(flat) != part.tokens.numel():
+            if vectors.dim() == 3 and len(flat) < tokens.numel():
+                raise ValueError(
+                    f"The layer {name} receives {len(flat)} vectors, but the batch has {tokens.numel()} positions: "
+                    "the model passes it only a part of them. Leave such layers out of target_modules, or use "
+                    "subspace='gradients'."
+                )
             raise ValueError(
                 f"The layer {name} receives {len(flat)} vectors, but the batch has {part.tokens.numel()} positions, "
                 "so OGPSA cannot know which vectors belong to tokens. Routed experts are such layers. Pass one "

@@ -113,7 +113,10 @@ def run_pieces(
                 measured.append(finished[piece.name].measurement)
                 continue
             measured.append(piece.measure(model, name))
-            store.add(key, piece.name, wanted[piece.name], measured[-1])
+            try:
+                store.add(key, piece.name, wanted[piece.name], measured[-1])
+            except OSError as error:
+                tell(f"{key}: {piece.name} is used, but cannot be stored for the next run: {error}")
     return _together(measured)
 
 

@@ -153,7 +153,7 @@ class ReferenceSet:
             max_length=max_length,
             progress=progress,
         )
-        own = template_of(processing_class)
+        own = template_of(processing_class) or ""
         return AnsweredSet(name, rows, None, max_length, loss, counts=counts, chat_template=own)
 
     def tokenize(self, processing_class: Any) -> list[Example] | list[Pair]:

@@ -6,12 +6,37 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 
 def language_model(model: torch.nn.Module) -> PreTrainedModel:
     """Return the transformers model inside a `PeftModel` (its adapter layers stay in place), or the model itself."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def acting_model(model: torch.nn.Module) -> PreTrainedModel:
+    """Return what `language_model` does, for an adapter that acts within the model's layers.
+
+    Raises:
+        ValueError: If the adapter needs more than its layers: prompt learning, and activated LoRA.
+    """
+    if isinstance(model, PeftModel) and not _turned_off(model):
+        configs = [model.peft_config[name] for name in model.active_adapters]
+        for config in configs:
+            if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+                what = "prompt learning" if config.is_prompt_learning else "activated LoRA (alora_invocation_tokens)"
+                raise ValueError(
+                    f"The active adapter uses {what}, which changes what the model is given, and not only its layers. "
+                    "It cannot be measured here: the figures would be the base's. Generate with the PeftModel itself."
+                )
+    return language_model(model)
+
+
+def _turned_off(model: PeftModel) -> bool:
+    """Whether the model is in `disable_adapter`. For prompt learning, PEFT then calls the base's `forward` instead."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return any(layer.disable_adapters for layer in layers) or model.forward == model.base_model.forward
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..core.isolation import isolated_eval
-from .access import input_device, language_model
+from .access import acting_model, input_device
 from .batching import by_length, padded_ids
 from .thoughts import MARKS, opened, with_think_marks
 from .tokenization import Prompt, decoded, encode_prompt
@@ -102,7 +102,7 @@ def generate_ids(
             raise ValueError(
                 f"Prompt {index} has no tokens. Give it some text, or give the tokenizer a chat template."
             )
-    lm = language_model(model)
+    lm = acting_model(model)
     device = input_device(lm)
     own_config = lm.generation_config
     ends = _end_ids(own_config, tokenizer)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .access import input_device, language_model
+from .access import acting_model, input_device, language_model
 from .batching import padded_ids
 from .tokenization import IGNORED, Example
 
@@ -24,7 +25,7 @@ def answer_logits(model: torch.nn.Module, examples: Sequence[Example]) -> list[t
         One tensor per example, (answer tokens, vocabulary), in the model's own precision. Upcasting one example at a
         time keeps memory use low.
     """
-    lm = language_model(model)
+    lm = acting_model(model)
     inputs = padded_ids([example.ids for example in examples], 0, input_device(lm))
     width = inputs["input_ids"].shape[1]
     first = min(example.answer_start for example in examples) - 1
@@ -63,7 +64,8 @@ def scored_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def pass_through(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Pass a batch through a model for what its layers see, and not for its logits, which are its largest tensor.
 
-    The output layer computes the last position alone if it is not in training itself and the model has this option.
+    The output layer computes the last position alone if the model has this option, and if nothing that is adapted or
+    in training comes after the backbone.
 
     Args:
         model: The model, as it is called in training.
@@ -76,21 +78,37 @@ def pass_through(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         ValueError: If the model is not a causal language model.
     """
     lm = language_model(model)
-    head = lm.get_output_embeddings() if isinstance(lm, PreTrainedModel) else None
-    if head is None or any(parameter.requires_grad for parameter in head.parameters()):
-        return _logits(model, batch)
     # The signature of the class, because the trainer replaces the bound method for mixed precision.
     able = "logits_to_keep" in inspect.signature(type(lm).forward).parameters
-    return _logits(model, batch, **({"logits_to_keep": 1} if able else {}))
+    return _logits(model, batch, **({"logits_to_keep": 1} if able and _ends_with_backbone(lm) else {}))
+
+
+def _ends_with_backbone(lm: PreTrainedModel) -> bool:
+    """Whether no layer after the backbone is adapted or in training, so that none needs all positions."""
+    backbone = getattr(lm, "base_model", lm)
+    if backbone is lm:  # not told apart
+        return False
+    inside = set(backbone.modules())
+    return not any(
+        # PEFT freezes adapters while it turns them off, so their parameters do not tell.
+        isinstance(module, BaseTunerLayer) or any(own.requires_grad for own in module.parameters(recurse=False))
+        for module in lm.modules()
+        if module not in inside
+    )
 
 
 def _logits(model: Any, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
+    lm = language_model(model)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits = model(**inputs, use_cache=False, **options).logits
-    if logits.dim() != 3:
+    output = model(**inputs, use_cache=False, **options)
+    logits = getattr(output, "logits", None)
+    shape = None if logits is None else tuple(logits.shape)
+    # Masked language models have logits of this shape, too, but do not generate.
+    known = type(lm).__module__.startswith("transformers.")
+    if logits is None or logits.dim() != 3 or (known and not lm.can_generate()):
         raise ValueError(
-            f"Reference losses need a causal language model, and this {type(model).__name__} returns logits of shape "
-            f"{tuple(logits.shape)} instead of (examples, tokens, vocabulary). For other models give your own loss to "
-            "model.projector.refresh(batches, loss_fn) in a loop of your own."
+            f"Reference losses need a causal language model, which generates text and returns logits of shape "
+            f"(examples, tokens, vocabulary). This {type(lm).__name__} returns {shape}. For other models give your "
+            "own loss to model.projector.refresh(batches, loss_fn) in a loop of your own."
         )
     return logits

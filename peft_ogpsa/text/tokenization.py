@@ -48,7 +48,19 @@ class Example:
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a processor, or a tokenizer itself."""
+    """Return the tokenizer of a processor, or a tokenizer itself.
+
+    Raises:
+        ValueError: If it is the tokenizer of mistral-common, which has no chat template that could be read.
+    """
+    if type(processing_class).__name__ in ("MistralCommonBackend", "MistralCommonTokenizer"):
+        raise ValueError(
+            f"The tokenizer is a {type(processing_class).__name__}, which cannot say what a template of its own adds "
+            "to messages. AutoTokenizer takes it where mistral-common is installed. Load the tokenizer with a chat "
+            "template instead: PreTrainedTokenizerFast.from_pretrained(NAME)."
+        )
+    if isinstance(processing_class, PreTrainedTokenizerBase):  # some have a `tokenizer` of another kind inside
+        return processing_class
     return cast(PreTrainedTokenizerBase, getattr(processing_class, "tokenizer", processing_class))
 
 

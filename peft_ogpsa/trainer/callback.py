@@ -7,9 +7,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import uuid
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ class _Run:
         still: Whether the projection is off, because the run is finished.
         uploaded: The step whose checkpoint is being uploaded, with its subspace.
         over: Whether training has ended.
+        name: What distinguishes the run, also after it was resumed.
     """
 
     state: weakref.ref[TrainerState]
@@ -67,6 +69,7 @@ class _Run:
     still: bool = False
     uploaded: int | None = None
     over: bool = False
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class OGPSACallback(TrainerCallback):
@@ -231,7 +234,9 @@ class OGPSACallback(TrainerCallback):
             _ask_policy(loader, model, args)  # again, because its answers are others now
         self._prepare_saving(args, state, trainer, projector)
         plan = _plan(run, step_examples)  # called even if not shown: it rejects parameters that share memory
-        if not args.disable_tqdm:
+        if args.disable_tqdm:
+            logger.info("%s", plan)
+        else:
             tqdm.write(plan)
 
     def _prepare_saving(
@@ -393,7 +398,7 @@ class OGPSACallback(TrainerCallback):
         if not self.save_subspace or not run.projector.projected() or run.uploaded == state.global_step:
             return
         saved = run.projector.state_dict()  # call this in all processes, because it gathers shards
-        saved["rest"]["loader"] = run.loader.state_dict()
+        saved["rest"] |= {"loader": run.loader.state_dict(), "run": run.name}
         if state.is_world_process_zero:
             checkpoint.save(self._checkpoint_directory(args, state), saved)
 
@@ -423,6 +428,7 @@ class OGPSACallback(TrainerCallback):
             try:
                 run.loader.load_state_dict(saved["rest"]["loader"])
                 run.projector.load_state_dict(saved)
+                run.name = str(saved["rest"].get("run", run.name))
                 if run.projector.activations is not None:
                     run.projector.activations.references = run.loader.digest
             except (KeyError, TypeError) as error:

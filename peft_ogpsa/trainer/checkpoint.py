@@ -87,10 +87,11 @@ def load(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def last_whole(output_dir: str | os.PathLike, *, subspace: bool = True) -> Path | None:
-    """Return the newest whole checkpoint of a run. A warning names each newer one that is not whole.
+    """Return the newest whole checkpoint of a run. A warning names each one that is skipped, and why.
 
-    A run that is killed while it saves, or whose disk is full, leaves a checkpoint that is not whole. transformers'
-    `resume_from_checkpoint=True` takes the newest one, whole or not. Give this one instead:
+    If several runs have written to the folder, the run counts that has written last. A run that is killed while it
+    saves, or whose disk is full, leaves a checkpoint that is not whole. transformers' `resume_from_checkpoint=True`
+    takes the newest one, whole or not. Give this one instead:
 
     ```py
     trainer.train(resume_from_checkpoint=last_whole(trainer.args.output_dir))
@@ -100,14 +101,31 @@ def last_whole(output_dir: str | os.PathLike, *, subspace: bool = True) -> Path 
         output_dir: The output folder of the run.
         subspace: Whether a whole checkpoint includes the subspace. False: the run does not save it, or rebuilds it.
     """
-    folder = Path(output_dir)
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) is not None]
-    for path in sorted(found, key=lambda path: _step(path) or 0, reverse=True):
+    steps = {path: _step(path) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
+    found = sorted((path for path in steps if steps[path] is not None), key=lambda path: steps[path] or 0)
+    newest = max(found, key=_written, default=None)
+    while found:
+        path = found.pop()
         flaw = _flaw(path, subspace)
-        if flaw is None:
+        if flaw is not None:
+            logger.warning("%s is skipped, because it is not whole: %s.", path, flaw)
+        elif newest in found and _run(newest) != _run(path):
+            logger.warning("%s is skipped, because another run has written %s later.", path, newest)
+        else:
             return path
-        logger.warning("%s is skipped, because it is not whole: %s.", path, flaw)
     return None
+
+
+def _written(path: Path) -> float:
+    return max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
+
+
+def _run(path: Path | None) -> Any:
+    """What distinguishes the run that has written a checkpoint from others. `None`: it has not written that."""
+    try:
+        return None if path is None else read_json(path / STATE_NAME).get("run")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _step(path: Path) -> int | None:

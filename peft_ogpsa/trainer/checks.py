@@ -143,7 +143,7 @@ def _has_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> bool:
 
 def warn_of_other_template(reference_sets: Sequence[ReferenceSet], processing_class: Any) -> None:
     """Warn if the chat template has changed since the base answered, for example by TRL's `chat_template_path`."""
-    template = template_of(processing_class)
+    template = template_of(processing_class) or ""
     for own in reference_sets:
         if isinstance(own, AnsweredSet) and own.chat_template not in (None, template):
             logger.warning(

@@ -30,7 +30,8 @@ class ReferencePolicy:
     """Keeps the copy equal to the adapter while the adapter moves into the null space of a new subspace.
 
     TRL copies the adapter when a trainer is created. The move then removes a part of the adapter, but not of the copy.
-    The two policies would differ before any training.
+    The two policies would differ before any training. On a 4-bit base TRL also rounds the adapter to bfloat16, after
+    the copy. Then the adapter gets its own weights back.
 
     Args:
         adapter (`str`, *optional*): The copy's name. `None`: there is none.
@@ -52,8 +53,11 @@ class ReferencePolicy:
             layer: Any = targets.model.get_submodule(path)
             if adapter in layer.lora_A and own in layer.lora_B:
                 found = _Matrices(parameter, layer.lora_B[own].weight, layer.lora_A[adapter].weight)
-                if _equal(found.copy, parameter) and _equal(layer.lora_B[adapter].weight, found.after):
+                pairs = [(found.copy, parameter), (layer.lora_B[adapter].weight, found.after)]
+                if all(_equal(copy, trained) for copy, trained in pairs):
                     self._matrices.append(found)
+                    for copy, trained in pairs:
+                        _restore(trained, copy)
 
     @torch.no_grad()
     def follow(self, *, precomputed: bool) -> bool:
@@ -88,9 +92,18 @@ class ReferencePolicy:
 
 
 def _equal(copy: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether a copy, which may have a lower precision, equals its own matrix."""
+    """Whether a copy equals its own matrix. The copy may have a lower precision, or the matrix was rounded."""
     copy, own = _whole(copy), _whole(own)
-    return copy.shape == own.shape and torch.equal(copy, own.to(copy.dtype))
+    if copy.shape != own.shape:
+        return False
+    return torch.equal(copy, own.to(copy.dtype)) or torch.equal(copy.to(torch.bfloat16).float(), own.float())
+
+
+@torch.no_grad()
+def _restore(own: torch.Tensor, copy: torch.Tensor) -> None:
+    """Undo the rounding of a matrix of which the copy still has all bits."""
+    if own.dtype == copy.dtype and not torch.equal(_whole(own), _whole(copy)):
+        distributed.local(own).copy_(distributed.local(copy))
 
 
 def _removed(own: _Matrices) -> float:

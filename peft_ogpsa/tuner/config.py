@@ -111,6 +111,11 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
                 "base's weights into the adapter, and the adapter then acts on reference inputs. Use "
                 "init_lora_weights=True, or subspace='gradients'."
             )
+        if isinstance(start, str) and start.lower() == "mica":
+            raise ValueError(
+                f"init_lora_weights={start!r} is not allowed with subspace={self.subspace!r}: it has layers of its "
+                "own kind, which train only A. Use init_lora_weights=True, or subspace='gradients'."
+            )
         for name in ("use_dora", "lora_bias", "target_parameters"):
             if getattr(self, name, None):
                 raise ValueError(

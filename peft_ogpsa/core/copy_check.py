@@ -1,0 +1,62 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Recognizes optimizers that keep their own copy of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_STEPS = 32
+"""The number of steps that are checked. Each check waits for the device."""
+
+_SAME = 0.1
+"""The share of the previous correction that may be missing from its reversal."""
+
+
+class CopyCheck:
+    """Finds out whether an optimizer undoes the projection, because it writes its own copy over the weights.
+
+    Such an optimizer (CPU offload, float32 master weights) makes the step `u - c`, where `c` is what the projection
+    added to the weights after the previous step. A gain above 2 then enlarges `-c` again and again, and A grows
+    without bound. A smaller gain only loses its effect, which is not found.
+    """
+
+    def __init__(self) -> None:
+        self._left = _STEPS
+        self._step: Tensor | None = None
+        self._correction: Tensor | None = None
+
+    def before(self, step: Tensor) -> None:
+        """Check a step that the optimizer has made, before it is projected.
+
+        Args:
+            step: The change of the weights.
+
+        Raises:
+            RuntimeError: If it reverses the previous correction.
+        """
+        if self._left == 0 or (step.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._step = self._correction = None
+            return
+        if self._correction is not None:
+            rest = torch.linalg.vector_norm(step + self._correction)
+            if bool(rest < _SAME * torch.linalg.vector_norm(self._correction)):
+                raise RuntimeError(
+                    "The optimizer's step is the previous correction, reversed. So the optimizer steps a copy of the "
+                    "weights that it keeps itself (CPU offload, or float32 master weights), and writes it over the "
+                    "projected weights. The adapter would grow without bound. Use an optimizer that steps the "
+                    "parameters themselves, such as AdamW, and keep the adapter in float32."
+                )
+        self._step = step.clone()
+
+    def after(self, step: Tensor) -> None:
+        """Note the same step as it was projected.
+
+        Args:
+            step: The change of the weights.
+        """
+        if self._step is not None:
+            self._correction = step - self._step
+            self._step = None
+            self._left -= 1
