@@ -379,6 +379,23 @@ def test_a_second_stage_from_a_saved_adapter_is_built_from_the_same_references(t
     assert leak(again) < 1e-6
 
 
+def test_a_run_does_not_go_on_in_the_subspace_of_another_base(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    sft(tmp_path, model_of(), max_steps=2, **options).train()
+    checkpoint, model = tmp_path / "run" / "checkpoint-2", model_of()
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    trainer = sft(tmp_path, model, max_steps=4, **options)
+    with pytest.raises(
+        CheckpointError, match=r"other base weights: 1 of 19 differ, such as model\.layers\.1\.mlp\.up"
+    ):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    again = sft(tmp_path, model, [OGPSACallback(sets(), rebuild_subspace=True)], max_steps=4, **options)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert model.projector.steps > 0
+    sft(tmp_path, model_of(), max_steps=6, **options).train(resume_from_checkpoint=str(checkpoint))
+
+
 @pytest.mark.parametrize("precompute", [False, True])
 def test_the_reference_policy_loses_what_the_adapter_loses(tmp_path, caplog, precompute):
     """TRL copies the adapter before the subspace of other references takes a part of it away."""

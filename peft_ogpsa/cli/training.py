@@ -65,6 +65,7 @@ LOOKALIKE_PROMPTS = 200
 """How many look-alikes the base model answers, unless the rows need more."""
 
 _BECOMES_MESSAGES = "{}: plain text becomes messages, because the tokenizer has a chat template."
+_FILE_ERRORS = (OSError, SafetensorError, RuntimeError)
 _LAST = ("last", "true")  # values of resume_from_checkpoint; transformers takes True for the newest checkpoint
 
 
@@ -119,22 +120,28 @@ def train(
             if trainer.state.global_step and not isinstance(error, CheckpointError):
                 raise
             raise SystemExit(f"ogpsa {stage}: {error}") from error
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save on a full disk
-                raise
+        except _FILE_ERRORS as error:
+            _raise_others(error)
             raise SystemExit(f"ogpsa {stage}: {_stopped(error, trainer)}") from error
     try:
         if run.full_parameter:
             _save_whole(options, trainer, config)
         else:
             _save_adapter(options, trainer, config, started_from)
-    except (OSError, SafetensorError) as error:
+    except _FILE_ERRORS as error:
+        _raise_others(error)
         raise SystemExit(f"ogpsa {stage}: {_unsaved(error, trainer)}") from error
     what = "the model" if run.full_parameter else "a plain LoRA adapter"
     console.print(f"Saved {what}: {Path(_folder(training)).resolve()}", soft_wrap=True)
     if training.push_to_hub and not run.full_parameter:
         _push_adapter(training, trainer, console)
     compat.end(trainer)
+
+
+def _raise_others(error: Exception) -> None:
+    """Raise an error again that does not come from reading or writing a file."""
+    if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save on a full disk
+        raise error
 
 
 def _stopped(error: Exception, trainer: SFTTrainer | DPOTrainer) -> str:
@@ -161,7 +168,8 @@ def _unsaved(error: Exception, trainer: SFTTrainer | DPOTrainer) -> str:
     folder = tempfile.mkdtemp(prefix="ogpsa-")
     try:
         trainer.save_model(folder, _internal_call=True)
-    except (OSError, SafetensorError) as second:
+    except _FILE_ERRORS as second:
+        _raise_others(second)
         return said + f"Its weights cannot be saved in {folder} either: {second}."
     return said + f"Its weights are saved in {folder}."
 

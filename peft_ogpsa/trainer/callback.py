@@ -38,7 +38,7 @@ from ..text.tokenization import tokenizer_of
 from ..tuner.attaching import attached
 from ..tuner.config import OGPSAConfig
 from ..tuner.targets import LoraTargets
-from . import checkpoint, checks
+from . import base_weights, checkpoint, checks
 from .reference_policy import ReferencePolicy
 
 if TYPE_CHECKING:
@@ -399,6 +399,8 @@ class OGPSACallback(TrainerCallback):
             return
         saved = run.projector.state_dict()  # call this in all processes, because it gathers shards
         saved["rest"] |= {"loader": run.loader.state_dict(), "run": run.name}
+        if _is_on_a_base(run.projector):
+            saved["rest"]["base"] = base_weights.checksums(run.projector.targets.model)
         if state.is_world_process_zero:
             checkpoint.save(self._checkpoint_directory(args, state), saved)
 
@@ -427,6 +429,8 @@ class OGPSACallback(TrainerCallback):
             saved = checkpoint.load(directory)
             try:
                 run.loader.load_state_dict(saved["rest"]["loader"])
+                if _is_on_a_base(run.projector):
+                    base_weights.check(run.projector.targets.model, saved["rest"].get("base", {}))
                 run.projector.load_state_dict(saved)
                 run.name = str(saved["rest"].get("run", run.name))
                 if run.projector.activations is not None:
@@ -509,6 +513,11 @@ def _ask_policy(loader: ReferenceLoader, model: nn.Module, args: TrainingArgumen
 
 def _device_of(model: nn.Module) -> torch.device:
     return distributed.local(next(model.parameters())).device
+
+
+def _is_on_a_base(projector: Projector) -> bool:
+    """Whether the subspace is that of frozen weights, which a checkpoint does not hold."""
+    return projector.config.uses_activations and isinstance(projector.config, OGPSAConfig)
 
 
 def _saves_without_event(args: TrainingArguments) -> bool:

@@ -1,0 +1,59 @@
+# Copyright 2026 The peft_ogpsa authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checksums of the frozen weights below an adapter, because an activation subspace belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..core import distributed
+from ..core.precision import bit_sum
+from ..core.targets import without_wrappers
+from ..text.access import language_model
+
+_OF_ADAPTERS = ("lora_", ".modules_to_save.", ".trainable_tokens_")
+
+
+def checksums(model: nn.Module) -> dict[str, int]:
+    """Return the sum of the bits of every frozen weight, by name. With shards, all processes must call this.
+
+    Left out are embeddings, which users enlarge with random rows, and quantized weights, whose order in memory is not
+    always the same. Of a 4-bit base, the norms remain.
+    """
+    lm = model.model if isinstance(model, BaseTuner) else language_model(model)
+    embeddings = [lm.get_input_embeddings(), lm.get_output_embeddings()] if isinstance(lm, PreTrainedModel) else []
+    left_out = {id(own) for layer in embeddings if layer is not None for own in layer.parameters()}
+    found = {
+        without_wrappers(name).replace(".base_layer.", "."): parameter
+        for name, parameter in lm.named_parameters()
+        if not (parameter.requires_grad or parameter.is_meta or id(parameter) in left_out)
+        and parameter.is_floating_point()
+        and not any(part in name for part in _OF_ADAPTERS)
+    }
+    if not found:
+        return {}
+    own = [distributed.local(parameter) for parameter in found.values()]
+    sums = torch.tensor([bit_sum(part) if part.numel() else 0 for part in own], dtype=torch.int64)
+    if distributed.are_sharded(found.values()):
+        (sums,) = distributed.summed([sums.to(own[0].device)])
+    return dict(zip(found, sums.tolist(), strict=True))
+
+
+def check(model: nn.Module, saved: Mapping[str, int]) -> None:
+    """Compare the result of `checksums` with a saved one.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    now = checksums(model)
+    other = [name for name in saved if now.get(name) != saved[name]]
+    if other:
+        raise ValueError(
+            f"It was built on other base weights: {len(other)} of {len(saved)} differ, such as {other[0]}. Use the "
+            "same base, in the same dtype."
+        )
