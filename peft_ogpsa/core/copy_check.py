@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 _STEPS = 32
-"""The number of steps that are checked. Each check waits for the device."""
+"""The number of steps that are compared with the correction before them."""
+
+_REPORTS = (4, 8, 16, _STEPS)
+"""The steps after which the check waits for the device to report what it found. It never waits in other steps."""
 
 _SAME = 0.1
 """The share of the previous correction that may be missing from its reversal."""
@@ -23,31 +26,23 @@ class CopyCheck:
     """
 
     def __init__(self) -> None:
-        self._left = _STEPS
+        self._count = 0
+        self._least: Tensor | None = None  # the least share of a correction that a step did not reverse
         self._step: Tensor | None = None
         self._correction: Tensor | None = None
 
     def before(self, step: Tensor) -> None:
-        """Check a step that the optimizer has made, before it is projected.
+        """Compare a step that the optimizer has made with the previous correction, before the step is projected.
 
         Args:
             step: The change of the weights.
-
-        Raises:
-            RuntimeError: If it reverses the previous correction.
         """
-        if self._left == 0 or (step.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self._count == _STEPS or (step.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._step = self._correction = None
             return
         if self._correction is not None:
-            rest = torch.linalg.vector_norm(step + self._correction)
-            if bool(rest < _SAME * torch.linalg.vector_norm(self._correction)):
-                raise RuntimeError(
-                    "The optimizer's step is the previous correction, reversed. So the optimizer steps a copy of the "
-                    "weights that it keeps itself (CPU offload, or float32 master weights), and writes it over the "
-                    "projected weights. The adapter would grow without bound. Use an optimizer that steps the "
-                    "parameters themselves, such as AdamW, and keep the adapter in float32."
-                )
+            rest = torch.linalg.vector_norm(step + self._correction) / torch.linalg.vector_norm(self._correction)
+            self._least = rest if self._least is None else torch.fmin(self._least, rest)  # 0 / 0 does not count
         self._step = step.clone()
 
     def after(self, step: Tensor) -> None:
@@ -55,8 +50,27 @@ class CopyCheck:
 
         Args:
             step: The change of the weights.
+
+        Raises:
+            RuntimeError: See `report`.
         """
         if self._step is not None:
             self._correction = step - self._step
             self._step = None
-            self._left -= 1
+            self._count += 1
+            if self._count in _REPORTS:
+                self.report()
+
+    def report(self) -> None:
+        """Say what was found. Waits for the device.
+
+        Raises:
+            RuntimeError: If a step has reversed the correction before it.
+        """
+        if self._least is not None and bool(self._least < _SAME):
+            raise RuntimeError(
+                "A step of the optimizer reversed the projection's correction of the step before. So the optimizer "
+                "steps a copy of the weights that it keeps itself (CPU offload, or float32 master weights), and "
+                "writes it over the projected weights. The adapter would grow without bound. Use an optimizer that "
+                "steps the parameters themselves, such as AdamW, and keep the adapter in float32."
+            )

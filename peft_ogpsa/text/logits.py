@@ -15,6 +15,8 @@ from .access import acting_model, input_device, language_model
 from .batching import padded_ids
 from .tokenization import IGNORED, Example
 
+_OTHERS = "For other models give your own loss to model.projector.refresh(batches, loss_fn) in a loop of your own."
+
 
 def answer_logits(model: torch.nn.Module, examples: Sequence[Example]) -> list[torch.Tensor]:
     """Return the logits that predict each example's answer tokens.
@@ -99,16 +101,17 @@ def _ends_with_backbone(lm: PreTrainedModel) -> bool:
 
 def _logits(model: Any, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
     lm = language_model(model)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    output = model(**inputs, use_cache=False, **options)
-    logits = getattr(output, "logits", None)
-    shape = None if logits is None else tuple(logits.shape)
-    # Masked language models have logits of this shape, too, but do not generate.
-    known = type(lm).__module__.startswith("transformers.")
-    if logits is None or logits.dim() != 3 or (known and not lm.can_generate()):
+    # The logits of masked language models and of taggers may have the same shape.
+    if type(lm).__module__.startswith("transformers.") and not lm.can_generate():
         raise ValueError(
-            f"Reference losses need a causal language model, which generates text and returns logits of shape "
-            f"(examples, tokens, vocabulary). This {type(lm).__name__} returns {shape}. For other models give your "
-            "own loss to model.projector.refresh(batches, loss_fn) in a loop of your own."
+            f"Reference losses need a causal language model, and this {type(lm).__name__} does not generate text. "
+            f"{_OTHERS}"
+        )
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False, **options).logits
+    if logits.dim() != 3:
+        raise ValueError(
+            f"Reference losses need a causal language model, and this {type(model).__name__} returns logits of shape "
+            f"{tuple(logits.shape)} instead of (examples, tokens, vocabulary). {_OTHERS}"
         )
     return logits
