@@ -17,7 +17,7 @@ from .diagnostics import Diagnostics
 from .gradients import LossFn
 from .isolation import isolated_eval
 from .parameters import Parameters
-from .passes import check_sizes, sized
+from .passes import check_alike, sized
 from .precision import full_precision
 from .rows import DTYPES
 
@@ -82,7 +82,7 @@ class Builder:
                 "them is in training. Train at least one of them, or set subspace='gradients'."
             )
         device = distributed.local(matrices[0].parameter).device
-        check_sizes(sized(batches), device)
+        check_alike(sized(batches), device)
         with self._diagnostics.stopwatch("build", device), isolated_eval(model), targets.original():
             found = inputs.find(
                 {matrix.layer: matrix.module for matrix in matrices},

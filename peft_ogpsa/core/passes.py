@@ -113,7 +113,7 @@ def sized(sets: Mapping[str, Sequence[Any]]) -> list[SetBatches]:
     return [SetBatches(name, items, [batch_size(batch) for batch in items]) for name, items in sets.items()]
 
 
-def check_sizes(sets: Sequence[SetBatches], device: torch.device) -> None:
+def check_alike(sets: Sequence[SetBatches], device: torch.device) -> None:
     """Check that all processes have batches of the same sizes and with the same first tensor, such as the token ids.
 
     See `distributed.check_agreement`.

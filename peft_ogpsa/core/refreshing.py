@@ -20,7 +20,7 @@ from .gradient_subspace import Subspace
 from .gradients import LossFn
 from .isolation import isolated_eval
 from .parameters import Parameters
-from .passes import Passes, SetBatches, check_sizes
+from .passes import Passes, SetBatches, check_alike
 from .precision import full_precision
 from .rows import DTYPES
 
@@ -162,7 +162,7 @@ class Refresher:
         subspace = self.subspace
         assert subspace is not None
         device = subspace.blocks.device
-        check_sizes(sets, device)
+        check_alike(sets, device)
         owners = [own.name for own in sets for _ in range(own.rows(config.row_of))]
         if not config.constrains:  # only the fresh rows are needed
             slots = [slot for slot in range(subspace.rows.capacity) if slot not in self.fresh][: len(owners)]
