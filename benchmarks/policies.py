@@ -32,7 +32,6 @@ from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.core.isolation import isolated_eval
 from peft_ogpsa.evaluation import Evaluator
 from peft_ogpsa.references.losses import answer_loss
-from peft_ogpsa.trainer.penalty import ReferencePenalty
 from peft_ogpsa.tuner.model import projector_of
 
 POOL = {"general": 129, "benign": 63}
@@ -47,15 +46,18 @@ class Policy:
 
     Attributes:
         config: Function that makes the adapter's configuration.
-        replay: With plain LoRA, number of reference examples that every fifth step also trains on.
         threshold: Refresh when a reference loss has risen by this many nats, instead of at regular steps.
         own: Use the base's own answers and KL from base for the references, instead of given answers.
     """
 
     config: Callable[[], LoraConfig]
-    replay: int = 0
     threshold: float | None = None
     own: bool = False
+
+
+def replay(samples: int) -> Policy:
+    """Return a policy without projection that also trains on reference examples, every fifth step."""
+    return Policy(lambda: OGPSAConfig(subspace="none", reference_weight=1.0, refresh_samples=samples, **LORA))
 
 
 def cone(threshold: float | None = None, **overrides: Any) -> Policy:
@@ -70,7 +72,7 @@ def cone(threshold: float | None = None, **overrides: Any) -> Policy:
 # examples, as far as whole examples allow, except "192/10" and the last two groups.
 POLICIES = {
     "plain": Policy(lambda: LoraConfig(**LORA)),
-    "replay 4/5": Policy(lambda: LoraConfig(**LORA), replay=4),
+    "replay 4/5": replay(4),
     "cone 4/5": cone(refresh_samples=4),
     "cone 192/10, rows of batches": cone(refresh_steps=10, refresh_samples=192, rows_from="batch"),
     "cone 4/5, weight 1": cone(refresh_samples=4, reference_weight=1.0),
@@ -85,7 +87,7 @@ POLICIES = {
     "cone 4/5, 4 rows": cone(refresh_samples=4, rows=4),
     "cone 4/5, 12 rows of 2 examples": cone(refresh_samples=4, rows=12, rows_from="batch"),
     # More compute
-    "replay 8/5": Policy(lambda: LoraConfig(**LORA), replay=8),
+    "replay 8/5": replay(8),
     "cone 8/5": cone(refresh_samples=8),
     # The defaults of the gradient subspace
     "own answers, divergence 2/5, weight 8, 8 rows": Policy(
@@ -135,9 +137,7 @@ def run(
         ]
     config = policy.config()
     callbacks: list[TrainerCallback] = []
-    if policy.replay:
-        callbacks.append(ReferencePenalty(sets, 1.0, policy.replay, processing_class=tokenizer))
-    elif policy.threshold is not None:
+    if policy.threshold is not None:
         callbacks.append(Adaptive(sets, policy.threshold, arguments.seed))
     elif isinstance(config, OGPSAConfig):
         callbacks.append(OGPSACallback(sets, seed=arguments.seed))
@@ -159,7 +159,8 @@ def run(
 
 def _megabytes(model: Any) -> float:
     """Return the size of the rows."""
-    if not isinstance(model.peft_config["default"], OGPSAConfig):
+    config = model.peft_config["default"]
+    if not (isinstance(config, OGPSAConfig) and config.projects):
         return 0.0
     return sum(part.numel() * part.element_size() for part in projector_of(model).subspace.rows.stack) / 1e6
 

@@ -127,7 +127,7 @@ def train(
             optimizer.step()
         told["collectives"].append(debug.get_total_counts())
         optimizer.zero_grad()
-        if projector.subspace is not None and projector.enabled and projector.config.projection == "update":
+        if projector.subspace is not None and projector.enabled and bound(projector.config):
             told["worst"] = max(told["worst"], violation(projector, was, whole(model)))
     told["parameters"] = whole(model)
     told["figures"] = projector.diagnostics.collect()
@@ -142,6 +142,10 @@ def train(
         if dist.is_initialized():
             dist.barrier()  # nobody reads the files before they are complete
     return told
+
+
+def bound(config: Any) -> bool:
+    return config.constrains and config.projection == "update"
 
 
 def violation(projector: Any, was: dict, now: dict) -> float:

@@ -380,7 +380,13 @@ def test_projection_off_is_plain_lora_to_the_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"rows_dtype": "bfloat16", "rows_from": "batch"}, {"reference_weight": 1.0}]
+    "overrides",
+    [
+        {},
+        {"rows_dtype": "bfloat16", "rows_from": "batch"},
+        {"reference_weight": 1.0},
+        {"subspace": "none", "reference_weight": 1.0, "refresh_steps": 5},
+    ],
 )
 def test_resumed_run_equals_one_that_never_stopped(tmp_path, overrides):
     options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
@@ -880,6 +886,7 @@ def test_a_base_that_is_trained_is_no_base_to_stay_close_to(tmp_path, bias):
         ("activations", ("kl", "answer"), None, {"general": 2.0, "benign": 1.0}),
         ("activations", ("kl", "answer"), 3.0, {"general": 3.0, "benign": 3.0}),
         ("both", ("kl", "kl"), None, {"general": 2.0, "benign": 2.0}),
+        ("none", ("kl", "answer"), None, {"general": 8.0, "benign": 1.0}),
     ],
 )
 def test_the_weight_of_each_set_is_what_its_loss_calls_for(tmp_path, subspace, losses, weight, expected):
@@ -887,8 +894,8 @@ def test_the_weight_of_each_set_is_what_its_loss_calls_for(tmp_path, subspace, l
         ReferenceSet(name, rows, loss=loss)
         for name, rows, loss in zip(("general", "benign"), (GENERAL, BENIGN), losses, strict=True)
     ]
-    rank = {} if subspace == "gradients" else {"subspace_rank": 8}
-    rows = {} if subspace == "activations" else {"rows": 8}
+    rank = {"subspace_rank": 8} if subspace in ("activations", "both") else {}
+    rows = {"rows": 8} if subspace in ("gradients", "both") else {}
     settings = {"subspace": subspace, **rank, **rows, "refresh_samples": 4, "reference_weight": weight}
     model = get_peft_model(tiny_llama(vocab_size=259, max_position_embeddings=256), OGPSAConfig(**LORA, **settings))
     seen = {}
@@ -1103,7 +1110,7 @@ def test_large_weight_of_given_answers_is_warned_of(loss, weight, warned, tmp_pa
     assert all("'given'" in text and "Set reference_weight=None or 1.0" in text for text in found)
 
 
-@pytest.mark.parametrize("subspace", ["activations", "gradients", "both"])
+@pytest.mark.parametrize("subspace", ["activations", "gradients", "both", "none"])
 def test_the_example_of_the_callback_triggers_no_warning(subspace, tmp_path, caplog):
     (written,) = re.findall(r"callbacks=(\[OGPSACallback\(.*\)\])\)", OGPSACallback.__doc__)
     names = {"OGPSACallback": OGPSACallback, "ReferenceSet": ReferenceSet, "rows": GENERAL}

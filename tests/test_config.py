@@ -66,7 +66,7 @@ def test_every_own_field_has_help():
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("subspace", ["activations", "gradients", "both"]),
+        ("subspace", ["activations", "gradients", "both", "none"]),
         ("tokens", ["all", "answer"]),
         ("constraint", ["cone", "orthogonal"]),
         ("projection", ["update", "gradient"]),

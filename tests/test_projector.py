@@ -215,10 +215,10 @@ def test_compiled_model():
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("subspace", ["gradients", "activations", "both"])
+@pytest.mark.parametrize("subspace", ["gradients", "activations", "both", "none"])
 def test_layers_compiled_one_by_one_after_the_build(subspace):
     settings = {"subspace": subspace, "reference_weight": 1.0}
-    settings |= {} if subspace == "gradients" else {"subspace_rank": 6}
+    settings |= {"subspace_rank": 6} if subspace in ("activations", "both") else {}
     model, plain = ogpsa_model(**settings), ogpsa_model(**settings)
     for one in (plain, model):
         optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)

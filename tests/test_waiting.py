@@ -33,6 +33,7 @@ SETTINGS = {
     "int8": {**ROWS, "rows_dtype": "int8"},
     "orthogonal": {**ROWS, "constraint": "orthogonal"},
     "both": {"subspace": "both", "rows": 8},
+    "none": {"subspace": "none"},
 }
 
 

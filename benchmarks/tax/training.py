@@ -35,7 +35,6 @@ from peft_ogpsa.references.losses import reference_loss
 from peft_ogpsa.references.refusals import refusals_from_prompts
 from peft_ogpsa.references.sets import AnsweredSet
 from peft_ogpsa.text.tokenization import encode_row
-from peft_ogpsa.trainer.penalty import ReferencePenalty
 from peft_ogpsa.tuner.model import projector_of
 
 from ..commit import commit
@@ -341,7 +340,11 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
     if method.overrides is None and (method.start or method.ewc):
         return _baseline(bench, method, sets, seed)
     config: LoraConfig
-    if method.overrides is None:
+    if method.replay:
+        penalty: dict[str, Any] = {"reference_weight": method.replay, "refresh_steps": method.every}
+        penalty["refresh_samples"] = round(method.budget * method.every * settings.batch)
+        config = OGPSAConfig(subspace="none", **penalty, **LORA)
+    elif method.overrides is None:
         config = LoraConfig(**LORA | lora_knobs(method.layers, bench.base.config.num_hidden_layers))
     elif method.paper:
         config = OGPSAConfig.paper("sft", **LORA, **method.overrides)
@@ -353,10 +356,6 @@ def _prepare(bench: Workbench, method: Method, seed: int) -> tuple[Any, Any, lis
     if isinstance(config, OGPSAConfig):
         held = [HeldB(sets)] if method.held_b else []
         return config, model, [OGPSACallback(sets, seed=seed), *held]
-    if method.replay:
-        samples = round(method.budget * method.every * settings.batch)
-        penalty = ReferencePenalty(sets, method.replay, samples, method.every, processing_class=bench.tokenizer)
-        return config, model, [penalty]
     return config, model, []
 
 

@@ -39,7 +39,7 @@ from . import inputs, runs
 from .fuzz import Target
 
 _VALID = {
-    "subspace": ["activations", "gradients", "both"],
+    "subspace": ["activations", "gradients", "both", "none"],
     "subspace_rank": [None, 2],
     "subspace_energy": [1.0, 0.5],
     "tokens": ["all", "answer"],

@@ -46,7 +46,6 @@ from ..references.sets import ReferenceSet
 from ..sharing.card import save_card
 from ..text.tokenization import encode_row
 from ..trainer.callback import OGPSACallback
-from ..trainer.penalty import ReferencePenalty
 from ..tuner.config import OGPSAConfig
 from ..tuner.model import projector_of
 from .errors import input_errors
@@ -81,11 +80,11 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "plain": Method("plain LoRA", lambda: LoraConfig(**_LORA), None),
-    "kl": Method("KL penalty", lambda: LoraConfig(**_LORA)),
+    "kl": Method("KL penalty, no projection", lambda: OGPSAConfig(subspace="none", **_LORA)),
     "paper": Method("OGPSA, published rule", lambda: OGPSAConfig.paper("sft", **_LORA), "given"),
-    "ogpsa": Method("OGPSA, null space + KL penalty", lambda: OGPSAConfig(**_LORA)),
+    "ogpsa": Method("OGPSA, null space and KL penalty", lambda: OGPSAConfig(**_LORA)),
     "null_space": Method("OGPSA, null space", lambda: OGPSAConfig(reference_weight=0, **_LORA)),
-    "cone": Method("OGPSA, cone + KL penalty", lambda: OGPSAConfig(subspace="gradients", **_LORA)),
+    "cone": Method("OGPSA, cone and KL penalty", lambda: OGPSAConfig(subspace="gradients", **_LORA)),
 }
 
 
@@ -267,7 +266,7 @@ def train(
     finally:
         progress.stop()
     seconds = time.perf_counter() - start - sum(m.seconds for m in measure.curve)
-    examples, times = sum(own.examples for own in callbacks if isinstance(own, ReferencePenalty)), {}
+    examples, times = 0, {}
     if isinstance(config, OGPSAConfig):
         diagnostics = projector_of(model).diagnostics
         examples = diagnostics.reference_examples
@@ -407,7 +406,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     for name in arguments.methods:
         method = METHODS[name]
         config = method.config()
-        callbacks = _callbacks(method, config, base, tokenizer, train_rows, arguments)
+        callbacks = _callbacks(method, base, tokenizer, train_rows, arguments)
         results[name], model = train(
             base, tokenizer, config, method.label, train_rows, evaluator, arguments, console, callbacks
         )
@@ -470,7 +469,6 @@ def _evaluator(tokenizer: PreTrainedTokenizerBase, rows: Rows, arguments: Quicks
 
 def _callbacks(
     method: Method,
-    config: LoraConfig,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
@@ -480,7 +478,7 @@ def _callbacks(
     if method.answers is None:
         return []
     sets = references(base, tokenizer, rows, arguments.reference_samples, given=method.answers == "given")
-    return [OGPSACallback(sets, seed=arguments.seed) if isinstance(config, OGPSAConfig) else ReferencePenalty(sets)]
+    return [OGPSACallback(sets, seed=arguments.seed)]
 
 
 def _report(

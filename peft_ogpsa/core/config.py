@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "subspace": ("activations", "gradients", "both"),
+    "subspace": ("activations", "gradients", "both", "none"),
     "tokens": ("all", "answer"),
     "constraint": ("cone", "orthogonal"),
     "projection": ("update", "gradient"),
@@ -36,12 +36,13 @@ class ProjectionConfig:
         ValueError: If a value is not allowed, or if two values contradict each other.
     """
 
-    subspace: Literal["activations", "gradients", "both"] = field(
+    subspace: Literal["activations", "gradients", "both", "none"] = field(
         default="activations",
         metadata={
             "help": "The directions that updates are projected away from. 'activations': the leading directions of "
             "every layer's inputs on reference tokens, computed once. 'gradients': reference gradients, recomputed "
-            "every few steps. 'both': both of them."
+            "every few steps. 'both': both of them. 'none': no projection. Then only reference_weight acts, as a KL "
+            "penalty or as replay."
         },
     )
     subspace_rank: int | None = field(
@@ -138,9 +139,9 @@ class ProjectionConfig:
         metadata={
             "help": "How much of the mean reference gradient is added to the training gradient. It is added only in "
             "steps with a refresh, and only new gradients count. For a reference set with loss='kl', which pulls the "
-            "model to the base, None uses 2, or 8 with subspace='gradients'. For other losses, which replay the "
-            "answers, it uses 1. 0 adds nothing. "
-            "With subspace='activations', 0 also leaves out the reference passes."
+            "model to the base, None uses 2, or 8 with subspace='gradients' or 'none'. For other losses, which replay "
+            "the answers, it uses 1. 0 adds nothing. With subspace='activations', 0 also leaves out the reference "
+            "passes."
         },
     )
     missing_reference: Literal["error", "warn", "ignore"] = field(
@@ -184,6 +185,11 @@ class ProjectionConfig:
             raise ValueError(
                 f"reference_weight={weight!r} is not allowed. Use a finite number of at least 0, or None."
             )
+        if not self.projects and weight == 0:
+            raise ValueError(
+                "subspace='none' with reference_weight=0 is plain training. Set a reference_weight above 0, or train "
+                "without peft_ogpsa."
+            )
         if self.rows_dtype == "int8" and self.constraint == "orthogonal":
             raise ValueError(
                 "rows_dtype='int8' is not allowed with constraint='orthogonal', because its basis needs more digits. "
@@ -192,12 +198,13 @@ class ProjectionConfig:
         energy = self.subspace_energy
         if not isinstance(energy, int | float) or isinstance(energy, bool) or not 0 < energy <= 1:
             raise ValueError(f"subspace_energy={energy!r} is not allowed. Use a number above 0 and at most 1.")
-        if self.uses_activations and self.rows_dtype == "int8":
+        if self.rows_dtype == "int8" and self.subspace != "gradients":
+            what = "directions" if self.uses_activations else "reference gradients"
             raise ValueError(
-                f"rows_dtype='int8' is not allowed with subspace={self.subspace!r}, because its directions need more "
+                f"rows_dtype='int8' is not allowed with subspace={self.subspace!r}, because its {what} need more "
                 "digits. Use rows_dtype='bfloat16', or subspace='gradients'."
             )
-        if self.subspace_rank is not None and not self.uses_activations:
+        if self.subspace_rank is not None and self.subspace == "gradients":
             if self.constraint != "orthogonal":
                 raise ValueError(
                     f"subspace_rank={self.subspace_rank} has no effect with constraint={self.constraint!r}, which "
@@ -214,6 +221,8 @@ class ProjectionConfig:
         chosen = f"subspace={self.subspace!r}"
         if not self.constrains:
             self._refuse_set(_OF_GRADIENTS, chosen, "set subspace='gradients' or 'both'")
+        if not self.projects:
+            self._refuse_set(("subspace_rank",), chosen, "set another subspace")
         if not self.refreshes:
             self._refuse_set(
                 _OF_REFRESHES,
@@ -262,12 +271,17 @@ class ProjectionConfig:
     @property
     def uses_activations(self) -> bool:
         """Whether there is an activation subspace."""
-        return self.subspace != "gradients"
+        return self.subspace in ("activations", "both")
 
     @property
     def constrains(self) -> bool:
         """Whether reference gradients constrain the step."""
-        return self.subspace != "activations"
+        return self.subspace in ("gradients", "both")
+
+    @property
+    def projects(self) -> bool:
+        """Whether there is a subspace at all. Without one, reference gradients are only added."""
+        return self.subspace != "none"
 
     @property
     def refreshes(self) -> bool:

@@ -65,7 +65,7 @@ class FullParameterConfig(ProjectionConfig):
         ValueError: If a value is not allowed, or if two values contradict each other.
     """
 
-    subspace: Literal["activations", "gradients", "both"] = field(
+    subspace: Literal["activations", "gradients", "both", "none"] = field(
         default="gradients",
         metadata={"help": "The directions that updates are projected away from, as for adapters."},
     )

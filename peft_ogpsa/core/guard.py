@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 _LATE = 2
 """Reference gradients that are older than so many times `refresh_steps` are not those that were asked for."""
 
+_UNPROJECTED = "The projected parameters changed outside a projected optimizer step. These changes were not projected."
+_UNSEEN = (
+    "The parameters changed outside an optimizer step that OGPSA saw. Such a step does not get the reference gradient."
+)
 _REMEDY = (
     "Add OGPSACallback(reference_sets=[ReferenceSet(...)]) to the trainer. In your own loop, call "
     "model.projector.refresh(batches, loss_fn) before the step, while model.projector.due is true."
@@ -104,6 +108,8 @@ class Guard:
         else:
             effect = "the reference weight cannot be applied"
             without = f"To train without it, set reference_weight=0 in {targets.settings}."
+            if not config.projects:
+                without = f'To go on without it, set missing_reference="ignore" in {targets.settings}.'
         step = f"The optimizer makes a step with {targets.what} that has {found}, so {effect}."
         self._report(f"{step} {_REMEDY} {without}", config)
 
@@ -187,11 +193,11 @@ class Guard:
         if not self._warned_of_changes:
             self._warned_of_changes = True
             logger.warning(
-                "The projected parameters changed outside a projected optimizer step. These changes were not "
-                "projected. There are two possible causes. First, the optimizer, or a wrapper around it, does not "
-                "call super().__init__() of torch.optim.Optimizer, so torch calls no hooks. Then use another "
-                "optimizer. Second, your code changed the weights. If it loaded them on purpose, call "
-                "projector.reset() afterwards."
+                "%s There are two possible causes. First, the optimizer, or a wrapper around it, does not call "
+                "super().__init__() of torch.optim.Optimizer, so torch calls no hooks. Then use another optimizer. "
+                "Second, your code changed the weights. If it loaded them on purpose, call projector.reset() "
+                "afterwards.",
+                _UNPROJECTED if config.projects else _UNSEEN,
             )
         self._builder.enter_again(config)  # otherwise the next step would do so without a word
         self._note_versions()
@@ -228,11 +234,14 @@ class Guard:
             return
         name = type(getattr(optimizer, "optimizer", optimizer)).__name__
         if seen == 0:
+            effect = "was not projected"
+            if not self._parameters.targets.config.projects:
+                effect = "OGPSA did not see, so it lacks the reference gradient"
             raise RuntimeError(
-                f"The optimizer {name} made a step that was not projected. Either torch calls no hooks around its "
+                f"The optimizer {name} made a step that {effect}. Either torch calls no hooks around its "
                 "`step`, or it does not hold the parameters in training. Use an optimizer that calls "
                 "super().__init__() of torch.optim.Optimizer, for example optim='adamw_torch', and give it the "
-                "parameters of this model. To train without projection, set projector.enabled = False."
+                "parameters of this model. To switch OGPSA off, set projector.enabled = False."
             )
         raise RuntimeError(
             f"The optimizer {name} made {seen} steps with the projected parameters in one step of the trainer. OGPSA "
@@ -288,10 +297,12 @@ class Guard:
         if names:
             self._builder.check_original()
             self._warned_of_others = True
+            projects = self._parameters.targets.config.projects
             logger.warning(
-                "%d parameters are trained but not projected, because they are not LoRA matrices A or B: %s. Nothing "
+                "%d parameters are trained %s, because they are not LoRA matrices A or B: %s. Nothing "
                 "prevents their steps from harming the abilities in the reference sets.",
                 len(names),
+                "but not projected" if projects else "without reference gradients",
                 _some(names),
             )
 
@@ -299,7 +310,7 @@ class Guard:
 def refuse_averaging(optimizer: Optimizer, config: ProjectionConfig) -> None:
     """Reject schedule-free optimizers: the weights that they evaluate and save are an average that is not projected.
 
-    They work only if just the gradient is projected.
+    They work only if just the gradient is projected, or nothing.
 
     Args:
         optimizer: The optimizer of the parameters.
@@ -308,7 +319,7 @@ def refuse_averaging(optimizer: Optimizer, config: ProjectionConfig) -> None:
     Raises:
         ValueError: If the optimizer is schedule-free and the settings project the change of the parameters.
     """
-    if not config.uses_activations and config.projection == "gradient":
+    if not config.projects or (config.subspace == "gradients" and config.projection == "gradient"):
         return
     if any("train_mode" in group for group in optimizer.param_groups):
         raise ValueError(

@@ -135,6 +135,8 @@ class Step:
             config (`ProjectionConfig`): The settings.
             kernels (`bool`): Use the Triton kernels if they apply.
         """
+        if not config.projects:
+            return
         assert self.device is not None
         with full_precision(self.device), self._diagnostics.stopwatch("projection", self.device):
             if config.uses_activations:

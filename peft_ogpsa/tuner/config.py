@@ -46,7 +46,8 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             layer's inputs on reference tokens, computed once, before the first step. A stays in their complement, so
             the layer's output on these inputs stays that of the base. `"gradients"`: reference gradients, which are
             recomputed during training and constrain the step to first order. `"both"`: the activation subspace
-            projects the step first, and the gradient subspace then acts inside its complement.
+            projects the step first, and the gradient subspace then acts inside its complement. `"none"`: nothing is
+            projected, and only the `reference_weight` acts: a KL penalty, or replay, alone.
         subspace_rank (`int`, *optional*): For an activation subspace: the number of directions of each layer's inputs;
             `None` takes as many as `subspace_energy` requires. With `subspace="gradients"` and
             `constraint="orthogonal"`: the number of leading directions of the rows to keep; `None` keeps all.
@@ -82,7 +83,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             gradient on steps that refreshed. With `projection="gradient"` it is added after the projection. With a
             weight of 5 and 5 `refresh_steps`, a reference gradient counts as much as a training gradient. With
             `loss="kl"` this pulls the model to its base; with other losses it replays the answers. For sets with
-            `loss="kl"`, `None` takes 2 with an activation subspace and 8 with a gradient subspace alone; these values
+            `loss="kl"`, `None` takes 2 with an activation subspace and 8 without one; these values
             were measured (benchmarks/results/tax.md). For other losses it takes 1. 0 adds nothing. Then
             `subspace="activations"` needs no reference example during training, but for more than about 25 steps it
             keeps less.

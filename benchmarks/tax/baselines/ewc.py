@@ -26,7 +26,7 @@ from .fisher import Fisher
 class EWC(TrainerCallback):
     """Add the penalty's gradient to the training gradient, in every step.
 
-    Like the reference gradient in `ReferencePenalty`, it is added after the trainer has clipped the training gradient.
+    Like the reference gradient of `reference_weight`, it is added after the trainer has clipped the training gradient.
 
     Args:
         fisher: Fisher information of the weights under LoRA.

@@ -13,6 +13,10 @@ from ...tuner.config import OGPSAConfig
 _OGPSA = (
     "OGPSA (Orthogonal Gradient Projection for Safety Alignment, [arXiv 2602.07892](https://arxiv.org/abs/2602.07892))"
 )
+_NO_PROJECTION = (
+    "LoRA with a penalty on reference sets: a KL penalty if a set has `loss=kl`, or replay of its answers. Training "
+    "used no projection"
+)
 _RULES = {
     ("cone", "update"): "the update that the optimizer made was replaced by the closest one along which no reference "
     "loss rises, to first order",
@@ -32,13 +36,18 @@ _SCOPES = {
 _ROWS_FROM = {"example": "one example", "batch": "one batch", "set": "the mean loss over one reference set"}
 
 
-def projected(settings: Mapping[str, Any] | None, run: Mapping[str, Any]) -> bool:
-    """Whether training used a projection, as far as it is recorded. `settings` are its settings, or None."""
+def referenced(settings: Mapping[str, Any] | None, run: Mapping[str, Any]) -> bool:
+    """Whether training used reference sets, as far as it is recorded. `settings` are the projector's, or None."""
     return settings is not None or run.get("method") in ("ogpsa", "paper")
 
 
+def projected(settings: Mapping[str, Any] | None, run: Mapping[str, Any]) -> bool:
+    """Whether training used a projection, as far as it is recorded."""
+    return referenced(settings, run) and (settings or {}).get("subspace") != "none"
+
+
 def method_section(settings: Mapping[str, Any] | None, run: Mapping[str, Any]) -> str:
-    """Describe the projection. `settings` are its settings, or None if there are none or they are not recorded."""
+    """Describe the method. `settings` are the projector's, or None if there are none or they are not recorded."""
     if settings is None and projected(settings, run):
         rule = " This was the paper's rule." if run["method"] == "paper" else ""
         return (
@@ -52,14 +61,12 @@ def method_section(settings: Mapping[str, Any] | None, run: Mapping[str, Any]) -
             "## Method\n\nPlain LoRA, as far as the files in this folder show: there is no `ogpsa_config.json`. "
             "Whether training used a projection is not recorded."
         )
-    lines = [
-        f"{_OGPSA}, applied to LoRA's matrices. The reference sets represent the abilities to preserve.",
-        "",
-    ]
+    rule = f"{_OGPSA}, applied to LoRA's matrices" if projected(settings, run) else _NO_PROJECTION
+    lines = [f"{rule}. The reference sets represent the abilities to preserve.", ""]
     subspace = settings.get("subspace", "gradients")  # files from before this setting existed
-    if subspace != "gradients":
+    if subspace in ("activations", "both"):
         lines += _of_activations(settings)
-    if subspace != "activations":
+    if subspace in ("gradients", "both"):
         lines += _of_gradients(settings)
     lines += _of_references(settings, subspace)
     if settings["missing_reference"] != "error":
@@ -120,7 +127,8 @@ def _of_references(settings: Mapping[str, Any], subspace: str) -> list[str]:
         f"{settings['refresh_steps']} steps. {amount}."
     ]
     if weight != 0:
-        of_kl = KLLoss.default_weight if subspace == "gradients" else KLLoss.null_space_weight
+        null_space = subspace in ("activations", "both")
+        of_kl = KLLoss.null_space_weight if null_space else KLLoss.default_weight
         value = f"{of_kl:g} for sets with `loss=kl`, 1 for other losses" if weight is None else f"{weight:g}"
         lines.append(
             f"- Reference weight: {value}. After each refresh, the mean fresh reference gradient was multiplied by "
