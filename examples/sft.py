@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet, data
@@ -37,6 +37,7 @@ def main() -> None:
     # The base answers the prompts on the device that it is on.
     model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="auto", device_map=training.device)
     config = OGPSAConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    set_seed(training.seed)  # the adapter starts at random
     model = get_peft_model(model, config)
     safety = Dataset.from_list(data.load("harmful")).select_columns(["prompt", "completion"])
     references = [

@@ -599,8 +599,8 @@ WRONG = {
     "no projection": ({"run": {"projection": "activations"}}, "projection='activations'. Give a value of type dict"),
     "half a projection": ({"run": {"projection": {"rows": 8}}}, "Give all settings, as OGPSAConfig(...).ogpsa_dict()"),
     "a wrong projection": (
-        {"run": {"projection": OGPSAConfig().ogpsa_dict() | {"subspace": "none"}}},
-        "settings in projection that do not work: subspace='none'",
+        {"run": {"projection": OGPSAConfig().ogpsa_dict() | {"subspace": "nothing"}}},
+        "settings in projection that do not work: subspace='nothing'",
     ),
 }
 
@@ -963,3 +963,27 @@ def test_whoever_lacks_the_package_loads_a_plain_lora_from_the_hub(hub, tmp_path
 )
 def test_names_without_paths(name, told):
     assert public(name) == told
+
+
+def test_the_card_says_what_else_is_trained_and_how_lora_is_scaled(tmp_path):
+    config = OGPSAConfig(
+        subspace="gradients",
+        **LORA,
+        use_rslora=True,
+        rank_pattern={"q_proj": 2},
+        modules_to_save=["lm_head"],
+        bias="lora_only",
+    )
+    text = save_card(save(tmp_path, config)).read_text()
+    assert "rsLoRA, rank_pattern `{'q_proj': 2}`; on " in text
+    assert "- Also trained, beside LoRA's matrices and without projection: `lm_head`, biases (`lora_only`)" in text
+    assert "Also trained" not in save_card(save(tmp_path / "plain")).read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [("Gemma3ForConditionalGeneration",) * 2, ("x; import os", "AutoModelForCausalLM")]
+)
+def test_the_card_loads_the_base_with_its_class(given, used, tmp_path):
+    text = save_card(save(tmp_path), run={"model_class": given}).read_text()
+    assert f"from transformers import {used}, AutoTokenizer" in text
+    assert f"PeftModel.from_pretrained({used}.from_pretrained(base" in text

@@ -25,7 +25,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig, SFTTrainer
 from peft_ogpsa import OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli import dryrun, loading, main
 from peft_ogpsa.cli.arguments import METHODS, DataArguments, OGPSAArguments, adapter_config, parser
-from peft_ogpsa.cli.datasets import load_rows, reference_sets
+from peft_ogpsa.cli.datasets import load_rows, reference_sets, training_rows
 from peft_ogpsa.cli.dryrun import planned_refreshes
 from peft_ogpsa.cli.loading import load_base
 from peft_ogpsa.cli.models import SMOLLM2, load_model
@@ -675,6 +675,7 @@ PAIR = {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}
         ("sft", [{"text": "a"}, {"text": ""}], "row 1 has no answer"),
         ("sft", [{"conversations": [{"from": "human", "value": "a?"}]}], "row 0 has no answer"),
         ("sft", [{"prompt": 5, "completion": 5}], "row 0 has a value of the type int"),
+        ("sft", [ROW | {"label": True}, ROW | {"label": False}], "row 1 has label=False, so its completion"),
         ("dpo", [PAIR, {**PAIR, "rejected": None}], "row 1 has no rejected"),
         ("dpo", [PAIR, {**PAIR, "rejected": []}], "row 1 has no answer"),
         ("dpo", [{**PAIR, "chosen": [USER]}], "row 0 has no answer"),
@@ -1184,6 +1185,39 @@ def test_a_run_with_a_projection_is_not_resumed_without_it(folder):
         ):
             main([*command, *options])
     assert all(torch.equal(value, before[name]) for name, value in weights(folder / "sft").items())
+
+
+def test_a_stage_is_not_resumed_from_another_stage(folder):
+    out = str(folder / "sft")
+    main(["sft", "--config", str(folder / "sft.yaml"), "--save_strategy", "steps", "--save_steps", "2"])
+    before = weights(folder / "sft")
+    options = ["--adapter", out, "--output_dir", out, "--max_steps", "5", "--resume_from_checkpoint", "last"]
+    message = r"checkpoint-3 is of another stage of training: SFTTrainer saved it, and this run has DPOTrainer\."
+    with pytest.raises(SystemExit, match=message):
+        main(["dpo", "--config", str(folder / "dpo.yaml"), *options])
+    assert all(torch.equal(value, before[name]) for name, value in weights(folder / "sft").items())
+
+
+def test_numbers_are_labels_of_something_else(folder):
+    write(folder / "rows.jsonl", [chat(f"bad {i}?", "I can't help with that.") | {"label": i % 2} for i in range(4)])
+    assert len(training_rows(load_rows(str(folder / "rows.jsonl"), "dataset"), "sft", "dataset", "rows")) == 4
+
+
+def test_one_target_module_is_a_name(folder):
+    main(["sft", f"--config={folder / 'sft.yaml'}", "--lora_target_modules", "q_proj", "--max_steps", "1"])
+    assert all(".q_proj." in name for name in weights(folder / "sft"))
+
+
+def test_the_environment_of_a_file_and_of_its_defaults(folder, monkeypatch):
+    for name in ("OGPSA_ONE", "OGPSA_TWO", "OGPSA_BOTH"):
+        monkeypatch.setenv(name, "before")
+    options = yaml.safe_load((folder / "sft.yaml").read_text()) | {"env": {"OGPSA_ONE": "1", "OGPSA_BOTH": "1"}}
+    (folder / "sft.yaml").write_text(yaml.safe_dump(options))
+    (folder / "two.yaml").write_text(
+        yaml.safe_dump({"defaults": "sft.yaml", "env": {"OGPSA_TWO": "2", "OGPSA_BOTH": "2"}})
+    )
+    parser("sft", SFTConfig).parse_args_and_config(["--config", str(folder / "two.yaml")])
+    assert [os.environ[name] for name in ("OGPSA_ONE", "OGPSA_TWO", "OGPSA_BOTH")] == ["1", "2", "2"]
 
 
 def test_yaml_that_is_none(folder):

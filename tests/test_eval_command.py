@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -25,6 +27,7 @@ import peft_ogpsa
 from peft_ogpsa import OGPSAConfig, merge_adapter
 from peft_ogpsa.cli import main
 from peft_ogpsa.cli.eval_models import Base, read_adapters
+from peft_ogpsa.cli.eval_plan import plan
 from peft_ogpsa.cli.loading import load_base
 from peft_ogpsa.data.prompt_sets import read_prompt_set
 from peft_ogpsa.evaluation import (
@@ -39,6 +42,7 @@ from peft_ogpsa.evaluation import (
     wilson,
 )
 from peft_ogpsa.evaluation import evaluate as measure
+from peft_ogpsa.evaluation.pieces import Piece, run_pieces
 from peft_ogpsa.evaluation.set_table import set_rows
 from peft_ogpsa.evaluation.store import PieceStore
 from peft_ogpsa.text.generation import generate
@@ -741,3 +745,34 @@ def test_one_command_measures_everything_and_continues_after_a_kill(folder, loca
         card = (folder / name / "README.md").read_text(encoding="utf-8")
         assert "| xstest | this adapter |" in card
         assert "| local_others | acc" in card
+
+
+def test_two_pieces_of_one_name_do_not_take_each_others_result(tmp_path):
+    rows = [{"prompt": "1+1?", "answer": "2"}]
+    answers = {"max_new_tokens": 2, "batch_size": 1, "progress": False}
+    pieces = [Piece.of_answers("arithmetic", tiny_tokenizer(), rows, **answers) for _ in range(2)]
+    options = {
+        "store": PieceStore(tmp_path / "store"),
+        "key": "a",
+        "conditions": {},
+        "tell": print,
+        "stage": nullcontext,
+    }
+    with pytest.raises(ValueError, match=r"Two things to measure have the same name: arithmetic\."):
+        run_pieces(pieces, base_model(), "a", **options)
+
+
+def test_an_lm_eval_task_with_the_name_of_a_set_gets_another_name():
+    runner = SimpleNamespace(
+        names=["arithmetic", "other"],
+        version="1",
+        limit=None,
+        chat_template=True,
+        chat_template_kwargs={},
+        batch_size=1,
+        digest=lambda name: name,
+    )
+    parsed = SimpleNamespace(batch_size=1)
+    data = SimpleNamespace(name="builtin", rows={"arithmetic": [{"prompt": "1+1?", "answer": "2"}]}, sets={})
+    pieces = plan(parsed, data, runner, tiny_tokenizer(), divergence=False)
+    assert [piece.name for piece in pieces] == ["arithmetic", "lm-eval arithmetic", "other"]

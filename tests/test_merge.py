@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+import transformers
 from loops import LORA
 from models import randomize, tiny_llama, tiny_tokenizer, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -117,3 +118,59 @@ def test_what_transformers_keeps_in_float32_stays_so(folders, tmp_path, monkeypa
     assert {torch.float32, torch.bfloat16} == set(expected.values())
     assert {name: own.dtype for name, own in merged.named_parameters()} == expected
     assert {name: own.dtype for name, own in saved.items()} == {name: expected[name] for name in saved}
+
+
+def qwen35(folder):
+    """A model that AutoModelForCausalLM loads with another class, whose layers have other names."""
+    if not hasattr(transformers, "Qwen3_5ForConditionalGeneration"):
+        pytest.skip("transformers is older than Qwen3.5")
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layer_types": ["full_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [1, 0, 0],
+            "partial_rotary_factor": 0.25,
+            "mrope_interleaved": True,
+        },
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    tokens = {"image_token_id": 290, "video_token_id": 291, "vision_start_token_id": 292, "vision_end_token_id": 293}
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, **tokens)
+    torch.manual_seed(0)
+    transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return transformers.Qwen3_5ForConditionalGeneration, AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["the class that the configuration names", "AutoModelForCausalLM"])
+def test_a_base_of_two_classes_gets_the_one_that_the_adapter_fits(place, tmp_path):
+    kind = qwen35(tmp_path / "base")[place]
+    base = kind.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    settings = LORA | {"target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    model = randomize(get_peft_model(base, OGPSAConfig(subspace="gradients", **settings))).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    merged = merge_adapter(tmp_path / "adapter", dtype=torch.float32).eval()
+    assert type(merged) is type(model.get_base_model())
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        torch.testing.assert_close(merged(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
+        with model.disable_adapter():
+            assert (model(input_ids=ids).logits - wanted).abs().max() > 1e-2
+
+
+def test_an_adapter_without_weights_for_its_layers_is_refused(folders, tmp_path):
+    _, adapter = folders
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({f"other.{name}": value for name, value in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"adapter=.* does not fit base=.*no weights for some of the layers"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -234,6 +234,8 @@ class ConfigParser(TrlParser):
             OSError: If one of the files cannot be read.
         """
         words = [_renamed_flag(word) for word in args or ()]
+        # TRL finds the file only after a space.
+        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
         refuse_repeated_lists(self, words)
         place = words.index("--config") + 1 if "--config" in words[:-1] else None
         options_of_file = None if place is None else _options_of(Path(words[place]))
@@ -310,7 +312,10 @@ def _options_of(path: Path) -> dict[str, Any] | None:
             f"defaults={str(below)!r} in {path} must contain options and no `defaults` of its own. Correct that file, "
             "or give another one."
         )
-    return {**_renamed(defaults), **options}
+    merged = {**_renamed(defaults), **options}
+    if isinstance(defaults.get("env"), dict) and isinstance(options.get("env"), dict):
+        merged["env"] = {**defaults["env"], **options["env"]}
+    return merged
 
 
 def _renamed_flag(word: str) -> str:

@@ -135,8 +135,9 @@ def training_rows(rows: Dataset, stage: str, field: str, spec: str) -> Dataset:
     Rows that are tokenized already are returned as they are.
 
     Raises:
-        ValueError: If the trainer for the stage cannot read the columns, or a row lacks one of them, has no answer, or
-            has plain text where other rows or columns have messages.
+        ValueError: If the trainer for the stage cannot read the columns, or a row lacks one of them, has no answer,
+            has an answer that should not be learned (`label` is `False`), or has plain text where other rows or
+            columns have messages.
     """
     place = f"{field}={spec!r}"
     needed = _format(rows, stage, place)
@@ -148,6 +149,12 @@ def training_rows(rows: Dataset, stage: str, field: str, spec: str) -> Dataset:
         from trl import maybe_convert_to_chatml  # not above: training tools import this module, maybe without TRL
 
         rows, needed = rows.map(maybe_convert_to_chatml, remove_columns="conversations"), {"messages"}
+    labels = rows["label"] if "label" in rows.column_names else ()
+    if (bad := next((i for i, label in enumerate(labels) if label is False), None)) is not None:
+        raise ValueError(
+            f"{place}: row {bad} has label=False, so its completion is an example of what not to answer. Leave such "
+            "rows out."
+        )
     _check_rows(rows.select_columns(sorted(needed)), place)
     return rows
 

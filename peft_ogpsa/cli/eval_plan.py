@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, cast
 
 import peft
@@ -89,7 +90,10 @@ def plan(
         if name in rows
     ]
     if runner is not None:
-        pieces += [Piece.of_task(name, tokenizer, runner) for name in runner.names]
+        taken = {piece.name for piece in pieces}
+        for name in runner.names:
+            piece = Piece.of_task(name, tokenizer, runner)
+            pieces.append(replace(piece, name=f"lm-eval {name}") if name in taken else piece)
     return pieces
 
 

@@ -15,12 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import ModelConfig, get_peft_config
 
 from .. import __version__, compat
@@ -306,6 +308,8 @@ def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodC
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
         | {"peft-ogpsa": __version__},
     }
+    if (name := _class_of_base(trainer)) is not None:
+        record["model_class"] = name
     if training.load_best_model_at_end and state.best_model_checkpoint is not None:
         record["best_step"] = state.best_global_step
     summary = [entry for entry in state.log_history if "train_runtime" in entry]
@@ -319,6 +323,15 @@ def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodC
             projector_of(cast(nn.Module, trainer.model)).diagnostics.reference_examples / examples
         )
     return record
+
+
+def _class_of_base(trainer: SFTTrainer | DPOTrainer) -> str | None:
+    """Return the name of the base's class, if `AutoModelForCausalLM` would load another one."""
+    model: Any = trainer.accelerator.unwrap_model(cast(nn.Module, trainer.model))
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = type(base).__name__
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base.config.model_type)
+    return name if name != usual and hasattr(transformers, name) else None
 
 
 def _prepare(
@@ -484,6 +497,9 @@ def _method_config(options: _Options, console: Console) -> MethodConfig:
     model.use_peft = True
     lora = read_adapter_config(run.adapter) if run.adapter else get_peft_config(model)
     assert isinstance(lora, LoraConfig)
+    modules = lora.target_modules
+    if isinstance(modules, str) and modules.isidentifier():  # TRL turns a list of one name into a pattern
+        lora.target_modules = [modules]
     named = lora.base_model_name_or_path, lora.revision
     base = model.model_name_or_path or named[0]
     if base == named[0]:

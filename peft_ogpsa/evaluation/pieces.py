@@ -95,7 +95,13 @@ def run_pieces(
         conditions: What all results depend on, apart from the model's weights.
         tell: Called with sentences on what is reused, and what is measured again and why.
         stage: A context for each piece, to show progress. It is called with a text for the model and the piece.
+
+    Raises:
+        ValueError: If two pieces have the same name, because one would take the other's result.
     """
+    names = [piece.name for piece in pieces]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Two things to measure have the same name: {', '.join(twice)}. Leave out one of them.")
     conditions = {**conditions, "weights": fingerprint.of_weights(model)}
     wanted = {piece.name: {**conditions, **piece.conditions} for piece in pieces}
     finished = {own: done for own in wanted if (done := store.get(key, own)) is not None}

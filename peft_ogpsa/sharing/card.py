@@ -20,7 +20,7 @@ from .metadata import renew_metadata
 from .names import on_hub, public
 from .run_record import read_run, recorded_dataset, store_run
 from .sections.markdown import code
-from .sections.method import method_section, projected
+from .sections.method import method_section, projected, referenced
 from .sections.results import results_section
 from .sections.training import training_section
 from .sections.use import use_section, versions_section
@@ -60,7 +60,8 @@ def save_card(
             base model wrote the refusals itself), `lookalikes` (the share of benign look-alikes in the dataset),
             `references` (`{name: spec}`), `steps` (optimizer steps), `best_step` (the step whose weights are saved, if
             they are not the last ones), `seconds` (of training), `reference_share` (reference examples per training
-            example), `versions` (`{package: version}`), `projection` (the settings of the projection,
+            example), `versions` (`{package: version}`), `model_class` (the base's class in transformers, if
+            `AutoModelForCausalLM` loads another one), `projection` (the settings of the projection,
             `OGPSAConfig(...).ogpsa_dict()`, if the adapter is plain LoRA that was trained with `attach`). For files
             and folders, only the name is stored, not the path. The base is the one that `adapter_config.json` names.
         evaluation (`Mapping`, *optional*): The result that `ogpsa eval` writes, or at least `{"evaluation":
@@ -106,9 +107,9 @@ def _section(
     parts = [
         _START,
         method_section(settings, run),
-        training_section(config, base, projected(settings, run), run),
+        training_section(config, base, referenced(settings, run), run),
         results_section(evaluation),
-        use_section(config, base),
+        use_section(config, base, run),
         *([f"## Citation\n\n```bibtex\n{_OGPSA_BIBTEX}\n```"] if projected(settings, run) else []),
         f"{_VERSIONS_HEADING}\n\n{versions_section(config, run)}",
         _END,

@@ -18,6 +18,7 @@ from .names import public
 RUN_NAME = "ogpsa_run.json"
 _RUN: dict[str, tuple[type, ...]] = {
     "stage": (str,),
+    "model_class": (str,),
     "method": (str,),
     "started_from": (str,),
     "started_from_weights": (str,),

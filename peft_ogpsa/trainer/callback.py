@@ -398,7 +398,7 @@ class OGPSACallback(TrainerCallback):
         if not self.save_subspace or not run.projector.projected() or run.uploaded == state.global_step:
             return
         saved = run.projector.state_dict()  # call this in all processes, because it gathers shards
-        saved["rest"] |= {"loader": run.loader.state_dict(), "run": run.name}
+        saved["rest"] |= {"loader": run.loader.state_dict(), "run": run.name, "trainer": self._trainer_name()}
         if _is_on_a_base(run.projector):
             saved["rest"]["base"] = base_weights.checksums(run.projector.targets.model)
         if state.is_world_process_zero:
@@ -415,6 +415,11 @@ class OGPSACallback(TrainerCallback):
         if run.still:
             run.projector.enabled, run.still = True, False
 
+    def _trainer_name(self) -> str | None:
+        """The class of the trainer, which tells SFT from DPO. `None` if the trainer is not found."""
+        trainer = compat.trainer_of(self)
+        return None if trainer is None else type(trainer).__name__
+
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The directory of the checkpoint that a run resumes from."""
         return Path(self.resume_from) if self.resume_from else self._checkpoint_directory(args, state)
@@ -428,6 +433,11 @@ class OGPSACallback(TrainerCallback):
         try:
             saved = checkpoint.load(directory)
             try:
+                by, own = saved["rest"].get("trainer"), self._trainer_name()
+                if by and own and by != own:
+                    raise checkpoint.CheckpointError(
+                        f"{directory} is of another stage of training: {by} saved it, and this run has {own}."
+                    )
                 run.loader.load_state_dict(saved["rest"]["loader"])
                 if _is_on_a_base(run.projector):
                     base_weights.check(run.projector.targets.model, saved["rest"].get("base", {}))
@@ -479,6 +489,8 @@ def _plan(run: _Run, step_examples: int) -> str:
             f"{run.projector.diagnostics.stopwatch.totals().get('build', 0.0):.1f} seconds.",
             *(f"  {own}" for own in activations.kinds()),
         ]
+    if not config.projects:
+        lines = ["OGPSA: subspace='none', so nothing is projected. The references only add to the gradient."]
     if not config.refreshes:
         return "\n".join(lines)
     share = drawn * run.loader.cost / (config.refresh_steps * step_examples)

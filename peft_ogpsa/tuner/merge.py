@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import textwrap
+import warnings
 from typing import Any, cast
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import has_file
 
 from .. import compat
@@ -43,9 +46,9 @@ def merge_adapter(
         The merged model, without an adapter.
 
     Raises:
-        ValueError: If the adapter is for another task than a causal language model, whose head would be lost, if the
-            base itself is stored quantized, if the merged weights are not finite, or if the adapter's tokenizer cannot
-            be loaded.
+        ValueError: If the adapter is for another task than a causal language model, whose head would be lost, if it
+            has no weights for some of the layers that it adapts, if the base itself is stored quantized, if the merged
+            weights are not finite, or if the adapter's tokenizer cannot be loaded.
     """
     adapter = os.fspath(adapter)
     config = PeftConfig.from_pretrained(adapter)
@@ -60,19 +63,51 @@ def merge_adapter(
     tokenizer = None  # loaded first, because it may be damaged
     if output_dir is not None:
         tokenizer = saved_tokenizer(adapter) or AutoTokenizer.from_pretrained(source, **revision)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device_map, **revision)
-    if getattr(model, "quantization_method", None) is not None:
-        raise ValueError(
-            f"base={source!r} is stored quantized. An adapter merged into it would lose most of what it learned. "
-            "Give the unquantized model: merge_adapter(..., base=NAME)."
-        )
-    adapted: Any = PeftModel.from_pretrained(model, adapter)
+    adapted = _adapted(adapter, source, dtype=torch.float32, device_map=device_map, **revision)
     _untie(adapted.get_base_model())
     merged = _cast(adapted.merge_and_unload(safe_merge=True), dtype)
     if output_dir is not None and tokenizer is not None:
         merged.save_pretrained(os.fspath(output_dir))
         tokenizer.save_pretrained(os.fspath(output_dir))
     return merged
+
+
+def _adapted(adapter: str, source: str, **options: Any) -> Any:
+    """Load the base and the adapter, with the class of the base that the adapter was made for.
+
+    transformers has two classes for some models with images, whose layers have different names: one for the text
+    alone, and the one that the model's configuration names.
+
+    Raises:
+        ValueError: If the adapter fits neither, or the base is stored quantized.
+    """
+    named = getattr(AutoConfig.from_pretrained(source, **_only(options, "revision")), "architectures", None) or [""]
+    own: Any = getattr(transformers, named[0], None)
+    missing = ""
+    for kind in dict.fromkeys((AutoModelForCausalLM, own)):
+        if kind is None:
+            continue
+        model: Any = kind.from_pretrained(source, **options)
+        if getattr(model, "quantization_method", None) is not None:
+            raise ValueError(
+                f"base={source!r} is stored quantized. An adapter merged into it would lose most of what it learned. "
+                "Give the unquantized model: merge_adapter(..., base=NAME)."
+            )
+        try:
+            with warnings.catch_warnings():
+                # PEFT only warns, and the layers without weights would stay those of the base.
+                warnings.filterwarnings("error", ".*Found missing adapter keys", UserWarning)
+                return PeftModel.from_pretrained(model, adapter)
+        except UserWarning as warning:
+            missing = missing or textwrap.shorten(str(warning), 300)
+    raise ValueError(
+        f"adapter={adapter!r} does not fit base={source!r}: it has no weights for some of the layers that it adapts. "
+        f"{missing} Give the model that it was made for: merge_adapter(..., base=NAME)."
+    )
+
+
+def _only(options: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: options[name]} if name in options else {}
 
 
 def saved_tokenizer(adapter: str) -> Any:

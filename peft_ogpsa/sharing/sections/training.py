@@ -12,18 +12,24 @@ from peft import LoraConfig
 from ..names import on_hub, public
 from .markdown import code
 
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _STAGES = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimization (DPO)"}
 
 
-def training_section(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[str, Any]) -> str:
-    """Describe the training, as far as it is recorded. `ogpsa`: whether training used a projection."""
+def training_section(config: LoraConfig, base: str, referenced: bool, run: Mapping[str, Any]) -> str:
+    """Describe the training, as far as it is recorded. `referenced`: whether training used reference sets."""
     modules = config.target_modules
     names = [modules] if isinstance(modules, str) else sorted(modules or [])
-    dora = ", DoRA" if config.use_dora else ""
+    kinds = [name for name, used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if used]
+    patterns = ", ".join(f"{name} {code(str(own))}" for name in _PATTERNS if (own := getattr(config, name)))
+    variant = "".join(f", {own}" for own in (*kinds, patterns) if own)
     lines = [
         f"- Base model: {_base_link(base)}{f', revision {code(config.revision)}' if config.revision else ''}",
-        f"- LoRA: rank {config.r}, alpha {config.lora_alpha}{dora}; on {', '.join(map(code, names)) or 'parameters'}",
+        f"- LoRA: rank {config.r}, alpha {config.lora_alpha}{variant}; "
+        f"on {', '.join(map(code, names)) or 'parameters'}",
     ]
+    if others := _trained_whole(config):
+        lines.append(f"- Also trained, beside LoRA's matrices and without projection: {', '.join(others)}")
     if run.get("started_from"):
         lines.append(f"- Started from the adapter {code(public(run['started_from']))}")
     if run.get("stage") or run.get("steps"):
@@ -42,7 +48,7 @@ def training_section(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[st
         lines.append(
             f"- {run['lookalikes']:.0%} of the training data: benign look-alikes with the base model's own answers"
         )
-    if ogpsa:
+    if referenced:
         sets = [f"{code(name)} from {code(public(spec))}" for name, spec in (run.get("references") or {}).items()]
         lines.append(f"- Reference sets (the abilities to preserve): {', '.join(sets) or 'not recorded'}")
     if run.get("reference_share"):
@@ -50,6 +56,16 @@ def training_section(config: LoraConfig, base: str, ogpsa: bool, run: Mapping[st
             f"- Cost of the references: {run['reference_share']:.0%} more examples in the forward and backward passes"
         )
     return "## Training\n\n" + "\n".join(lines)
+
+
+def _trained_whole(config: LoraConfig) -> list[str]:
+    """What is trained besides LoRA's matrices."""
+    found = [code(name) for name in config.modules_to_save or ()]
+    if getattr(config, "trainable_token_indices", None):
+        found.append("embeddings of some tokens")
+    if config.bias != "none":
+        found.append(f"biases ({code(config.bias)})")
+    return found
 
 
 def _base_link(base: str) -> str:

@@ -20,9 +20,11 @@ _MODEL_CLASSES = {
 }
 
 
-def use_section(config: LoraConfig, base: str) -> str:
+def use_section(config: LoraConfig, base: str, run: Mapping[str, Any]) -> str:
     """Show how to load the adapter."""
-    auto = _MODEL_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
+    task = str(getattr(config.task_type, "value", config.task_type))
+    auto = run.get("model_class") or ""
+    auto = auto if auto.isidentifier() else _MODEL_CLASSES.get(task, "AutoModel")
     name = base if on_hub(base) else f"PATH/TO/{public(base) or 'BASE'}"
     revision = f", revision={config.revision!r}" if on_hub(base) and config.revision else ""
     return (
