@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import weakref
+from contextlib import nullcontext
 
 import bitsandbytes
 import pytest
@@ -27,6 +28,7 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, projector_of
+from peft_ogpsa.core.copy_check import CopyCheck
 from peft_ogpsa.trainer import checkpoint
 
 TOLERANCE = 1e-6
@@ -304,6 +306,38 @@ def test_no_other_optimizer_is_taken_for_one(name, lr):
         optimizer.step()
         optimizer.zero_grad()
     assert projector.steps == 40
+
+
+def test_a_line_search_is_not_taken_for_one():
+    model = get_peft_model(
+        tiny_llama(),
+        OGPSAConfig(r=4, lora_alpha=8, target_modules=["q_proj"], reference_weight=0, task_type="CAUSAL_LM"),
+    )
+    model.projector.refresh(many(), loss_of)
+    optimizer = torch.optim.LBFGS(parameters_of(model), max_iter=4, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, batch(0))
+        loss.backward()
+        return loss
+
+    for _ in range(33):
+        optimizer.step(closure)
+    assert model.projector.steps == 33
+
+
+def test_one_reversal_may_be_chance_and_two_are_not():
+    torch.manual_seed(0)
+    steps = [torch.randn(5, dtype=torch.float64) for _ in range(5)]
+    correction = torch.randn(5, dtype=torch.float64)
+    for reversals, raises in ((1, False), (2, True)):
+        check = CopyCheck()
+        with pytest.raises(RuntimeError, match="writes it over") if raises else nullcontext():
+            for i, step in enumerate(steps[:4]):
+                own = -correction if 0 < i <= reversals else step
+                check.before(own)
+                check.after(own + correction)
 
 
 @pytest.mark.parametrize("options", [{"clip": 1e-2}, {"accumulation": 3}, {"clip": 1.0, "accumulation": 2}])
@@ -1170,6 +1204,9 @@ def test_an_encoder_decoder_takes_examples_without_padding():
     own = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     model.projector.refresh({"set": [own]}, loss_of)
     assert model.projector.activations is not None
+    shorter = get_peft_model(tiny_t5(), model.peft_config["default"]).projector
+    shorter.refresh({"set": [{**own, "labels": ids[:, :3].clone()}]}, loss_of)
+    assert shorter.activations is not None
     padded = {**own, "attention_mask": (torch.arange(8) < 5).long().expand(2, -1)}
     projector = get_peft_model(tiny_t5(), model.peft_config["default"]).projector
     with pytest.raises(ValueError, match=r"is an encoder-decoder, .* batches without padding"):

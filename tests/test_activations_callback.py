@@ -13,12 +13,13 @@ from models import chat, randomize, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_callback import GENERAL, TRAINING, sets, sft, weights
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from peft_ogpsa import FullParameterConfig, OGPSACallback, OGPSAConfig, ReferenceSet, projector_of
 from peft_ogpsa.core.projector import Projector
 from peft_ogpsa.text.logits import pass_through
+from peft_ogpsa.trainer import base_weights
 from peft_ogpsa.trainer.checkpoint import TENSORS_NAME, CheckpointError
 from peft_ogpsa.tuner.attaching import attached
 
@@ -394,6 +395,58 @@ def test_a_run_does_not_go_on_in_the_subspace_of_another_base(tmp_path):
     again.train(resume_from_checkpoint=str(checkpoint))
     assert model.projector.steps > 0
     sft(tmp_path, model_of(), max_steps=6, **options).train(resume_from_checkpoint=str(checkpoint))
+
+
+class Merges(TrainerCallback):
+    """What TRL does before it generates with vLLM: the base is then rounded."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.merge_adapter()
+        model.unmerge_adapter()
+
+
+def test_a_run_that_merges_and_unmerges_its_adapter_is_resumed(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    sft(tmp_path, model_of(), [OGPSACallback(sets()), Merges()], max_steps=4, **options).train()
+    resumed = sft(tmp_path, model_of(), [OGPSACallback(sets()), Merges()], max_steps=6, **options)
+    for _ in range(2):  # and what was resumed is resumed again
+        resumed.train(resume_from_checkpoint=True)
+        resumed = sft(tmp_path, model_of(), [OGPSACallback(sets()), Merges()], max_steps=8, **options)
+    assert (tmp_path / "run" / "checkpoint-8").is_dir()
+
+
+class Quantized(torch.Tensor):
+    """A weight as torchao holds it: it calls itself float32, and has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Quantized(args[0].inner)
+        raise NotImplementedError(function)
+
+
+def test_bases_are_compared_where_they_can_be():
+    model = model_of()
+    saved = base_weights.checksums(model)
+    linear = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert name in saved
+    held = linear.weight
+    with torch.no_grad():
+        linear.weight = torch.nn.Parameter(held * 2, requires_grad=False)
+    with pytest.raises(ValueError, match=f"1 of {len(saved)} differ, such as {name}"):
+        base_weights.check(model, saved)
+    for other in (held.to("meta"), held.double(), Quantized(held)):
+        linear.weight = torch.nn.Parameter(other, requires_grad=False)
+        base_weights.check(model, saved)
+        assert base_weights.checksums(model).get(name) != saved[name]
 
 
 @pytest.mark.parametrize("precompute", [False, True])

@@ -138,7 +138,7 @@ def test_steps_that_a_gradient_scaler_skips_in_fact(make, fused, caplog):
     optimizer = make(parameters_of(model))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     model.projector.refresh(references(0), loss_of)
-    for overflow in (True, False):
+    for overflow in (True, False, True):
         guard.note_step()
         scaler.scale(loss_of(model, batch(0))).backward()
         if overflow:
@@ -148,7 +148,7 @@ def test_steps_that_a_gradient_scaler_skips_in_fact(make, fused, caplog):
         optimizer.zero_grad()
         optimizer.step_was_skipped = overflow and not fused
         guard.check_step(optimizer)
-    assert (model.projector.steps, model.projector.skipped) == (1, int(fused))
+    assert (model.projector.steps, model.projector.skipped) == (1, 2 * int(fused))
     assert not caplog.records
 
 
@@ -425,6 +425,61 @@ def test_changes_are_noticed_in_a_loop_that_refreshes_on_a_schedule_of_its_own(c
             with torch.no_grad():
                 parameters_of(model)[0].mul_(0.9)
     assert len([r for r in caplog.records if "changed outside a projected optimizer step" in r.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"subspace": "activations", "refresh_steps": 5}])
+def test_a_wrapper_that_copies_the_parameters_over_themselves_is_no_change(settings, caplog):
+    """As DDP does when it is made after the first refresh."""
+    model = ogpsa_model(**settings)
+    model.projector.refresh(references(0), loss_of)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    with torch.no_grad():
+        for parameter in parameters_of(model):
+            parameter.copy_(parameter.clone())
+    loss_of(model, batch(0)).backward()
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        optimizer.step()
+    assert "changed outside" not in caplog.text
+
+
+def test_weights_that_are_swapped_and_put_back_in_the_null_space_are_no_change(caplog):
+    model = ogpsa_model(subspace="activations", refresh_steps=5)
+    model.projector.refresh(references(0), loss_of)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        for number in range(3):
+            loss_of(model, batch(number)).backward()
+            optimizer.step()
+            kept = [parameter.detach().clone() for parameter in parameters_of(model)]
+            with torch.no_grad():
+                for parameter in parameters_of(model):
+                    parameter.mul_(0.5)  # an average of the weights is measured
+                for parameter, own in zip(parameters_of(model), kept, strict=True):
+                    parameter.copy_(own)
+        assert "changed outside" not in caplog.text
+        with torch.no_grad():
+            for parameter in parameters_of(model):
+                torch.nn.init.normal_(parameter)
+        loss_of(model, batch(4)).backward()
+        with pytest.raises(ValueError, match="not trained in the null space"):
+            optimizer.step()
+    assert "changed outside a projected optimizer step" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{"projection": "gradient"}, {"subspace": "none", "reference_weight": 1.0}])
+def test_schedule_free_optimizers_may_move_the_weights_to_and_fro(settings, caplog):
+    model = ogpsa_model(**settings)
+    optimizer = schedule_free(parameters_of(model))
+    with caplog.at_level(logging.WARNING, logger="peft_ogpsa"):
+        for number in range(4):
+            if model.projector.due:
+                model.projector.refresh(references(number), loss_of)
+            loss_of(model, batch(number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():  # optimizer.eval()
+                parameters_of(model)[0].mul_(0.9)
+    assert not caplog.records
 
 
 # Reference gradients are computed as often as the settings say

@@ -70,6 +70,11 @@ def test_checkpoints_that_are_not_whole_are_skipped_with_a_message(saved, name, 
     assert flaw in caplog.text
 
 
+def test_a_link_that_leads_nowhere_is_no_error(saved):
+    (saved / "checkpoint-4" / "latest").symlink_to("nothing")
+    assert checkpoint.last_whole(saved) == saved / "checkpoint-4"
+
+
 def test_the_newest_whole_checkpoint_is_found_by_number(saved, caplog):
     shutil.copytree(saved / "checkpoint-2", saved / "checkpoint-10")
     (saved / "checkpoint-x").mkdir()

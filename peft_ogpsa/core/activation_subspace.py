@@ -158,7 +158,9 @@ class ActivationSubspace:
         if dtype not in LOW_PRECISION:
             return
         remedy = (
-            "OGPSACallback does so. In your own loop, call model.projector.upcast() before you create the optimizer."
+            "OGPSACallback does so when training begins, so something has changed it since then, such as "
+            "use_transformers_continuous_batching of TRL's GRPOConfig. In your own loop, call "
+            "model.projector.upcast() before you create the optimizer."
             if self._adapter
             else "Load the model with dtype=torch.float32."
         )

@@ -108,11 +108,18 @@ class Builder:
         Raises:
             ValueError: See `ActivationSubspace.enter`.
         """
-        if self.subspace is None or not config.uses_activations or self.lacks(config):
+        if not config.uses_activations or self.lacks(config) or not self.leaks():
             return
+        assert self.subspace is not None
         with full_precision(self.subspace.device):
-            if self.subspace.leak() > LEAK:
-                _enter(self.subspace)
+            _enter(self.subspace)
+
+    def leaks(self) -> bool:
+        """Whether more of the adapter acts in the subspace than rounding explains. Waits for the device."""
+        if self.subspace is None:
+            return False
+        with full_precision(self.subspace.device):
+            return self.subspace.leak() > LEAK
 
     def check_active(self, config: ProjectionConfig) -> None:
         """Check the base again if other adapters have become active.

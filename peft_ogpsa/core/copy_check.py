@@ -27,7 +27,8 @@ class CopyCheck:
 
     def __init__(self) -> None:
         self._count = 0
-        self._least: Tensor | None = None  # the least share of a correction that a step did not reverse
+        # The two least shares of a correction that a step did not reverse. A line search may reverse one by chance.
+        self._least: tuple[Tensor, Tensor] | None = None
         self._step: Tensor | None = None
         self._correction: Tensor | None = None
 
@@ -42,7 +43,9 @@ class CopyCheck:
             return
         if self._correction is not None:
             rest = torch.linalg.vector_norm(step + self._correction) / torch.linalg.vector_norm(self._correction)
-            self._least = rest if self._least is None else torch.fmin(self._least, rest)  # 0 / 0 does not count
+            rest = rest.nan_to_num(nan=torch.inf)  # 0 / 0 does not count
+            least, second = self._least or (torch.full_like(rest, torch.inf),) * 2
+            self._least = torch.minimum(least, rest), torch.minimum(second, torch.maximum(least, rest))
         self._step = step.clone()
 
     def after(self, step: Tensor) -> None:
@@ -65,11 +68,11 @@ class CopyCheck:
         """Say what was found. Waits for the device.
 
         Raises:
-            RuntimeError: If a step has reversed the correction before it.
+            RuntimeError: If two steps have reversed the correction before them.
         """
-        if self._least is not None and bool(self._least < _SAME):
+        if self._least is not None and bool(self._least[1] < _SAME):
             raise RuntimeError(
-                "A step of the optimizer reversed the projection's correction of the step before. So the optimizer "
+                "Steps of the optimizer reversed the projection's corrections of the steps before. So the optimizer "
                 "steps a copy of the weights that it keeps itself (CPU offload, or float32 master weights), and "
                 "writes it over the projected weights. The adapter would grow without bound. Use an optimizer that "
                 "steps the parameters themselves, such as AdamW, and keep the adapter in float32."

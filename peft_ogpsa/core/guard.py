@@ -172,6 +172,9 @@ class Guard:
     def _note_versions(self) -> None:
         own = self.projected().values()
         self._versions = self._current_versions() if own and not distributed.are_sharded(own) else None
+        # Before the first step, a wrapper such as DDP may copy the parameters over themselves.
+        first = self._versions is not None and not self._schedule.steps
+        self._norms = self._parameters.fingerprint() if first else None
 
     def _current_versions(self) -> list[int]:
         """How often each parameter was changed in place, as torch counts. Changes through `.data` do not count."""
@@ -190,6 +193,9 @@ class Guard:
         """
         if self._versions is None or self._versions == self._current_versions():
             return
+        if not self._harmful(config):
+            self._note_versions()
+            return
         if not self._warned_of_changes:
             self._warned_of_changes = True
             logger.warning(
@@ -201,6 +207,14 @@ class Guard:
             )
         self._builder.enter_again(config)  # otherwise the next step would do so without a word
         self._note_versions()
+
+    def _harmful(self, config: ProjectionConfig) -> bool:
+        """Whether a change that torch has counted can matter. May wait for the device."""
+        if self._norms is not None:
+            return self._norms != self._parameters.fingerprint()
+        if not config.projects or (config.subspace == "gradients" and config.projection == "gradient"):
+            return False  # nothing binds the parameters themselves, and schedule-free optimizers move them to and fro
+        return config.subspace != "activations" or self._builder.leaks()
 
     def expect_changes(self) -> None:
         """Skip the next check, because torch may count a fused step that skipped itself as a change."""

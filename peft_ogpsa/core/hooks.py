@@ -30,6 +30,9 @@ class Watcher(Protocol):
     def trains(self, optimizer: Optimizer) -> bool:
         """Whether the step that is about to begin is a step of the watcher's parameters."""
 
+    def skips(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer will skip this step. Called once for each."""
+
     def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Act before a step of its parameters; may return replacements for the step's arguments."""
 
@@ -127,7 +130,7 @@ def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, d
     with torch.no_grad():
         for watcher in _all_watchers():
             # Check this first, so that the entries of other threads' watchers are not touched.
-            if not watcher.trains(optimizer):
+            if not watcher.trains(optimizer) or watcher.skips(optimizer):
                 continue
             around = _running.pop(watcher, None)
             if around is not None and _is_running(around):

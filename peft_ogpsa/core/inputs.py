@@ -120,7 +120,7 @@ def find(
     """
     used, held = split(batches, tokens)
     _refuse_padded_pairs(model, [*used, *held])
-    watcher = Watcher(layers)
+    watcher = Watcher(layers, one_sequence=not _has_decoder_of_its_own(model))
     with watcher.watching():
         watcher.discover(forward, model, _first_with_tokens(used))
         sketches = {
@@ -151,16 +151,18 @@ def _first_with_tokens(parts: Sequence[Part]) -> Part:
 
 def _refuse_padded_pairs(model: nn.Module, parts: Sequence[Part]) -> None:
     """Reject padding for an encoder-decoder: the mask is the encoder's, and the decoder has other positions."""
-    config = getattr(getattr(model, "module", model), "config", None)
-    if getattr(config, "is_encoder_decoder", False) and not all(
-        part.tokens is None or bool(part.tokens.all()) for part in parts
-    ):
+    if _has_decoder_of_its_own(model) and not all(part.tokens is None or bool(part.tokens.all()) for part in parts):
         raise ValueError(
             "The model is an encoder-decoder, and a reference batch has positions that do not count. Its mask belongs "
             "to the encoder or to the decoder, and nothing says which positions of the other one are tokens. Give "
             "batches without padding, for example of one example each, with tokens='all'. Or use "
             "subspace='gradients'."
         )
+
+
+def _has_decoder_of_its_own(model: nn.Module) -> bool:
+    config = getattr(getattr(model, "module", model), "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def _not_finite(layer: str) -> FloatingPointError:

@@ -322,12 +322,14 @@ class Projector:
         """
         if self._enabled:
             self._parameters.check_frozen(optimizer)
-        if not self._parameters.stepped_by(optimizer):
+        return bool(self._parameters.stepped_by(optimizer))
+
+    def skips(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer will skip the step that it begins, because a gradient scaler has told it to."""
+        if not compat.skips_step(optimizer):
             return False
-        if compat.skips_step(optimizer):
-            self._schedule.skipped += 1
-            self.guard.expect_changes()
-            return False
+        self._schedule.skipped += 1
+        self.guard.expect_changes()
         return True
 
     def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -28,14 +28,15 @@ class Watcher:
 
     Args:
         layers: The layers by name.
+        one_sequence: Whether all layers see the same positions. Not so in an encoder-decoder.
 
     Attributes:
         shared: For the first layer that gets an input, all layers that get it.
         inputs: For the same layer, the input's width and device.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Mapping[str, nn.Module], *, one_sequence: bool = True) -> None:
+        self._layers, self._one_sequence = layers, one_sequence
         self.shared: dict[str, list[str]] = {}
         self.inputs: dict[str, tuple[int, torch.device]] = {}
         self._longest: dict[str, Tensor] = {}  # by the first layer: the maximum length that counts
@@ -133,10 +134,11 @@ class Watcher:
         if vectors.dim() > 2 and vectors.shape[:2] != tokens.shape and vectors.shape[:2] == tokens.shape[::-1]:
             tokens = tokens.T  # a layer that has the sequence first
         where = tokens.flatten().nonzero().squeeze(1)
-        if len(where) == tokens.numel() and not (vectors.dim() == 3 and len(flat) < tokens.numel()):
+        cut = self._one_sequence and vectors.dim() == 3 and len(flat) < tokens.numel()
+        if len(where) == tokens.numel() and not cut:
             return flat
         if len(flat) != part.tokens.numel():
-            if vectors.dim() == 3 and len(flat) < tokens.numel():
+            if cut:
                 raise ValueError(
                     f"The layer {name} receives {len(flat)} vectors, but the batch has {tokens.numel()} positions: "
                     "the model passes it only a part of them. Leave such layers out of target_modules, or use "

@@ -22,7 +22,7 @@ def acting_model(model: torch.nn.Module) -> PreTrainedModel:
         ValueError: If the adapter needs more than its layers: prompt learning, and activated LoRA.
     """
     if isinstance(model, PeftModel) and not _turned_off(model):
-        configs = [model.peft_config[name] for name in model.active_adapters]
+        configs = [model.peft_config[name] for name in model.active_adapters if name in model.peft_config]
         for config in configs:
             if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
                 what = "prompt learning" if config.is_prompt_learning else "activated LoRA (alora_invocation_tokens)"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core import distributed
@@ -19,11 +19,13 @@ from ..text.access import language_model
 _OF_ADAPTERS = ("lora_", ".modules_to_save.", ".trainable_tokens_")
 
 
-def checksums(model: nn.Module) -> dict[str, int]:
-    """Return the sum of the bits of every frozen weight, by name. With shards, all processes must call this.
+def checksums(model: nn.Module) -> dict[str, str]:
+    """Return the dtype and the sum of the bits of every frozen weight, by name.
 
-    Left out are embeddings, which users enlarge with random rows, and quantized weights, whose order in memory is not
-    always the same. Of a 4-bit base, the norms remain.
+    With shards, all processes must call this. Left out are embeddings, which users enlarge with random rows, and
+    quantized weights, whose order in memory is not always the same. Of a 4-bit base, the norms remain.
+
+    Call it before training: for vLLM, TRL merges an adapter and takes it out again, which rounds the base.
     """
     lm = model.model if isinstance(model, BaseTuner) else language_model(model)
     embeddings = [lm.get_input_embeddings(), lm.get_output_embeddings()] if isinstance(lm, PreTrainedModel) else []
@@ -33,6 +35,7 @@ def checksums(model: nn.Module) -> dict[str, int]:
         for name, parameter in lm.named_parameters()
         if not (parameter.requires_grad or parameter.is_meta or id(parameter) in left_out)
         and parameter.is_floating_point()
+        and type(distributed.local(parameter)) in (Tensor, nn.Parameter)  # others are quantized, as those of torchao
         and not any(part in name for part in _OF_ADAPTERS)
     }
     if not found:
@@ -41,19 +44,21 @@ def checksums(model: nn.Module) -> dict[str, int]:
     sums = torch.tensor([bit_sum(part) if part.numel() else 0 for part in own], dtype=torch.int64)
     if distributed.are_sharded(found.values()):
         (sums,) = distributed.summed([sums.to(own[0].device)])
-    return dict(zip(found, sums.tolist(), strict=True))
+    pairs = zip(found.items(), sums.tolist(), strict=True)
+    return {name: f"{str(parameter.dtype).removeprefix('torch.')} {own}" for (name, parameter), own in pairs}
 
 
-def check(model: nn.Module, saved: Mapping[str, int]) -> None:
-    """Compare the result of `checksums` with a saved one.
+def check(model: nn.Module, saved: Mapping[str, str]) -> None:
+    """Compare the result of `checksums` with a saved one, as far as both have a weight in the same dtype.
 
     Raises:
         ValueError: If they differ.
     """
     now = checksums(model)
-    other = [name for name in saved if now.get(name) != saved[name]]
+    common = [name for name in saved if name in now and now[name].split()[0] == saved[name].split()[0]]
+    other = [name for name in common if now[name] != saved[name]]
     if other:
         raise ValueError(
-            f"It was built on other base weights: {len(other)} of {len(saved)} differ, such as {other[0]}. Use the "
-            "same base, in the same dtype."
+            f"It was built on other base weights: {len(other)} of {len(common)} differ, such as {other[0]}. Use the "
+            "same base."
         )

@@ -60,6 +60,7 @@ class _Run:
         uploaded: The step whose checkpoint is being uploaded, with its subspace.
         over: Whether training has ended.
         name: What distinguishes the run, also after it was resumed.
+        base: The checksums of the base, for an activation subspace.
     """
 
     state: weakref.ref[TrainerState]
@@ -70,6 +71,7 @@ class _Run:
     uploaded: int | None = None
     over: bool = False
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    base: dict[str, str] = field(default_factory=dict)
 
 
 class OGPSACallback(TrainerCallback):
@@ -233,6 +235,8 @@ class OGPSACallback(TrainerCallback):
         if moved and projector.config.refreshes:
             _ask_policy(loader, model, args)  # again, because its answers are others now
         self._prepare_saving(args, state, trainer, projector)
+        if self.save_subspace and _is_on_a_base(projector):
+            run.base = base_weights.checksums(projector.targets.model)
         plan = _plan(run, step_examples)  # called even if not shown: it rejects parameters that share memory
         if args.disable_tqdm:
             logger.info("%s", plan)
@@ -399,8 +403,8 @@ class OGPSACallback(TrainerCallback):
             return
         saved = run.projector.state_dict()  # call this in all processes, because it gathers shards
         saved["rest"] |= {"loader": run.loader.state_dict(), "run": run.name, "trainer": self._trainer_name()}
-        if _is_on_a_base(run.projector):
-            saved["rest"]["base"] = base_weights.checksums(run.projector.targets.model)
+        if run.base:
+            saved["rest"]["base_weights"] = run.base
         if state.is_world_process_zero:
             checkpoint.save(self._checkpoint_directory(args, state), saved)
 
@@ -440,7 +444,7 @@ class OGPSACallback(TrainerCallback):
                     )
                 run.loader.load_state_dict(saved["rest"]["loader"])
                 if _is_on_a_base(run.projector):
-                    base_weights.check(run.projector.targets.model, saved["rest"].get("base", {}))
+                    base_weights.check(run.projector.targets.model, saved["rest"].get("base_weights", {}))
                 run.projector.load_state_dict(saved)
                 run.name = str(saved["rest"].get("run", run.name))
                 if run.projector.activations is not None:

@@ -117,7 +117,7 @@ def last_whole(output_dir: str | os.PathLike, *, subspace: bool = True) -> Path 
 
 
 def _written(path: Path) -> float:
-    return max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
+    return max(entry.lstat().st_mtime for entry in (path, *path.iterdir()))  # a link may lead nowhere
 
 
 def _run(path: Path | None) -> Any:
