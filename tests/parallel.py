@@ -39,8 +39,10 @@ LORA = {"r": 3, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "C
 def build(kind: str, layers: int = 2, **overrides: Any) -> torch.nn.Module:
     model = tiny_llama(num_hidden_layers=layers, **SHAPE)
     settings = {"subspace": "gradients", "reference_weight": 0.0, **overrides}
+    if settings["subspace"] in ("gradients", "both"):
+        settings = {"rows": 8, **settings}
     if settings["subspace"] != "activations" or settings["reference_weight"]:
-        settings = {"rows": 8, "refresh_steps": 2, **settings}
+        settings = {"refresh_steps": 2, **settings}
     if kind == "lora":
         return get_peft_model(model, OGPSAConfig(**{**LORA, **settings}))
     attach(model, FullParameterConfig(**settings))

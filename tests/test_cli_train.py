@@ -442,6 +442,20 @@ def test_methods(folder, method):
     assert isinstance(PeftModel.from_pretrained(model, str(folder / "sft"), config=_plain(folder / "sft")), PeftModel)
 
 
+def test_a_penalty_alone_in_both_stages(folder, capsys):
+    options = ["--subspace", "none", "--reference_weight", "2", "--references"]
+    options += [f"general:kl={folder / 'general.jsonl'}", "--disable_tqdm", "false"]
+    main(["sft", "--config", str(folder / "sft.yaml"), *options])
+    main(["dpo", "--config", str(folder / "dpo.yaml"), "--adapter", str(folder / "sft"), *options])
+    assert capsys.readouterr().out.count("subspace='none', so nothing is projected") == 2
+    card = (folder / "dpo" / "README.md").read_text()
+    assert "Training used no projection." in card
+    assert "- Reference weight: 2." in card
+    assert "- Reference sets (the abilities to preserve): `general:kl` from" in card
+    before, after = weights(folder / "sft"), weights(folder / "dpo")
+    assert all(not torch.equal(value, before[name]) for name, value in after.items())
+
+
 def _plain(adapter):
     config = PeftConfig.from_pretrained(str(adapter))
     return config.lora_config() if isinstance(config, OGPSAConfig) else config
