@@ -30,7 +30,7 @@ def test_the_script_of_the_readme(tmp_path):
     # A random model for the real one, whose answers would not be kept, and fewer of everything.
     changes = {
         name: str(tmp_path / "model"),
-        "max_steps=20": "max_steps=2, max_length=128",
+        "max_steps=40": "max_steps=2, max_length=128",
         "samples=48, max_new_tokens=64": f"samples=8, max_new_tokens=4, max_length=400, cache_dir={str(tmp_path)!r}",
     }
     for old, new in changes.items():

@@ -24,7 +24,7 @@ CHANGES = {  # for a CPU, a tiny model that has a position for each of 512 bytes
     '"Qwen/Qwen2.5-1.5B-Instruct"': "TINY",
     "torch.float16": "torch.float32",
     "        fp16=True,\n": "",
-    "max_steps=20": "max_steps=2, max_length=128, disable_tqdm=True",
+    "max_steps=40": "max_steps=2, max_length=128, disable_tqdm=True",
     "samples=48": "samples=4, max_length=400, cache_dir='answers', progress=False",
 }
 

@@ -149,7 +149,8 @@ def training_rows(rows: Dataset, stage: str, field: str, spec: str) -> Dataset:
         from trl import maybe_convert_to_chatml  # not above: training tools import this module, maybe without TRL
 
         rows, needed = rows.map(maybe_convert_to_chatml, remove_columns="conversations"), {"messages"}
-    labels = rows["label"] if "label" in rows.column_names else ()
+    # With a completion, these are TRL's rows for KTO. A label of messages is about something else.
+    labels = rows["label"] if "completion" in needed and "label" in rows.column_names else ()
     if (bad := next((i for i, label in enumerate(labels) if label is False), None)) is not None:
         raise ValueError(
             f"{place}: row {bad} has label=False, so its completion is an example of what not to answer. Leave such "

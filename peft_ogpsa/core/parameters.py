@@ -109,9 +109,10 @@ class Parameters:
     def fingerprint(self) -> dict[str, float]:
         """The norm of every parameter, by name. It distinguishes one run's adapter from another's."""
         parameters = self.by_name()
+        parts = map(distributed.local, parameters.values())
         own = [
-            torch.linalg.vector_norm(distributed.local(parameter), dtype=torch.float32).cpu()
-            for parameter in parameters.values()
+            torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)).float().cpu()
+            for part in parts
         ]
         squares = torch.stack(own).square()
         if distributed.are_sharded(parameters.values()):

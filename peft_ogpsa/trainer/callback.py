@@ -402,7 +402,7 @@ class OGPSACallback(TrainerCallback):
         if not self.save_subspace or not run.projector.projected() or run.uploaded == state.global_step:
             return
         saved = run.projector.state_dict()  # call this in all processes, because it gathers shards
-        saved["rest"] |= {"loader": run.loader.state_dict(), "run": run.name, "trainer": self._trainer_name()}
+        saved["rest"] |= {"loader": run.loader.state_dict(), "run": run.name, "trainer": self._kind_of_trainer()}
         if run.base:
             saved["rest"]["base_weights"] = run.base
         if state.is_world_process_zero:
@@ -419,10 +419,10 @@ class OGPSACallback(TrainerCallback):
         if run.still:
             run.projector.enabled, run.still = True, False
 
-    def _trainer_name(self) -> str | None:
-        """The class of the trainer, which tells SFT from DPO. `None` if the trainer is not found."""
-        trainer = compat.trainer_of(self)
-        return None if trainer is None else type(trainer).__name__
+    def _kind_of_trainer(self) -> str | None:
+        """The trainer's class in TRL, which tells SFT from DPO, also for a subclass. `None` if it has none."""
+        kinds = type(compat.trainer_of(self)).__mro__
+        return next((kind.__name__ for kind in kinds if kind.__module__.split(".")[0] == "trl"), None)
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The directory of the checkpoint that a run resumes from."""
@@ -437,7 +437,7 @@ class OGPSACallback(TrainerCallback):
         try:
             saved = checkpoint.load(directory)
             try:
-                by, own = saved["rest"].get("trainer"), self._trainer_name()
+                by, own = saved["rest"].get("trainer"), self._kind_of_trainer()
                 if by and own and by != own:
                     raise checkpoint.CheckpointError(
                         f"{directory} is of another stage of training: {by} saved it, and this run has {own}."
