@@ -231,7 +231,8 @@ def test_constraint_holds_on_assembled_parameters(two, case, how):
 @pytest.mark.slow
 def test_one_collective_a_step_whatever_the_depth(two):
     for case in CASES:
-        assert two[0][f"{case} fsdp2"]["collectives"] == [1, 1, 1]
+        # Without a projection, only a step after a refresh needs one.
+        assert two[0][f"{case} fsdp2"]["collectives"] == [1, 1, int("alone" not in case)]
         assert two[0][f"{case} ddp"]["collectives"] == [0, 0, 0]
     assert two[0]["deep"] == [1, 1]
 

@@ -236,6 +236,7 @@ class OGPSACallback(TrainerCallback):
             _ask_policy(loader, model, args)  # again, because its answers are others now
         self._prepare_saving(args, state, trainer, projector)
         if self.save_subspace and _is_on_a_base(projector):
+            distributed.reshard(model)  # the passes that built the subspace have left some modules gathered
             run.base = base_weights.checksums(projector.targets.model)
         plan = _plan(run, step_examples)  # called even if not shown: it rejects parameters that share memory
         if args.disable_tqdm:
