@@ -284,6 +284,11 @@ class ProjectionConfig:
         return self.subspace != "none"
 
     @property
+    def projects_changes(self) -> bool:
+        """Whether the change of the parameters is projected, and not only the gradient."""
+        return self.uses_activations or (self.constrains and self.projection == "update")
+
+    @property
     def refreshes(self) -> bool:
         """Whether reference gradients are computed during training."""
         return self.constrains or self.reference_weight != 0

@@ -212,7 +212,7 @@ class Guard:
         """Whether a change that torch has counted can matter. May wait for the device."""
         if self._norms is not None:
             return self._norms != self._parameters.fingerprint()
-        if not config.projects or (config.subspace == "gradients" and config.projection == "gradient"):
+        if not config.projects_changes:
             return False  # nothing binds the parameters themselves, and schedule-free optimizers move them to and fro
         return config.subspace != "activations" or self._builder.leaks()
 
@@ -333,7 +333,7 @@ def refuse_averaging(optimizer: Optimizer, config: ProjectionConfig) -> None:
     Raises:
         ValueError: If the optimizer is schedule-free and the settings project the change of the parameters.
     """
-    if not config.projects or (config.subspace == "gradients" and config.projection == "gradient"):
+    if not config.projects_changes:
         return
     if any("train_mode" in group for group in optimizer.param_groups):
         raise ValueError(

@@ -63,7 +63,7 @@ def merge_adapter(
     tokenizer = None  # loaded first, because it may be damaged
     if output_dir is not None:
         tokenizer = saved_tokenizer(adapter) or AutoTokenizer.from_pretrained(source, **revision)
-    adapted = _adapted(adapter, source, dtype=torch.float32, device_map=device_map, **revision)
+    adapted = _adapted(adapter, source, revision, device_map)
     _untie(adapted.get_base_model())
     merged = _cast(adapted.merge_and_unload(safe_merge=True), dtype)
     if output_dir is not None and tokenizer is not None:
@@ -72,7 +72,7 @@ def merge_adapter(
     return merged
 
 
-def _adapted(adapter: str, source: str, **options: Any) -> Any:
+def _adapted(adapter: str, source: str, revision: dict[str, str], device_map: str | dict | None) -> Any:
     """Load the base and the adapter, with the class of the base that the adapter was made for.
 
     transformers has two classes for some models with images, whose layers have different names: one for the text
@@ -81,13 +81,13 @@ def _adapted(adapter: str, source: str, **options: Any) -> Any:
     Raises:
         ValueError: If the adapter fits neither, or the base is stored quantized.
     """
-    named = getattr(AutoConfig.from_pretrained(source, **_only(options, "revision")), "architectures", None) or [""]
+    named = getattr(AutoConfig.from_pretrained(source, **revision), "architectures", None) or [""]
     own: Any = getattr(transformers, named[0], None)
     missing = ""
     for kind in dict.fromkeys((AutoModelForCausalLM, own)):
         if kind is None:
             continue
-        model: Any = kind.from_pretrained(source, **options)
+        model: Any = kind.from_pretrained(source, dtype=torch.float32, device_map=device_map, **revision)
         if getattr(model, "quantization_method", None) is not None:
             raise ValueError(
                 f"base={source!r} is stored quantized. An adapter merged into it would lose most of what it learned. "
@@ -104,10 +104,6 @@ def _adapted(adapter: str, source: str, **options: Any) -> Any:
         f"adapter={adapter!r} does not fit base={source!r}: it has no weights for some of the layers that it adapts. "
         f"{missing} Give the model that it was made for: merge_adapter(..., base=NAME)."
     )
-
-
-def _only(options: dict[str, Any], name: str) -> dict[str, Any]:
-    return {name: options[name]} if name in options else {}
 
 
 def saved_tokenizer(adapter: str) -> Any:
