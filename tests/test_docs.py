@@ -144,6 +144,19 @@ def test_links_between_files_of_the_repository():
     assert not broken
 
 
+def test_tables_are_whole():
+    """A blank line within a table would make text of its rest, and a missing cell would move the others."""
+    broken = []
+    for path in pages():
+        text = re.sub(r"(?ms)^ *```.*?^ *```", "", path.read_text(encoding="utf-8"))
+        for table in re.findall(r"(?m)(?:^ *\|.*\n?)+", text):
+            rows = table.splitlines()
+            widths = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+            if len(rows) < 2 or not re.fullmatch(r" *\|(?: *:?-+:? *\|)+", rows[1]) or len(widths) != 1:
+                broken.append(f"{path.relative_to(ROOT)}: {rows[0]}")
+    assert not broken
+
+
 def test_configuration_has_one_row_for_each_field():
     text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     tables = text[: text.index("## The paper's rule")]
