@@ -160,10 +160,10 @@ class Dtypes:
     def __init__(self):
         self.seen = set()
 
-    def add(self, piece, gradients, first=0):
+    def add(self, index, gradients, first=0):
         self.seen.add(gradients.dtype)
 
-    def add_products(self, piece, outputs, inputs, factor):
+    def add_products(self, index, outputs, inputs, factor):
         self.seen |= {outputs.dtype, inputs.dtype}
 
 
@@ -426,7 +426,7 @@ def test_products_of_rows_are_taken_without_autocast():
     model.projector.refresh({"set": [examples]}, answer_loss)
 
     class Watcher(Dtypes):
-        def add_products(self, piece, outputs, inputs, factor):
+        def add_products(self, index, outputs, inputs, factor):
             self.seen.add(torch.is_autocast_enabled("cpu"))
 
     sink = Watcher()

@@ -831,8 +831,10 @@ def test_losses_that_are_not_finite(rows_from, caplog):
     loss_of(model, batch(5)).backward()
     torch.optim.AdamW(model.parameters(), lr=1e-2).step()
     assert all(torch.isfinite(p).all() for p in parameters_of(model))
+    held = model.projector.subspace.rows.sets.count("good")
     with pytest.raises(FloatingPointError, match="No reference gradient is finite"):
         model.projector.refresh({"bad": [bad]}, poisoned)
+    assert model.projector.subspace.rows.sets.count("good") == held
 
 
 def train(model, optimizer, steps):

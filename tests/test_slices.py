@@ -7,7 +7,7 @@ from peft import get_peft_model
 from test_projector import ogpsa_model
 
 from peft_ogpsa import OGPSAConfig
-from peft_ogpsa.core.gradient_subspace import Subspace
+from peft_ogpsa.core.gradient_subspace import GradientSubspace
 from peft_ogpsa.core.layout import Blocks
 from peft_ogpsa.references.losses import answer_loss
 
@@ -33,7 +33,7 @@ def subspaces(dtype, constraint):
     """A subspace over slices, and one over tensors that are those slices, with the same rows."""
     whole, pieces = parameters(), cut(parameters())
     layouts = Blocks(whole, dict.fromkeys(whole, ""), "slice"), Blocks(pieces, dict.fromkeys(pieces, ""), "tensor")
-    made = [Subspace(layout, 5, constraint, dtype) for layout in layouts]
+    made = [GradientSubspace(layout, 5, constraint, dtype) for layout in layouts]
     for subspace, form in zip(made, (lambda v: v, cut), strict=True):
         slots = subspace.rows.claim(4)
         writer = subspace.rows.open(slots)

@@ -8,7 +8,7 @@ from loops import loss_of, ogpsa_model, references
 from scipy.optimize import nnls
 
 from peft_ogpsa.core import linalg
-from peft_ogpsa.core.gradient_subspace import Subspace
+from peft_ogpsa.core.gradient_subspace import GradientSubspace
 from peft_ogpsa.core.layout import Blocks
 
 SHAPES = {
@@ -35,7 +35,9 @@ def blocks(scope: str) -> Blocks:
     return Blocks(parameters(), OWNERS, scope)
 
 
-def fill(subspace: Subspace, gradients: list[dict[str, torch.Tensor]], sets: list[str] | None = None) -> list[int]:
+def fill(
+    subspace: GradientSubspace, gradients: list[dict[str, torch.Tensor]], sets: list[str] | None = None
+) -> list[int]:
     slots = subspace.rows.claim(len(gradients))
     writer = subspace.rows.open(slots)
     for piece, name in enumerate(subspace.blocks.names()):
@@ -113,7 +115,7 @@ def test_bad_layouts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("scope", MEMBERS)
 def test_rows_have_unit_norm_in_every_block_at_any_scale(scope, dtype, scale):
-    subspace = Subspace(blocks(scope), 3, "cone", dtype)
+    subspace = GradientSubspace(blocks(scope), 3, "cone", dtype)
     gradients = [parameters(seed, scale) for seed in (1, 2)]
     assert fill(subspace, gradients) == []
     whole = [
@@ -140,7 +142,7 @@ def corrected(subspace, stack):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_zero_and_bad_rows(dtype):
-    subspace = Subspace(blocks("module"), 4, "cone", dtype)
+    subspace = GradientSubspace(blocks("module"), 4, "cone", dtype)
     zero, bad = parameters(1), parameters(2)
     zero["layers.0.lora_A"].zero_()
     zero["layers.0.lora_B"].zero_()
@@ -155,7 +157,7 @@ def test_zero_and_bad_rows(dtype):
     assert all(torch.isfinite(part).all() for part in correction.values())
 
 
-def stored(subspace: Subspace, members: list[str]) -> torch.Tensor:
+def stored(subspace: GradientSubspace, members: list[str]) -> torch.Tensor:
     """The rows of a block as they are held, in float64."""
     whole = [
         part.double() * scales.double().unsqueeze(-1)
@@ -171,7 +173,7 @@ def test_int8_rows_are_close_and_their_cone_is_exact(scope):
     # Pieces of very different size in one block each need a scale of their own.
     for gradient in gradients:
         gradient["layers.0.lora_A"] *= 1e-4
-    subspace = Subspace(blocks(scope), 4, "cone", torch.int8)
+    subspace = GradientSubspace(blocks(scope), 4, "cone", torch.int8)
     fill(subspace, gradients)
     for name in SHAPES:
         for row, gradient in zip(stored(subspace, [name]), gradients, strict=True):
@@ -192,7 +194,7 @@ def test_int8_rows_are_close_and_their_cone_is_exact(scope):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("slots", [[5, 0, 1], [4, 2, 3], [1, 3, 5], [3]])
 def test_writing_changes_the_opened_rows_alone(dtype, slots):
-    subspace = Subspace(blocks("tensor"), 6, "cone", dtype)
+    subspace = GradientSubspace(blocks("tensor"), 6, "cone", dtype)
     old = [parameters(seed) for seed in range(6)]
     fill(subspace, old)
     before = {name: view.clone() for name, view in by_name(subspace.blocks, subspace.rows.stack).items()}
@@ -215,7 +217,7 @@ def test_writing_changes_the_opened_rows_alone(dtype, slots):
 @pytest.mark.parametrize("scope", ["tensor", "slice"])
 @pytest.mark.parametrize("places", [[0, 1, 2], [1, 2], [0, 2], [1]])
 def test_products_add_up_to_gradients(dtype, scope, places):
-    subspace = Subspace(Blocks(parameters(), OWNERS, scope, slices=2), 5, "cone", dtype)
+    subspace = GradientSubspace(Blocks(parameters(), OWNERS, scope, slices=2), 5, "cone", dtype)
     writer = subspace.rows.open([1, 2, 3])
     part = writer.of(places)
     part.weight = 0.5
@@ -236,7 +238,7 @@ def test_products_add_up_to_gradients(dtype, scope, places):
 
 
 def test_int8_rows_add_up():
-    subspace = Subspace(blocks("tensor"), 2, "cone", torch.int8)
+    subspace = GradientSubspace(blocks("tensor"), 2, "cone", torch.int8)
     writer = subspace.rows.open(subspace.rows.claim(1))
     for weight, seed in ((1.0, 1), (0.5, 2)):
         writer.weight = weight
@@ -275,7 +277,7 @@ def test_cone_agrees_with_nnls(scope, kind, seed):
     gradients = [parameters(10 * seed + i, 10.0 ** (i % 3)) for i in range(1, count + 1)]
     if kind == "duplicate":
         gradients[1] = gradients[0]
-    subspace = Subspace(blocks(scope), count + 1, "cone")
+    subspace = GradientSubspace(blocks(scope), count + 1, "cone")
     fill(subspace, gradients)
     update = parameters(99 + seed)
     stack = subspace.blocks.stack([update[name] for name in subspace.blocks.names()])
@@ -296,7 +298,7 @@ def test_cone_agrees_with_nnls(scope, kind, seed):
 @pytest.mark.parametrize("scope", MEMBERS)
 def test_orthogonal_agrees_with_svd(scope, rank):
     gradients = [parameters(seed, 10.0**seed) for seed in range(1, 5)]
-    subspace = Subspace(blocks(scope), 5, "orthogonal", rank=rank)
+    subspace = GradientSubspace(blocks(scope), 5, "orthogonal", rank=rank)
     fill(subspace, gradients)
     update = parameters(99)
     stack = subspace.blocks.stack([update[name] for name in subspace.blocks.names()])
@@ -314,7 +316,7 @@ def test_orthogonal_agrees_with_svd(scope, rank):
 def test_memory_is_rows_times_parameters():
     size = sum(value.numel() for value in parameters().values())
     for scope, count in (("tensor", 5), ("model", 1)):
-        subspace = Subspace(blocks(scope), 7, "cone", torch.bfloat16)
+        subspace = GradientSubspace(blocks(scope), 7, "cone", torch.bfloat16)
         assert sum(part.numel() for part in subspace.rows.stack) == 7 * size
         assert all(part.dtype == torch.bfloat16 for part in subspace.rows.stack)
         assert subspace.directions is subspace.rows.stack
@@ -322,11 +324,11 @@ def test_memory_is_rows_times_parameters():
 
 
 def test_ring_and_gram_stay_right_as_rows_are_replaced():
-    subspace = Subspace(blocks("tensor"), 3, "cone")
+    subspace = GradientSubspace(blocks("tensor"), 3, "cone")
     for seed in range(5):
         fill(subspace, [parameters(seed)], [f"set{seed}"])
     assert subspace.rows.sets == ["set3", "set4", "set2"]
-    fresh = Subspace(blocks("tensor"), 3, "cone")
+    fresh = GradientSubspace(blocks("tensor"), 3, "cone")
     fill(fresh, [parameters(3), parameters(4), parameters(2)])
     torch.testing.assert_close(subspace.rows.gram, fresh.rows.gram, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="4 reference gradients do not fit into rows=3"):
@@ -346,7 +348,7 @@ def test_a_ring_of_another_size_is_refused(damage):
         other.projector.load_state_dict({**state, "rest": {**state["rest"], **damage}})
 
 
-def worst(subspace: Subspace) -> float:
+def worst(subspace: GradientSubspace) -> float:
     """How far a corrected step still goes against a row, at most."""
     layout = subspace.blocks
     own = parameters(7)
@@ -362,8 +364,8 @@ def worst(subspace: Subspace) -> float:
 def test_a_state_fits_where_parameters_are_grouped_otherwise(scope, dtype):
     """As with another device_map: values by block must not go to other blocks. What depends on groups is refused."""
 
-    def subspace(of: dict[str, torch.Tensor]) -> Subspace:
-        return Subspace(Blocks(of, OWNERS, scope, slices=2), 3, "cone", dtype=dtype)
+    def subspace(of: dict[str, torch.Tensor]) -> GradientSubspace:
+        return GradientSubspace(Blocks(of, OWNERS, scope, slices=2), 3, "cone", dtype=dtype)
 
     half = {name: own.bfloat16() if name.startswith("layers.0") else own for name, own in parameters().items()}
     saved, same, other = subspace(half), subspace(half), subspace(parameters())

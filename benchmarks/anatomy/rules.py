@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from peft_ogpsa.core.gradient_subspace import Subspace
+from peft_ogpsa.core.gradient_subspace import GradientSubspace
 from peft_ogpsa.core.layout import Blocks, Stack
 
 
@@ -69,7 +69,7 @@ class Rules:
     def __init__(self, blocks: Blocks, rows: int, rate: float) -> None:
         self._blocks = blocks
         self._slots = list(range(rows))
-        self._subspaces = {name: Subspace(blocks, rows, name) for name in ("orthogonal", "cone")}
+        self._subspaces = {name: GradientSubspace(blocks, rows, name) for name in ("orthogonal", "cone")}
         # Rules that project the update do not change the optimizer's gradients, so they share one optimizer.
         self._followers = {
             (optimizer, constraint): Follower(make, rate, blocks.zeros())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from peft_ogpsa.core.gradient_subspace import Subspace
+from peft_ogpsa.core.gradient_subspace import GradientSubspace
 from peft_ogpsa.core.layout import Stack
 from peft_ogpsa.references.loader import ReferenceLoader
 from peft_ogpsa.references.losses import answer_loss, collate
@@ -133,8 +133,8 @@ def watch(
     }
 
 
-def _orthogonal(cone: Subspace) -> Subspace:
+def _orthogonal(cone: GradientSubspace) -> GradientSubspace:
     """Return a subspace with the same rows and the orthogonal constraint."""
-    twin = Subspace(cone.blocks, cone.rows.capacity, "orthogonal")
+    twin = GradientSubspace(cone.blocks, cone.rows.capacity, "orthogonal")
     twin.load_state_dict(*cone.state_dict())
     return twin

@@ -37,7 +37,7 @@ from .kinds import Kind, kind_of
 from .layout import LARGEST_GROUP
 from .linalg import small_dtype
 from .precision import LOW_PRECISION
-from .stacks import InputMatrix, Stack, inverse_of
+from .stacks import InputMatrix, InputStack, inverse_of
 
 MOST_DIRECTIONS = 512
 """Maximum directions of an input if the energy determines their number; also limited to half of its width."""
@@ -85,7 +85,8 @@ class ActivationSubspace:
         dtype (`torch.dtype`): The dtype in which the directions are stored: float32 or bfloat16.
 
     Raises:
-        ValueError: If the layers differ from those of the inputs, or if a matrix has lower precision than float32.
+        ValueError: If the layers differ from those of the inputs, if a matrix has lower precision than float32 or is
+            sharded along its inputs, or if the directions leave nothing of a full weight to train.
     """
 
     def __init__(self, matrices: Sequence[InputMatrix], inputs: Sequence[Input], dtype: torch.dtype) -> None:
@@ -103,7 +104,7 @@ class ActivationSubspace:
         # For each stack: squared lengths of the parts removed from steps, and of the steps.
         self._squares = [torch.zeros(2, dtype=torch.float32, device=stack.basis.device) for stack in self._stacks]
 
-    def _stacked(self) -> list[Stack]:
+    def _stacked(self) -> list[InputStack]:
         own: dict[str, InputMatrix] = {matrix.layer: matrix for matrix in self.matrices}
         known = [layer for item in self.inputs for layer in item.layers]
         if sorted(known) != sorted(own) or len(own) != len(self.matrices):
@@ -150,7 +151,7 @@ class ActivationSubspace:
                 matrices = [[own[layer] for layer in self.inputs[i].layers] for i in part]
                 gains = [self.inputs[i].gain if self._adapter else 1.0 for i in part]
                 gain = torch.tensor(gains, dtype=torch.float32, device=device).view(-1, 1, 1)
-                stacks.append(Stack(kind, part, matrices, basis, inverse_of(basis), gain))
+                stacks.append(InputStack(kind, part, matrices, basis, inverse_of(basis), gain))
         return stacks
 
     def _refuse_low_precision(self, matrix: InputMatrix) -> None:
@@ -200,7 +201,7 @@ class ActivationSubspace:
             before = _length_before(matrix.holder, whole, torch.linalg.vector_norm(a - outside), gain)
             stretch = torch.where(b.any() | (kept == 0), 1.0, gain * before / kept)
             entered.append((matrix, outside * stretch, before))
-        for matrix, nothing in zip(self._afters(), torch.stack(hollow).tolist() if hollow else [], strict=True):
+        for (matrix, _, _), nothing in zip(entered, torch.stack(hollow).tolist() if hollow else [], strict=True):
             if nothing:
                 raise ValueError(
                     f"No part of {matrix.name} is left outside the activation subspace, so the layer could not "
@@ -231,10 +232,6 @@ class ActivationSubspace:
                 a, b = _whole(matrix.parameter), _whole(matrix.after).to(stack.basis.device)
                 shares.append(_share(b, stack.along(a[None], place)[0], a).to(self.device))
         return float(torch.stack(shares).max())
-
-    def _afters(self) -> list[InputMatrix]:
-        """The matrices that belong to an adapter, in the order of `_each`."""
-        return [matrix for _, _, matrix in self._each() if matrix.after is not None]
 
     def in_place(self) -> bool:
         """Whether the directions are still where the matrices are, and the model was not moved to another device."""
@@ -285,8 +282,7 @@ class ActivationSubspace:
         for stack, before in zip(self._stacks, self._before_inner, strict=True):
             step = stack.copies(stack.parameters()) - before
             step -= stack.inside(step)
-            own = [distributed.local(parameter) for parameter in stack.parameters()]
-            torch._foreach_copy_(own, stack.views(before + stack.gain * step))
+            stack.write(before + stack.gain * step)
         self._before_inner, self._gained = None, True
 
     @torch.no_grad()
@@ -304,30 +300,36 @@ class ActivationSubspace:
             torch._foreach_copy_([own for own, _ in found], [view for _, view in found])
 
     @torch.no_grad()
-    def project_step(self, record: bool = True) -> None:
-        """Project the change of the matrices since `remember`. With `record` it counts for `removed`."""
-        for i, stack in enumerate(self._stacks):
+    def project_step(self) -> None:
+        """Project the change of the matrices since `remember`. What is removed counts for `removed`."""
+        assert self._before is not None
+        for i, (stack, before) in enumerate(zip(self._stacks, self._before, strict=True)):
+            checked = i == 0 and self._adapter and not self._gained
             now = stack.copies(stack.parameters())
-            if record:
-                assert self._before is not None
-                before = self._before[i]
-                step = now - before
-                if i == 0 and self._adapter and not self._gained:
-                    self._copy_check.before(step)
-                removed = stack.inside(step)
-                self._squares[i] += torch.stack([removed.square().sum(), step.square().sum()])
-                step -= removed
-                if not self._gained:
-                    step *= stack.gain
-                if i == 0 and self._adapter and not self._gained:
-                    self._copy_check.after(step)
-                now = torch.add(before, step, out=now)
-            if self._adapter:
-                # A was in the complement before. Project A itself, so that rounding errors do not add up.
-                now -= stack.inside(now)
-            own = [distributed.local(parameter) for parameter in stack.parameters()]
-            torch._foreach_copy_(own, stack.views(now))
+            step = now - before
+            if checked:
+                self._copy_check.before(step)
+            removed = stack.inside(step)
+            self._squares[i] += torch.stack([removed.square().sum(), step.square().sum()])
+            step -= removed
+            if not self._gained:
+                step *= stack.gain
+            if checked:
+                self._copy_check.after(step)
+            self._store(stack, torch.add(before, step, out=now))
         self._before = None
+
+    @torch.no_grad()
+    def return_to_complement(self) -> None:
+        """Remove from every A what rounding has brought into the subspace. Full weights stay as they are."""
+        for stack in self._stacks if self._adapter else ():
+            self._store(stack, stack.copies(stack.parameters()))
+
+    def _store(self, stack: InputStack, now: Tensor) -> None:
+        if self._adapter:
+            # A was in the complement before. Project A itself, so that rounding errors do not add up.
+            now -= stack.inside(now)
+        stack.write(now)
 
     @torch.no_grad()
     def project_rows(self, rows: Mapping[str, Tensor]) -> None:
@@ -430,7 +432,7 @@ class ActivationSubspace:
             )
         return cls(matrices, found, dtype)
 
-    def _each(self) -> Iterator[tuple[Stack, int, InputMatrix]]:
+    def _each(self) -> Iterator[tuple[InputStack, int, InputMatrix]]:
         for stack in self._stacks:
             for place, own in enumerate(stack.matrices):
                 for matrix in own:

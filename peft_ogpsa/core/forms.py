@@ -36,8 +36,6 @@ def fits(value: Any, kind: Any) -> bool:
     """Return whether a value has a type, with the types of its entries. A bool is no number, and an int is a float."""
     if isinstance(kind, types.UnionType):
         return any(fits(value, own) for own in get_args(kind))
-    if kind is None or kind is types.NoneType:
-        return value is None
     if get_origin(kind) is list:
         return isinstance(value, list) and all(fits(item, get_args(kind)[0]) for item in value)
     if get_origin(kind) is dict:

@@ -231,29 +231,7 @@ def _matches(owner: str, pattern: str) -> bool:
 
 
 def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
-    """Project the steps that optimizers make with a model's own weights.
-
-    ```py
-    projector = attach(model, FullParameterConfig(rows=4, exclude=["embed_tokens", "lm_head"]))
-    for batch in training:
-        while projector.due:
-            projector.refresh({"general": [next(general)]}, loss_fn)
-        loss_fn(model, batch).backward()
-        optimizer.step()  # projected
-        optimizer.zero_grad()
-    ```
-
-    You do not pass the optimizer: its own step hooks find the projector of the parameters that it holds. If you wrap
-    the model in `DistributedDataParallel` afterwards, keep passing the inner model to `attach` and `refresh`. If you
-    shard it with `fully_shard`, before or after this call, nothing changes. A second call replaces the first.
-
-    Args:
-        model (`nn.Module`): The model. Its trainable parameters are projected, except those that `config.exclude`
-            names.
-        config (`FullParameterConfig`): The settings.
-
-    Returns:
-        The projector. `projector_of(model)` also returns it.
+    """Project the steps that optimizers make with a model's own weights. See `tuner.attaching.attach`.
 
     Raises:
         ValueError: If `exclude` names something that is not in the model, or leaves nothing to project.
@@ -273,7 +251,6 @@ def attach(model: nn.Module, config: FullParameterConfig) -> Projector:
             len(low),
             low[0],
         )
-    attachment.detach(model)
     projector = Projector(targets)
     attachment.attach(model, projector)
     return projector

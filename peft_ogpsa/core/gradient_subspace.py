@@ -22,7 +22,7 @@ NEGLIGIBLE = 1e-6
 """Rows shorter than this, relative to the longest row of their block, constrain nothing."""
 
 
-class Subspace:
+class GradientSubspace:
     """A ring of reference gradients per block, under one constraint.
 
     Args:
@@ -65,7 +65,7 @@ class Subspace:
         # Of each set, its rows. On the device, because a step would wait if it moved them there.
         self._slots: dict[str, Tensor] = {}
 
-    def adopt(self, other: Subspace) -> None:
+    def adopt(self, other: GradientSubspace) -> None:
         """Take over the rows of a smaller subspace of the same parameters."""
         self.rows.adopt(other.rows)
         self.start[:, : other.rows.capacity] = other.start
@@ -88,10 +88,7 @@ class Subspace:
         If a row is far shorter than the longest row of its block, it is a zero gradient with rounding errors. At unit
         length it would count as much as the others, so it constrains nothing.
         """
-        members: dict[str, list[int]] = {}
-        for slot, name in enumerate(self.rows.sets):
-            if name is not None:
-                members.setdefault(name, []).append(slot)
+        members = self.rows.by_set(range(self.rows.capacity))
         self._slots = {name: torch.tensor(own, device=self.blocks.device) for name, own in members.items()}
         active = self.rows.norms > NEGLIGIBLE * self.rows.norms.amax(1, keepdim=True)
         self.active_gram = self.rows.gram * (active.unsqueeze(-1) & active.unsqueeze(-2))
@@ -168,11 +165,7 @@ class Subspace:
             slots (`Sequence[int]`): The rows.
             factors (`Mapping[str, float]`, *optional*): The factor of each set's gradient; 1 by default.
         """
-        members: dict[str, list[int]] = {}
-        for slot in slots:
-            name = self.rows.sets[slot]
-            if name is not None:
-                members.setdefault(name, []).append(slot)
+        members = self.rows.by_set(slots)
         weights = torch.zeros(self.rows.capacity, dtype=self.rows.norms.dtype)
         for name, own in members.items():
             weights[own] = (1.0 if factors is None else factors[name]) / (len(own) * len(members))
@@ -189,7 +182,7 @@ class Subspace:
         """
         # Small matrices only: the raw rows are the unit rows times their norms, in each block.
         products = (self.rows.norms * self.rows.products(vectors)).sum(0)
-        length = torch.stack([part.flatten().dot(part.flatten()).to(self.blocks.device) for part in vectors]).sum()
+        length = self.blocks.square_length(vectors)
         return torch.cat([products, length.to(products.dtype).unsqueeze(0)])
 
     def cosines(self, overlaps: Tensor) -> dict[str, Tensor]:

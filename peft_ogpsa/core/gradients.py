@@ -27,10 +27,13 @@ _LOSS_SCALE = 2.0**10
 class Sink(Protocol):
     """A receiver of gradients."""
 
-    def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
-        """Add the `(examples, *shape)` gradients of one piece. The first of them belongs to example `first`."""
+    def add(self, index: int, gradients: Tensor, first: int = 0) -> None:
+        """Add the `(examples, *shape)` gradients of one parameter. The first of them belongs to example `first`.
 
-    def add_products(self, piece: int, outputs: Tensor, inputs: Tensor, factor: float) -> None:
+        `index` is the parameter's place in the list of all, here and in `add_products`.
+        """
+
+    def add_products(self, index: int, outputs: Tensor, inputs: Tensor, factor: float) -> None:
         """Add `factor` times the gradients `outputs^T inputs` of a matrix, `(examples, tokens, features)` each."""
 
     def clear(self) -> None:
@@ -63,7 +66,7 @@ def first_tensor(batch: Any) -> Tensor:
 
 
 def batch_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, first: int = 0) -> Tensor:
-    """Pass the gradient of `loss_fn(model, batch)` to `sink`, `(1, *shape)` per piece, and return the loss.
+    """Pass the gradient of `loss_fn(model, batch)` to `sink`, `(1, *shape)` per parameter, and return the loss.
 
     Raises:
         RuntimeError: If no gradient arrived.
@@ -76,9 +79,9 @@ def batch_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink
             "does not depend on them, or something cuts the graph, as the gradient checkpointing of some tools does. "
             "Set gradient_checkpointing_kwargs={'use_reentrant': False}, or turn gradient checkpointing off."
         )
-    for piece, gradient in enumerate(gradients):
+    for index, gradient in enumerate(gradients):
         if gradient is not None:
-            sink.add(piece, gradient.unsqueeze(0).float() / _LOSS_SCALE, first)
+            sink.add(index, gradient.unsqueeze(0).float() / _LOSS_SCALE, first)
     return loss.detach()
 
 
@@ -118,9 +121,9 @@ def sharded_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, si
                 "between optimizer steps and with set_requires_gradient_sync(True). As its `model`, give the module "
                 "that you passed to the outermost fully_shard."
             )
-        for piece, parameter in enumerate(own):
+        for index, parameter in enumerate(own):
             if parameter.grad is not None:
-                sink.add(piece, distributed.local(parameter.grad).unsqueeze(0).float() / _LOSS_SCALE)
+                sink.add(index, distributed.local(parameter.grad).unsqueeze(0).float() / _LOSS_SCALE)
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
@@ -130,7 +133,7 @@ def sharded_gradient(model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, si
 def example_gradients(
     model: Any, batch: Any, loss_fn: LossFn, blocks: Blocks, sink: Sink, linears: Sequence[nn.Linear | None]
 ) -> Tensor:
-    """Pass the gradient of every example to `sink`, `(examples, *shape)` per piece, from one backward pass.
+    """Pass the gradient of every example to `sink`, `(examples, *shape)` per parameter, from one backward pass.
 
     For a linear map with inputs `x[i, t]` and output gradients `u[i, t]` (example i, token t), example i's weight
     gradient is the sum over t of the outer products `u[i, t] x[i, t]^T`. Hooks on `lora_A` and `lora_B` see both. The
@@ -147,7 +150,7 @@ def example_gradients(
         loss_fn: `loss_fn(model, batch)` returns a scalar.
         blocks: The projected parameters.
         sink: Receives the gradients.
-        linears: For each piece the linear module that has it as its weight, or `None` if there is none.
+        linears: For each parameter the linear module that has it as its weight, or `None` if there is none.
 
     Returns:
         The loss of the batch, detached.
@@ -199,36 +202,36 @@ def _hooked_gradients(
     # A loss may flatten batches of (examples, sequences, tokens). The sequences of an example are then adjacent.
     flattened = first_tensor(batch).shape[:2].numel()
     inputs_ok = True
-    watched: set[int] = set()  # pieces whose module has been called
-    told: set[int] = set()  # pieces whose gradient came through their module
+    watched: set[int] = set()  # indices of parameters whose module has been called
+    told: set[int] = set()  # indices of parameters whose gradient came through their module
     anchor = torch.zeros((), device=blocks.device, requires_grad=True)
 
-    def watch(piece: int) -> Callable:
+    def watch(index: int) -> Callable:
         def tell(x: Tensor, u: Tensor) -> None:
             nonlocal inputs_ok
-            told.add(piece)
+            told.add(index)
             # If the second axis could also be the examples' axis, it is unknown which of the two is.
             per_example = x.dim() >= 3 and x.shape[0] in (count, flattened) and x.shape[1] not in (count, flattened)
             inputs_ok = inputs_ok and per_example
             if inputs_ok:
                 outputs, inputs = (part.reshape(count, -1, part.shape[-1]).float() for part in (u, x))
-                sink.add_products(piece, outputs, inputs, count / _LOSS_SCALE)
+                sink.add_products(index, outputs, inputs, count / _LOSS_SCALE)
 
         def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             if not output.requires_grad:
                 return None
-            watched.add(piece)
+            watched.add(index)
             return _Watch.apply(output, args[0].detach(), tell, anchor)
 
         return forward_hook
 
     handles = [
-        linear.register_forward_hook(watch(piece)) for piece, linear in enumerate(linears) if linear is not None
+        linear.register_forward_hook(watch(index)) for index, linear in enumerate(linears) if linear is not None
     ]
     try:
         loss = _scalar(loss_fn(model, batch))
         weights = blocks.flat_parameters()
-        rest = [weights[piece] for piece in range(len(weights)) if piece not in watched]
+        rest = [weights[index] for index in range(len(weights)) if index not in watched]
         _, *others = torch.autograd.grad(loss * _LOSS_SCALE, [anchor, *rest], allow_unused=True)
     finally:
         for handle in handles:

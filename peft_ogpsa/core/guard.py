@@ -145,7 +145,7 @@ class Guard:
             moved: Number of steps so far that could move the parameters.
             config: The projection's settings.
         """
-        self._note_versions()
+        self.note_parameters()
         self._warned_of_missing = False  # what was missing is here; if it goes missing again, that is news
         subspace = self._refresher.subspace
         if not config.constrains or subspace is None or self._counted >= 2:
@@ -169,7 +169,8 @@ class Guard:
 
     # Check that the parameters change only in projected steps
 
-    def _note_versions(self) -> None:
+    def note_parameters(self) -> None:
+        """Record the parameters as they are, so that `check_changes` sees a later change."""
         own = self.projected().values()
         self._versions = self._current_versions() if own and not distributed.are_sharded(own) else None
         # Before the first step, a wrapper such as DDP may copy the parameters over themselves.
@@ -194,7 +195,7 @@ class Guard:
         if self._versions is None or self._versions == self._current_versions():
             return
         if not self._harmful(config):
-            self._note_versions()
+            self.note_parameters()
             return
         if not self._warned_of_changes:
             self._warned_of_changes = True
@@ -206,7 +207,7 @@ class Guard:
                 _UNPROJECTED if config.projects else _UNSEEN,
             )
         self._builder.enter_again(config)  # otherwise the next step would do so without a word
-        self._note_versions()
+        self.note_parameters()
 
     def _harmful(self, config: ProjectionConfig) -> bool:
         """Whether a change that torch has counted can matter. May wait for the device."""
@@ -219,10 +220,6 @@ class Guard:
     def expect_changes(self) -> None:
         """Skip the next check, because torch may count a fused step that skipped itself as a change."""
         self._versions = None
-
-    def after_step(self) -> None:
-        """Record the parameters as the projection has left them."""
-        self._note_versions()
 
     # Check that the projector makes as many steps as the optimizer, with the parameters that it trains
 
@@ -354,7 +351,7 @@ def refuse_maximizing(optimizer: Optimizer, config: ProjectionConfig) -> None:
         ValueError: If it maximizes, and the settings add reference gradients or project the gradient on a cone.
     """
     solved = config.constrains and config.projection == "gradient" and config.constraint == "cone"
-    added = config.refreshes and config.reference_weight != 0
+    added = config.reference_weight != 0
     if (added or solved) and any(group.get("maximize") for group in optimizer.param_groups):
         raise ValueError(
             f"{type(optimizer).__name__} has maximize=True, but reference losses must be minimized. Set "

@@ -24,7 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 
-class Watcher(Protocol):
+class StepWatcher(Protocol):
     """An object that acts around the steps of the optimizers that train its parameters."""
 
     def trains(self, optimizer: Optimizer) -> bool:
@@ -47,25 +47,25 @@ class Watcher(Protocol):
 
 
 # A watcher that is no longer referenced disappears from the set.
-_watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+_watchers: weakref.WeakSet[StepWatcher] = weakref.WeakSet()
 _lock = threading.Lock()  # protects the set: another thread may add a watcher while we iterate over it
 # The call of `step` that each watcher acts around. If the step raises an error, its entry stays.
-_running: weakref.WeakKeyDictionary[Watcher, FrameType] = weakref.WeakKeyDictionary()
+_running: weakref.WeakKeyDictionary[StepWatcher, FrameType] = weakref.WeakKeyDictionary()
 # The call of an inner `step` that has begun last. Calls around it do not end an inner step of their own.
-_inner: weakref.WeakKeyDictionary[Watcher, FrameType] = weakref.WeakKeyDictionary()
+_inner: weakref.WeakKeyDictionary[StepWatcher, FrameType] = weakref.WeakKeyDictionary()
 # Watchers in a step whose optimizer gives each process only some of the parameters.
-_divided: weakref.WeakSet[Watcher] = weakref.WeakSet()
+_divided: weakref.WeakSet[StepWatcher] = weakref.WeakSet()
 _pre_handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 _post_handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
-def watch(watcher: Watcher) -> None:
+def watch(watcher: StepWatcher) -> None:
     """Notify the watcher of all steps from now on."""
     with _lock:
         _watchers.add(watcher)
 
 
-def unwatch(watcher: Watcher) -> None:
+def unwatch(watcher: StepWatcher) -> None:
     """Undo `watch`."""
     with _lock:
         _watchers.discard(watcher)
@@ -86,7 +86,7 @@ def with_closure(args: tuple, kwargs: dict, closure: Callable[[], Any]) -> tuple
     return (args[0], closure, *args[2:]), kwargs
 
 
-def _all_watchers() -> list[Watcher]:
+def _all_watchers() -> list[StepWatcher]:
     with _lock:
         return list(_watchers)
 

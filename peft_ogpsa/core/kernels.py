@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_subspace import Subspace
+from .gradient_subspace import GradientSubspace
 from .layout import Blocks, Stack
 
 OLDEST_TRITON = "3.6"
@@ -349,7 +349,7 @@ class Launcher:
             groups = zip(self._pointers, self.blocks.groups, strict=True)
             return [snapshot(pointers, group.numel) for pointers, group in groups]
 
-    def project(self, subspace: Subspace, before: Stack) -> tuple[Tensor, Tensor]:
+    def project(self, subspace: GradientSubspace, before: Stack) -> tuple[Tensor, Tensor]:
         """Project the parameters' change since the snapshot `before`.
 
         Returns:
@@ -368,7 +368,7 @@ class Launcher:
             return removed.sum(), lengths.sum()
 
 
-def launcher(subspace: Subspace, last: Launcher | None) -> Launcher | None:
+def launcher(subspace: GradientSubspace, last: Launcher | None) -> Launcher | None:
     """The launcher of the kernels for a subspace: the last one, as long as the parameters stay at their addresses.
 
     Returns:

@@ -220,6 +220,10 @@ class Blocks:
             torch._foreach_copy_([view for view, _ in pairs], [own for _, own in pairs])
         return stack
 
+    def square_length(self, stack: Stack) -> Tensor:
+        """The squared length of a stack, over all blocks together, of this process's part."""
+        return torch.stack([part.flatten().dot(part.flatten()).to(self.device) for part in stack]).sum()
+
     def reduce(self, pieces: Sequence[Tensor]) -> Tensor:
         """Sum per-piece values into per-block values: a `(pieces, ...)` tensor per group -> `(blocks, ...)`.
 

@@ -209,17 +209,15 @@ def lengths_squared(gram: Tensor, coefficients: Tensor) -> Tensor:
     return (times(gram, c) * c).sum(-1).clamp(min=0.0)
 
 
-def span_weights(gram: Tensor, rank: int | None = None, tolerance: float = TOLERANCE) -> Tensor:
+def span_weights(gram: Tensor, rank: int | None = None) -> Tensor:
     """Weights `W` that make the rows `Q = W R` an orthonormal basis of the leading directions of `R`.
 
     The directions are eigenvectors of the Gram matrix, largest eigenvalue first. Directions beyond `rank`, or with a
-    singular value of at most `tolerance` times the block's largest, get zero rows in `W`, so that shapes are static.
+    singular value of at most `TOLERANCE` times the block's largest, get zero rows in `W`, so that shapes are static.
 
     Args:
         gram: `[B, m, m]`, from `gram`. Rows should have unit length, because the tolerance is relative to the largest.
         rank: Maximum number of directions to keep; `None` keeps all that pass the tolerance.
-        tolerance: Relative, on singular values. `TOLERANCE` explains the default. Rounding of the Gram matrix hides
-            values below `sqrt(m * eps)`, so a lower tolerance is raised to that.
 
     Returns:
         `[B, m, m]`, float64; NaN for a block whose Gram matrix is not finite.
@@ -230,7 +228,8 @@ def span_weights(gram: Tensor, rank: int | None = None, tolerance: float = TOLER
     # eigh raises for the whole batch when a single block is not finite.
     values, vectors = torch.linalg.eigh(torch.where(finite, problem, 0.0))
     singular = values.flip(-1).clamp(min=0.0).sqrt()
-    floor = max(tolerance, (m * torch.finfo(problem.dtype).eps) ** 0.5)
+    # Rounding of the Gram matrix hides smaller values.
+    floor = max(TOLERANCE, (m * torch.finfo(problem.dtype).eps) ** 0.5)
     kept = singular > floor * singular[:, :1]
     if rank is not None:
         kept = kept & (torch.arange(m, device=gram.device) < rank)
@@ -258,17 +257,16 @@ def orthonormal_rows(rows: Tensor, weights: Tensor) -> Tensor:
     return result
 
 
-def pseudo_inverse(gram: Tensor, tolerance: float = TOLERANCE) -> Tensor:
+def pseudo_inverse(gram: Tensor) -> Tensor:
     """Pseudo-inverses of Gram matrices, `W^T W` with the `W` of `span_weights`.
 
     Args:
         gram: `[B, m, m]`, from `gram`.
-        tolerance: As in `span_weights`.
 
     Returns:
         `[B, m, m]`, float64.
     """
-    weights = span_weights(gram, tolerance=tolerance)
+    weights = span_weights(gram)
     return weights.mT @ weights
 
 

@@ -168,8 +168,8 @@ class Passes:
         for batch, size in zip(own.batches, own.sizes, strict=True):
             losses += self._add(batch, size, mean, size / sum(own.sizes))
         row = self._rows.open(slots)
-        for piece, view in enumerate(self._blocks.views(total)):
-            row.add(piece, view)
+        for index, view in enumerate(self._blocks.views(total)):
+            row.add(index, view)
         return losses
 
     def _fill_by_batch(self, own: SetBatches, slots: Sequence[int]) -> Losses:

@@ -26,7 +26,7 @@ from .activation_subspace import ActivationSubspace
 from .building import Builder
 from .config import ProjectionConfig
 from .diagnostics import Diagnostics
-from .gradient_subspace import Subspace
+from .gradient_subspace import GradientSubspace
 from .gradients import LossFn
 from .guard import Guard, refuse_averaging, refuse_maximizing
 from .parameters import Parameters
@@ -41,10 +41,10 @@ from .targets import Targets
 class Projector:
     """The reference subspace of the parameters in training, which projects each optimizer step.
 
-    `get_peft_model(model, OGPSAConfig(...))` creates it, or `attach` for a model's own weights. The training loop only
-    needs to call `refresh`. `OGPSACallback` makes this call in the trainers of transformers and TRL. In an adapter,
-    only the LoRA matrices A and B in training are projected. The optimizer steps other trainable parameters
-    (`modules_to_save`, biases, DoRA magnitudes) as usual.
+    `get_peft_model(model, OGPSAConfig(...))` creates it, or `attach` for a plain LoRA adapter or whole weights. The
+    training loop only needs to call `refresh`. `OGPSACallback` makes this call in the trainers of transformers and
+    TRL. In an adapter, only the LoRA matrices A and B in training are projected. The optimizer steps other trainable
+    parameters (`modules_to_save`, biases, DoRA magnitudes) as usual.
 
     With `projection="update"` the constraint holds for the parameters' real change in the step, whatever caused it:
     momentum, preconditioning, clipping and decoupled weight decay are included. With `projection="gradient"` the
@@ -97,7 +97,7 @@ class Projector:
         return self.targets.config
 
     @property
-    def subspace(self) -> Subspace | None:
+    def subspace(self) -> GradientSubspace | None:
         """The gradient subspace; `None` before there is one."""
         return self._refresher.subspace
 
@@ -129,7 +129,7 @@ class Projector:
     def enabled(self, wanted: bool) -> None:
         if wanted and not self._enabled:
             self._builder.enter_again(self.config)
-            self.guard.after_step()
+            self.guard.note_parameters()
         self._enabled = wanted
 
     @property
@@ -221,8 +221,9 @@ class Projector:
                 progress bar.
 
         Returns:
-            The mean loss of each set over its finite batches. Empty if the activation subspace was built. In that case
-            `loss_fn` only passes the batches through the model, without its adapter.
+            The mean loss of each set over its finite batches. Empty if the activation subspace was built, or if no
+            reference gradients are needed. To build it, `loss_fn` only passes the batches through the model, without
+            its adapter.
 
         Raises:
             ValueError: If there is no set, a set without batches, or more reference gradients than `rows`; if a
@@ -248,7 +249,7 @@ class Projector:
         if build:
             self._builder.build(config, sets, loss_fn, model, progress)
             self._forget_rows()  # they belong to the adapter as it was
-            self.guard.after_step()
+            self.guard.note_parameters()
             return {}
         own = sized(sets)
         self.targets.check()
@@ -312,7 +313,7 @@ class Projector:
         self._restart()
         hooks.unwatch(self)
 
-    # The optimizer step; see `hooks.Watcher`
+    # The optimizer step; see `hooks.StepWatcher`
 
     def trains(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer is about to step our parameters.
@@ -367,7 +368,7 @@ class Projector:
         self._schedule.end_step()
         if self._schedule.moves:
             self._refresher.fresh = []
-        self.guard.after_step()
+        self.guard.note_parameters()
 
     def begin_inner_step(self) -> None:
         """Run before a step of an optimizer within the step that has begun, such as the one that Lookahead wraps."""

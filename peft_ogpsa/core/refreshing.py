@@ -16,7 +16,7 @@ from . import distributed
 from .activation_subspace import ActivationSubspace
 from .config import ProjectionConfig
 from .diagnostics import Diagnostics
-from .gradient_subspace import Subspace
+from .gradient_subspace import GradientSubspace
 from .gradients import LossFn
 from .isolation import isolated_eval
 from .parameters import Parameters
@@ -38,13 +38,13 @@ class Refresher:
         diagnostics (`Diagnostics`): Receives the figures of every refresh.
 
     Attributes:
-        subspace (`Subspace`, *optional*): The reference gradients; `None` before the first refresh.
+        subspace (`GradientSubspace`, *optional*): The reference gradients; `None` before the first refresh.
         fresh (`list[int]`): Slots whose rows were computed at the current parameters.
         weights (`dict[str, float]`): The reference weight of each set, for a configuration that gives none.
     """
 
     def __init__(self, parameters: Parameters, diagnostics: Diagnostics) -> None:
-        self.subspace: Subspace | None = None
+        self.subspace: GradientSubspace | None = None
         self.fresh: list[int] = []
         self.weights: dict[str, float] = {}
         self._parameters, self._diagnostics = parameters, diagnostics
@@ -71,9 +71,9 @@ class Refresher:
         """Whether the subspace was made for the parameters in training, with these settings."""
         return self._made_with == _shape_of(config) and self.covers_training()
 
-    def make(self, config: ProjectionConfig, capacity: int) -> Subspace:
+    def make(self, config: ProjectionConfig, capacity: int) -> GradientSubspace:
         """Make an empty subspace of the parameters in training."""
-        return Subspace(
+        return GradientSubspace(
             self._parameters.layout(config),
             capacity,
             config.constraint,
@@ -82,7 +82,7 @@ class Refresher:
             self._parameters.targets.rows_on_host,
         )
 
-    def hold(self, subspace: Subspace | None, config: ProjectionConfig) -> None:
+    def hold(self, subspace: GradientSubspace | None, config: ProjectionConfig) -> None:
         """Store a subspace. It replaces the previous one."""
         self.subspace, self._made_with = subspace, _shape_of(config)
         if subspace is not None:
@@ -187,35 +187,22 @@ class Refresher:
             (means,) = distributed.summed([torch.stack(sums)])
         pairs = zip(sets, means.tolist(), strict=True)
         losses = {own.name: total / weight if weight else math.nan for own, (total, weight) in pairs}
-        self._report_bad(bad, slots, owners)
         # Sets may be refreshed one after another before a step. Then all of them are fresh.
         self.fresh = sorted({*self.fresh, *slots} - set(bad))
+        _report_bad(bad, slots, owners)
         self.weights |= {own.name: own.weight for own in sets}
         self._diagnostics.refreshes += 1
         self._diagnostics.reference_examples += sum(sum(own.sizes) for own in sets)
         self._diagnostics.record_losses(losses)
         return losses
 
-    def _discard(self, subspace: Subspace, slots: Sequence[int]) -> None:
+    def _discard(self, subspace: GradientSubspace, slots: Sequence[int]) -> None:
         """Empty the slots of a refresh that failed. The older rows stay as they were, if that is possible."""
         self.fresh = [slot for slot in self.fresh if slot not in slots]
         self.subspace = None  # with shards, all processes must discard it, and some may be at a different point
         if not subspace.blocks.sharded:
             subspace.discard(slots)  # may fail too, for example if memory is short
             self.subspace = subspace
-
-    def _report_bad(self, bad: Sequence[int], slots: Sequence[int], owners: Sequence[str]) -> None:
-        if not bad:
-            return
-        counts = {name: sum(owners[slots.index(slot)] == name for slot in bad) for name in dict.fromkeys(owners)}
-        listing = ", ".join(f"{count} of {owners.count(name)} in {name!r}" for name, count in counts.items() if count)
-        if len(bad) == len(slots):
-            self.subspace = None
-            raise FloatingPointError(
-                f"No reference gradient is finite ({listing}). Check the model's loss on the reference sets and the "
-                "dtype (float16 overflows: use bfloat16 or float32), and lower the learning rate if training diverged."
-            )
-        logger.warning("Reference gradients that are not finite were skipped: %s.", listing)
 
     def factors(self, config: ProjectionConfig) -> dict[str, float]:
         """The factor of each fresh set's mean gradient when it is added to the training gradient."""
@@ -236,7 +223,7 @@ class Refresher:
 
     def restored(
         self, config: ProjectionConfig, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
-    ) -> Subspace | None:
+    ) -> GradientSubspace | None:
         """Rebuild the subspace from the output of `state_dict`, without storing it.
 
         Raises:
@@ -253,6 +240,20 @@ class Refresher:
         subspace = self.make(config, rest["rows"])
         subspace.load_state_dict(tensors, rest)
         return subspace
+
+
+def _report_bad(bad: Sequence[int], slots: Sequence[int], owners: Sequence[str]) -> None:
+    """Warn of the rows that are not finite, or raise an error if none is finite."""
+    if not bad:
+        return
+    counts = {name: sum(owners[slots.index(slot)] == name for slot in bad) for name in dict.fromkeys(owners)}
+    listing = ", ".join(f"{count} of {owners.count(name)} in {name!r}" for name, count in counts.items() if count)
+    if len(bad) == len(slots):
+        raise FloatingPointError(
+            f"No reference gradient is finite ({listing}). Check the model's loss on the reference sets and the "
+            "dtype (float16 overflows: use bfloat16 or float32), and lower the learning rate if training diverged."
+        )
+    logger.warning("Reference gradients that are not finite were skipped: %s.", listing)
 
 
 def _shape_of(config: ProjectionConfig) -> tuple:

@@ -14,7 +14,7 @@ docstring says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -70,26 +70,26 @@ class Slots:
                 part[:, own] = 0
                 scales[:, own] = 1
 
-    def add_products(self, piece: int, outputs: Tensor, inputs: Tensor, factor: float) -> None:
+    def add_products(self, index: int, outputs: Tensor, inputs: Tensor, factor: float) -> None:
         """Add `factor` times the gradients of one matrix, `outputs^T inputs`, to all rows.
 
         Args:
-            piece (`int`): The index of the matrix.
+            index (`int`): The matrix's place in `Blocks.flat_parameters()`.
             outputs (`Tensor`): `(rows, tokens, out)`, float32: gradients of the outputs of a linear map.
             inputs (`Tensor`): `(rows, tokens, in)`, float32: the inputs of that map.
             factor (`float`): The factor of the gradients.
         """
-        view = self._views[piece]
+        view = self._views[index]
         own = self._own
         direct = view.dtype == outputs.dtype and view.device == outputs.device
         if direct and isinstance(own, slice) and view.shape[1:] == (outputs.shape[-1], inputs.shape[-1]):
             view[own].baddbmm_(outputs.mT, inputs, alpha=factor * self.weight)
         else:
-            self.add(piece, torch.bmm(outputs.mT, inputs).mul_(factor))
+            self.add(index, torch.bmm(outputs.mT, inputs).mul_(factor))
 
-    def add(self, piece: int, gradients: Tensor, first: int = 0) -> None:
+    def add(self, index: int, gradients: Tensor, first: int = 0) -> None:
         """Add the `(n, *shape)` gradients of one parameter to the rows `first, first + 1, ...`."""
-        view, scales = self._views[piece], self._scales[piece]
+        view, scales = self._views[index], self._scales[index]
         new = gradients.to(view.device).reshape(len(gradients), *view.shape[1:])
         for given, own in _runs(self._slots[first : first + len(new)]):
             if view.dtype == torch.int8:
@@ -168,6 +168,15 @@ class Rows:
         """Number of rows that hold a reference gradient."""
         return sum(name is not None for name in self.sets)
 
+    def by_set(self, slots: Iterable[int]) -> dict[str, list[int]]:
+        """Of each reference set those of the given slots that hold its rows. Empty slots are left out."""
+        members: dict[str, list[int]] = {}
+        for slot in slots:
+            name = self.sets[slot]
+            if name is not None:
+                members.setdefault(name, []).append(slot)
+        return members
+
     def parameters_with_rows(self) -> Tensor:
         """Whether each parameter has a row with a nonzero element: `(parameters,)`, in `blocks.order`.
 
@@ -203,19 +212,11 @@ class Rows:
         return slots
 
     def claim_for(self, sets: Sequence[str]) -> list[int]:
-        """Take one slot for each of these sets: the slot whose row came from the set, or an empty one.
-
-        Raises:
-            ValueError: If no empty slot is left for a set.
-        """
+        """Take one slot for each of these sets: the slot whose row came from the set, or an empty one."""
         owners = list(self.sets)
         for name in sets:
             if name not in owners:
-                if None not in owners:
-                    raise ValueError(
-                        f"rows={self.capacity} has no slot left for the reference set {name!r}. Raise `rows`."
-                    )
-                owners[owners.index(None)] = name
+                owners[owners.index(None)] = name  # there is one: see `Refresher.capacity_for`
         return [owners.index(name) for name in sets]
 
     def adopt(self, other: Rows) -> None:

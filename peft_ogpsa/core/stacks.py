@@ -36,7 +36,7 @@ class InputMatrix:
 
 
 @dataclass(frozen=True)
-class Stack:
+class InputStack:
     """Inputs of one kind of layer, with their matrices stacked.
 
     Attributes:
@@ -73,6 +73,10 @@ class Stack:
         """Split a stack into its parts, in the order of `parameters()`."""
         sizes = [len(distributed.local(matrix.parameter)) for matrix in self.matrices[0]]
         return [part for own in stacked for part in own.split(sizes)]
+
+    def write(self, stacked: Tensor) -> None:
+        """Put this process's part of a stack back into the matrices."""
+        torch._foreach_copy_([distributed.local(own) for own in self.parameters()], self.views(stacked))
 
     def along(self, stacked: Tensor, place: int | slice = slice(None)) -> Tensor:
         """Coordinates of every row along the directions, `(inputs, rows, k)`: `M U (U^T U)^-1`."""

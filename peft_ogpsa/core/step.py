@@ -17,7 +17,7 @@ from . import distributed
 from .building import Builder
 from .config import ProjectionConfig
 from .diagnostics import Diagnostics
-from .gradient_subspace import Subspace
+from .gradient_subspace import GradientSubspace
 from .layout import Stack
 from .precision import LOW_PRECISION, full_precision
 from .refreshing import Refresher
@@ -86,7 +86,7 @@ class Step:
                     self._builder.subspace.project_gradients()
 
     def _process_with_rows(
-        self, subspace: Subspace, optimizer: Optimizer, config: ProjectionConfig, max_grad_norm: float | None
+        self, subspace: GradientSubspace, optimizer: Optimizer, config: ProjectionConfig, max_grad_norm: float | None
     ) -> None:
         blocks, fresh = subspace.blocks, self._refresher.fresh
         project = config.constrains and config.projection == "gradient"
@@ -147,7 +147,7 @@ class Step:
                 assert self._refresher.subspace is not None
                 self._before = self._snapshot(self._refresher.subspace, kernels)
 
-    def _snapshot(self, subspace: Subspace, kernels: bool) -> Stack:
+    def _snapshot(self, subspace: GradientSubspace, kernels: bool) -> Stack:
         launcher = self._launcher(subspace, kernels)
         if launcher is not None:
             return launcher.snapshot()
@@ -197,10 +197,10 @@ class Step:
                 assert self._refresher.subspace is not None
                 self._project_update(self._refresher.subspace, self._before, kernels)
                 if activations is not None:  # the removed part lay in the complement, up to rounding
-                    activations.project_step(record=False)
+                    activations.return_to_complement()
         self.forget_parameters()
 
-    def _project_update(self, subspace: Subspace, before: Stack, kernels: bool) -> None:
+    def _project_update(self, subspace: GradientSubspace, before: Stack, kernels: bool) -> None:
         launcher = self._launcher(subspace, kernels)
         if launcher is not None:
             if self._overlaps is not None:
@@ -228,23 +228,22 @@ class Step:
 
     # Both
 
-    def _solve(self, subspace: Subspace, stack: Stack) -> Tensor:
+    def _solve(self, subspace: GradientSubspace, stack: Stack) -> Tensor:
         """The coefficients of a descent direction's correction. All communication of a step happens here."""
         blocks = subspace.blocks
-        parts = [part.flatten().dot(part.flatten()).to(blocks.device) for part in stack]
         waiting = [] if self._overlaps is None else [self._overlaps]
-        products, total, *overlaps = blocks.total(subspace.directed(stack), torch.stack(parts).sum(), *waiting)
+        products, total, *overlaps = blocks.total(subspace.directed(stack), blocks.square_length(stack), *waiting)
         if overlaps:
             self._record_cosines(subspace, overlaps[0])
         coefficients, removed = subspace.coefficients(products)
         self._diagnostics.record_projection(removed.sum(), total)
         return coefficients
 
-    def _record_cosines(self, subspace: Subspace, overlaps: Tensor) -> None:
+    def _record_cosines(self, subspace: GradientSubspace, overlaps: Tensor) -> None:
         self._diagnostics.record_cosines(subspace.cosines(overlaps))
         self._overlaps = None
 
-    def _launcher(self, subspace: Subspace, kernels: bool) -> Launcher | None:
+    def _launcher(self, subspace: GradientSubspace, kernels: bool) -> Launcher | None:
         """The Triton kernels, if they are switched on and can make this step."""
         if not kernels or self.masters is not None or find_spec("triton") is None:
             return None
@@ -254,7 +253,7 @@ class Step:
         return self.last_launcher
 
 
-def _clipping(subspace: Subspace, fresh: list[int], max_grad_norm: float | None) -> Tensor | float:
+def _clipping(subspace: GradientSubspace, fresh: list[int], max_grad_norm: float | None) -> Tensor | float:
     """The factor that clips the mean reference gradient to a norm, as `clip_grad_norm_` would."""
     if max_grad_norm is None or max_grad_norm <= 0:  # as in transformers' Trainer
         return 1.0

@@ -292,10 +292,6 @@ class OGPSACallback(TrainerCallback):
         return loader, step_examples
 
     def _projector_of(self, model: nn.Module) -> Projector:
-        if self.config is None:
-            projector = projector_of(model)
-            _upcast(projector)  # if the callback was added to an existing trainer
-            return projector
         if isinstance(self.config, FullParameterConfig) and any(
             isinstance(own.targets, LoraTargets) for own in projectors_in(model)
         ):
@@ -303,8 +299,8 @@ class OGPSACallback(TrainerCallback):
                 "OGPSACallback: config is only for a model without an OGPSA adapter, but this model has one, with its "
                 "own settings. Leave out config, or train the base model."
             )
-        projector = attached(model, self.config)
-        _upcast(projector)
+        projector = projector_of(model) if self.config is None else attached(model, self.config)
+        _upcast(projector)  # not yet done if the callback was added to an existing trainer
         return projector
 
     def on_step_begin(
@@ -352,11 +348,11 @@ class OGPSACallback(TrainerCallback):
 
     def _refresh(self, run: _Run, args: TrainingArguments, model: nn.Module) -> None:
         batches = run.loader.batches(_device_of(model), everything=run.projector.unbuilt)
-        total = sum(map(len, batches.values()))
         if run.projector.unbuilt:
             bar_of = partial(tqdm, desc="Reference inputs", disable=args.disable_tqdm)
             run.projector.refresh(batches, lambda _, batch: pass_through(model, batch), model, progress=bar_of)
             return
+        total = sum(map(len, batches.values()))
         with tqdm(total=total, desc="Reference gradients", delay=5, leave=False, disable=args.disable_tqdm) as bar:
             # Use the trainer's own model, not the bare one, because it has the trainer's mixed precision.
             def loss(_: nn.Module, batch: dict) -> torch.Tensor:

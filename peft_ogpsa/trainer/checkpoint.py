@@ -124,7 +124,7 @@ def _run(path: Path | None) -> Any:
     """What distinguishes the run that has written a checkpoint from others. `None`: it has not written that."""
     try:
         return None if path is None else read_json(path / STATE_NAME).get("run")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return None
 
 
