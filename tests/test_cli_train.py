@@ -1161,6 +1161,32 @@ def test_options_of_the_trainer_without_effect(folder, monkeypatch):
         main([*command, "--chat_template_path", "t.jinja"])
 
 
+@pytest.mark.parametrize(("epochs", "more"), [("0", []), ("0", ["--dry_run"]), ("-1", ["--full_parameter"])])
+def test_a_run_without_a_step_is_refused_before_the_model_is_loaded(folder, monkeypatch, epochs, more):
+    monkeypatch.setattr("peft_ogpsa.cli.training.load_base", lambda *_, **__: pytest.fail("loaded"))
+    command = ["sft", "--config", str(folder / "sft.yaml"), "--max_steps", "-1", "--num_train_epochs", epochs]
+    with pytest.raises(SystemExit, match=rf"num_train_epochs={epochs}\.0 trains no step\. Give num_train_epochs"):
+        main([*command, *more])
+    assert not (folder / "sft").exists()
+
+
+def test_the_record_has_the_share_of_the_batch_size_that_fits(folder, monkeypatch):
+    compute_loss = SFTTrainer.compute_loss
+
+    def limited(self, model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", limited)
+    found = ["--per_device_train_batch_size", "4", "--auto_find_batch_size", "true"]
+    accumulated = ["--gradient_accumulation_steps", "2", "--reference_weight", "0.5"]
+    main(["sft", "--config", str(folder / "sft.yaml"), *accumulated, *found])
+    # The attempts with batches of 4 and of 3 draw 4 reference examples each, and the one with batches of 2 draws 8.
+    share = json.loads((folder / "sft" / "ogpsa_run.json").read_text())["reference_share"]
+    assert share == (4 + 4 + 8) / (3 * 2 * 2)
+
+
 def test_the_record_says_whose_step_the_weights_are(folder):
     options = ["--method", "plain", "--learning_rate", "1e-1", "--max_steps", "2", "--load_best_model_at_end", "true"]
     options += ["--eval_dataset", str(folder / "general.jsonl"), "--eval_strategy", "steps", "--eval_steps", "1"]
@@ -1255,6 +1281,8 @@ def test_adapter_of_another_model(folder):
         (["eval", "--output", "a.json"], "model is missing"),
         (["eval", "--model", "m", "--output", "a.txt"], "output='a.txt' must be a .json file"),
         (["eval", "--model", "m", "--output", "a.json", "--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["eval", "--model", "m", "--output", "a.json", "--fast", "--samples", "0"], "samples=0 must be at least 1"),
+        (["eval", "--model", "m", "--output", "a.json", "--fast", "--limit", "0"], "limit=0 must be at least 1"),
         (["eval", "--model", "m", "--output", "a.json", "--data", "nowhere"], "data='nowhere' contains none of"),
         (["eval", "--adapter", "nowhere", "--output", "a.json"], "adapter='nowhere' cannot be read"),
         (["eval", "--adapter", "nowhere", "--output", "a.json", "--card"], "card needs the folder of an adapter"),

@@ -48,6 +48,7 @@ from peft_ogpsa.evaluation.store import PieceStore
 from peft_ogpsa.text.generation import generate
 
 TARGETS = ["q_proj", "v_proj"]
+PIECE = {"model": "base", "piece": "builtin", "conditions": {}, "measurement": Measurement("m").to_dict()}
 
 
 def base_model(seed=0):
@@ -599,8 +600,25 @@ def test_a_file_in_another_encoding_is_named(folder):
         evaluate(folder, "out.json", "--model", str(folder / "model"))
 
 
-def test_a_damaged_store_is_named(folder):
-    (folder / "run.json.pieces").write_text('{"pieces": [{"model"')
+NESTED = (json.dumps(PIECE["measurement"])[:-1] + ', "sets": {"a": ') * 2000 + "{}" + "}}" * 2000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('{"pieces": [{"model"', id="cut"),
+        pytest.param("[]", id="list"),
+        pytest.param('{"pieces": 3}', id="no list"),
+        pytest.param('{"pieces": {"model": "base"}}', id="mapping"),
+        pytest.param("[" * 100_000, id="deep"),
+        pytest.param(json.dumps({"pieces": [PIECE | {"measurement": {"general": []}}]}), id="general"),
+        pytest.param(json.dumps({"pieces": [PIECE | {"conditions": []}]}), id="conditions"),
+        pytest.param(json.dumps({"pieces": [PIECE | {"piece": ["builtin"]}]}), id="name"),
+        pytest.param(json.dumps({"pieces": [PIECE | {"measurement": "M"}]}).replace('"M"', NESTED), id="deep sets"),
+    ],
+)
+def test_a_damaged_store_is_named(folder, text):
+    (folder / "run.json.pieces").write_text(text)
     with pytest.raises(SystemExit, match=r"run\.json\.pieces cannot be read .*Delete it to measure everything again"):
         evaluate(folder, "run.json", adapters=["plain"])
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from peft_ogpsa.core.files import json_lines, replacing
+from peft_ogpsa.core.files import json_lines, replace_json, replacing
 
 
 def test_the_new_file_replaces_the_old_one(tmp_path):
@@ -19,6 +19,15 @@ def test_the_new_file_replaces_the_old_one(tmp_path):
         assert part.name.endswith(".part")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
+    path = tmp_path / "result.json"
+    replace_json(path, {"a": [1.5]})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        replace_json(path, {"a": [float("inf")]})
+    assert path.read_bytes() == b'{\n "a": [\n  1.5\n ]\n}\n'
+    assert os.listdir(tmp_path) == ["result.json"]
 
 
 def test_the_file_need_not_exist(tmp_path):

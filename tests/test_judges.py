@@ -806,6 +806,18 @@ class TestResults:
         assert [len(own.judgments) for own in found.sets.values()] == [1, 1]
         assert told == ["counting: the verdicts on the same answers are those of an earlier run."]
 
+    def test_a_full_disk_loses_no_verdict(self, tmp_path, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(PieceStore, "add", full)
+        samples, told = [Sample("a", "x", Verdict.UNCLEAR)], []
+        kept = KeptVerdicts(PieceStore(tmp_path / "pieces"), {}, told.append)
+        (found,) = judged([Measurement("m", harmful_samples=samples, benign_samples=samples)], [Counting()], kept.ask)
+        assert [judgment.kind for judgment in found.judgments] == ["harmful", "benign"]
+        (sentence,) = told
+        assert sentence.startswith("counting: the verdicts are used, but cannot be stored for the next run: ")
+
     def test_differences_need_the_same_prompts(self):
         def measurement(prompts):
             samples = [Sample(prompt, "x", Verdict.UNCLEAR) for prompt in prompts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -165,6 +166,23 @@ def test_a_base_of_two_classes_gets_the_one_that_the_adapter_fits(place, tmp_pat
         torch.testing.assert_close(merged(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
         with model.disable_adapter():
             assert (model(input_ids=ids).logits - wanted).abs().max() > 1e-2
+
+
+def test_the_first_class_is_freed_before_the_second_is_loaded(tmp_path, monkeypatch):
+    kind, _ = qwen35(tmp_path / "base")
+    base = kind.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    get_peft_model(base, LoraConfig(**LORA | {"target_modules": ["up_proj"]})).save_pretrained(tmp_path / "adapter")
+    load, earlier = transformers.PreTrainedModel.from_pretrained.__func__, []
+
+    def loaded(cls, *arguments, **options):
+        assert [own() for own in earlier] == [None] * len(earlier)
+        model = load(cls, *arguments, **options)
+        earlier.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(loaded))
+    assert type(merge_adapter(tmp_path / "adapter")) is kind
+    assert len(earlier) == 2
 
 
 def test_an_adapter_without_weights_for_its_layers_is_refused(folders, tmp_path):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import TEMPLATE_OF_PARTS, chat, randomize, tiny_llama, tiny_processor, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 
 from peft_ogpsa import ReferenceSet
@@ -21,6 +21,7 @@ from peft_ogpsa.data import NAMES, PROMPTS, SPLITS, load, load_prompts
 from peft_ogpsa.references import self_answers
 from peft_ogpsa.references.losses import answer_loss, collate
 from peft_ogpsa.references.self_answers import AnswerCounts
+from peft_ogpsa.text.access import base_parameters
 from peft_ogpsa.text.tokenization import encode_row
 
 MAX_NEW_TOKENS = 24
@@ -369,6 +370,34 @@ def test_the_adapter_is_off_and_nothing_is_changed(taught, answered, generated):
     randomize(model, seed=7)  # as training would
     answered(model=model)
     assert len(generated) == 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5], "lm_head": [6]}),
+        LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head", "norm"]),
+        LoraConfig(target_modules=["q_proj"], use_dora=True),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    ],
+    ids=["tokens", "tokens of two layers", "modules", "dora", "ia3"],
+)
+def test_answers_of_the_base_are_used_again_below_any_adapter(taught, answered, generated, config):
+    base, _ = taught
+    expected = answered().dataset
+    model = get_peft_model(copy.deepcopy(base), config)
+    for _ in range(2):
+        assert answered(model=model).dataset == expected
+        for name, parameter in model.named_parameters():  # as training would
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    assert len(generated) == 1
+    found = dict(base_parameters(model.get_base_model()))
+    assert found.keys() == dict(base.named_parameters()).keys()
+    with torch.no_grad():
+        found["model.embed_tokens.weight"].mul_(2)
+    assert self_answers._weights_digest(model.get_base_model()) != self_answers._weights_digest(base)
 
 
 def test_answers_are_kept_on_disk_and_used_again(answered, generated, tmp_path):

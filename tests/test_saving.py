@@ -465,7 +465,7 @@ def test_from_the_hub_without_a_sidecar(hub, caplog):
         ("", "is damaged"),
         ("{", "is damaged"),
         ("\ufffd\x00", "is damaged"),
-        ("[]", "no format_version"),
+        ("[]", "is damaged (it is not a JSON object)"),
         ("{}", "no format_version"),
         ('{"format_version": 2, "rows": 3}', "format_version=2"),
         ('{"format_version": "1"}', "format_version='1'"),

@@ -11,7 +11,7 @@ from io import TextIOWrapper
 from .. import extras
 
 _COMMANDS = {
-    "quickstart": "train a small model with plain LoRA, with the published rule and with OGPSA, and compare them",
+    "quickstart": "train a small model with plain LoRA, a KL penalty, the published rule and OGPSA, and compare them",
     "sft": "supervised fine-tuning (SFT) that preserves the abilities in the reference sets",
     "dpo": "preference training (DPO) that does the same, also for an adapter that sft saved",
     "eval": "measure refusal, over-refusal and general loss of a model and its base, and the KL from base",

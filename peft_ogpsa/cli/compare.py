@@ -6,32 +6,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..core.files import json_object
-from ..evaluation import (
-    Evaluation,
-    Measurement,
-    difference_table,
-    judge_tables,
-    set_table,
-    table,
-    task_table,
-    tradeoff,
-)
-from ..evaluation.report import with_base
+from ..evaluation import Evaluation, Measurement, tradeoff
+from ..evaluation.report import DAMAGED, with_base
+from ..sharing.evaluation_record import MEASURED_WITH
+from . import tables
 from .errors import input_errors
 
-# Results are comparable only if they agree in these conditions.
-_CONDITIONS = (
-    *("data", "samples", "dtype", "load_in_4bit", "max_new_tokens", "batch_size", "max_length", "seed"),
-    "chat_template_kwargs",
-)
+# Results are comparable only if they agree in these conditions, and in `MEASURED_WITH`.
 _TASK_CONDITIONS = ("limit", "chat_template")
 _JUDGE_CONDITIONS = ("judges_in_4bit",)
 
@@ -57,7 +43,7 @@ def read(path: str) -> list[dict[str, Any]]:
             }
             for result in saved.get("results", [saved])
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is not a result of `ogpsa eval` ({error!r}). Run `ogpsa eval` again.") from error
 
 
@@ -74,7 +60,7 @@ def run(arguments: Sequence[str]) -> None:
     with input_errors("compare"):
         results = _named({path: read(path) for path in parsed.results})
         evaluations: dict[str, Evaluation] = {name: saved["evaluation"] for name, saved in results.items()}
-        console = Console(width=None if sys.stdout.isatty() else 150)
+        console = tables.console()
         for difference in _differences(list(results.values())):
             console.print(
                 f"The results were measured differently: {difference}", style="yellow", soft_wrap=True, markup=False
@@ -82,16 +68,7 @@ def run(arguments: Sequence[str]) -> None:
         base = next((e.base for e in evaluations.values() if e.base is not None), None)
         before = _stages_before(results)
         measurements, reference = _with_base(evaluations, base)
-        if any(evaluation.model.has_own_data for evaluation in evaluations.values()):
-            console.print(table(evaluations, extra=_per_stage(evaluations, before)))
-            if len(measurements) > 1:
-                console.print(difference_table(measurements, reference))
-        if any(evaluation.model.sets for evaluation in evaluations.values()):
-            console.print(set_table(measurements, reference))
-        if any(evaluation.model.tasks for evaluation in evaluations.values()):
-            console.print(task_table(measurements, reference))
-        for judge_table in judge_tables(measurements, reference):
-            console.print(judge_table)
+        tables.print_tables(console, evaluations, measurements, reference, _per_stage(evaluations, before))
         if parsed.plot:
             tradeoff(_curves(evaluations, before), parsed.plot, base=base)
             console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True, markup=False)
@@ -156,7 +133,7 @@ def _differences(results: Sequence[dict[str, Any]]) -> list[str]:
     """List the conditions in which the results differ."""
     conditions = {"base_model": [saved.get("base_model") for saved in results]}
     conditions["base_revision"] = [saved.get("base_revision", "main") for saved in results]
-    conditions |= {name: [saved["arguments"].get(name) for saved in results] for name in _CONDITIONS}
+    conditions |= {name: [saved["arguments"].get(name) for saved in results] for name in MEASURED_WITH}
     with_tasks = [saved for saved in results if saved["arguments"].get("tasks")]
     conditions |= {name: [saved["arguments"].get(name) for saved in with_tasks] for name in _TASK_CONDITIONS}
     with_judges = [saved for saved in results if saved["arguments"].get("judges", "matcher") != "matcher"]

@@ -270,13 +270,11 @@ def reference_sets(
                 f"the model's own answers. Write {' or '.join(f':{own}' for own in OF_OWN_ANSWERS)}, or leave out "
                 f":{loss} to use kl."
             )
-        sets.append(prompt_set(field, spec.removeprefix(_PROMPTS), max_length, name, samples, loss or "kl"))
+        sets.append(prompt_set(field, spec.removeprefix(_PROMPTS), name, samples, max_length, loss or "kl"))
     return sets
 
 
-def prompt_set(
-    field: str, source: str, max_length: int, name: str = "lookalikes", samples: int = 200, loss: str = "answer"
-) -> PromptSet:
+def prompt_set(field: str, source: str, name: str, samples: int, max_length: int, loss: str) -> PromptSet:
     """Load a set of prompts, either a built-in one or the prompts of a SPEC; see `reference_sets`."""
     prompts = data.load_prompts(source) if source in data.PROMPTS else load_rows(source, field, samples).to_list()
     return PromptSet(name, prompts, samples, max_length, loss)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,21 +16,16 @@ from rich.console import Console
 from tqdm.auto import tqdm
 from trl import ModelConfig
 
-from ..core.files import check_writable, replacing
+from ..core.files import check_writable, replace_json
 from ..evaluation import (
     Evaluation,
     Judge,
     JudgeError,
     Measurement,
     answer_length,
-    difference_table,
     fingerprint,
-    judge_tables,
     judged,
     load_judges,
-    set_table,
-    table,
-    task_table,
     tradeoff,
     wilson,
 )
@@ -44,6 +38,7 @@ from ..sharing.card import save_card
 from ..sharing.folder import weights_digest
 from ..sharing.run_record import read_run
 from ..text.tokenization import tokenizer_of
+from . import tables
 from .errors import input_errors
 from .eval_arguments import EvalArguments, parse
 from .eval_data import check_rows, load_eval_data
@@ -102,7 +97,7 @@ def run(arguments: Sequence[str]) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         store = PieceStore(output.with_name(f"{output.name}.pieces"))
     base_model = str(base.model.name_or_path)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = tables.console()
     if owner is not None:
         console.print(
             f"The tokenizer in {owner} has another chat template or end token than the base's. It is used for the "
@@ -136,7 +131,8 @@ def run(arguments: Sequence[str]) -> None:
     if parsed.card:
         for adapter, result in zip(adapters, results, strict=True):
             save_card(adapter.path, evaluation=result)
-    _show(evaluations, console)
+    models = {title: evaluation.model for title, evaluation in evaluations.items()}
+    tables.print_tables(console, evaluations, with_base(models, of_base))
     if parsed.fast:
         console.print(_precision(next(iter(evaluations.values())).model), soft_wrap=True, markup=False)
     console.print(f"Saved the result: {output.resolve()}", soft_wrap=True, markup=False)
@@ -234,25 +230,7 @@ def _results(
 def _write(output: Path, results: Sequence[dict[str, Any]]) -> None:
     """Write one result as it is, and several as a list."""
     saved = results[0] if len(results) == 1 else {"results": list(results)}
-    with replacing(output) as part:
-        part.write_text(json.dumps(saved, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _show(evaluations: Mapping[str, Evaluation], console: Console) -> None:
-    """Print the tables."""
-    models = {title: evaluation.model for title, evaluation in evaluations.items()}
-    base = next(iter(evaluations.values())).base
-    measurements = with_base(models, base)
-    if any(model.has_own_data for model in models.values()):
-        console.print(table(evaluations))
-        if base is not None:
-            console.print(difference_table(measurements))
-    if any(model.sets for model in models.values()):
-        console.print(set_table(measurements))
-    if any(model.tasks for model in models.values()):
-        console.print(task_table(measurements))
-    for judge_table in judge_tables(measurements):
-        console.print(judge_table)
+    replace_json(output, saved)
 
 
 def _precision(measured: Measurement) -> str:

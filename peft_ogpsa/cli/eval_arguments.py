@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from transformers import HfArgumentParser
 
+from ..core.files import json_object
 from ..core.precision import compute_dtype
 from .arguments import refuse_repeated_lists
 
@@ -137,8 +138,8 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         if self.fast:
-            self.samples = self.samples or FAST
-            self.limit = self.limit or (FAST if self.tasks else None)
+            self.samples = FAST if self.samples is None else self.samples
+            self.limit = FAST if self.limit is None and self.tasks else self.limit
         for name in ("samples", "limit", "max_new_tokens", "batch_size", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -174,15 +175,12 @@ class EvalArguments:
         if self.chat_template_kwargs is None:
             return {}
         try:
-            given = json.loads(self.chat_template_kwargs)
-        except ValueError:
-            given = None
-        if not isinstance(given, dict):
+            return json_object(self.chat_template_kwargs)
+        except ValueError as error:
             raise ValueError(
                 f"chat_template_kwargs={self.chat_template_kwargs!r} must be a JSON object, such as "
                 '{"enable_thinking": false}.'
-            )
-        return given
+            ) from error
 
 
 def parse(arguments: Sequence[str]) -> EvalArguments:

@@ -88,7 +88,8 @@ def check_rows(data: EvalData, tokenizer: Any, max_length: int, *, kl: bool) -> 
         file = Path(data.name) / f"{kind}_test.jsonl"
         place = str(file) if file.is_file() else f"data={data.name!r}: {kind}"
         if kind == "general":
-            refuse_bad_answers(tokenizer, rows, place, max_length)
+            remedy = "Drop the row, shorten its prompt, or raise --max_length of `ogpsa eval`."
+            refuse_bad_answers(tokenizer, rows, place, max_length, remedy)
         if kind != "general" or kl:
             refuse_bad_prompts(tokenizer, rows, place)
     for name, prompts in data.sets.items():
@@ -107,19 +108,23 @@ def refuse_bad_prompts(tokenizer: Any, prompts: Iterable[Prompt], place: str) ->
 
 
 def refuse_bad_answers(
-    tokenizer: Any, rows: Iterable[Mapping[str, Any]], place: str, max_length: int | None = None
+    tokenizer: Any,
+    rows: Iterable[Mapping[str, Any]],
+    place: str,
+    max_length: int | None = None,
+    remedy: str = "Drop the row, or shorten its prompt.",
 ) -> None:
     """Encode rows, to find those without an answer within `max_length` tokens.
 
     Raises:
-        ValueError: If there is one. The message begins with `place`.
+        ValueError: If there is one. The message begins with `place`. If the row is too long, it ends with `remedy`.
     """
     for i, row in enumerate(rows):
         example = encode_row(tokenizer, row, f"{place}: row {i}")
         if max_length is not None and example.cut(max_length) is None:
             raise ValueError(
                 f"{place}: row {i} has no answer token left: its prompt takes {example.answer_start} tokens, and "
-                f"max_length is {max_length}. Drop the row, shorten its prompt, or raise --max_length of `ogpsa eval`."
+                f"{max_length} are used. {remedy}"
             )
 
 

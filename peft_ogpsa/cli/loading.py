@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from trl import ModelConfig, get_quantization_config
 
 from .. import compat, extras
 from ..tuner.config import DAMAGED
+from ..tuner.merge import load_whole_adapter
 from .models import local_source
 from .random_weights import RandomWeights
 
@@ -113,10 +113,7 @@ def load_adapter(base: PreTrainedModel, adapter: str, config: LoraConfig, *, tra
         ValueError: If the adapter does not fit the model, or has no weights for some of the layers that it names.
     """
     try:
-        with warnings.catch_warnings():
-            # PEFT only warns, and the layers without weights would do nothing.
-            warnings.filterwarnings("error", ".*Found missing adapter keys", UserWarning)
-            return PeftModel.from_pretrained(base, adapter, is_trainable=trainable, config=config)
+        return load_whole_adapter(base, adapter, is_trainable=trainable, config=config)
     except UserWarning as error:
         raise ValueError(
             f"adapter={adapter!r} does not fit the model {base.name_or_path!r}: it has no weights for some of the "

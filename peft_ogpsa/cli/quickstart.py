@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -48,6 +47,7 @@ from ..text.tokenization import encode_row
 from ..trainer.callback import OGPSACallback
 from ..tuner.config import OGPSAConfig
 from ..tuner.model import projector_of
+from . import tables
 from .errors import input_errors
 from .eval_data import refuse_bad_answers, refuse_bad_prompts
 from .eval_plan import versions
@@ -383,8 +383,7 @@ def quickstart(arguments: QuickstartArguments, train_rows: Rows, test_rows: Rows
     logging.getLogger("transformers").setLevel(logging.ERROR)
     disable_progress_bar()  # of loading weights
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # A file or a pipe has no terminal width to respect, and the table is wide.
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = tables.console()
     start = time.perf_counter()
     console.print(f"Loading [bold]{escape(arguments.model)}[/bold] ...")
     with input_errors("quickstart"):

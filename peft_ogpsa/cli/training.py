@@ -5,13 +5,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -37,10 +35,11 @@ from ..sharing.folder import weights_digest
 from ..sharing.hub import push_adapter
 from ..sharing.run_record import save_run
 from ..text.tokenization import as_messages, columns_of, encode_row, tokenizer_of
-from ..trainer.callback import OGPSACallback
+from ..trainer.callback import OGPSACallback, examples_per_step
 from ..trainer.checkpoint import STATE_NAME, CheckpointError, last_whole
 from ..tuner.config import SIDECAR_NAME, OGPSAConfig
 from ..tuner.model import projector_of
+from . import tables
 from .arguments import (
     DataArguments,
     MethodConfig,
@@ -97,7 +96,7 @@ def train(
         trainer_class: TRL's `SFTTrainer` or `DPOTrainer`.
         arguments: The command-line arguments after the command's name.
     """
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = tables.console()
     with contextlib.ExitStack() as cleanup:
         with input_errors(stage):
             options = _Options(stage, *parser(stage, training_class).parse_args_and_config(list(arguments)))
@@ -135,7 +134,7 @@ def train(
         raise SystemExit(f"ogpsa {stage}: {_unsaved(error, trainer)}") from error
     what = "the model" if run.full_parameter else "a plain LoRA adapter"
     console.print(f"Saved {what}: {Path(_folder(training)).resolve()}", soft_wrap=True)
-    if training.push_to_hub and not run.full_parameter:
+    if training.push_to_hub:
         _push_adapter(training, trainer, console)
     compat.end(trainer)
 
@@ -205,6 +204,11 @@ def _check_launch(options: _Options) -> None:
 def _check_training(options: _Options) -> None:
     """Reject options of the trainer that would do something else than what the command says."""
     training, eval_dataset = options.training, options.data.eval_dataset
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise ValueError(
+            f"num_train_epochs={training.num_train_epochs} trains no step. Give num_train_epochs above 0, or "
+            "max_steps of at least 1."
+        )
     if training.push_to_hub and training.hub_strategy != "end":
         raise ValueError(
             f"hub_strategy={str(getattr(training.hub_strategy, 'value', training.hub_strategy))!r} uploads "
@@ -316,8 +320,9 @@ def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodC
     if summary and not training.resume_from_checkpoint:  # after a resume, it is the time of the last part alone
         record["seconds"] = summary[-1]["train_runtime"]
     if isinstance(config, ProjectionConfig):
-        examples = state.global_step * training.train_batch_size * training.gradient_accumulation_steps
-        examples *= training.world_size
+        # The trainer may have found a smaller batch that fits into memory.
+        batch_size = (training.auto_find_batch_size and state.train_batch_size) or training.train_batch_size
+        examples = state.global_step * examples_per_step(training, batch_size)
         record["references"] = dict(entry.split("=", 1) for entry in data.references)
         record["reference_share"] = (
             projector_of(cast(nn.Module, trainer.model)).diagnostics.reference_examples / examples
@@ -547,7 +552,7 @@ def _as_chat(rows: Dataset, option: str, console: Console) -> Dataset:
 
 def _reference_as_chat(own: ReferenceSet, console: Console) -> ReferenceSet:
     """Do the same with the rows of a reference set that are used."""
-    rows = list(islice(own.dataset, own.samples))
+    rows = own.rows()
     chat = [as_messages(row) for row in rows]
     if chat == rows:
         return own
@@ -585,7 +590,9 @@ def _prompts(
         return sets, None
     needed = int(rows * data.lookalikes / (1 - data.lookalikes))
     samples = max(LOOKALIKE_PROMPTS, needed)
-    lookalikes = prompt_set("lookalike_prompts", data.lookalike_prompts, LOOKALIKE_TOKENS, samples=samples)
+    lookalikes = prompt_set(
+        "lookalike_prompts", data.lookalike_prompts, "lookalikes", samples, LOOKALIKE_TOKENS, "answer"
+    )
     if training.world_size > 1:
         raise ValueError(
             f"lookalikes={data.lookalikes} needs answers from the base model. The base model can give them only in a "

@@ -73,6 +73,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def replace_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object. An old file is replaced only when the new one is complete.
+
+    Raises:
+        ValueError: If a number is not finite, which JSON does not allow.
+    """
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8", newline="")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 

@@ -48,6 +48,11 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, int | float if kind is float else kind)
 
 
+def is_count(value: Any) -> bool:
+    """Return whether a value is an integer of at least 1."""
+    return fits(value, int) and value >= 1
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -5,6 +5,8 @@
 import math
 from collections.abc import Sequence
 
+_ERROR = 0.05  # the probability of a wrong mark among all differences
+
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """Return the p-value of McNemar's exact test for two rates on the same prompts.
@@ -55,22 +57,21 @@ def student(ratio: float, freedom: int) -> float:
     return max(0.0, 1 - within)
 
 
-def holm(p_values: Sequence[float], error: float = 0.05) -> list[bool]:
+def holm(p_values: Sequence[float]) -> list[bool]:
     """Decide which of many differences are larger than chance, by Holm's step-down method (1979).
 
-    If chance alone makes some of the differences, the probability that one of those is marked is at most `error`,
+    If chance alone makes some of the differences, the probability that one of those is marked is at most 5 %,
     whether or not the differences depend on each other.
 
     Args:
         p_values: One for each difference.
-        error: The probability of a wrong mark among all of them.
 
     Returns:
         One mark for each difference.
     """
     marks = [False] * len(p_values)
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        if p_values[index] > error / (len(p_values) - rank):
+        if p_values[index] > _ERROR / (len(p_values) - rank):
             break
         marks[index] = True
     return marks

@@ -141,7 +141,7 @@ def _judge_differences(place: str, first: Measurement, second: Measurement) -> d
     found: dict[tuple[str, ...], Difference] = {}
     for after in second.judgments:
         before = judgments.get((after.judge, after.kind))
-        if before is not None and _prompts(first, after.kind) == _prompts(second, after.kind):
+        if before is not None and _same_prompts(first.samples(after.kind), second.samples(after.kind)):
             found["judge", place, after.judge, after.kind] = Difference.of_pairs(_refusals(before), _refusals(after))
     return found
 
@@ -151,7 +151,7 @@ def _rate_difference(
 ) -> Difference | None:
     if first is None or second is None:
         return None
-    if first_samples and [s.prompt for s in first_samples] == [s.prompt for s in second_samples]:
+    if first_samples and _same_prompts(first_samples, second_samples):
         return Difference.of_pairs(_refused(first_samples), _refused(second_samples))
     return Difference.of_rates(_count(first), _count(second))
 
@@ -200,5 +200,5 @@ def _count(rate: Estimate) -> tuple[int, int]:
     return round(rate.value * rate.n), rate.n
 
 
-def _prompts(measurement: Measurement, kind: str) -> list[str]:
-    return [sample.prompt for sample in getattr(measurement, f"{kind}_samples")]
+def _same_prompts(first: list[Sample], second: list[Sample]) -> bool:
+    return [sample.prompt for sample in first] == [sample.prompt for sample in second]

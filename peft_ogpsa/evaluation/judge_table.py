@@ -12,7 +12,7 @@ from .comparison import Comparison
 from .estimates import Estimate
 from .grid import text_grid
 from .judgments import Judgment
-from .report import Measurement, rate_text
+from .report import Measurement, on_set, rate_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,7 +88,5 @@ def judge_note(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _at(place: str, measurements: Mapping[str, Measurement]) -> Mapping[str, Measurement]:
-    """Return the measurements on a further set of prompts, without models that were not measured on it."""
-    if not place:
-        return measurements
-    return {name: own.sets[place] for name, own in measurements.items() if place in own.sets}
+    """Return the measurements on a further set of prompts, or the measurements themselves if it has no name."""
+    return on_set(place, measurements) if place else measurements

@@ -75,14 +75,9 @@ def _by_place(judge: Judge, measurement: Measurement, ask: Ask) -> dict[str, lis
     """Return a judge's judgments of a measurement and of its sets by their names. The measurement's own is empty."""
     places = {"": measurement, **measurement.sets}
     return {
-        place: [ask(judge, kind, own) for kind in judge.kinds if (own := _samples(at, kind))]
+        place: [ask(judge, kind, own) for kind in judge.kinds if (own := at.samples(kind))]
         for place, at in places.items()
     }
-
-
-def _samples(measurement: Measurement, kind: Kind) -> list[Sample]:
-    """Return a measurement's prompts of one kind, with their answers."""
-    return measurement.harmful_samples if kind == "harmful" else measurement.benign_samples
 
 
 def _with_judgments(measurement: Measurement, found: Mapping[str, list[Judgment]]) -> Measurement:

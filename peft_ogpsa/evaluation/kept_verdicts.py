@@ -42,7 +42,10 @@ class KeptVerdicts:
         if changed:
             self._tell_once(f"{judge.name} is asked again: {', '.join(changed)}.")
         found = ask(judge, kind, samples)
-        self.store.add(key, answers, conditions, Measurement(judge.name, judgments=[found]))
+        try:
+            self.store.add(key, answers, conditions, Measurement(judge.name, judgments=[found]))
+        except OSError as error:
+            self._tell_once(f"{judge.name}: the verdicts are used, but cannot be stored for the next run: {error}")
         return found
 
     def _tell_once(self, sentence: str) -> None:

@@ -22,7 +22,7 @@ from ..text.tokenization import Prompt, Row, prompt_text
 from ..tuner.adapters import base_of, without_adapter
 from .divergence import BaseAnswers, kl_from_base, own_answers
 from .estimates import Estimate
-from .judges.judge import Judge
+from .judges.judge import Judge, Kind
 from .judging import judged
 from .judgments import JudgePair, Judgment, answer_length, only_matcher
 from .losses import LossResult, nats_per_token
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 logger = logging.getLogger(__name__)
+
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What `from_dict` raises for content that `to_dict` did not make."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ class Measurement:
     def has_own_data(self) -> bool:
         """Whether there are estimates other than those of sets and tasks."""
         return any((self.general_mean, self.kl, self.refusal, self.over_refusal))
+
+    def samples(self, kind: Kind) -> list[Sample]:
+        """Return the prompts of one kind, with their answers."""
+        return self.harmful_samples if kind == "harmful" else self.benign_samples
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain types, ready for JSON. Numbers that JSON does not have (infinite, NaN) become None."""
@@ -416,7 +423,6 @@ def table(
         change, base = "-", bases.get(name, first)
         if base is not None and base.general_mean is not None and measurement.general_mean is not None:
             change = f"{measurement.general_mean.value - base.general_mean.value:+.3f}"
-        unclear = [measurement.harmful_unclear, measurement.benign_unclear]
         grid.add_row(
             Text(name),
             loss_text(measurement.general_mean),
@@ -424,7 +430,7 @@ def table(
             loss_text(measurement.kl),
             rate_text(measurement.refusal),
             rate_text(measurement.over_refusal),
-            " / ".join("-" if estimate is None else f"{estimate.value:.0%}" for estimate in unclear),
+            unclear_text(measurement),
             *(Text(column.get(name, "-")) for column in (extra or {}).values()),
         )
     return grid
@@ -478,3 +484,14 @@ def loss_text(estimate: Estimate | None) -> str:
 def rate_text(estimate: Estimate | None) -> str:
     """Format a rate for a table, with its interval."""
     return "-" if estimate is None else f"{estimate.value:.0%} ({estimate.low:.0%} to {estimate.high:.0%})"
+
+
+def unclear_text(measurement: Measurement) -> str:
+    """Format the shares of unclear answers for a table: to harmful prompts, and to benign ones."""
+    shares = (measurement.harmful_unclear, measurement.benign_unclear)
+    return " / ".join("-" if share is None else f"{share.value:.0%}" for share in shares)
+
+
+def on_set(name: str, measurements: Mapping[str, Measurement]) -> dict[str, Measurement]:
+    """Return the measurements on a further set of prompts, without models that were not measured on it."""
+    return {model: own.sets[name] for model, own in measurements.items() if name in own.sets}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import extras
 from .comparison import Comparison
 from .grid import text_grid
-from .report import Estimate, Measurement, rate_text
+from .report import Measurement, on_set, rate_text, unclear_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,11 +21,9 @@ NOTE = "Values have 95 % intervals. Prompts and unclear answers: harmful / benig
 
 def set_rows(comparison: Comparison) -> list[list[str]]:
     """Return one row of texts for each set and model, under `HEADINGS`."""
-    measurements = comparison.measurements
     rows = []
     for set_name in comparison.sets:
-        of_set = {name: own.sets[set_name] for name, own in measurements.items() if set_name in own.sets}
-        for name, own in of_set.items():
+        for name, own in on_set(set_name, comparison.measurements).items():
             rows.append(
                 [
                     set_name,
@@ -35,7 +33,7 @@ def set_rows(comparison: Comparison) -> list[list[str]]:
                     comparison.text(name, "set", set_name, "refusal", rate=True),
                     rate_text(own.over_refusal),
                     comparison.text(name, "set", set_name, "over_refusal", rate=True),
-                    " / ".join(map(_share, (own.harmful_unclear, own.benign_unclear))),
+                    unclear_text(own),
                 ]
             )
     return rows
@@ -48,7 +46,3 @@ def set_table(measurements: Mapping[str, Measurement], reference: str | None = N
     title = f"Refusal by set of prompts, and differences from {comparison.reference}"
     note = f"{NOTE} {comparison.note}"
     return text_grid(title, note, HEADINGS, set_rows(comparison), left=("set", "model"))
-
-
-def _share(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{estimate.value:.0%}"

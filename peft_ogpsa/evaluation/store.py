@@ -4,17 +4,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.files import replacing
-from .report import Measurement
+from ..core.files import json_object, replace_json
+from ..core.forms import Form, check_form
+from .report import DAMAGED, Measurement
 
 Conditions = Mapping[str, Any]
 """What a measurement depends on: settings, and checksums of weights and data. Plain types, as in JSON."""
+
+_FORM: Form = {"model": str, "piece": str, "conditions": dict[str, Any], "measurement": dict[str, Any]}
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class PieceStore:
         if not path.is_file():
             return
         try:
-            for entry in json.loads(path.read_text(encoding="utf-8"))["pieces"]:
+            for entry in json_object(path.read_text(encoding="utf-8"))["pieces"]:
+                check_form(entry, _FORM, "an entry")
                 measurement = Measurement.from_dict(entry["measurement"])
                 self._finished[entry["model"], entry["piece"]] = Finished(entry["conditions"], measurement)
-        except (ValueError, KeyError, TypeError) as error:
+        except DAMAGED as error:
             raise ValueError(
                 f"{path} cannot be read ({error!r}). It holds the finished parts of an earlier run of `ogpsa eval`. "
                 "Delete it to measure everything again."
@@ -68,8 +71,7 @@ class PieceStore:
             {"model": own, "piece": name, "conditions": done.conditions, "measurement": done.measurement.to_dict()}
             for (own, name), done in self._finished.items()
         ]
-        with replacing(self.path) as part:
-            part.write_text(json.dumps({"pieces": entries}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        replace_json(self.path, {"pieces": entries})
 
 
 def _change(name: str, before: Any, now: Any) -> str:

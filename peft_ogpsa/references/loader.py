@@ -188,35 +188,31 @@ class ReferenceLoader:
 
     def draw(self) -> dict[str, list[list[Any]]]:
         """Return the next examples by set, in batches. Sets without an example in this draw are left out."""
-        drawn = {name: self._batched(self._take(name)) for name in self.sets}
+        counts = dict(zip(self.sets, self._counts(self._draws), strict=True))
+        drawn = {name: self._batched(self._take(name, count)) for name, count in counts.items()}
         self._draws += 1
         return {name: batches for name, batches in drawn.items() if batches}
 
     def most_drawn(self, of: Literal["example", "batch", "set"]) -> int:
         """Return the largest number of examples, batches or sets in any draw."""
-        if self.samples is None:
-            counts = [[len(examples) for examples in self.sets.values()]]
-        else:
-            share, extra = divmod(self.samples, len(self.sets))
-            sizes = [len(examples) for examples in self.sets.values()]
-            # At every draw, a different group of `extra` sets gives one more example each.
-            counts = [
-                [min(size, share + ((place - draw) % len(sizes) < extra)) for place, size in enumerate(sizes)]
-                for draw in range(len(sizes))
-            ]
         each = {"example": 1, "batch": self.batch_size, "set": sys.maxsize}[of]
-        return max(sum(-(-count // each) for count in draw) for draw in counts)
+        return max(sum(-(-count // each) for count in self._counts(draw)) for draw in range(len(self.sets)))
 
-    def _take(self, name: str) -> Iterator[Any]:
+    def _counts(self, draw: int) -> list[int]:
+        """Return how many examples each set gives in a draw."""
+        sizes = [len(examples) for examples in self.sets.values()]
+        if self.samples is None:
+            return sizes
+        share, extra = divmod(self.samples, len(sizes))
+        # At every draw, a different group of `extra` sets gives one more example each.
+        return [min(size, share + ((place - draw) % len(sizes) < extra)) for place, size in enumerate(sizes)]
+
+    def _take(self, name: str, count: int) -> Iterator[Any]:
         examples = self.sets[name]
         if self.samples is None:
             yield from examples
             return
-        names = list(self.sets)
-        share, extra = divmod(self.samples, len(names))
-        # The remainder of the division goes to other sets at every draw.
-        count = share + ((names.index(name) - self._draws) % len(names) < extra)
-        for _ in range(min(count, len(examples))):
+        for _ in range(count):
             epoch, position = divmod(self._drawn[name], len(examples))
             yield examples[self._order(name, epoch)[position]]
             self._drawn[name] += 1

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..text.refusal import Verdict, classify
 from ..text.tokenization import columns_of, same_template_columns, template_columns
-from .self_answers import ended
+from .self_answers import answer_text, ended
 from .sets import AnsweredSet
 
 
@@ -134,17 +134,13 @@ def _refusal(rows: Sequence[Mapping[str, Any]], start: int, refuses: dict[int, b
     """
     for i in itertools.chain(range(start, len(rows)), range(start)):
         if i not in refuses:
-            refuses[i] = "chosen" in rows[i] and classify(_text(rows[i]["chosen"])) == Verdict.REFUSAL
+            refuses[i] = "chosen" in rows[i] and classify(answer_text(rows[i]["chosen"])) == Verdict.REFUSAL
         if refuses[i]:
             return rows[i]["chosen"]
     raise ValueError(
         "with_lookalikes: the pair of a look-alike rejects a refusal, but no chosen answer of the rows is one that "
         "the matcher knows. Give pairs whose chosen answers refuse, or write the pairs of the look-alikes yourself."
     )
-
-
-def _text(answer: str | Sequence[Mapping[str, Any]]) -> str:
-    return answer if isinstance(answer, str) else str(answer[-1]["content"])
 
 
 def _like(given: Mapping[str, Any], own: Mapping[str, Any], refusal: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..core.forms import is_count
 from ..text.refusal import Verdict, classify, repeats
 from ..text.tokenization import Prompt, encode_prompt, same_template_columns, template_columns
 from .self_answers import Content, answer_text, base_answers, ended
@@ -118,9 +119,7 @@ def refusals_from_prompts(
     if not isinstance(system, str) or not system.strip():
         raise ValueError(f"{where}: system={system!r} must be a text. Leave it out to use SAFETY_INSTRUCTION.")
     for name, value in (("samples", samples), ("max_length", max_length)):
-        if not (value is None and name == "samples") and (
-            not isinstance(value, int) or isinstance(value, bool) or value < 1
-        ):
+        if not (value is None and name == "samples") and not is_count(value):
             raise ValueError(f"{where}: {name}={value!r} must be an integer of at least 1.")
 
     answers, too_long = base_answers(

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.files import check_writable, json_lines, replacing
 from ..core.precision import bit_sum
-from ..text.access import input_device, language_model
+from ..text.access import base_parameters, input_device, language_model
 from ..text.cache import cache_dir as default_cache
 from ..text.generation import decoded_answer, generate_ids
 from ..text.refusal import Verdict, classify, repeats
@@ -74,47 +74,6 @@ class AnswerCounts:
             f"answers are unclear, and {self.too_long} prompts are too long. {self.unfinished} of the {self.kept} "
             "answers are cut."
         )
-
-
-def self_answers(
-    name: str,
-    prompts: Iterable[Prompt],
-    model: torch.nn.Module,
-    processing_class: Any,
-    *,
-    samples: int | None,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    sample: bool,
-    cache_dir: str | os.PathLike | None,
-    max_length: int,
-    progress: bool,
-) -> tuple[list[dict[str, Any]], AnswerCounts]:
-    """Return rows with the model's own answers, and the counts. The arguments are those of `from_prompts`."""
-    where = f"Reference set {name!r}"
-    rows, too_long = base_answers(
-        where,
-        prompts,
-        model,
-        processing_class,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        sample=sample,
-        cache_dir=cache_dir,
-        max_length=max_length,
-        progress=progress,
-    )
-    kept, counts = _kept(rows, len(too_long))
-    if not kept:
-        raise ValueError(
-            f"{where}: {counts.summary} So there is nothing to preserve. Give prompts that it answers, an instruct "
-            "model, or rows with answers."
-        )
-    logger.info("%s: %s", where, counts.summary)
-    return kept, counts
 
 
 def base_answers(
@@ -239,11 +198,17 @@ def _whole_sentences(text: str) -> str:
     return ""
 
 
-def _kept(rows: list[dict[str, Any]], too_long: int) -> tuple[list[dict[str, Any]], AnswerCounts]:
-    """Return the rows whose answers are kept, and the counts."""
+def kept_answers(
+    where: str, rows: Sequence[dict[str, Any]], too_long: int
+) -> tuple[list[dict[str, Any]], AnswerCounts]:
+    """Return the rows whose answers are kept, and the counts, with the number of prompts that are too long.
+
+    Raises:
+        ValueError: If none is kept. The message begins with `where`.
+    """
     verdicts = [_verdict(row) for row in rows]
     kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict == Verdict.COMPLIANCE]
-    return kept, AnswerCounts(
+    counts = AnswerCounts(
         prompts=len(rows) + too_long,
         kept=len(kept),
         refused=verdicts.count(Verdict.REFUSAL),
@@ -251,6 +216,13 @@ def _kept(rows: list[dict[str, Any]], too_long: int) -> tuple[list[dict[str, Any
         too_long=too_long,
         unfinished=sum(row["unfinished"] for row in kept),
     )
+    if not kept:
+        raise ValueError(
+            f"{where}: {counts.summary} So there is nothing to preserve. Give prompts that it answers, an instruct "
+            "model, or rows with answers."
+        )
+    logger.info("%s: %s", where, counts.summary)
+    return kept, counts
 
 
 def _verdict(row: Mapping[str, Any]) -> Verdict:
@@ -323,8 +295,8 @@ def _renders(processing_class: ProcessingClass, row: Mapping[str, Any], answer_i
 
 
 def answer_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """Return the text of an answer."""
-    return completion if isinstance(completion, str) else str(completion[0]["content"])
+    """Return the text of an answer. Of several messages, it is the last one."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def _key(
@@ -356,13 +328,12 @@ def _weights_digest(lm: torch.nn.Module) -> bytes:
     """
     digest = hashlib.sha256()
     values, sums = {}, {}
-    for name, parameter in lm.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name or parameter.is_meta:
+    for name, parameter in base_parameters(lm):
+        if parameter.is_meta:
             continue
-        own = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         flat = parameter.detach().flatten()
-        values[own] = flat[:: len(flat) // 32 + 1]
-        sums[own] = bit_sum(flat)
+        values[name] = flat[:: len(flat) // 32 + 1]
+        sums[name] = bit_sum(flat)
     for name in sorted(values):
         digest.update(f"{name} {values[name].dtype} {sums[name]}".encode())
         digest.update(values[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from ..core.forms import is_count
 from ..text.tokenization import Example, ProcessingClass, Prompt, columns_of, shared_length, template_of, tokenizer_of
 from .losses import LOSSES
 from .losses.dpo import Pair
-from .self_answers import AnswerCounts, self_answers
+from .self_answers import AnswerCounts, base_answers, kept_answers
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,7 @@ class ReferenceSet:
                 "rows, or a datasets.Dataset."
             )
         for limit, value in (("samples", self.samples), ("max_length", self.max_length)):
-            if not (value is None and limit == "samples") and (
-                not isinstance(value, int) or isinstance(value, bool) or value < 1
-            ):
+            if not (value is None and limit == "samples") and not is_count(value):
                 raise ValueError(f"ReferenceSet {self.name!r}: {limit}={value!r} must be an integer of at least 1.")
         if not isinstance(self.loss, str) or self.loss not in LOSSES:
             raise ValueError(
@@ -139,8 +138,9 @@ class ReferenceSet:
                 f"{' or '.join(map(repr, OF_OWN_ANSWERS))}."
             )
         ReferenceSet(name, [], samples, max_length)  # run its checks before the work
-        rows, counts = self_answers(
-            name,
+        where = f"Reference set {name!r}"
+        answers, too_long = base_answers(
+            where,
             prompts,
             model,
             processing_class,
@@ -153,6 +153,7 @@ class ReferenceSet:
             max_length=max_length,
             progress=progress,
         )
+        rows, counts = kept_answers(where, answers, len(too_long))
         own = template_of(processing_class) or ""
         return AnsweredSet(name, rows, None, max_length, loss, counts=counts, chat_template=own)
 

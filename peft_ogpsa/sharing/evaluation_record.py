@@ -12,7 +12,7 @@ from .folder import read_facts, store_facts
 from .names import public, public_judge, public_source
 
 EVALUATION_NAME = "ogpsa_eval.json"
-_MEASURED_WITH = (
+MEASURED_WITH = (
     "data",
     "samples",
     "dtype",
@@ -23,6 +23,7 @@ _MEASURED_WITH = (
     "seed",
     "chat_template_kwargs",
 )
+"""The options of `ogpsa eval` on which every figure depends."""
 _TASKS_MEASURED_WITH = ("tasks", "limit", "chat_template")
 _JUDGED_WITH = ("judges", "judges_in_4bit")
 
@@ -50,7 +51,7 @@ def store_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
 
 
 def _check(evaluation: Mapping[str, Any], where: str) -> None:
-    from ..evaluation import Evaluation
+    from ..evaluation.report import DAMAGED, Evaluation
 
     try:
         Evaluation.from_dict(evaluation["evaluation"])
@@ -58,7 +59,7 @@ def _check(evaluation: Mapping[str, Any], where: str) -> None:
             raise ValueError("its arguments are not a mapping")
         if not isinstance(evaluation.get("versions", {}), Mapping):
             raise ValueError("its versions are not a mapping")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{where} is not a result of `ogpsa eval` ({error!r}). Run `ogpsa eval` again.") from error
 
 
@@ -66,7 +67,7 @@ def _shareable(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     from ..evaluation import Evaluation
 
     told = dict(evaluation.get("arguments") or {})
-    arguments = {name: told[name] for name in _MEASURED_WITH if told.get(name) is not None}
+    arguments = {name: told[name] for name in MEASURED_WITH if told.get(name) is not None}
     if evaluation.get("lm_eval"):
         arguments |= {name: told[name] for name in _TASKS_MEASURED_WITH if told.get(name) is not None}
         arguments["lm_eval"] = evaluation["lm_eval"]

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..core.files import json_object, replacing
+from ..core.files import json_object, replace_json, replacing
 from ..tuner.config import DAMAGED, SIDECAR_NAME
 
 _WEIGHTS = "weights_sha256"
@@ -61,14 +60,9 @@ def read_facts(folder: Path, name: str) -> dict[str, Any]:
     return facts if facts.pop(_WEIGHTS, None) == weights_digest(folder) else {}
 
 
-def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write facts as JSON."""
-    write(path, json.dumps(facts, indent=1, allow_nan=False) + "\n")
-
-
 def store_facts(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
     """Write facts about an adapter's weights, with the checksum of the weights."""
-    write_facts(folder / name, {_WEIGHTS: weights_digest(folder), **facts})
+    replace_json(folder / name, {_WEIGHTS: weights_digest(folder), **facts})
 
 
 def write(path: Path, text: str) -> None:

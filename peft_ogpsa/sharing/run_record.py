@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.files import json_object
+from ..core.files import json_object, replace_json
 from ..tuner.config import OGPSAConfig
-from .folder import read_facts, store_facts, write_facts
+from .folder import read_facts, store_facts
 from .names import public
 
 RUN_NAME = "ogpsa_run.json"
@@ -78,7 +78,7 @@ def save_run(directory: str | os.PathLike, run: Mapping[str, Any]) -> None:
         directory (`str` or `os.PathLike`): The folder of the model.
         run (`Mapping`): How the model was trained. Further entries are stored unchanged.
     """
-    write_facts(Path(directory) / RUN_NAME, _shareable_run(run))
+    replace_json(Path(directory) / RUN_NAME, _shareable_run(run))
 
 
 def _renamed(run: Mapping[str, Any]) -> dict[str, Any]:

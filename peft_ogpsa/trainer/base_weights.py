@@ -14,9 +14,7 @@ from transformers import PreTrainedModel
 from ..core import distributed
 from ..core.precision import bit_sum
 from ..core.targets import without_wrappers
-from ..text.access import language_model
-
-_OF_ADAPTERS = ("lora_", ".modules_to_save.", ".trainable_tokens_")
+from ..text.access import base_parameters, language_model
 
 
 def checksums(model: nn.Module) -> dict[str, str]:
@@ -31,12 +29,11 @@ def checksums(model: nn.Module) -> dict[str, str]:
     embeddings = [lm.get_input_embeddings(), lm.get_output_embeddings()] if isinstance(lm, PreTrainedModel) else []
     left_out = {id(own) for layer in embeddings if layer is not None for own in layer.parameters()}
     found = {
-        without_wrappers(name).replace(".base_layer.", "."): parameter
-        for name, parameter in lm.named_parameters()
+        without_wrappers(name): parameter
+        for name, parameter in base_parameters(lm)
         if not (parameter.requires_grad or parameter.is_meta or id(parameter) in left_out)
         and parameter.is_floating_point()
         and type(distributed.local(parameter)) in (Tensor, nn.Parameter)  # others are quantized, as those of torchao
-        and not any(part in name for part in _OF_ADAPTERS)
     }
     if not found:
         return {}

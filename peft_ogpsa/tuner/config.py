@@ -5,17 +5,18 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, PeftType
 
 from .. import compat
 from ..core.config import ProjectionConfig
+from ..core.files import json_object, write_json
 
 SIDECAR_NAME = "ogpsa_config.json"
 _FORMAT_VERSION = 1
@@ -177,10 +178,9 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
 
     def save_sidecar(self, save_directory: str) -> None:
         """Write OGPSA's own settings alone, to `ogpsa_config.json` in a folder, which is created if needed."""
-        settings = json.dumps({"format_version": _FORMAT_VERSION, **self.ogpsa_dict()}, indent=2)
         os.makedirs(save_directory, exist_ok=True)
-        with open(os.path.join(save_directory, SIDECAR_NAME), "w", encoding="utf-8") as file:
-            file.write(settings + "\n")
+        content = {"format_version": _FORMAT_VERSION, **self.ogpsa_dict()}
+        write_json(Path(save_directory) / SIDECAR_NAME, content)
 
     @classmethod
     def from_lora_config(cls, lora: LoraConfig, sidecar: str | os.PathLike[str]) -> OGPSAConfig:
@@ -195,11 +195,10 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         """
         remedy = f"Restore it, or delete it to load the adapter as plain LoRA: {os.fspath(sidecar)}"
         try:
-            with open(sidecar, encoding="utf-8") as file:
-                settings = json.load(file)
-        except (ValueError, RecursionError) as error:
+            settings = json_object(Path(sidecar).read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ValueError(f"{SIDECAR_NAME} is damaged ({error}). {remedy}") from error
-        if not isinstance(settings, dict) or "format_version" not in settings:
+        if "format_version" not in settings:
             raise ValueError(f"{SIDECAR_NAME} is damaged (it has no format_version). {remedy}")
         version = settings.pop("format_version")
         if version != _FORMAT_VERSION:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import textwrap
@@ -94,16 +95,27 @@ def _adapted(adapter: str, source: str, revision: dict[str, str], device_map: st
                 "Give the unquantized model: merge_adapter(..., base=NAME)."
             )
         try:
-            with warnings.catch_warnings():
-                # PEFT only warns, and the layers without weights would stay those of the base.
-                warnings.filterwarnings("error", ".*Found missing adapter keys", UserWarning)
-                return PeftModel.from_pretrained(model, adapter)
+            return load_whole_adapter(model, adapter)
         except UserWarning as warning:
             missing = missing or textwrap.shorten(str(warning), 300)
+        del model  # the memory may not hold two
+        gc.collect()
     raise ValueError(
         f"adapter={adapter!r} does not fit base={source!r}: it has no weights for some of the layers that it adapts. "
         f"{missing} Give the model that it was made for: merge_adapter(..., base=NAME)."
     )
+
+
+def load_whole_adapter(model: PreTrainedModel, adapter: str, **options: Any) -> PeftModel:
+    """Load a saved adapter onto its base. The options are those of `PeftModel.from_pretrained`.
+
+    Raises:
+        UserWarning: If the adapter has no weights for some of the layers that it adapts. PEFT only warns, and these
+            layers would stay those of the base.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*Found missing adapter keys", UserWarning)
+        return PeftModel.from_pretrained(model, adapter, **options)
 
 
 def saved_tokenizer(adapter: str) -> Any:

@@ -78,8 +78,6 @@ class EndpointJudge(Judge):
         progress: Show a progress bar.
     """
 
-    asks = "refusal"
-
     def __init__(
         self, model: str, *, workers: int = 4, timeout: float = 60.0, pause: float = 1.0, progress: bool = False
     ):

@@ -36,7 +36,7 @@ def results_section(saved: Mapping[str, Any]) -> str:
 
 def _own_data(model: Measurement, base: Measurement | None) -> str:
     """Return the table of losses and refusal, and what it means. Nothing if only sets or tasks were measured."""
-    from ...evaluation.report import loss_text, rate_text
+    from ...evaluation.report import loss_text, rate_text, unclear_text
 
     if not model.has_own_data:
         return ""
@@ -50,14 +50,13 @@ def _own_data(model: Measurement, base: Measurement | None) -> str:
         change = ""
         if measured is model and base and base.general_mean and model.general_mean:
             change = f"{model.general_mean.value - base.general_mean.value:+.3f}"
-        unclear = (measured.harmful_unclear, measured.benign_unclear)
         cells = [
             loss_text(measured.general_mean),
             change,
             loss_text(measured.kl),
             rate_text(measured.refusal),
             rate_text(measured.over_refusal),
-            " / ".join("-" if estimate is None else f"{estimate.value:.0%}" for estimate in unclear),
+            unclear_text(measured),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return (
