@@ -193,7 +193,7 @@ _WEIGHTS: dict[str, dict[str, Method]] = {
     },
     "ASFT": {f"ASFT {w:g}": Method(anchor=w, reweighted=True) for w in (0.01, 0.05, 0.25)},
     "KL on training rows": {f"KL {w:g} on training rows": Method(anchor=w) for w in (0.05, 0.25, 1.0)},
-    "EWC": {f"EWC {w:g}": Method(ewc=w) for w in (100.0, 1000.0, 10000.0)},
+    "EWC": {f"EWC {w:g}": Method(ewc=w) for w in (100.0, 1000.0, 10000.0, 100000.0)},
     "null space and KL penalty": {
         f"null space, KL {w:g}": null_space(subspace_energy=1.0, reference_weight=w, refresh_samples=2)
         for w in (2.0, 8.0, 32.0)
