@@ -8,7 +8,7 @@ base does not have.
 
 The diagonal covers only a small part of what LoRA does, since many weights change together. With SmolLM2-135M and
 plain LoRA, the penalty at weight 1 was 0.0005 when KL from base was 0.15 (after 5 steps), and 0.0011 when it was 0.22
-(after 8 steps; 24 examples). So the weights of the grid are 100 to 10,000.
+(after 8 steps; 24 examples). So the weights of the grid are 100 to 100,000.
 """
 
 from __future__ import annotations
