@@ -920,6 +920,7 @@ def test_checkpoints_without_subspace(tmp_path):
         ({"reference_sets": []}, "reference_sets is empty"),
         ({"reference_sets": [ReferenceSet("a", GENERAL), ReferenceSet("a", BENIGN)]}, "two sets with the name 'a'"),
         ({"reference_sets": [ReferenceSet("a", GENERAL)], "batch_size": 0}, "batch_size=0"),
+        ({"reference_sets": [ReferenceSet("a", GENERAL)], "batch_size": True}, "batch_size=True"),
         ({"reference_sets": GENERAL}, r"contains an object of the type dict\. Give .* \[ReferenceSet\(name, rows\)\]"),
         ({"reference_sets": {"a": GENERAL}}, "contains an object of the type str"),
     ],

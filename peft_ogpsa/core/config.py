@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from .forms import is_count
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "subspace": ("activations", "gradients", "both", "none"),
     "tokens": ("all", "answer"),
@@ -170,7 +172,7 @@ class ProjectionConfig:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL_COUNTS:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= sys.maxsize:
+            if not is_count(value) or value > sys.maxsize:
                 none = ", or None" if name in _OPTIONAL_COUNTS else ""
                 raise ValueError(f"{name}={value!r} is not allowed. Use an integer of at least 1{none}.")
         budget = self.reference_budget

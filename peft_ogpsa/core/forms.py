@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from typing import Any, TypeAlias, get_args, get_origin
+from typing import Any, TypeAlias, TypeGuard, get_args, get_origin
 
 Form: TypeAlias = Mapping[str, Any]
 """The type of each entry: a type, a union of types, `list[TYPE]` or `dict[str, TYPE]`."""
@@ -48,7 +48,7 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, int | float if kind is float else kind)
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Return whether a value is an integer of at least 1."""
     return fits(value, int) and value >= 1
 

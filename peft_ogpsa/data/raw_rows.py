@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from .. import extras
 from ..core.files import check_utf8
+from ..core.forms import is_count
 
 RawRow = Mapping[str, Any]
 _Row = TypeVar("_Row")
@@ -102,7 +103,7 @@ def check_samples(samples: int | None) -> None:
     Raises:
         ValueError: If it is not a positive integer or None.
     """
-    if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+    if samples is not None and not is_count(samples):
         raise ValueError(f"samples={samples!r} must be an integer of at least 1, or None to use all rows.")
 
 

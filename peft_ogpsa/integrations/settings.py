@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cli.datasets import PromptSet, reference_sets
+from ..core.forms import is_count
 from ..references.sets import ReferenceSet
 from ..tuner.config import OGPSAConfig
 from .callback import ToolCallback
@@ -96,7 +97,7 @@ def _entries(references: Any) -> list[str]:
 
 def _count(options: Mapping[str, Any], name: str, default: int | None) -> int:
     value = options.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_count(value):
         raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
     return value
 

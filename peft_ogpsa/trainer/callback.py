@@ -25,6 +25,7 @@ from .. import compat
 from ..core import distributed
 from ..core.attachment import projector_of, projectors_in
 from ..core.config import ProjectionConfig
+from ..core.forms import is_count
 from ..core.full_parameter import FullParameterConfig
 from ..core.guard import refuse_averaging
 from ..core.parameters import OtherWeightsError
@@ -139,7 +140,7 @@ class OGPSACallback(TrainerCallback):
     ) -> None:
         sets = list(reference_sets) if not isinstance(reference_sets, ReferenceSet) else [reference_sets]
         check_sets(sets, "OGPSACallback")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        if batch_size is not None and not is_count(batch_size):
             raise ValueError(f"OGPSACallback: batch_size={batch_size!r} must be an integer of at least 1.")
         if config is not None and not isinstance(config, ProjectionConfig):
             raise ValueError(
