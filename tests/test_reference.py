@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_ogpsa import OGPSAConfig, ReferenceLoader, ReferenceSet, reference_loss
 from peft_ogpsa.references.losses import answer_loss, collate
-from peft_ogpsa.text.tokenization import Example, encode_prompt, encode_row
+from peft_ogpsa.text.tokenization import Example, encode_prompt, encode_row, prompt_text
 
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
@@ -119,6 +120,17 @@ def test_an_empty_list_of_tools_is_not_none(tools):
     row = {**chat("Q", "Yes"), "tools": tools}
     for ids in (ReferenceSet("set", [row]).tokenize(tokenizer)[0].ids, encode_prompt(tokenizer, row)):
         assert tokenizer.decode(ids).startswith("<s>user" if tools in ("", None) else "0 tools<s>user")
+
+
+def test_a_prompt_with_the_beginning_of_an_answer_is_refused():
+    """To ask for the whole answer would measure another request, without a word."""
+    tokenizer = tiny_tokenizer()
+    for use in (partial(encode_prompt, tokenizer), prompt_text):
+        with pytest.raises(ValueError, match="prompt that ends with a turn of the assistant"):
+            use({"prompt": [USER, ANSWER]})
+    asked = encode_prompt(tokenizer, {"prompt": [USER]})
+    assert encode_prompt(tokenizer, {"messages": [USER, ANSWER]}) == asked  # there, it is the answer
+    assert encode_prompt(tokenizer, {"prompt": [USER, ANSWER, USER]}) != asked
 
 
 @pytest.mark.parametrize("begin", ["", "<s>"])

@@ -5,20 +5,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from .. import data
-from ..core.files import check_utf8
 from ..data import public
+from ..data.raw_rows import JSON, json_rows
 from ..references.losses import LOSSES
 from ..references.sets import OF_OWN_ANSWERS, AnsweredSet, ReferenceSet
-from ..text.tokenization import Prompt, check_answer, columns_of, text_or_messages
+from ..text.tokenization import Prompt, check_answer, columns_of, has_text, text_or_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -27,7 +28,7 @@ _BUILTIN = "builtin:"
 _PUBLIC = "public:"
 _ANSWERS = {"completion", "chosen", "messages", "text"}  # columns that hold the answer, or the whole conversation
 _PROMPTS = "prompts:"
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_PARQUET = ".parquet"
 _WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)(?:\[(?P<split>.+)\])?")
 _FORMS = (
     "Give a .jsonl, .json or .parquet file, a folder saved by datasets, builtin:NAME or builtin:NAME:SPLIT "
@@ -39,6 +40,8 @@ _COLUMNS: dict[str, tuple[set[str], ...]] = {
     "sft": ({"input_ids"}, {"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}),
     "dpo": ({"prompt", "chosen", "rejected"}, {"chosen", "rejected"}),
 }
+_ROLES = {role: role for role in ("user", "assistant", "system", "tool")} | {"human": "user", "gpt": "assistant"}
+"""The role in a chat template of each role in the column `conversations`."""
 _OTHER_STAGE = {"sft": "dpo", "dpo": "sft"}
 
 
@@ -62,7 +65,7 @@ def load_rows(spec: str, field: str, samples: int | None = None) -> Dataset:
             rows = _builtin(spec)
         else:
             rows = _public(spec, samples) if spec.startswith(_PUBLIC) else _external(spec)
-    except (ValueError, OSError, KeyError, DatasetsError) as error:
+    except (ValueError, OSError, KeyError, OverflowError, DatasetsError) as error:
         reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise ValueError(f"{field}={spec!r} cannot be loaded: {str(reason).rstrip('.')}. {_FORMS}") from error
     if not len(rows):
@@ -95,18 +98,29 @@ def _external(spec: str) -> Dataset:
     if path.is_dir():
         return _from_folder(load_from_disk(str(path)), split)
     suffix = path.suffix.lower()
-    if suffix in _BUILDERS:
+    if suffix in (*JSON, _PARQUET):
         if not path.is_file():
             raise FileNotFoundError("there is no such file")
-        if path.stat().st_size == 0:  # datasets fails on an empty file with a bare StopIteration
+        if path.stat().st_size == 0:
             raise ValueError("the file is empty")
-        if suffix != ".parquet":
-            check_utf8(path)
-        return load_dataset(_BUILDERS[suffix], data_files={"train": str(path)}, split=split or "train")
+        return _from_folder(_from_json(path) if suffix in JSON else _from_parquet(path), split)
     if path.is_file():
-        raise ValueError(f"its suffix {path.suffix!r} is not one of {', '.join(_BUILDERS)}")
+        raise ValueError(f"its suffix {path.suffix!r} is not one of {', '.join((*JSON, _PARQUET))}")
     name, _, config = source.partition(":")
     return load_dataset(name, config or None, split=split or "train")
+
+
+def _from_json(path: Path) -> Dataset:
+    rows = list(json_rows(path))
+    columns = dict.fromkeys(column for row in rows for column in row)  # from_list would read the first row's alone
+    filled = [{column: row.get(column) for column in columns} for row in rows]
+    return Dataset.from_list(filled, on_mixed_types="use_json")
+
+
+def _from_parquet(path: Path) -> Dataset:
+    # A cache of its own: the usual one finds rows again by the file's name and time, even if the file has changed.
+    with tempfile.TemporaryDirectory() as folder:
+        return Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
 
 
 def _from_folder(loaded: Dataset | DatasetDict, split: str | None) -> Dataset:
@@ -146,9 +160,8 @@ def training_rows(rows: Dataset, stage: str, field: str, spec: str) -> Dataset:
     others = set().union(*_COLUMNS["sft"], *_COLUMNS["dpo"]) - needed
     rows = rows.remove_columns([column for column in rows.column_names if column in others])
     if "conversations" in needed:
-        from trl import maybe_convert_to_chatml  # not above: training tools import this module, maybe without TRL
-
-        rows, needed = rows.map(maybe_convert_to_chatml, remove_columns="conversations"), {"messages"}
+        rows, needed = rows.map(_as_messages, fn_kwargs={"place": place}, with_indices=True), {"messages"}
+        rows = rows.remove_columns("conversations")
     # With a completion, these are TRL's rows for KTO. A label of messages is about something else.
     labels = rows["label"] if "completion" in needed and "label" in rows.column_names else ()
     if (bad := next((i for i, label in enumerate(labels) if label is False), None)) is not None:
@@ -160,8 +173,22 @@ def training_rows(rows: Dataset, stage: str, field: str, spec: str) -> Dataset:
     return rows
 
 
+def _as_messages(row: Mapping[str, Any], index: int, place: str) -> dict[str, Any]:
+    """Return a row of `conversations` as one of `messages`, with the roles of chat templates."""
+    from trl import maybe_convert_to_chatml  # not above: training tools import this module, maybe without TRL
+
+    messages = maybe_convert_to_chatml({"conversations": row["conversations"]})["messages"]
+    unknown = next((turn["role"] for turn in messages if turn["role"] not in _ROLES), None)
+    if unknown is not None:
+        raise ValueError(
+            f"{place}: row {index} has a turn of {unknown!r} in the column conversations. Known are "
+            f"{', '.join(_ROLES)}. Rename it, or give the column messages."
+        )
+    return {"messages": [{**turn, "role": _ROLES[turn["role"]]} for turn in messages]}
+
+
 def _check_rows(rows: Dataset, place: str) -> None:
-    """Check that each row has a value in all columns, in the same form, and an answer."""
+    """Check that each row has a value in all columns, in the same form, and something to answer and an answer."""
     plain = {"text": True, "messages": False}.get(rows.column_names[0])
     for i, row in enumerate(rows):
         name = f"{place}: row {i}"
@@ -181,6 +208,8 @@ def _check_rows(rows: Dataset, place: str) -> None:
                 check_answer(part, name)
             elif not plain and not part:
                 raise ValueError(f"{name} has no message in the column prompt. Give it the user's message.")
+            if not isinstance(part, str) and any(m["role"] == "user" and not has_text(m["content"]) for m in part):
+                raise ValueError(f"{name} has an empty turn of the user. Give it a text, or leave out the row.")
 
 
 def _format(rows: Dataset, stage: str, place: str) -> set[str]:

@@ -4,18 +4,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import extras
-from ..core.files import check_utf8
+from ..core.files import check_utf8, json_lines
 from ..core.forms import is_count
 
 RawRow = Mapping[str, Any]
 _Row = TypeVar("_Row")
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+JSON = (".jsonl", ".json")
+"""Suffixes of files that `json_rows` reads."""
+
+_BUILDERS = {".csv": "csv", ".parquet": "parquet"}
 
 
 def from_hub(hub_id: str, config: str | None, split: str, *, streaming: bool = False) -> Any:
@@ -27,6 +31,31 @@ def from_hub(hub_id: str, config: str | None, split: str, *, streaming: bool = F
     from datasets import load_dataset
 
     return load_dataset(hub_id, config, split=split, streaming=streaming)
+
+
+def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON file: one object per line, or one array of objects.
+
+    The `json` builder of `datasets` is not used. It turns text that looks like a date into a date, and it finds rows
+    again by the file's name and time alone, even if the file has changed.
+
+    Raises:
+        ValueError: If the file is not in UTF-8, or has something else. The message names the line.
+        OSError: If it cannot be read.
+    """
+    check_utf8(path)
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        yield from json_lines(text)
+        return
+    try:
+        rows = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"item {number} of its array is not a JSON object")
+        yield row
 
 
 def from_file(name: str, path: Path) -> Any:
@@ -45,11 +74,13 @@ def from_file(name: str, path: Path) -> Any:
             f"The set {name!r}: path={str(path)!r} is not a file. Give the path of a downloaded file."
         )
     suffix = path.suffix.lower()
-    if suffix not in _BUILDERS:
-        raise ValueError(f"The set {name!r}: path={str(path)!r} must end in one of {', '.join(_BUILDERS)}.")
+    if suffix not in (*JSON, *_BUILDERS):
+        raise ValueError(f"The set {name!r}: path={str(path)!r} must end in one of {', '.join((*JSON, *_BUILDERS))}.")
     extras.check("cli", "Reading public data sets")
-    from datasets import load_dataset
+    from datasets import IterableDataset, load_dataset
 
+    if suffix in JSON:
+        return IterableDataset.from_generator(json_rows, gen_kwargs={"path": path})
     try:
         if suffix != ".parquet":
             check_utf8(path)

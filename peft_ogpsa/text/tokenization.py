@@ -165,16 +165,21 @@ def check_answer(answer: str | Sequence[Message], name: str) -> None:
     """Reject a text, or messages, without an answer to learn from.
 
     Raises:
-        ValueError: If the text is empty, or no message of the assistant has content or calls a tool.
+        ValueError: If the text is blank, or no message of the assistant has content or calls a tool.
     """
     if isinstance(answer, str):
-        found = bool(answer)
+        found = has_text(answer)
     else:
-        found = any(m["role"] == "assistant" and (m["content"] or m.get("tool_calls")) for m in answer)
+        found = any(m["role"] == "assistant" and (has_text(m["content"]) or m.get("tool_calls")) for m in answer)
     if not found:
         raise ValueError(
             f"{name} has no answer: its completion is empty, or its messages have no assistant turn. Add an answer."
         )
+
+
+def has_text(content: Any) -> bool:
+    """Return whether a message's content, or a text, is more than white space. Templates may remove that."""
+    return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -210,9 +215,12 @@ def text_or_messages(part: Any, name: str) -> str | list[Message]:
             not isinstance(message, Mapping)
             or not isinstance(message.get("role"), str)
             or "content" not in message
+            or not isinstance(message["content"], str | list | tuple | Mapping | None)
             or (message["content"] is None and not message.get("tool_calls"))
         ):
-            raise ValueError(f"{name} has the message {repr(message)[:80]}. Give each message a role and a content.")
+            raise ValueError(
+                f"{name} has the message {repr(message)[:80]}. Give each message a role, and a text as content."
+            )
     return messages
 
 
@@ -282,13 +290,13 @@ def encode_prompt(processing_class: ProcessingClass, prompt: Prompt, name: str =
 
     Args:
         processing_class: The tokenizer, or a processor with one. Its chat template is applied if it has one.
-        prompt: A string (one user turn), messages, or a row with `prompt` or `messages` (a last turn of the assistant
-            is dropped).
+        prompt: A string (one user turn), messages, or a row with `prompt` or `messages`. A last turn of the assistant
+            is dropped, except from the column `prompt`: there it would be the beginning of the answer.
         name: Name of the prompt in error messages.
 
     Raises:
         ValueError: If the prompt has another form, is conversational and there is no chat template, or has images or
-            other content that is not text.
+            other content that is not text, or if the column `prompt` ends with a turn of the assistant.
     """
     content = text_or_messages(content_of(prompt, name), name)
     _check_text_only(prompt, (content,), name)
@@ -340,14 +348,24 @@ def content_of(prompt: Prompt, name: str) -> str | Sequence[Message]:
     """Return a prompt without its row.
 
     Raises:
-        ValueError: If it is a row with neither `prompt` nor `messages`.
+        ValueError: If it is a row with neither `prompt` nor `messages`, or its `prompt` ends with a turn of the
+            assistant.
     """
     if not isinstance(prompt, Mapping):
         return prompt
     row = columns_of(prompt, name)
     if "prompt" not in row and "messages" not in row:
         raise ValueError(f"{name} has the columns {sorted(row)}. Give it the column prompt or messages.")
-    return row["prompt"] if "prompt" in row else row["messages"]
+    if "prompt" not in row:
+        return row["messages"]
+    content = row["prompt"]
+    last = content[-1] if isinstance(content, list | tuple) and content else None
+    if isinstance(last, Mapping) and last.get("role") == "assistant":
+        raise ValueError(
+            f"{name} has a prompt that ends with a turn of the assistant. Models are asked for a whole answer, not to "
+            "continue one. Leave out that turn."
+        )
+    return content
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], *, skip_special_tokens: bool = False) -> str:
