@@ -27,6 +27,7 @@ from peft_ogpsa.cli import dryrun, loading, main
 from peft_ogpsa.cli.arguments import METHODS, DataArguments, OGPSAArguments, adapter_config, parser
 from peft_ogpsa.cli.datasets import load_rows, reference_sets, training_rows
 from peft_ogpsa.cli.dryrun import planned_refreshes
+from peft_ogpsa.cli.eval_data import load_test_rows
 from peft_ogpsa.cli.loading import load_base
 from peft_ogpsa.cli.models import SMOLLM2, load_model
 from peft_ogpsa.data import load_prompts, pairs
@@ -587,6 +588,44 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch, spec, message):
         load_rows(spec, "dataset")
 
 
+@pytest.mark.parametrize("answer", ["1910-03-14", "1910-03-14T10:00:00Z", "12", "true", "null"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_text_stays_text_whatever_it_looks_like(tmp_path, answer, suffix):
+    rows = [chat("When?", answer), chat("When then?", answer)]
+    file = tmp_path / f"rows.{suffix}"
+    if suffix == "json":
+        file.write_text(json.dumps(rows))
+    else:
+        write(file, rows)
+    loaded = load_rows(str(file), "dataset")
+    assert loaded.to_list() == rows
+    training_rows(loaded, "sft", "dataset", str(file))
+
+
+def test_rows_of_a_json_file_may_have_different_columns(tmp_path):
+    rows = [{"prompt": "a?"}, {"prompt": "b?", "more": {"x": 1}}, {"more": {"x": "one"}}]
+    write(tmp_path / "rows.jsonl", rows)
+    loaded = load_rows(str(tmp_path / "rows.jsonl"), "dataset").to_list()
+    assert loaded == [{"prompt": row.get("prompt"), "more": row.get("more")} for row in rows]
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    for text in ("old", "new"):
+        row = {"prompt": text, "completion": text, "question": text, "answer": f"#### {text}"}
+        for name in ("rows.jsonl", "rows.json", "harmful_test.jsonl"):
+            write(tmp_path / "data" / name, [row])
+        Dataset.from_list([row]).to_parquet(tmp_path / "data" / "rows.parquet")
+        for file in (tmp_path / "data").iterdir():
+            os.utime(file, (1e9, 1e9))  # as `cp -p` does
+        for suffix in ("jsonl", "json", "parquet"):
+            spec = str(tmp_path / "data" / f"rows.{suffix}")
+            assert load_rows(spec, "dataset")["prompt"][0] == text
+            assert load_rows(f"public:gsm8k:{spec}", "dataset")[0]["prompt"][0]["content"] == text
+        assert load_test_rows(str(tmp_path / "data"), None)["harmful"][0]["prompt"] == text
+
+
 def test_public_sets_from_a_file(folder):
     write(folder / "gsm8k.jsonl", [{"question": f"{i} + 1?", "answer": f"It is. #### {i + 1}"} for i in range(5)])
     rows = load_rows(f"public:gsm8k:{folder / 'gsm8k.jsonl'}", "dataset", samples=3)
@@ -658,8 +697,8 @@ def test_lookalikes_are_put_among_the_rows(folder, monkeypatch, capsys, stage):
     assert "lookalike_prompts: the base model answers 3 of 3 prompts. It refuses 0, " in printed
     assert "lookalikes: 2 rows are added, made from 2 prompts." in printed
     record = json.loads((folder / stage / "ogpsa_run.json").read_text())
-    assert record["lookalikes"] == 0.2
-    assert "20% of the training data: benign look-alikes" in (folder / stage / "README.md").read_text()
+    assert record["lookalikes"] == 2 / 12  # what 0.2 of the rows is in whole rows
+    assert "17% of the training data: benign look-alikes" in (folder / stage / "README.md").read_text()
 
 
 USER = {"role": "user", "content": "a?"}
@@ -688,7 +727,13 @@ PAIR = {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}
         ("sft", [{"prompt": [], "completion": [ANSWER]}], "row 0 has no message in the column prompt"),
         ("sft", [{"text": "a"}, {"text": ""}], "row 1 has no answer"),
         ("sft", [{"conversations": [{"from": "human", "value": "a?"}]}], "row 0 has no answer"),
+        ("sft", [{"conversations": [{"from": "bot", "value": "b."}]}], "row 0 has a turn of 'bot' .* Rename it"),
         ("sft", [{"prompt": 5, "completion": 5}], "row 0 has a value of the type int"),
+        ("sft", [{"prompt": [USER], "completion": [ANSWER | {"content": 5}]}], "row 0 has the message"),
+        ("sft", [{"prompt": "a?", "completion": " \n"}], "row 0 has no answer"),
+        ("sft", [ROW, {"prompt": [USER], "completion": [ANSWER | {"content": " "}]}], "row 1 has no answer"),
+        ("sft", [{"prompt": [USER | {"content": " "}], "completion": [ANSWER]}], "row 0 has an empty turn"),
+        ("sft", [{"messages": [USER | {"content": ""}, ANSWER]}], "row 0 has an empty turn of the user"),
         ("sft", [ROW | {"label": True}, ROW | {"label": False}], "row 1 has label=False, so its completion"),
         ("dpo", [PAIR, {**PAIR, "rejected": None}], "row 1 has no rejected"),
         ("dpo", [PAIR, {**PAIR, "rejected": []}], "row 1 has no answer"),
@@ -745,9 +790,10 @@ def trained(monkeypatch):
         [{"input_ids": [5, 6, 7], "text": ""}],
         [{"prompt": "a?", "messages": [USER, ANSWER]}],  # as in ultrachat_200k
         [{"conversations": [{"from": "user", "value": "a?"}, {"from": "assistant", "value": "b."}]}],
+        [{"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b."}]}],
         [{"conversations": [USER, ANSWER]}],
     ],
-    ids=["tokenized", "messages and prompt", "from and value", "conversations"],
+    ids=["tokenized", "messages and prompt", "from and value", "ShareGPT", "conversations"],
 )
 def test_rows_of_other_forms_are_trained(folder, trained, rows):
     write(folder / "own.jsonl", rows)
@@ -809,6 +855,9 @@ def test_as_many_lookalikes_are_answered_as_the_rows_need(folder, monkeypatch, c
         rows, _, _ = trained.pop()
         asked = [row["prompt"][0]["content"] for row in rows if "kill" in row["prompt"][0]["content"]]
         assert asked == [f"kill {i}?" for i in range(int(10 * share / (1 - share)))]
+        # The card tells of the rows that were added. A small share of few rows is none.
+        record = json.loads((folder / "sft" / "ogpsa_run.json").read_text())
+        assert record.get("lookalikes", 0) == len(asked) / len(rows)
 
 
 def test_references_without_answers_need_the_word_prompts(folder, monkeypatch):
@@ -1212,6 +1261,33 @@ def test_time_is_left_out_after_a_resume(folder):
     assert record["steps"] == 4
     assert "seconds" not in record
     assert "4 optimizer steps\n" in (folder / "sft" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value", "message"),
+    [
+        ("plain", "--lora_alpha", "64", "lora_alpha=32 instead of 64"),
+        ("plain", "--learning_rate", "1e-4", r"learning_rate=0\.01 instead of 0\.0001"),
+        ("plain", "--seed", "5", "seed=42 instead of 5"),
+        ("plain", "--dataset", "other.jsonl", "other training rows"),
+        ("ogpsa", "--reference_weight", "3", r"reference_weight=None instead of 3\.0"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(folder, method, option, value, message):
+    write(folder / "other.jsonl", [chat(f"worse {i}?", "No.") for i in range(10)])
+    command = ["sft", "--config", str(folder / "sft.yaml"), "--method", method]
+    command += ["--save_strategy", "steps", "--save_steps", "1"]
+    main([*command, "--max_steps", "2"])
+    changed = [*command, option, str(folder / value) if option == "--dataset" else value]
+    with pytest.raises(SystemExit, match=f"checkpoint-2' is of a run with {message}.* Give the options and the data"):
+        main([*changed, "--max_steps", "4", "--resume_from_checkpoint", "last"])
+    main([*command, "--max_steps", "3", "--resume_from_checkpoint", "last"])  # longer, which is no other setting
+    assert json.loads((folder / "sft" / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+    (folder / "sft" / "checkpoint-3" / "ogpsa_options.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"ogpsa_options\.json is damaged"):
+        main([*command, "--max_steps", "4", "--resume_from_checkpoint", str(folder / "sft" / "checkpoint-3")])
+    (folder / "sft" / "checkpoint-3" / "ogpsa_options.json").unlink()
+    main([*command, "--max_steps", "4", "--resume_from_checkpoint", "last"])  # nothing to compare with
 
 
 def test_a_run_with_a_projection_is_not_resumed_without_it(folder):

@@ -55,6 +55,7 @@ from .errors import input_errors
 from .launch import check_saves_whole_model, shard_on_cpu
 from .loading import load_adapter, load_base, read_adapter_config
 from .random_weights import RandomWeights
+from .resuming import KeepOptions, options_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -108,7 +109,7 @@ def train(
                 console.quiet = True
             if run.dry_run:
                 save_nothing(training, cleanup.enter_context(tempfile.TemporaryDirectory()))
-            trainer, config = _prepare(options, trainer_class, console)
+            trainer, config, lookalikes = _prepare(options, trainer_class, console)
             # Read this before training, which may save to the same folder.
             started_from = weights_digest(run.adapter) if run.adapter else None
         try:
@@ -126,9 +127,9 @@ def train(
             raise SystemExit(f"ogpsa {stage}: {_stopped(error, trainer)}") from error
     try:
         if run.full_parameter:
-            _save_whole(options, trainer, config)
+            _save_whole(options, trainer, config, lookalikes)
         else:
-            _save_adapter(options, trainer, config, started_from)
+            _save_adapter(options, trainer, config, lookalikes, started_from)
     except _FILE_ERRORS as error:
         _raise_others(error)
         raise SystemExit(f"ogpsa {stage}: {_unsaved(error, trainer)}") from error
@@ -257,13 +258,13 @@ def _folder(training: SFTConfig | DPOConfig) -> str:
     return training.output_dir
 
 
-def _save_whole(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodConfig) -> None:
+def _save_whole(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodConfig, lookalikes: float) -> None:
     """Save the model in the usual format, and how it was trained. All processes must call this."""
     folder = _folder(options.training)
     shard_on_cpu(trainer)  # again: accelerate lost this setting when it prepared the optimizer
     trainer.save_model(folder, _internal_call=True)
     if trainer.args.should_save:
-        record = _record(options, trainer, config)
+        record = _record(options, trainer, config, lookalikes)
         record["started_from"] = cast("PreTrainedModel", trainer.model).config._name_or_path
         record["revision"] = options.model.model_revision
         save_run(folder, record | {"full_parameter": {} if config is None else asdict(config)})
@@ -273,6 +274,7 @@ def _save_adapter(
     options: _Options,
     trainer: SFTTrainer | DPOTrainer,
     config: MethodConfig,
+    lookalikes: float,
     started_from: str | None,
 ) -> None:
     """Save the adapter with its card."""
@@ -283,7 +285,8 @@ def _save_adapter(
     if not isinstance(config, OGPSAConfig):  # an earlier run may have left one
         (Path(folder) / SIDECAR_NAME).unlink(missing_ok=True)
     trainer.save_model(folder, _internal_call=True)  # this does not push to the hub
-    save_card(folder, run=_record(options, trainer, config) | {"started_from_weights": started_from})
+    record = _record(options, trainer, config, lookalikes)
+    save_card(folder, run=record | {"started_from_weights": started_from})
 
 
 def _push_adapter(training: SFTConfig | DPOConfig, trainer: SFTTrainer | DPOTrainer, console: Console) -> None:
@@ -298,7 +301,9 @@ def _push_adapter(training: SFTConfig | DPOConfig, trainer: SFTTrainer | DPOTrai
     console.print(f"Pushed: {url}", soft_wrap=True)
 
 
-def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodConfig) -> dict[str, Any]:
+def _record(
+    options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodConfig, lookalikes: float
+) -> dict[str, Any]:
     """Return what the model card says about the run."""
     data, training, state = options.data, trainer.args, trainer.state
     record = {
@@ -307,7 +312,7 @@ def _record(options: _Options, trainer: SFTTrainer | DPOTrainer, config: MethodC
         "started_from": options.run.adapter,
         "dataset": data.dataset,
         **({"own_refusals": True} if data.own_refusals else {}),
-        **({"lookalikes": data.lookalikes} if data.lookalikes else {}),
+        **({"lookalikes": lookalikes} if lookalikes else {}),
         "steps": state.global_step,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
         | {"peft-ogpsa": __version__},
@@ -341,8 +346,11 @@ def _class_of_base(trainer: SFTTrainer | DPOTrainer) -> str | None:
 
 def _prepare(
     options: _Options, trainer_class: Callable[..., SFTTrainer | DPOTrainer], console: Console
-) -> tuple[SFTTrainer | DPOTrainer, MethodConfig]:
-    """Return the trainer, ready to train, and the method's configuration. Quick checks come first."""
+) -> tuple[SFTTrainer | DPOTrainer, MethodConfig, float]:
+    """Return the trainer, ready to train, the method's configuration, and the look-alikes' share in the training rows.
+
+    Quick checks come first.
+    """
     data, run, training = options.data, options.run, options.training
     config = _method_config(options, console)
     train_rows, held_out = _rows(options)
@@ -359,11 +367,13 @@ def _prepare(
         train_rows = _as_chat(train_rows, "dataset", console)
         held_out = held_out and _as_chat(held_out, "eval_dataset", console)
         sets = [_reference_as_chat(s, console) if isinstance(s, ReferenceSet) else s for s in sets]
+    share = 0.0
     if lookalikes is not None:
         safety_rows(train_rows, conversational=templated)  # before the base answers
         answered = _answered(lookalikes, "lookalike_prompts", base, processing_class, console)
         mixed = with_lookalikes(train_rows, answered, data.lookalikes)
         added = len(mixed) - len(train_rows)
+        share = added / len(mixed)  # what was asked for, in whole rows
         used = min(added, len(lookalike_rows(answered)))
         console.print(f"lookalikes: {added} rows are added, made from {used} prompts.", soft_wrap=True)
         train_rows = Dataset.from_list(mixed)
@@ -382,6 +392,7 @@ def _prepare(
     if run.adapter:
         model = load_adapter(base, run.adapter, cast(LoraConfig, config), trainable=True)
         model.peft_config["default"].base_model_name_or_path = base.name_or_path  # it may name another one
+    asked = options_of(options.stage, options.ogpsa, options.model, training, train_rows)
     held_out = held_out if training.eval_strategy != "no" else None  # a dry run does not evaluate
     trainer = trainer_class(
         model=model,
@@ -390,7 +401,7 @@ def _prepare(
         eval_dataset=held_out,
         processing_class=processing_class,
         peft_config=config if isinstance(config, LoraConfig) and not run.adapter else None,
-        callbacks=[callback(known)] if known else [],
+        callbacks=[*([callback(known)] if known else []), KeepOptions(asked)],
         **policy,
     )
     packing, eval_packing = (getattr(training, name, None) for name in ("packing", "eval_packing"))  # of SFT alone
@@ -406,7 +417,7 @@ def _prepare(
             cast("DPOTrainer", trainer).ref_model = None  # no longer needed
     # TRL's card would replace ours at every checkpoint.
     trainer.create_model_card = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    return trainer, config
+    return trainer, config, share
 
 
 def _set_end_token(training: SFTConfig | DPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
