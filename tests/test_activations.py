@@ -1678,6 +1678,25 @@ def test_whole_weights_that_are_not_of_linear_layers_are_named():
     assert unchanged(model, before)
 
 
+class Masked(torch.nn.Linear):
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * (self.weight > 0))
+
+
+def test_whole_weights_of_layers_with_a_forward_of_their_own_are_refused():
+    model = torch.nn.Sequential(Masked(12, 12, bias=False), torch.nn.Linear(12, 3, bias=False))
+    before = copies(model)
+    given = {"set": [torch.randn(8, 3, 12)]}
+    projector = attach(model, FullParameterConfig(subspace="activations", subspace_rank=4))
+    with pytest.raises(ValueError, match=r"1 other parameters.*0\.weight.*exclude.*a Masked, .*subspace='gradients'"):
+        projector.refresh(given, lambda net, x: net(x).mean())
+    assert unchanged(model, before)
+    assert projector.activations is None
+    excluded = attach(model, FullParameterConfig(subspace="activations", subspace_rank=4, exclude=["0"]))
+    excluded.refresh(given, lambda net, x: net(x).mean())
+    assert [item.layers for item in excluded.activations.inputs] == [("1",)]
+
+
 def test_weights_of_several_layers_are_refused():
     tied = tiny_llama(tie_word_embeddings=True)
     twice = tiny_llama()

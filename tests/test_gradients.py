@@ -17,7 +17,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from peft_ogpsa import OGPSAConfig
+from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach
 from peft_ogpsa.core.gradients import example_gradients, examples_of
 from peft_ogpsa.core.isolation import switch_to_evaluation
 from peft_ogpsa.references.losses import answer_loss, collate
@@ -393,6 +393,31 @@ def test_rows_of_layers_with_the_sequence_first(length):
     torch.manual_seed(0)
     model = small(SequenceFirst(), ["first", "second"])
     rows_equal_those_of_single_examples(model, torch.randn(4, length, 6), lambda net, x: net(x).square().mean(), 4)
+
+
+class WithRelu(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Masked(torch.nn.Linear):
+    """Uses a part of its weight, as in sparse training."""
+
+    def forward(self, x):
+        mask = torch.arange(self.weight.numel()).view_as(self.weight) % 2
+        return torch.nn.functional.linear(x, self.weight * mask)
+
+
+def whole_weights(network, rows=4):
+    network.projector = attach(network, FullParameterConfig(rows_from="example", rows=rows))
+    return network
+
+
+@pytest.mark.parametrize("layer", [WithRelu, Masked])
+def test_rows_of_linear_layers_with_a_forward_of_their_own(layer):
+    torch.manual_seed(0)
+    model = whole_weights(torch.nn.Sequential(layer(6, 5, bias=False), torch.nn.Linear(5, 2, bias=False)))
+    rows_equal_those_of_single_examples(model, torch.randn(4, 3, 6), lambda net, x: net(x).square().mean(), 4)
 
 
 def test_a_fallback_forgets_what_the_hooks_have_added():

@@ -16,6 +16,7 @@ from torch import nn
 
 from . import attachment
 from .config import ProjectionConfig
+from .gradients import is_plain_linear
 from .precision import LOW_PRECISION
 from .projector import Projector
 from .stacks import InputMatrix
@@ -194,23 +195,29 @@ class WholeTargets:
         """The weights of linear layers in training.
 
         Raises:
-            ValueError: If other parameters are in training, or if two layers share a weight.
+            ValueError: If other parameters are in training, if two layers share a weight, or if a subclass of
+                `nn.Linear` has its own `forward`.
         """
         layers = {id(own.weight): own for own in self.model.modules() if isinstance(own, nn.Linear)}
         users = Counter(id(own.weight) for own in self.model.modules() if getattr(own, "weight", None) is not None)
-        found, others = [], []
+        found, others, unknown = [], [], ""
         for name, owner, parameter in self.trained():
-            if id(parameter) in layers and users[id(parameter)] == 1:
-                layer = layers[id(parameter)]
-                found.append(InputMatrix(name, owner, layer, layer, parameter))
-            else:
-                others.append(name)
+            layer = layers.get(id(parameter))
+            if layer is not None and users[id(parameter)] == 1:
+                if is_plain_linear(layer):
+                    found.append(InputMatrix(name, owner, layer, layer, parameter))
+                    continue
+                unknown = (
+                    f" {name} belongs to a {type(layer).__name__}, a subclass of nn.Linear with its own forward, so "
+                    "OGPSA cannot know how it uses the weight. For such layers there is also subspace='gradients'."
+                )
+            others.append(name)
         if others:
             raise ValueError(
                 f"subspace='activations' projects only weights of linear layers, but {len(others)} other parameters "
                 f"are in training: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Such parameters are "
                 "embeddings, norms, biases, and weights that several layers share. Freeze them, or name their "
-                "modules in exclude. Excluded modules are trained but not projected."
+                f"modules in exclude. Excluded modules are trained but not projected.{unknown}"
             )
         return found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,11 @@ class Sink(Protocol):
 
 class _NotPerExampleError(Exception):
     """The hooks did not see the full gradient of every weight, example by example."""
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module computes `x W^T`, plus a bias. A subclass with its own `forward` may do something else."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def batch_size(batch: Any) -> int:
@@ -140,9 +145,9 @@ def example_gradients(
     loss must be a mean over examples of terms that depend on one example each. A token mean gives the same directions.
 
     The examples are passed one at a time instead if hooks would not see the full gradient. This is so if a layer is
-    not a plain linear map or mixes the examples' axis (convolutions, embeddings, routed experts), if it may do so (a
-    sequence as long as the number of examples), or if a weight is used without a call of its module
-    (`target_parameters`, `nn.MultiheadAttention`, fused kernels).
+    not a plain linear map (convolutions, embeddings, a subclass of `nn.Linear` with its own `forward`) or mixes the
+    examples' axis (routed experts), if it may do so (a sequence as long as the number of examples), or if a weight is
+    used without a call of its module (`target_parameters`, `nn.MultiheadAttention`, fused kernels).
 
     Args:
         model: Passed to `loss_fn`.
@@ -150,7 +155,7 @@ def example_gradients(
         loss_fn: `loss_fn(model, batch)` returns a scalar.
         blocks: The projected parameters.
         sink: Receives the gradients.
-        linears: For each parameter the linear module that has it as its weight, or `None` if there is none.
+        linears: For each parameter the plain linear module that has it as its weight, or `None` if there is none.
 
     Returns:
         The loss of the batch, detached.

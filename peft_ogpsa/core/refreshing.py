@@ -17,7 +17,7 @@ from .activation_subspace import ActivationSubspace
 from .config import ProjectionConfig
 from .diagnostics import Diagnostics
 from .gradient_subspace import GradientSubspace
-from .gradients import LossFn
+from .gradients import LossFn, is_plain_linear
 from .isolation import isolated_eval
 from .parameters import Parameters
 from .passes import Passes, SetBatches, check_alike
@@ -261,10 +261,13 @@ def _shape_of(config: ProjectionConfig) -> tuple:
 
 
 def _linears_of(model: nn.Module) -> dict[int, nn.Linear | None]:
-    """The linear modules by the `id` of their weight; `None` if several modules share one, as tied embeddings do."""
+    """The plain linear modules by the `id` of their weight.
+
+    `None` for every other parameter, and if several modules share a weight, as tied embeddings do.
+    """
     linears: dict[int, nn.Linear | None] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             alone = name == "weight" and id(parameter) not in linears
-            linears[id(parameter)] = module if alone and isinstance(module, nn.Linear) else None
+            linears[id(parameter)] = module if alone and is_plain_linear(module) else None
     return linears
