@@ -580,6 +580,21 @@ def test_answers_without_labels(batch):
         find(model, {"first": [padded(2)], "second": [batch]}, layers={"a": model.a}, tokens="answer")
 
 
+@pytest.mark.parametrize("key", ["input_ids", "attention_mask"])
+def test_labels_that_are_not_one_per_token(key):
+    # Labels of classes. None of them is -100, so padding would count, too.
+    model = Net(lambda net, x, _: net.a(x))
+    batch = {key: padded(4)[key], "labels": torch.tensor([0, 2, 1, 0])}
+    with pytest.raises(ValueError, match=rf"'second' `labels` .*\(4,\) and `{key}` .*\(4, 9\).*use tokens='all'"):
+        find(
+            model,
+            {"first": [padded(2)], "second": [batch]},
+            layers={"a": model.a},
+            forward=lambda net, own: net(own.get("input_ids", tokens(4, 9))),
+            tokens="answer",
+        )
+
+
 @pytest.mark.parametrize("which", ["all", "answer"])
 def test_set_without_a_token(which):
     empty = padded(2)

@@ -97,5 +97,13 @@ def _tokens_of(batch: Any, tokens: Tokens, name: str) -> Tensor | None:
                 "tokens='answer' needs `labels` in every batch, with -100 at other positions, but a batch of "
                 f"{name!r} has no `labels`. Add them, or use tokens='all'."
             )
+        key = "input_ids" if batch.get("input_ids") is not None else "attention_mask"
+        positions = batch.get(key)
+        if positions is not None and labels.shape != positions.shape:
+            raise ValueError(
+                f"tokens='answer' needs one label for each token, but in a batch of {name!r} `labels` has the shape "
+                f"{tuple(labels.shape)} and `{key}` has the shape {tuple(positions.shape)}. Labels of classes are not "
+                "one per token: use tokens='all'."
+            )
         return labels != IGNORED
     return None if mask is None else mask.bool()

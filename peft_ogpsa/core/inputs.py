@@ -113,9 +113,9 @@ def find(
         The inputs, in the order in which the model computes them.
 
     Raises:
-        ValueError: If a batch does not define which positions are tokens, if the model is an encoder-decoder and a
-            batch has padding, if an input has other positions, if a layer was never called, or if a layer does not
-            always get the input that it got first.
+        ValueError: If a batch does not define which positions are tokens, if its labels are not one per token, if the
+            model is an encoder-decoder and a batch has padding, if an input has other positions, if a layer was never
+            called, or if a layer does not always get the input that it got first.
         FloatingPointError: If an input is not finite.
     """
     used, held = split(batches, tokens)
