@@ -1042,6 +1042,24 @@ def test_a_set_without_tokens_is_refused():
         projector.refresh({"set": [inputs]}, lambda m, b: m(**b).logits.mean())
 
 
+def test_a_loss_that_shifts_the_ids_is_told_to_shift_the_logits():
+    _, projector = lora()
+
+    def shifted(model, inputs):
+        logits = model(inputs["input_ids"][:, :-1], inputs["attention_mask"][:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.mT, inputs["input_ids"][:, 1:])
+
+    with pytest.raises(ValueError, match=r"6 vectors, but the batch has 7 positions\. .*loss_fn.*shift the logits"):
+        projector.refresh(many(), shifted)
+
+    def whole_ids(model, inputs):
+        logits = model(inputs["input_ids"], inputs["attention_mask"]).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.mT, inputs["input_ids"][:, 1:])
+
+    projector.refresh(many(), whole_ids)
+    assert projector.activations is not None
+
+
 # Before it is built
 
 

@@ -138,6 +138,14 @@ class Watcher:
         if len(where) == tokens.numel() and not cut:
             return flat
         if len(flat) != part.tokens.numel():
+            if cut and name == next(iter(self.inputs)):  # the first adapted layer that is called
+                raise ValueError(
+                    f"The layer {name} receives {len(flat)} vectors, but the batch has {tokens.numel()} positions. "
+                    "It is the first adapted layer, so loss_fn probably passes fewer positions to the model than the "
+                    "batch's attention_mask (or labels) has, such as input_ids[:, :-1]. Pass all positions, and shift "
+                    "the logits instead: logits[:, :-1]. If the model itself passes the layer only a part of them, "
+                    "leave it out of target_modules, or use subspace='gradients'."
+                )
             if cut:
                 raise ValueError(
                     f"The layer {name} receives {len(flat)} vectors, but the batch has {tokens.numel()} positions: "
