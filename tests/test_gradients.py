@@ -420,6 +420,33 @@ def test_rows_of_linear_layers_with_a_forward_of_their_own(layer):
     rows_equal_those_of_single_examples(model, torch.randn(4, 3, 6), lambda net, x: net(x).square().mean(), 4)
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda layer, x: torch.nn.functional.relu(layer(x), inplace=True),
+        lambda layer, x: layer(x).mul_(2).tanh(),
+        lambda layer, x: layer(input=x).tanh(),
+    ],
+    ids=["ReLU in place", "product in place", "by keyword"],
+)
+def test_rows_of_layers_called_by_keyword_or_changed_in_place(first):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = torch.nn.Linear(6, 5, bias=False), torch.nn.Linear(5, 2, bias=False)
+
+        def forward(self, x):
+            sizes.append(len(x))
+            return self.head(first(self.first, x))
+
+    torch.manual_seed(0)
+    sizes = []
+    rows_equal_those_of_single_examples(
+        whole_weights(Net()), torch.randn(4, 3, 6), lambda net, x: net(x).square().mean(), 4
+    )
+    assert sizes == [4, 1, 1, 1, 1]  # one pass for all examples, and then those of the oracle
+
+
 def test_a_fallback_forgets_what_the_hooks_have_added():
     # In the backward pass the second layer is seen first, and its examples are apart; those of the first are not.
     class Net(torch.nn.Module):

@@ -185,7 +185,7 @@ class _Watch(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.tell = tell
-        return output.view_as(output)
+        return output.clone()  # not a view: autograd refuses to change it in place, as F.relu(..., inplace=True) does
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
@@ -222,16 +222,19 @@ def _hooked_gradients(
                 outputs, inputs = (part.reshape(count, -1, part.shape[-1]).float() for part in (u, x))
                 sink.add_products(index, outputs, inputs, count / _LOSS_SCALE)
 
-        def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        def forward_hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             if not output.requires_grad:
                 return None
             watched.add(index)
-            return _Watch.apply(output, args[0].detach(), tell, anchor)
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            return _Watch.apply(output, inputs.detach(), tell, anchor)
 
         return forward_hook
 
     handles = [
-        linear.register_forward_hook(watch(index)) for index, linear in enumerate(linears) if linear is not None
+        linear.register_forward_hook(watch(index), with_kwargs=True)
+        for index, linear in enumerate(linears)
+        if linear is not None
     ]
     try:
         loss = _scalar(loss_fn(model, batch))
