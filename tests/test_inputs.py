@@ -727,6 +727,26 @@ def test_few_tokens_for_many_directions_are_a_warning(rows, warnings, caplog):
     assert not told or "sees 7 tokens and has" in told[0].message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "warnings"),
+    [("chosen_attention_mask", 0, 1), ("chosen_attention_mask", 1, 0), ("attention_mask", 0, 0)],
+)
+def test_padding_under_another_name_than_attention_mask_is_a_warning(key, value, warnings, caplog):
+    model, ids = tiny_llama(), tokens(8, 20)
+    mask = torch.ones_like(ids)
+    mask[:, 15:] = value
+    batch = {"chosen_input_ids": ids, key: mask}
+    find(
+        model,
+        {"set": [batch, batch], "other": [batch]},
+        forward=lambda net, own: net(input_ids=own["chosen_input_ids"], attention_mask=own[key]),
+        rank=4,
+    )
+    told = [record.getMessage() for record in caplog.records if "no 'attention_mask'" in record.message]
+    assert len(told) == warnings
+    assert all("'set' has 'chosen_attention_mask'" in own for own in told)
+
+
 class Experts(nn.Module):
     """Of 8 experts, the first gets no token, the second one, and the others get the rest; a first token is long."""
 

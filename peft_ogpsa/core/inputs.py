@@ -120,6 +120,8 @@ def find(
     """
     used, held = split(batches, tokens)
     _refuse_padded_pairs(model, [*used, *held])
+    if tokens == "all":
+        _warn_of_other_masks(batches)
     watcher = Watcher(layers, one_sequence=not _has_decoder_of_its_own(model))
     with watcher.watching():
         watcher.discover(forward, model, _first_with_tokens(used))
@@ -158,6 +160,30 @@ def _refuse_padded_pairs(model: nn.Module, parts: Sequence[Part]) -> None:
             "batches without padding, for example of one example each, with tokens='all'. Or use "
             "subspace='gradients'."
         )
+
+
+def _warn_of_other_masks(batches: Batches) -> None:
+    """Warn of a batch whose only mask has another name, if there is padding: all of its positions count."""
+    for name, own in batches.items():
+        for batch in own:
+            key = _other_mask(batch)
+            if key is not None:
+                logger.warning(
+                    "A batch of reference set %r has %r, but no 'attention_mask'. Only 'attention_mask' says which "
+                    "positions are tokens, so the padding counts like tokens. Give the mask under this name, or give "
+                    "batches without padding.",
+                    name,
+                    key,
+                )
+                return
+
+
+def _other_mask(batch: object) -> str | None:
+    """The key of a mask with padding, in a batch that has no `attention_mask`."""
+    if not isinstance(batch, Mapping) or batch.get("attention_mask") is not None:
+        return None
+    masks = ((key, value) for key, value in batch.items() if str(key).endswith("attention_mask"))
+    return next((key for key, value in masks if isinstance(value, Tensor) and not value.all()), None)
 
 
 def _has_decoder_of_its_own(model: nn.Module) -> bool:

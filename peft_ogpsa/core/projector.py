@@ -207,9 +207,11 @@ class Projector:
 
         Args:
             batches (`Mapping[str, Iterable]`): The batches of each reference set, by name. To build the activation
-                subspace, give all examples: `loader.batches(device, everything=projector.unbuilt)`. With
-                `rows_from="batch"` each batch gives one reference gradient, with `"example"` each example gives one,
-                and with `"set"` the gradient is the mean over all batches of the set, weighted by their numbers of
+                subspace, give all examples: `loader.batches(device, everything=projector.unbuilt)`. A batch's key
+                `attention_mask` (or `labels`, with `tokens="answer"`) says which positions are tokens. Without this
+                key, and in a batch that is not a mapping, all positions count, padding included. For reference
+                gradients, with `rows_from="batch"` each batch gives one, with `"example"` each example gives one, and
+                with `"set"` the gradient is the mean over all batches of the set, weighted by their numbers of
                 examples. With `reference_weight=None`, the entry `"reference_weight"` of a set's first batch says how
                 much of the set's mean gradient is added to the training gradient. Batches of `ReferenceLoader` have it
                 if their loss calls for another weight than 1. Without this entry, the weight is 1.
