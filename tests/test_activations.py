@@ -1060,6 +1060,20 @@ def test_a_loss_that_shifts_the_ids_is_told_to_shift_the_logits():
     assert projector.activations is not None
 
 
+@pytest.mark.parametrize("subspace", ["activations", "gradients", "both"])
+def test_a_refresh_under_inference_mode_is_refused(subspace):
+    model, projector = lora(subspace=subspace, subspace_rank=None)
+    before = copies(model)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"refresh\(\) .*under torch\.inference_mode\(\)"):
+        projector.refresh(many(), loss_of)
+    assert unchanged(model, before)
+    while projector.due:
+        projector.refresh(many(), loss_of)
+    loss_of(model, examples()).backward()
+    torch.optim.SGD(parameters_of(model), lr=1e-2).step()
+    assert not unchanged(model, before)
+
+
 # Before it is built
 
 

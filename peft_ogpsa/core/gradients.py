@@ -49,6 +49,19 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
+def refuse_inference_mode() -> None:
+    """Reject `torch.inference_mode()`, whose tensors can be used in no later training step.
+
+    Raises:
+        RuntimeError: If it is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "refresh() was called under torch.inference_mode(), whose tensors can be used in no later training step. "
+            "Call it outside of this context. A refresh turns gradients off by itself where it needs none."
+        )
+
+
 def batch_size(batch: Any) -> int:
     """The number of examples in a batch: the length of its first tensor.
 

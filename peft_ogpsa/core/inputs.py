@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .examples import Batches, Part, Tokens, count, split
-from .gradients import LossFn
+from .gradients import LossFn, refuse_inference_mode
 from .linalg import small_dtype
 from .sketch import Sketch
 from .watcher import Watcher
@@ -116,8 +116,10 @@ def find(
         ValueError: If a batch does not define which positions are tokens, if its labels are not one per token, if the
             model is an encoder-decoder and a batch has padding, if an input has other positions, if a layer was never
             called, or if a layer does not always get the input that it got first.
+        RuntimeError: Under `torch.inference_mode()`.
         FloatingPointError: If an input is not finite.
     """
+    refuse_inference_mode()
     used, held = split(batches, tokens)
     _refuse_padded_pairs(model, [*used, *held])
     if tokens == "all":

@@ -233,6 +233,7 @@ class Projector:
                 `loss_fn` returns no scalar that depends on the adapter; if the adapter is merged, or two parameters
                 share memory; if processes get different batches. The slots of a refresh that fails are empty
                 afterwards, and all other rows are kept. A failed FSDP2 pass clears all rows.
+            RuntimeError: Under `torch.inference_mode()`.
             FloatingPointError: If no reference gradient is finite. If only some are not finite, their rows are left
                 out, with a warning.
         """

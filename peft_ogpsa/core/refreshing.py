@@ -17,7 +17,7 @@ from .activation_subspace import ActivationSubspace
 from .config import ProjectionConfig
 from .diagnostics import Diagnostics
 from .gradient_subspace import GradientSubspace
-from .gradients import LossFn, is_plain_linear
+from .gradients import LossFn, is_plain_linear, refuse_inference_mode
 from .isolation import isolated_eval
 from .parameters import Parameters
 from .passes import Passes, SetBatches, check_alike
@@ -129,7 +129,12 @@ class Refresher:
         return max(len(names), old.rows.capacity if old else 0)
 
     def prepare(self, config: ProjectionConfig, capacity: int) -> None:
-        """Make the subspace if there is none. If it is too small, make a larger one that takes over the rows."""
+        """Make the subspace if there is none. If it is too small, make a larger one that takes over the rows.
+
+        Raises:
+            RuntimeError: Under `torch.inference_mode()`.
+        """
+        refuse_inference_mode()
         old = self.subspace
         if old is None or old.rows.capacity != capacity:
             new = self.make(config, capacity)
