@@ -72,8 +72,9 @@ def __dir__() -> list[str]:
 
 def _register() -> None:
     """Make OGPSA a PEFT type, and let every saved adapter get a model card."""
-    hooks = import_module(".tuner.config", __name__).AFTER_SAVING
-    hooks["model card"] = lambda folder: import_module(".sharing.card", __name__).save_card(folder)
+    config = import_module(".tuner.config", __name__)
+    config.BEFORE_SAVING["model card"] = lambda folder: import_module(".sharing.card", __name__).set_aside(folder)
+    config.AFTER_SAVING["model card"] = lambda folder: import_module(".sharing.card", __name__).save_card(folder)
     import_module(".tuner.model", __name__)
 
 

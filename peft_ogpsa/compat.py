@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
-    from peft import LoraConfig, LoraModel, PeftConfig, PeftType
+    from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, PeftType
     from torch import Tensor, nn
     from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -141,6 +141,29 @@ def after_reading_configs(act: Callable[[PeftConfig, str, str | None, dict[str, 
 
     from_pretrained._without_ogpsa = original  # type: ignore[attr-defined]
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+
+
+def before_model_cards(act: Callable[[PeftModel, str], None]) -> None:
+    """Call `act` before PEFT writes the card of a model. Calling this again replaces `act`.
+
+    Relies on: `PeftModel.save_pretrained` calls `create_or_update_model_card(output_dir)` before it saves the weights.
+    An error in it, as from a `README.md` that is no card, costs the weights.
+
+    Args:
+        act: Gets the model and the folder.
+    """
+    from peft import PeftModel
+
+    original = PeftModel.create_or_update_model_card
+    original = getattr(original, "_without_ogpsa", original)
+
+    @functools.wraps(original)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        act(self, output_dir)
+        original(self, output_dir)
+
+    create_or_update_model_card._without_ogpsa = original  # type: ignore[attr-defined]
+    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from models import chat, randomize, tiny_llama, tiny_tokenizer, tokens
@@ -645,6 +646,39 @@ def test_a_card_never_costs_the_adapter(damage, tmp_path, caplog):
     assert (tmp_path / name).read_text() == content
 
 
+UNREADABLE = {
+    "UTF-16": "# Notes".encode("utf-16"),
+    "Latin-1": "# Größe".encode("latin-1"),
+    "no YAML": b"---\nMy notes: see also: README\n---\n",
+    "half a list": b"---\ntags: [lora\n---\n",
+    "no mapping": b"---\n- a\n---\n",
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_card_that_cannot_be_read_never_costs_the_weights(name, tmp_path, caplog):
+    """PEFT reads the card before it saves the weights."""
+    model = get_peft_model(tiny_llama(), OGPSAConfig(subspace="gradients", **LORA))
+    for backup in ("README.md.bak", "README.md.bak1"):  # an earlier one is kept
+        (tmp_path / "README.md").write_bytes(UNREADABLE[name])
+        caplog.clear()
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / backup).read_bytes() == UNREADABLE[name]
+        assert str(tmp_path / "README.md") in caplog.text
+        assert f"It is renamed to {backup}, and a new card is written." in caplog.text
+        assert "## Method" in readme(tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors")
+    assert sorted(path.name for path in tmp_path.glob("README*")) == ["README.md", "README.md.bak", "README.md.bak1"]
+
+
+def test_the_card_of_another_adapter_stays_pefts_affair(tmp_path):
+    (tmp_path / "README.md").write_bytes(UNREADABLE["no YAML"])
+    model = get_peft_model(tiny_llama(), LoraConfig(**LORA))
+    with pytest.raises(yaml.YAMLError):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == UNREADABLE["no YAML"]
+
+
 # The hub
 
 
@@ -771,6 +805,7 @@ def test_push_adapter_uploads_the_adapter_its_card_and_nothing_else(hub, tmp_pat
         "checkpoint-3/README.md",
     ]
     state += ["runs/now/events.out.tfevents.1", "README.md.part", "_scratch", ".secret", "eval.json.pieces"]
+    state += ["README.md.bak", "README.md.bak1"]
     for name in [*state, "tokenizer.json"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")

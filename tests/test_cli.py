@@ -222,6 +222,14 @@ def test_an_earlier_report_survives_a_full_disk(folders, tmp_path, monkeypatch):
     assert report.read_text() == "{}"
 
 
+def test_a_quickstart_whose_card_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_ogpsa.cli.quickstart.load_model", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "README.md").write_bytes("# Notes".encode("utf-16"))
+    with pytest.raises(SystemExit, match=r"^ogpsa quickstart: .*README\.md is not in UTF-8"):
+        main(["quickstart", "--output_dir", str(tmp_path)])
+
+
 def test_quickstart_with_a_tokenizer_that_has_no_padding_token(folders, tmp_path):
     """Llama 3's, for example."""
     model, data = folders

@@ -119,6 +119,45 @@ def test_a_full_disk_at_the_end_loses_no_weights(folder, monkeypatch, checkpoint
     assert all(torch.equal(value, expected[name]) for name, value in weights(Path(where)).items())
 
 
+CARDS = {
+    "UTF-16": ("README.md", "# Notes".encode("utf-16"), r"README\.md is not in UTF-8 .* Save it as UTF-8"),
+    "no YAML": ("README.md", b"---\nNotes: see also: a\n---\n", r"README\.md cannot be read .* Correct the metadata"),
+    "one mark": ("README.md", b"<!-- peft_ogpsa: end -->", r"README\.md lacks the mark .* Put this mark back"),
+    "evaluation": ("ogpsa_eval.json", b"{", r"ogpsa_eval\.json is damaged .* Restore it, or delete it"),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_folder_whose_card_cannot_be_written_is_refused_before_the_model_is_loaded(folder, monkeypatch, stage, name):
+    monkeypatch.setattr("peft_ogpsa.cli.training.load_base", lambda *_, **__: pytest.fail("loaded"))
+    file, content, message = CARDS[name]
+    (folder / stage).mkdir()
+    (folder / stage / file).write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"(?s)^ogpsa {stage}: .*{message}"):
+        main([stage, "--config", str(folder / f"{stage}.yaml")])
+    assert (folder / stage / file).read_bytes() == content
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_that_is_damaged_during_training_loses_no_weights(folder, monkeypatch, name):
+    train, command = SFTTrainer.train, ["sft", "--config", str(folder / "sft.yaml"), "--method", "plain"]
+    main([*command, "--output_dir", str(folder / "other")])
+    file, content, _ = CARDS[name]
+
+    def damage(self, **options):
+        train(self, **options)
+        (folder / "sft").mkdir(exist_ok=True)
+        (folder / "sft" / file).write_bytes(content)
+
+    monkeypatch.setattr(SFTTrainer, "train", damage)
+    with pytest.raises(SystemExit, match=r"(?s)the result cannot be saved: .* Its weights are saved in") as error:
+        main(command)
+    where = re.search(r"Its weights are saved in (\S+)\.$", str(error.value)).group(1)
+    expected = weights(folder / "other")
+    assert all(torch.equal(value, expected[key]) for key, value in weights(Path(where)).items())
+
+
 def test_sft_then_dpo_then_eval_and_compare(folder, capsys):
     main(["sft", "--config", str(folder / "sft.yaml"), "--lora_r", "2", "--rows_from", "batch"])
     printed = capsys.readouterr().out

@@ -86,6 +86,20 @@ def test_every_loading_function_reads_configurations_through_us(tmp_path, regist
     assert seen[0][3] == {"revision": "main"}  # what the download takes, and nothing else
 
 
+def test_pefts_card_comes_before_the_weights(tmp_path, registration):
+    seen = []
+
+    def act(own, folder):
+        seen.append((own, str(folder), os.listdir(folder)))
+
+    compat.before_model_cards(lambda *_: pytest.fail("this one is replaced"))
+    compat.before_model_cards(act)
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert seen == [(model, str(tmp_path), [])]
+    assert (tmp_path / "README.md").is_file()
+
+
 def test_adding_layers_reads_the_type_anew(monkeypatch):
     read = []
     inject = OGPSAModel.inject_adapter

@@ -124,6 +124,33 @@ def passes(monkeypatch):
     return seen
 
 
+HALF = b"<!-- peft_ogpsa: end -->"
+
+
+@pytest.mark.parametrize("content", [HALF, "# Notes".encode("utf-16"), b"---\ntags: [lora\n---\n"])
+def test_a_card_that_cannot_be_written_is_told_before_anything_is_measured(folder, passes, content):
+    (folder / "plain" / "README.md").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"^ogpsa eval: .*plain/README\.md "):
+        evaluate(folder, "eval.json", "--card", adapters=["ogpsa", "plain"])
+    assert passes == []
+    assert (folder / "plain" / "README.md").read_bytes() == content
+    evaluate(folder, "eval.json", adapters=["plain"])  # without --card, the card does not matter
+
+
+def test_a_card_that_is_damaged_in_the_meantime_costs_no_figures(folder, monkeypatch, capsys):
+    def damage(*arguments, **options):
+        (folder / "plain" / "README.md").write_bytes(HALF)
+        return run_pieces(*arguments, **options)
+
+    monkeypatch.setattr("peft_ogpsa.cli.eval.run_pieces", damage)
+    with pytest.raises(SystemExit, match=r"^ogpsa eval: .*plain/README\.md lacks the mark"):
+        evaluate(folder, "eval.json", "--card", "--plot", str(folder / "plot.png"), adapters=["plain"])
+    printed = capsys.readouterr().out
+    assert "xstest" in printed
+    assert "Saved the result" in printed
+    assert (folder / "plot.png").is_file()
+
+
 def test_several_adapters_are_measured_as_each_alone(folder, passes, capsys):
     alone = [evaluate(folder, f"{name}.json", adapters=[name]) for name in ("plain", "ogpsa")]
     passes.clear()

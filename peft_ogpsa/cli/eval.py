@@ -34,7 +34,7 @@ from ..evaluation.kept_verdicts import KeptVerdicts
 from ..evaluation.pieces import BASE, Piece, run_pieces
 from ..evaluation.report import with_base
 from ..evaluation.store import Conditions, PieceStore
-from ..sharing.card import save_card
+from ..sharing.card import check_card, save_card
 from ..sharing.folder import weights_digest
 from ..sharing.run_record import read_run
 from ..text.tokenization import tokenizer_of
@@ -78,6 +78,9 @@ def run(arguments: Sequence[str]) -> None:
                 "builtin, heldout or a folder with both, or leave out plot."
             )
         adapters = read_adapters(parsed.adapter or [], parsed.name)
+        for adapter in adapters if parsed.card else ():
+            check_writable(adapter.path, "adapter")
+            check_card(adapter.path)
         name = parsed.model or base_name(adapters)
         if "general" in data.rows:
             refuse_moved_base(adapters)
@@ -128,9 +131,6 @@ def run(arguments: Sequence[str]) -> None:
         shared["judges"] = judges_state
     results = _results(parsed, shared, adapters, evaluations, rows)
     _write(output, results)
-    if parsed.card:
-        for adapter, result in zip(adapters, results, strict=True):
-            save_card(adapter.path, evaluation=result)
     models = {title: evaluation.model for title, evaluation in evaluations.items()}
     tables.print_tables(console, evaluations, with_base(models, of_base))
     if parsed.fast:
@@ -140,6 +140,10 @@ def run(arguments: Sequence[str]) -> None:
         curves = {title: [replace(own.model, name=title)] for title, own in evaluations.items()}
         tradeoff(curves, parsed.plot, base=of_base)
         console.print(f"Saved the plot: {Path(parsed.plot).resolve()}", soft_wrap=True, markup=False)
+    if parsed.card:
+        with input_errors("eval"):
+            for adapter, result in zip(adapters, results, strict=True):
+                save_card(adapter.path, evaluation=result)
     if failure is not None:
         raise SystemExit(
             f"ogpsa eval: {failure} All other results are in {output}. The answers and the verdicts so far are kept "

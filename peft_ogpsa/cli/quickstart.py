@@ -42,7 +42,7 @@ from .. import __version__, compat, data
 from ..core.files import check_writable, json_lines, replacing, write_json
 from ..evaluation import Evaluation, Evaluator, Measurement, table, tradeoff
 from ..references.sets import ReferenceSet
-from ..sharing.card import save_card
+from ..sharing.card import check_card, save_card
 from ..text.tokenization import encode_row
 from ..trainer.callback import OGPSACallback
 from ..tuner.config import OGPSAConfig
@@ -365,6 +365,8 @@ def run(arguments: Sequence[str]) -> None:
         parser = HfArgumentParser(cast(Any, QuickstartArguments), prog="ogpsa quickstart")
         (parsed,) = parser.parse_args_into_dataclasses(list(arguments))
         check_writable(parsed.output_dir, "output_dir")
+        if "ogpsa" in parsed.methods:
+            check_card(Path(parsed.output_dir) / "adapter")
         rows = load_rows(parsed.data)
     quickstart(parsed, *rows)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import transformers
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
@@ -30,7 +31,8 @@ from ..core.full_parameter import FullParameterConfig
 from ..references.lookalikes import lookalike_rows, safety_rows, with_lookalikes
 from ..references.refusals import refusals_from_prompts
 from ..references.sets import AnsweredSet, ReferenceSet
-from ..sharing.card import save_card
+from ..sharing.card import check_card, save_card
+from ..sharing.evaluation_record import read_evaluation
 from ..sharing.folder import weights_digest
 from ..sharing.hub import push_adapter
 from ..sharing.run_record import save_run
@@ -68,6 +70,7 @@ LOOKALIKE_PROMPTS = 200
 
 _BECOMES_MESSAGES = "{}: plain text becomes messages, because the tokenizer has a chat template."
 _FILE_ERRORS = (OSError, SafetensorError, RuntimeError)
+_CARD_ERRORS = (ValueError, yaml.YAMLError)  # of this package's card and of PEFT's
 _LAST = ("last", "true")  # values of resume_from_checkpoint; transformers takes True for the newest checkpoint
 
 
@@ -130,7 +133,7 @@ def train(
             _save_whole(options, trainer, config, lookalikes)
         else:
             _save_adapter(options, trainer, config, lookalikes, started_from)
-    except _FILE_ERRORS as error:
+    except (*_FILE_ERRORS, *_CARD_ERRORS) as error:
         _raise_others(error)
         raise SystemExit(f"ogpsa {stage}: {_unsaved(error, trainer)}") from error
     what = "the model" if run.full_parameter else "a plain LoRA adapter"
@@ -231,11 +234,14 @@ def _check_training(options: _Options) -> None:
 
 
 def _choose_checkpoint(options: _Options) -> None:
-    """Replace `resume_from_checkpoint=last` by the newest whole checkpoint, and check that results can be written."""
+    """Replace `resume_from_checkpoint=last` by the newest whole checkpoint, and check that results can be saved."""
     training, run, plain = options.training, options.run, options.ogpsa.method == "plain"
     if run.dry_run:
         return
     check_writable(_folder(training), "output_dir")
+    if not run.full_parameter:
+        check_card(_folder(training))
+        read_evaluation(Path(_folder(training)))  # the card reads it at the end
     if str(training.resume_from_checkpoint).lower() in _LAST:
         whole = last_whole(_folder(training), subspace=not plain)
         if whole is None:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,8 @@ from .sections.method import method_section, projected, referenced
 from .sections.results import results_section
 from .sections.training import training_section
 from .sections.use import use_section, versions_section
+
+logger = logging.getLogger(__name__)
 
 _README = "README.md"
 _START = "<!-- peft_ogpsa: start. Everything up to the end mark is written anew on every save. -->"
@@ -96,6 +100,29 @@ def save_card(
     return path
 
 
+def check_card(directory: str | os.PathLike) -> None:
+    """Check that `save_card` can update the card in a folder, before the work whose facts the card gets.
+
+    Raises:
+        ValueError: If the card is not one, or has only one of this package's marks.
+        OSError: If it cannot be read.
+    """
+    path = Path(directory) / _README
+    _check_marks(_load_card(path).text, path)
+
+
+def set_aside(directory: str | os.PathLike) -> None:
+    """Rename a card that cannot be read. PEFT reads it before it saves the weights, and would not save them."""
+    path = Path(directory) / _README
+    try:
+        _load_card(path)
+    except (ValueError, OSError) as error:
+        names = (f"{_README}.bak{number or ''}" for number in itertools.count())
+        other = next(own for own in map(path.with_name, names) if not os.path.lexists(own))
+        path.rename(other)
+        logger.warning("%s. It is renamed to %s, and a new card is written.", str(error).rstrip("."), other.name)
+
+
 def _section(
     config: LoraConfig,
     base: str,
@@ -118,10 +145,12 @@ def _section(
 
 
 def _load_card(path: Path) -> ModelCard:
-    if not path.is_file():
+    if not path.exists():
         return ModelCard("---\n\n---\n")
     try:
         return ModelCard.load(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}). Save it as UTF-8, or delete it.") from error
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}). Correct the metadata between its first two --- lines, or delete the "
@@ -129,10 +158,14 @@ def _load_card(path: Path) -> ModelCard:
         ) from error
 
 
-def _renew_text(text: str, section: str, base: str, path: Path) -> str:
+def _check_marks(text: str, path: Path) -> None:
     if (_START in text) != (_END in text):
         missing = _START if _START not in text else _END
         raise ValueError(f"{path} lacks the mark {missing!r}. Put this mark back, or delete the other mark too.")
+
+
+def _renew_text(text: str, section: str, base: str, path: Path) -> str:
+    _check_marks(text, path)
     line_break = "\r\n" if "\r\n" in text else "\n"
     section = section.replace("\n", line_break)
     if _START in text:

@@ -32,6 +32,7 @@ _NOT_SHARED = [
     "_*",
     ".*",
     "*.part",
+    "README.md.bak*",  # a card that could not be read
     "*.json.pieces",  # what `ogpsa eval` keeps
     "runs/*",
     "*tfevents*",

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,8 @@ MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 logger = logging.getLogger(__name__)
 
+BEFORE_SAVING: dict[str, Callable[[str], object]] = {}
+"""Functions that prepare a folder before a model with this configuration is saved to it, by name."""
 AFTER_SAVING: dict[str, Callable[[str], object]] = {}
 """Functions that write more files when a configuration is saved, by name. Each is called with the folder."""
 
@@ -170,11 +172,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         """
         self.lora_config().save_pretrained(save_directory, **kwargs)
         self.save_sidecar(save_directory)
-        for name, act in AFTER_SAVING.items():
-            try:
-                act(save_directory)
-            except Exception as error:  # an error here must not prevent saving the adapter
-                logger.warning("The %s was not updated: %s", name, error)
+        run_all(AFTER_SAVING, save_directory)
 
     def save_sidecar(self, save_directory: str) -> None:
         """Write OGPSA's own settings alone, to `ogpsa_config.json` in a folder, which is created if needed."""
@@ -239,6 +237,15 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
             _refuse_contradictions(name, lora, projection)
         # Tools derive classes from LoraConfig (ms-swift), which have fields of their own.
         return cls(**{f.name: getattr(lora, f.name) for f in fields(LoraConfig)}, **projection.ogpsa_dict())
+
+
+def run_all(acts: Mapping[str, Callable[[str], object]], save_directory: str) -> None:
+    """Call the functions of `BEFORE_SAVING` or `AFTER_SAVING`. An error costs no adapter."""
+    for name, act in acts.items():
+        try:
+            act(save_directory)
+        except Exception as error:
+            logger.warning("The %s was not updated: %s", name, error)
 
 
 # Not settings of the adapter's mathematics, or written in another form once the adapter is made.

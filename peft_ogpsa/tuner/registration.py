@@ -10,11 +10,11 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import LoraConfig, LoraModel, PeftConfig
+from peft import LoraConfig, LoraModel, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 
 from .. import compat
-from .config import SIDECAR_NAME, OGPSAConfig
+from .config import BEFORE_SAVING, SIDECAR_NAME, OGPSAConfig, run_all
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,12 @@ def register(config_cls: type[OGPSAConfig], model_cls: type[LoraModel]) -> None:
         return config if sidecar is None else config_cls.from_lora_config(config, sidecar)
 
     compat.after_reading_configs(with_sidecar)
+
+    def prepare(model: PeftModel, folder: str) -> None:
+        if any(isinstance(config, config_cls) for config in model.peft_config.values()):
+            run_all(BEFORE_SAVING, folder)
+
+    compat.before_model_cards(prepare)
 
 
 def _find_sidecar(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str | None:
