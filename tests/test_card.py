@@ -616,6 +616,17 @@ def test_wrong_facts_are_refused_and_not_stored(name, tmp_path):
     assert not (tmp_path / EVALUATION_NAME).exists()
 
 
+def test_the_result_of_another_adapter_is_refused(tmp_path):
+    save(tmp_path)
+    own = hashlib.sha256((tmp_path / "adapter_model.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match=rf"weights='123', and .* {re.escape(str(tmp_path))} is '{own}'. Give"):
+        save_card(tmp_path, evaluation=measured() | {"weights": "123"})
+    with pytest.raises(ValueError, match=r"holds the results of several adapters\. Give the one of this adapter"):
+        save_card(tmp_path, evaluation={"results": [measured(), measured()]})
+    assert not (tmp_path / EVALUATION_NAME).exists()
+    assert "+0.333" in save_card(tmp_path, evaluation=measured() | {"weights": own}).read_text()
+
+
 def test_a_folder_without_a_lora_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"adapter_config\.json is missing"):
         save_card(tmp_path)

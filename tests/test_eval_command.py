@@ -45,6 +45,7 @@ from peft_ogpsa.evaluation import evaluate as measure
 from peft_ogpsa.evaluation.pieces import Piece, run_pieces
 from peft_ogpsa.evaluation.set_table import set_rows
 from peft_ogpsa.evaluation.store import PieceStore
+from peft_ogpsa.sharing.folder import weights_digest
 from peft_ogpsa.text.generation import generate
 
 TARGETS = ["q_proj", "v_proj"]
@@ -135,6 +136,28 @@ def test_a_card_that_cannot_be_written_is_told_before_anything_is_measured(folde
     assert passes == []
     assert (folder / "plain" / "README.md").read_bytes() == content
     evaluate(folder, "eval.json", adapters=["plain"])  # without --card, the card does not matter
+
+
+def test_weights_that_change_in_the_meantime_are_not_those_that_were_measured(folder, monkeypatch):
+    path = folder / "plain" / "adapter_model.safetensors"
+    measured = weights_digest(folder / "plain")
+
+    def replace(*arguments, **options):
+        save_file({name: value + 1 for name, value in load_file(path).items()}, path)
+        return run_pieces(*arguments, **options)
+
+    monkeypatch.setattr("peft_ogpsa.cli.eval.run_pieces", replace)
+    with pytest.raises(SystemExit, match=rf"^ogpsa eval: evaluation is about other weights: it has .*{measured}"):
+        evaluate(folder, "eval.json", "--card", adapters=["plain"])
+    assert json.loads((folder / "eval.json").read_text())["weights"] == measured != weights_digest(folder / "plain")
+    assert not (folder / "plain" / "ogpsa_eval.json").exists()
+
+
+def test_a_damaged_record_of_the_training_is_told_before_anything_is_measured(folder, passes):
+    (folder / "plain" / "ogpsa_run.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"^ogpsa eval: .*plain/ogpsa_run\.json is damaged"):
+        evaluate(folder, "eval.json", adapters=["plain"])
+    assert passes == []
 
 
 def test_a_card_that_is_damaged_in_the_meantime_costs_no_figures(folder, monkeypatch, capsys):

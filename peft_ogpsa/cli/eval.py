@@ -35,8 +35,6 @@ from ..evaluation.pieces import BASE, Piece, run_pieces
 from ..evaluation.report import with_base
 from ..evaluation.store import Conditions, PieceStore
 from ..sharing.card import check_card, save_card
-from ..sharing.folder import weights_digest
-from ..sharing.run_record import read_run
 from ..text.tokenization import tokenizer_of
 from . import tables
 from .errors import input_errors
@@ -225,8 +223,8 @@ def _results(
             "evaluation": evaluation.to_dict(),
         }
         if adapter is not None:  # `compare` uses them to find the adapter that a stage continued
-            result["weights"] = weights_digest(adapter.path)
-            result["started_from"] = read_run(adapter.path).get("started_from_weights")
+            result["weights"] = adapter.weights
+            result["started_from"] = adapter.started_from
         results.append(result)
     return results
 

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from ..evaluation import fingerprint
 from ..evaluation.pieces import BASE
+from ..sharing.folder import weights_digest
+from ..sharing.run_record import read_run
 from ..tuner.adapters import moving_setting
 from ..tuner.merge import saved_tokenizer
 from .loading import load_adapter, read_adapter_config
@@ -31,6 +33,10 @@ class Adapter:
     title: str
     """Its name in tables."""
     config: LoraConfig
+    weights: str | None
+    """The checksum of its weights. None: the adapter is on the hub."""
+    started_from: str | None
+    """The checksum of the adapter that its training continued, if that is recorded."""
 
 
 def read_adapters(paths: Sequence[str], titles: Sequence[str] | None) -> list[Adapter]:
@@ -42,7 +48,8 @@ def read_adapters(paths: Sequence[str], titles: Sequence[str] | None) -> list[Ad
             are needed to distinguish the adapters.
 
     Raises:
-        ValueError: If one of them is not a LoRA adapter, or has the name of the base.
+        ValueError: If one of them is not a LoRA adapter, has the name of the base, or has a damaged record of its
+            training.
     """
     titles = titles or _distinct_ends(paths)
     if BASE in titles:
@@ -50,7 +57,12 @@ def read_adapters(paths: Sequence[str], titles: Sequence[str] | None) -> list[Ad
             f"name={BASE!r} for adapter={paths[titles.index(BASE)]!r} is the base's own name in tables. Give another "
             "name."
         )
-    return [Adapter(path, title, read_adapter_config(path)) for path, title in zip(paths, titles, strict=True)]
+    return [_read_adapter(path, title) for path, title in zip(paths, titles, strict=True)]
+
+
+def _read_adapter(path: str, title: str) -> Adapter:
+    config = read_adapter_config(path)
+    return Adapter(path, title, config, weights_digest(path), read_run(path).get("started_from_weights"))
 
 
 def _distinct_ends(paths: Sequence[str]) -> list[str]:

@@ -69,14 +69,15 @@ def save_card(
             `OGPSAConfig(...).ogpsa_dict()`, if the adapter is plain LoRA that was trained with `attach`). For files
             and folders, only the name is stored, not the path. The base is the one that `adapter_config.json` names.
         evaluation (`Mapping`, *optional*): The result that `ogpsa eval` writes, or at least `{"evaluation":
-            Evaluation.to_dict()}`. Prompts, answers and paths in it are not stored.
+            Evaluation.to_dict()}`. If it has the checksum of the measured weights (`weights`), they must be those in
+            the folder. Prompts, answers and paths in it are not stored.
 
     Returns:
         The path of the card.
 
     Raises:
-        ValueError: If the folder holds no LoRA adapter, one of its files is damaged, or `run` or `evaluation` does not
-            have this form.
+        ValueError: If the folder holds no LoRA adapter, one of its files is damaged, `run` or `evaluation` does not
+            have this form, or `evaluation` is about other weights.
     """
     folder = Path(directory)
     config = read_config(folder)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .folder import read_facts, store_facts
+from .folder import read_facts, store_facts, weights_digest
 from .names import public, public_judge, public_source
 
 EVALUATION_NAME = "ogpsa_eval.json"
@@ -44,9 +44,20 @@ def store_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     """Check how an adapter was measured, and write what may be shared of it beside the adapter.
 
     Raises:
-        ValueError: If `evaluation` does not have the form that `save_card` takes.
+        ValueError: If `evaluation` does not have the form that `save_card` takes, or is about other weights.
     """
+    if isinstance(evaluation, Mapping) and isinstance(evaluation.get("results"), list):
+        raise ValueError(
+            "evaluation holds the results of several adapters. Give the one of this adapter, which is an entry of "
+            "its list 'results'."
+        )
     _check(evaluation, "evaluation")
+    measured, own = evaluation.get("weights"), weights_digest(folder)
+    if measured is not None and measured != own:
+        raise ValueError(
+            f"evaluation is about other weights: it has weights={measured!r}, and the checksum of those in {folder} "
+            f"is {own!r}. Give the result of this adapter, or run `ogpsa eval` again."
+        )
     store_facts(folder, EVALUATION_NAME, _shareable(evaluation))
 
 
