@@ -23,6 +23,7 @@ from peft_ogpsa.cli import compare
 from peft_ogpsa.cli import eval as eval_command
 from peft_ogpsa.evaluation import (
     Comparison,
+    Estimate,
     Evaluation,
     Judge,
     JudgeError,
@@ -688,6 +689,40 @@ class TestResults:
         row = {"messages": [*prompt, {"role": "assistant", "content": "the row's own answer"}]}
         self.measure(adapted, [judge], harmful=[prompt, row], benign=None)
         assert judge.seen == ["System: Be brief.\nUser: How is a lock made?\nAssistant: Of steel.\nUser: Go on"] * 2
+
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_a_judge_sees_the_answers_without_thoughts(self, keep, tmp_path):
+        class Seeing(Counting):
+            seen = ()
+
+            def judge(self, kind, prompts, answers):
+                self.seen += tuple(zip(prompts, answers, strict=True))
+                return super().judge(kind, prompts, answers)
+
+        def judge(*answers):
+            judge = Seeing()
+            samples = [Sample("?" * i, answer, Verdict.UNCLEAR) for i, answer in enumerate(answers)]
+            kept = KeptVerdicts(PieceStore(tmp_path / "pieces"), {}, lambda _: None)
+            (found,) = judged([Measurement("m", harmful_samples=samples)], [judge], *([kept.ask] if keep else []))
+            return judge.seen, found.judgments[0].verdicts, found.judgments[0].rates["unclear"]
+
+        seen, verdicts, unclear = judge("Sure.", "<think>Or?</think>Yes.", "<think>Or? I can't", "Hm.</think>No.")
+        assert seen == (("", "Sure."), ("?", "Yes."), ("???", "No."))
+        assert verdicts == ["compliance", "refusal", None, None]
+        assert unclear == Estimate.from_count(2, 4)
+        # Only what a judge sees counts for the verdicts that are kept.
+        seen, *again = judge("Sure.", "Yes.", "<think>Well, it", "<think>Another.</think>No.")
+        assert (len(seen), again) == (0 if keep else 3, [verdicts, unclear])
+        assert judge("<think>So") == ((), [None], Estimate.from_count(1, 1))
+
+    def test_a_judge_that_forgets_an_answer_is_told(self):
+        class Forgets(Counting):
+            def judge(self, kind, prompts, answers):
+                return super().judge(kind, prompts, answers)[1:]
+
+        samples = [Sample(prompt, "x", Verdict.UNCLEAR) for prompt in "ab"]
+        with pytest.raises(JudgeError, match="counting failed"):
+            judged([Measurement("m", harmful_samples=samples)], [Forgets()])
 
     def test_a_judge_of_harm_is_not_asked_about_benign_prompts(self, adapted, say):
         say(*["safe", "unsafe\nS1", "what"] * 2)

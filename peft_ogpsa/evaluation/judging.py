@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .judges.judge import Judge, Kind
+from ..text.thoughts import after_thought
+from .judges.judge import Judge, Kind, Label
 from .judgments import Judgment, pairs
 
 if TYPE_CHECKING:
@@ -30,9 +31,19 @@ class JudgeError(RuntimeError):
 
 
 def ask(judge: Judge, kind: Kind, samples: list[Sample]) -> Judgment:
-    """Let a judge judge the answers to prompts of one kind."""
-    verdicts = judge.judge(kind, [sample.prompt for sample in samples], [sample.answer for sample in samples])
+    """Let a judge judge the answers to prompts of one kind. It is not asked about a thought that does not end."""
+    answers = {i: answer for i, answer in enumerate(shown(samples)) if answer is not None}
+    verdicts: list[Label | None] = [None] * len(samples)
+    if answers:
+        found = judge.judge(kind, [samples[i].prompt for i in answers], list(answers.values()))
+        for i, verdict in zip(answers, found, strict=True):
+            verdicts[i] = verdict
     return Judgment.from_verdicts(judge, kind, verdicts)
+
+
+def shown(samples: Sequence[Sample]) -> list[str | None]:
+    """Return the answers as judges see them: without the thoughts before them. None: a thought that does not end."""
+    return [after_thought(sample.answer) for sample in samples]
 
 
 def judged(measurements: Sequence[Measurement], judges: Sequence[Judge], ask: Ask = ask) -> list[Measurement]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from . import fingerprint
 from .judges.judge import Judge, Kind
-from .judging import ask
+from .judging import ask, shown
 from .judgments import Judgment
 from .report import Measurement, Sample
 from .store import Conditions, PieceStore
@@ -33,7 +33,8 @@ class KeptVerdicts:
         """Return a judge's judgment of these answers. Ask the judge only if it is not kept."""
         conditions = {**self.conditions, **judge.conditions}
         key = f"judge {judge.name}"
-        answers = fingerprint.of_data([kind, [[sample.prompt, sample.answer] for sample in samples]])
+        seen = [[sample.prompt, answer] for sample, answer in zip(samples, shown(samples), strict=True)]
+        answers = fingerprint.of_data([kind, seen])
         kept = self.store.get(key, answers)
         changed = kept.changes(conditions) if kept else []
         if kept and not changed:

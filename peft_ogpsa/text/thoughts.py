@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The thought that a reasoning model writes before its answer, between `<think>` and `</think>`."""
+"""The thoughts that a reasoning model writes before its answer, between `<think>` and `</think>`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,21 @@ _OTHER_MARKS = {
 
 
 def after_thought(text: str) -> str | None:
-    """Return an answer without the thought before it. `None`: the thought does not end.
+    """Return an answer without the thoughts before it. `None`: a thought does not end.
 
-    Some chat templates open the thought themselves, so that a text has only the end of it.
+    Some chat templates open the thought themselves, so that a text has only the end of it. If a template writes an
+    empty thought, some models open another one.
     """
-    start, end = _START.match(text), _END.match(text)
-    if end is None:
-        return None if start else text
-    after = text[end.end() :]
-    # A closing mark after which nothing comes closes no thought, unless one was opened.
-    return after if start or any(map(str.isalnum, after)) else text[: end.end() - len("</think>")] + after
+    while True:
+        start, end = _START.match(text), _END.match(text)
+        if end is None:
+            return None if start else text
+        after = text[end.end() :]
+        if not start and not any(map(str.isalnum, after)):  # a mark after which nothing comes closes no thought
+            return text[: end.end() - len("</think>")] + after
+        if not _START.match(after):
+            return after
+        text = after
 
 
 def with_think_marks(text: str) -> str:
