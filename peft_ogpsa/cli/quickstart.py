@@ -48,6 +48,7 @@ from ..trainer.callback import OGPSACallback
 from ..tuner.config import OGPSAConfig
 from ..tuner.model import projector_of
 from . import tables
+from .arguments import refuse_repeated_lists
 from .errors import input_errors
 from .eval_data import refuse_bad_answers, refuse_bad_prompts
 from .eval_plan import versions
@@ -363,6 +364,7 @@ def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     with input_errors("quickstart"):
         parser = HfArgumentParser(cast(Any, QuickstartArguments), prog="ogpsa quickstart")
+        refuse_repeated_lists(parser, arguments)
         (parsed,) = parser.parse_args_into_dataclasses(list(arguments))
         check_writable(parsed.output_dir, "output_dir")
         if "ogpsa" in parsed.methods:
