@@ -132,7 +132,10 @@ def test_trl_script_runs(folders, tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--methods", "magic"], "methods='magic' is unknown"),
-        (["--methods", "plain", "--methods=ogpsa"], "--methods is given 2 times.*one flag: --methods A B"),
+        (
+            ["--model", "no/model", "--methods", "plain", "--methods=ogpsa"],
+            "--methods is given 2 times.*one flag: --methods A B",
+        ),
         (["--steps", "0"], "steps=0 must be at least 1"),
     ],
 )

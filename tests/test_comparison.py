@@ -331,6 +331,11 @@ def test_names_are_printed_as_they_are(name, tmp_path, capsys):
     assert f"Saved the plot: {(folder / 'plot.png').resolve()}" in printed
 
 
+def test_a_plot_that_is_no_png_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(SystemExit, match=r"^ogpsa compare: plot='a\.pdf' must be a \.png file\. Change the end"):
+        main(["compare", str(tmp_path / "nowhere.json"), "--plot", "a.pdf"])
+
+
 def test_results_of_earlier_versions_are_read(tmp_path, capsys):
     first, second = outcomes(100, 5, 40)
     results = []

@@ -504,7 +504,15 @@ def test_arguments_for_the_chat_template(folder, capsys):
         (["--data", "xstest"], "'xstest' .* cannot be loaded from the hub.*give xstest=FILE"),
         (["--data", "xstest=FOLDER/xstest.jsonl", "--plot", "a.png"], "plot='a.png' needs harmful and general rows"),
         (["--data", "xtest"], "data='xtest' contains none of .* Public sets are xstest"),
+        (
+            ["--data", "FOLDER/data", "--plot", "FOLDER/a.pdf"],
+            "a.pdf' must be a .png file. Change the end of its name",
+        ),
         (["--adapter", "FOLDER/plain", "FOLDER/plain"], "names an adapter twice"),
+        (["--adapter", "FOLDER/plain", "FOLDER/plain/"], "names an adapter twice"),
+        (["--adapter", "FOLDER/plain", "FOLDER/ogpsa/../plain"], "names an adapter twice"),
+        (["--model", "no/model"], "model='no/model' cannot be loaded: .* Give a folder"),
+        (["--adapter", "FOLDER/nameless"], "model is missing. Give a folder"),
         (["--adapter", "FOLDER/plain", "FOLDER/ogpsa", "--name", "one"], "must be 2 different names"),
         (["--adapter", "FOLDER/plain", "FOLDER/other"], "names adapters of different bases"),
         (["--adapter", "FOLDER/plain", "--name", "base"], "name='base' .*plain' is the base's own name.*another name"),
@@ -542,12 +550,14 @@ def test_errors_come_before_anything_is_measured(folder, passes, options, messag
     ):
         save_adapter(folder, folder / name, LoraConfig(target_modules=TARGETS, task_type="CAUSAL_LM", **settings), 1)
     ask_otherwise(folder / "asked")
+    shutil.copytree(folder / "plain", folder / "nameless")
+    edit(folder / "nameless" / "adapter_config.json", base_model_name_or_path=None)
     (folder / "torn" / "tokenizer_config.json").write_text("{")
     weights = load_file(folder / "renamed" / "adapter_model.safetensors")
     weights = {name.replace(".model.layers", ".model.language_model.layers"): own for name, own in weights.items()}
     save_file(weights, folder / "renamed" / "adapter_model.safetensors")
     options = [option.replace("FOLDER", str(folder)) for option in options]
-    model = [] if "--adapter" in options else ["--model", str(folder / "model")]
+    model = [] if {"--adapter", "--model"} & {*options} else ["--model", str(folder / "model")]
     with pytest.raises(SystemExit, match=f"(?s)^ogpsa eval: .*{message}"):
         main(["eval", "--output", str(folder / "out.json"), *model, *options])
     assert passes == []
@@ -595,9 +605,9 @@ def test_the_base_has_the_revision_that_the_adapters_name(folder, model, monkeyp
         edit(folder / name / "adapter_config.json", revision="v1.0")
     revisions = []
 
-    def load(options):
+    def load(options, **others):
         revisions.append(options.model_revision)
-        return load_base(options)
+        return load_base(options, **others)
 
     monkeypatch.setattr("peft_ogpsa.cli.eval.load_base", load)
     options = [] if model is None else ["--model", str(folder / model)]

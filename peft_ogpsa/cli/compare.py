@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.files import json_object
+from ..core.files import check_suffix, json_object
 from ..evaluation import Evaluation, Measurement, tradeoff
 from ..evaluation.report import DAMAGED, with_base
 from ..sharing.evaluation_record import MEASURED_WITH
@@ -58,6 +58,8 @@ def run(arguments: Sequence[str]) -> None:
     )
     parsed = parser.parse_args(list(arguments))
     with input_errors("compare"):
+        if parsed.plot:
+            check_suffix(parsed.plot, ".png", "plot")
         results = _named({path: read(path) for path in parsed.results})
         evaluations: dict[str, Evaluation] = {name: saved["evaluation"] for name, saved in results.items()}
         console = tables.console()

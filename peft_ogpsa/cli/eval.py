@@ -88,8 +88,8 @@ def run(arguments: Sequence[str]) -> None:
             dtype=parsed.dtype,
             load_in_4bit=parsed.load_in_4bit,
         )
-        loaded, processing_class = load_base(options)
-        base = Base(loaded, lambda: load_base(options)[0])
+        loaded, processing_class = load_base(options, option="model")
+        base = Base(loaded, lambda: load_base(options, option="model")[0])
         del loaded  # so that the memory holds the base once when it is loaded again
         tokenizer, owner = common_tokenizer(adapters, tokenizer_of(processing_class))
         conditions = common_conditions(parsed, base.model, tokenizer)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from transformers import HfArgumentParser
 
-from ..core.files import json_object
+from ..core.files import check_suffix, json_object
 from ..core.precision import compute_dtype
 from .arguments import refuse_repeated_lists
 
@@ -158,13 +158,14 @@ class EvalArguments:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect without tasks. Give tasks, or leave out {name}."
                 )
-        if len(set(self.adapter or [])) < len(self.adapter or []):
+        if len({Path(adapter).resolve() for adapter in self.adapter or []}) < len(self.adapter or []):
             raise ValueError(f"adapter={self.adapter!r} names an adapter twice. Give each adapter once.")
         results = len(self.adapter or [self.model])
         if self.name is not None and (len(self.name) != results or len(set(self.name)) < results):
             raise ValueError(f"name={self.name!r} must be {results} different names, one for each result.")
-        if Path(self.output).suffix != ".json":
-            raise ValueError(f"output={self.output!r} must be a .json file. Change the end of its name to .json.")
+        check_suffix(self.output, ".json", "output")
+        if self.plot:
+            check_suffix(self.plot, ".png", "plot")
 
     def template_arguments(self) -> dict[str, Any]:
         """Return the arguments for the chat template.

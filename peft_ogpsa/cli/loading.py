@@ -30,6 +30,7 @@ def load_base(
     trust_remote_code: bool = False,
     init_kwargs: dict[str, Any] | None = None,
     random: RandomWeights | None = None,
+    option: str = "model_name_or_path",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """Load the model and its tokenizer (or processor) as TRL's scripts do, in 4 or 8 bits if requested.
 
@@ -40,6 +41,7 @@ def load_base(
         trust_remote_code: Run code that comes with the model.
         init_kwargs: Further arguments of `from_pretrained`. They override the model options.
         random: Load only the configuration and the tokenizer, and create random weights.
+        option: The command's option that names the model, for messages.
 
     Raises:
         ValueError: If no name is given, the model or its tokenizer cannot be loaded, or random weights are requested
@@ -48,7 +50,7 @@ def load_base(
     """
     name = model.model_name_or_path
     if not name:
-        raise ValueError("model_name_or_path is missing. Give a folder or a name on the Hugging Face hub.")
+        raise ValueError(f"{option} is missing. Give a folder or a name on the Hugging Face hub.")
     options: dict[str, Any] = {
         "revision": model.model_revision,
         "trust_remote_code": trust_remote_code,
@@ -76,7 +78,7 @@ def load_base(
         processing_class = AutoProcessor.from_pretrained(source, **shared)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name_or_path={name!r} cannot be loaded: {error} Give a folder with a model and its tokenizer, "
+            f"{option}={name!r} cannot be loaded: {error} Give a folder with a model and its tokenizer, "
             "or a name on the Hugging Face hub that this machine can reach."
         ) from error
     if random is not None:

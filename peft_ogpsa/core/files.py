@@ -53,6 +53,21 @@ def check_writable(folder: str | os.PathLike[str], name: str) -> None:
         ) from error
 
 
+def check_suffix(path: str, suffix: str, name: str) -> None:
+    """Check that the name of a file to write ends with a suffix.
+
+    Args:
+        path: The file.
+        suffix: The suffix, such as `.json`.
+        name: The name of the setting, for messages.
+
+    Raises:
+        ValueError: If it has another suffix.
+    """
+    if Path(path).suffix != suffix:
+        raise ValueError(f"{name}={path!r} must be a {suffix} file. Change the end of its name to {suffix}.")
+
+
 def check_utf8(path: Path) -> None:
     """Check the encoding of a text file. Some readers of data notice a wrong one only when a row is used.
 
