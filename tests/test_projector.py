@@ -379,6 +379,44 @@ def test_a_reference_gradient_arrives_where_training_has_none():
     assert not torch.equal(unreached, before)
 
 
+class Experts(torch.nn.Module):
+    """Of two experts, a batch reaches the one that it names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+
+    def forward(self, x, expert):
+        return getattr(self, expert)(x)
+
+
+@pytest.mark.parametrize("scope", ["slice", "tensor", "module", "model"])
+def test_parameters_that_neither_training_nor_references_reach_stay_as_they_are(scope):
+    """The optimizer skips them, so its momentum and weight decay do not move them."""
+    torch.manual_seed(0)
+    config = OGPSAConfig(
+        subspace="gradients", scope=scope, r=2, target_modules=["first", "second"], rows=3, refresh_steps=2
+    )
+    model = get_peft_model(Experts(), config)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2, weight_decay=0.1)
+
+    def step(expert):
+        while model.projector.due:
+            model.projector.refresh({"set": [torch.randn(3, 6)]}, lambda net, x: net(x, "first").square().mean())
+        model(torch.randn(3, 6), expert).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step("second")
+    unreached = [p for name, p in model.named_parameters() if p.requires_grad and ".second." in name]
+    before = [p.detach().clone() for p in unreached]
+    for _ in range(4):
+        step("first")
+    assert model.projector.diagnostics.refreshes > 3
+    assert all(torch.equal(p, was) for p, was in zip(unreached, before, strict=True))
+
+
 @pytest.mark.parametrize("constraint", ["orthogonal", "cone"])
 def test_reference_weight_is_added_to_the_projected_gradient(constraint):
     # Before the projection it would be taken away again: it lies in the span of the rows.

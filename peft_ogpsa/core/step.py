@@ -18,7 +18,7 @@ from .building import Builder
 from .config import ProjectionConfig
 from .diagnostics import Diagnostics
 from .gradient_subspace import GradientSubspace
-from .layout import Stack
+from .layout import Blocks, Stack
 from .precision import LOW_PRECISION, full_precision
 from .refreshing import Refresher
 
@@ -116,10 +116,8 @@ class Step:
                     group.add_(reference)
                     del reference  # before the next group's is computed
             if project or weighted:
-                if weighted:  # also where the training batch has no gradient, such as in an expert that it skips
-                    for parameter in blocks.flat_parameters():
-                        if parameter.grad is None:
-                            parameter.grad = torch.zeros_like(parameter)
+                if weighted:
+                    _give_gradients(blocks, stack)
                     gradients = [parameter.grad for parameter in blocks.flat_parameters()]
                 found = [
                     (distributed.local(gradient), own)
@@ -251,6 +249,23 @@ class Step:
 
         self.last_launcher = launcher(subspace, self.last_launcher)
         return self.last_launcher
+
+
+def _give_gradients(blocks: Blocks, stack: Stack) -> None:
+    """Give parameters without a gradient one of zeros, if the stack has a part for them.
+
+    This is so in an expert that the training batch skips and the references reach. If neither reaches a parameter, it
+    stays without a gradient: with one of zeros, the optimizer would step it by its momentum and weight decay.
+    """
+    parts = zip(blocks.flat_parameters(), blocks.views(stack), strict=True)
+    missing = [(parameter, part) for parameter, part in parts if parameter.grad is None]
+    if not missing:
+        return  # otherwise the step waits for the device
+    reached = torch.stack([part.count_nonzero().to(blocks.device) for _, part in missing])
+    (reached,) = blocks.total(reached)  # a shard alone may be zero
+    for (parameter, _), count in zip(missing, reached.tolist(), strict=True):
+        if count:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _clipping(subspace: GradientSubspace, fresh: list[int], max_grad_norm: float | None) -> Tensor | float:
