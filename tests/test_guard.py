@@ -568,8 +568,8 @@ def test_an_overflow_that_a_gradient_scaler_finds_is_no_missed_step(fused, unsca
 # What the optimizer must not do
 
 
-def null_space(weight=0.0):
-    overrides = {} if weight == 0 else {"refresh_steps": 2}
+def null_space(weight=0.0, **more):
+    overrides = more if weight == 0 else {"refresh_steps": 2, **more}
     return get_peft_model(
         tiny_llama(),
         OGPSAConfig(**LORA, subspace="activations", subspace_rank=8, reference_weight=weight, **overrides),
@@ -678,6 +678,40 @@ def test_base_weights_that_join_the_optimizer_later_are_refused():
     trained_once(model, 1)
     with pytest.raises(ValueError, match=r"up_proj.base_layer.weight is trained and belongs to the base model"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("where", ["held before", "second optimizer", "after a warning"])
+def test_base_weights_that_are_unfrozen_later_are_refused(where, caplog):
+    more = {"modules_to_save": ["lm_head"]} if where == "after a warning" else {}
+    model = null_space(**more)
+    held = list(model.parameters()) if where == "held before" else parameters_of(model)
+    optimizer = torch.optim.AdamW(held, lr=1e-2)
+    trained_once(model, 0)
+    optimizer.step()
+    assert ("trained but not projected" in caplog.text) == bool(more)
+    weight = model.get_base_model().model.norm.weight.requires_grad_(True)
+    if where == "second optimizer":
+        torch.optim.AdamW([weight], lr=1e-2)
+    elif where == "after a warning":
+        optimizer.add_param_group({"params": [weight]})
+    trained_once(model, 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"model.norm.weight is trained and belongs to the base model"):
+            optimizer.step()
+    weight.requires_grad_(False)
+    optimizer.step()
+
+
+def test_parameters_that_the_optimizer_holds_and_that_are_unfrozen_later_are_named(caplog):
+    model = cone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    trained_once(model, 0)
+    optimizer.step()
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        trained_once(model, 1)
+        optimizer.step()
+    assert "1 parameters are trained but not projected" in caplog.text
 
 
 def test_other_parameters_that_join_the_optimizer_later_are_named(caplog):

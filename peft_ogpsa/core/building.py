@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ class Builder:
         self._parameters, self._diagnostics = parameters, diagnostics
         self._built_with: tuple = ()  # the settings that the subspace depends on
         self._built_for: dict[str, nn.Parameter] = {}  # the parameters in training when it was built
-        self._active: set[tuple[str, ...]] = set()  # the adapters that were active when the base was last checked
+        # When the base was last checked: the adapters that were active, and everything that was in training.
+        self._checked: tuple[set[tuple[str, ...]], set[int]] | None = None
+        self._all: list[weakref.ref[nn.Parameter]] = []  # the model's parameters, those of the base included
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that the subspace was built for, by name. Empty before there is a subspace."""
@@ -121,18 +124,29 @@ class Builder:
         with full_precision(self.subspace.device):
             return self.subspace.leak() > LEAK
 
-    def check_active(self, config: ProjectionConfig) -> None:
-        """Check the base again if other adapters have become active.
+    def check_base(self, config: ProjectionConfig) -> None:
+        """Check the base again if other adapters have become active, or other parameters are in training.
 
         Raises:
             ValueError: See `check_original`.
         """
         if self.subspace is None or not config.uses_activations:
             return
-        active = self.subspace.active()
-        if active != self._active:
+        now = self.subspace.active(), self._in_training()
+        if now != self._checked:
             self.check_original()
-            self._active = active
+            self._checked = now
+
+    def _in_training(self) -> set[int]:
+        """The `id` of every parameter of the model in training, whichever optimizer holds it."""
+        # Walking through a large model takes milliseconds, so its parameters are kept until one of them is gone.
+        own = [reference() for reference in self._all]
+        if not own or any(parameter is None for parameter in own):
+            model = self._parameters.targets.model
+            distributed.reshard(model)
+            self._all = [weakref.ref(parameter) for parameter in model.parameters()]
+            own = [reference() for reference in self._all]
+        return {id(parameter) for parameter in own if parameter is not None and parameter.requires_grad}
 
     def check_original(self) -> None:
         """Check that the model without the adapter in training is still the base.
@@ -147,7 +161,7 @@ class Builder:
     def hold(self, subspace: ActivationSubspace, config: ProjectionConfig) -> None:
         """Store a subspace. It replaces the previous one."""
         self.subspace, self._built_with = subspace, _inputs_of(config)
-        self._built_for, self._active = self._parameters.by_name(), subspace.active()
+        self._built_for, self._checked, self._all = self._parameters.by_name(), None, []
         self._diagnostics.removed_by_kind = subspace.removed
 
     def drop(self) -> None:

@@ -59,7 +59,7 @@ class Guard:
         self._versions: list[int] | None = None
         self._warned_of_changes = False
         self._warned_of_others = False
-        self._held: set[int] | None = None  # by the optimizer, when others were looked for
+        self._trained: set[int] | None = None  # by the optimizer, when others were looked for
         self.note_step()
 
     def projected(self) -> dict[str, Tensor]:
@@ -284,19 +284,20 @@ class Guard:
     def check_others(self, optimizer: Optimizer) -> None:
         """Name the parameters that the optimizer trains without projection.
 
-        It looks before the first step of a stage, and again when the optimizer holds others.
+        It looks before the first step of a stage, and again when the optimizer trains others.
 
         Raises:
             ValueError: If they are the base's own, whose changes an activation subspace cannot keep from acting on
                 the reference inputs.
         """
-        held = held_by(optimizer)
-        if held != self._held:
-            self._held = held
+        groups = optimizer.param_groups
+        trained = {id(parameter) for group in groups for parameter in group["params"] if parameter.requires_grad}
+        if trained != self._trained:
             self._report_others(self._parameters.targets.model, optimizer)
+            self._trained = trained
 
     def _report_others(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        if self._warned_of_others or not self._parameters.targets.names_others:
+        if not self._parameters.targets.names_others:
             return
         projected = {id(parameter) for parameter in self.projected().values()}
         held = None if optimizer is None else held_by(optimizer)
@@ -307,6 +308,7 @@ class Guard:
         ]
         if names:
             self._builder.check_original()
+        if names and not self._warned_of_others:
             self._warned_of_others = True
             projects = self._parameters.targets.config.projects
             logger.warning(

@@ -346,7 +346,7 @@ class Projector:
         refuse_averaging(optimizer, config)
         refuse_maximizing(optimizer, config)
         self.guard.check_changes(config)
-        self._builder.check_active(config)
+        self._builder.check_base(config)
         self.guard.check_others(optimizer)
         closure = hooks.closure_of(args, kwargs)
         if closure is None:
