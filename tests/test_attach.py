@@ -271,6 +271,8 @@ def test_an_attached_model_can_be_copied():
         (MADE["DoRA"], OGPSAConfig(), "use_dora=True is not allowed with subspace='activations'"),
         (MADE["wrapped"], LoraConfig(), r"attach: config=LoraConfig\(.* must be an OGPSAConfig"),
         (MADE["wrapped"], None, "attach: config=None must be an OGPSAConfig"),
+        (lambda: ogpsa(GRADIENTS), FullParameterConfig(), "has an OGPSA adapter, .*are projected already"),
+        (lambda: ogpsa(GRADIENTS).get_base_model().model, FullParameterConfig(), "has an OGPSA adapter"),
     ],
 )
 def test_what_does_not_fit_is_an_error(model, config, message):
@@ -325,5 +327,32 @@ def test_a_second_call_replaces_the_first_whatever_it_is_for(first):
     model = plain()
     calls = [OGPSAConfig(**ACTIVATIONS), FullParameterConfig()]
     one, other = (attach(model, config) for config in (calls if first == "adapter" else calls[::-1]))
+    assert list(projectors_in(model)) == [other]
+    assert one not in hooks._watchers
+
+
+@pytest.mark.parametrize("first", ["outer", "inner"])
+def test_a_second_call_replaces_the_first_on_a_module_around_or_inside(first, caplog):
+    model = tiny_llama()
+    both = [model, model.model] if first == "outer" else [model.model, model]
+    one, other = (attach(module, FullParameterConfig()) for module in both)
+    assert list(projectors_in(model)) == [other]
+    assert one not in hooks._watchers
+    lost = "1 parameters of the latter are no longer projected, such as lm_head.weight"
+    assert (lost in caplog.text) == (first == "outer")
+
+
+def test_projectors_of_other_parameters_stay():
+    models = [tiny_llama(), plain(), ogpsa(GRADIENTS)]
+    attach(models[0], FullParameterConfig())
+    attach(models[1], OGPSAConfig(**ACTIVATIONS))
+    assert all(projector_of(model) in hooks._watchers for model in models)
+
+
+def test_a_second_call_replaces_one_for_the_weights_around_an_adapter():
+    model = nn.ModuleList([base()])
+    one = attach(model, FullParameterConfig())
+    adapted = get_peft_model(model[0], LoraConfig(**LORA))
+    other = attach(adapted, OGPSAConfig(**ACTIVATIONS))
     assert list(projectors_in(model)) == [other]
     assert one not in hooks._watchers

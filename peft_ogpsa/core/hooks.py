@@ -86,7 +86,8 @@ def with_closure(args: tuple, kwargs: dict, closure: Callable[[], Any]) -> tuple
     return (args[0], closure, *args[2:]), kwargs
 
 
-def _all_watchers() -> list[StepWatcher]:
+def watchers() -> list[StepWatcher]:
+    """All objects that are notified of steps."""
     with _lock:
         return list(_watchers)
 
@@ -117,7 +118,7 @@ def _global_pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
     torch runs global pre hooks first.
     """
-    if any(watcher.trains(optimizer) for watcher in _all_watchers()):
+    if any(watcher.trains(optimizer) for watcher in watchers()):
         hooks = cast(OrderedDict, optimizer._optimizer_step_pre_hooks)
         handle = _pre_handles.get(optimizer)
         if handle is None or handle.id not in hooks:
@@ -128,7 +129,7 @@ def _global_pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     replaced = None
     with torch.no_grad():
-        for watcher in _all_watchers():
+        for watcher in watchers():
             # Check this first, so that the entries of other threads' watchers are not touched.
             if not watcher.trains(optimizer) or watcher.skips(optimizer):
                 continue
@@ -165,7 +166,7 @@ def _call_back_first(optimizer: Optimizer) -> None:
 def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     step = _step_frame()
     with torch.no_grad():
-        for watcher in _all_watchers():
+        for watcher in watchers():
             if _inner.get(watcher) is step:
                 del _inner[watcher]
                 watcher.end_inner_step()
