@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from loops import step_violations
+from loops import batch, loss_of, references, step_violations
 from models import randomize, tiny_llama
 from peft import (
     AdaLoraConfig,
@@ -268,7 +268,11 @@ def test_an_attached_model_can_be_copied():
         ),
         (MADE["wrapped"], OGPSAConfig(r=4), "r=4 contradicts the adapter 'default', which has r=8. Leave out"),
         (MADE["wrapped"], OGPSAConfig(lora_dropout=0.5), "lora_dropout=0.5 contradicts"),
-        (MADE["DoRA"], OGPSAConfig(), "use_dora=True is not allowed with subspace='activations'"),
+        (
+            MADE["DoRA"],
+            OGPSAConfig(),
+            "'default' does not fit: use_dora=True is not allowed with subspace='activations'",
+        ),
         (MADE["wrapped"], LoraConfig(), r"attach: config=LoraConfig\(.* must be an OGPSAConfig"),
         (MADE["wrapped"], None, "attach: config=None must be an OGPSAConfig"),
         (lambda: ogpsa(GRADIENTS), FullParameterConfig(), "has an OGPSA adapter, .*are projected already"),
@@ -310,6 +314,47 @@ def test_adapters_of_low_precision_are_trained_in_float32(tmp_path):
     sft(tmp_path, model, [OGPSACallback(sets(), config=OGPSAConfig(**ACTIVATIONS))]).train()
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     assert leak(model) < 1e-6
+
+
+FROZEN = [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "mica"}, {"target_modules": ["embed_tokens"]}]
+
+
+@pytest.mark.parametrize("overrides", FROZEN)
+@pytest.mark.parametrize("later", [False, True], ids=["before", "later"])
+def test_a_frozen_inactive_adapter_may_have_any_settings(overrides, later):
+    model = plain()
+
+    def add():
+        model.add_adapter("style", LoraConfig(**{**LORA, **overrides}))
+        model.set_adapter("default")
+
+    if not later:
+        add()
+    projector = attach(model, OGPSAConfig(**ACTIVATIONS))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for number in range(2):
+        while projector.due:
+            projector.refresh(references(0), loss_of)
+        loss_of(model, batch(number)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if later and number == 0:
+            add()
+    assert projector.steps == 2
+    assert projector.config.r == LORA["r"]
+    assert leak(model) < 1e-6
+
+
+def test_an_adapter_that_does_not_fit_stops_no_other_model():
+    model = plain()
+    projector = attach(model, OGPSAConfig(**ACTIVATIONS))
+    model.add_adapter("style", LoraConfig(**LORA, use_dora=True))
+    model.set_adapter("style")
+    other = nn.Linear(2, 2)
+    other(torch.ones(2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    with pytest.raises(ValueError, match=r"The adapter 'style' does not fit: use_dora=True"):
+        projector.refresh(references(0), loss_of)
 
 
 def test_attach_is_public():

@@ -67,7 +67,7 @@ def attach(model: nn.Module, config: ProjectionConfig) -> Projector:
         )
     base = _base_with_adapters(model)
     targets = AttachedTargets(base, base.__dict__["peft_config"], config)
-    targets.configs()  # reports what does not fit
+    targets.check_settings(config)
     projector = Projector(targets)
     attachment.attach(base, projector)
     return _alone(projector, model)

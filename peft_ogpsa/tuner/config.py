@@ -236,7 +236,10 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
         if isinstance(projection, LoraConfig):
             _refuse_contradictions(name, lora, projection)
         # Tools derive classes from LoraConfig (ms-swift), which have fields of their own.
-        return cls(**{f.name: getattr(lora, f.name) for f in fields(LoraConfig)}, **projection.ogpsa_dict())
+        try:
+            return cls(**{f.name: getattr(lora, f.name) for f in fields(LoraConfig)}, **projection.ogpsa_dict())
+        except ValueError as error:
+            raise ValueError(f"The adapter {name!r} does not fit: {error}") from error
 
 
 def run_all(acts: Mapping[str, Callable[[str], object]], save_directory: str) -> None:

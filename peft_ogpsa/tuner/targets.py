@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any
 
-from peft import LoraModel, PeftConfig
+from peft import LoraModel, PeftConfig, PeftType
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -46,8 +46,12 @@ class LoraTargets(ABC):
         self._known: tuple[tuple[str, ...], list[tuple[str, str, nn.Parameter]]] | None = None
 
     @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The adapters whose matrices are projected if they are in training."""
+
+    @abstractmethod
     def configs(self) -> dict[str, OGPSAConfig]:
-        """The adapters whose matrices are projected if they are in training, and their configurations."""
+        """The configurations of these adapters, at least of those in training."""
 
     @property
     def config(self) -> OGPSAConfig:
@@ -57,7 +61,7 @@ class LoraTargets(ABC):
             ValueError: If several adapters in training have different projection settings, or no adapter is left.
         """
         own = self.configs()
-        training = {owner.rpartition(".")[2] for _, owner, parameter in self._weights() if parameter.requires_grad}
+        training = self._in_training() if len(own) > 1 else set(own)
         configs = [config for name, config in own.items() if name in training] or list(own.values())
         if not configs:
             raise ValueError(
@@ -71,10 +75,14 @@ class LoraTargets(ABC):
             )
         return configs[0]
 
+    def _in_training(self) -> set[str]:
+        """The adapters that have a matrix in training."""
+        return {owner.rpartition(".")[2] for _, owner, _ in self.trained()}
+
     def _weights(self) -> list[tuple[str, str, nn.Parameter]]:
         """Name, owner (`module.adapter`) and parameter of every LoRA matrix of these adapters."""
         # Walking through a large model takes milliseconds, so the list is kept until adapters are added or removed.
-        adapters = tuple(self.configs())
+        adapters = self.names()
         known = self._known  # another thread may reset it in the meantime
         if known is None or known[0] != adapters:
             named = ((without_wrappers(name), parameter) for name, parameter in self.model.named_parameters())
@@ -125,7 +133,7 @@ class LoraTargets(ABC):
 
     def _warn_of_frozen_parts(self) -> None:
         """Warn of parts of an adapter in training that are frozen and have an effect: the base is without them."""
-        training = {owner.rpartition(".")[2] for _, owner, _ in self.trained()}
+        training = self._in_training()
         frozen = [
             name
             for name, owner, parameter in self._weights()
@@ -166,6 +174,10 @@ class AdapterTargets(LoraTargets):
     def __init__(self, model: LoraModel) -> None:
         super().__init__(model)
         self.tuner = model
+
+    def names(self) -> tuple[str, ...]:
+        """The OGPSA adapters."""
+        return tuple(self.configs())
 
     def configs(self) -> dict[str, OGPSAConfig]:
         """The OGPSA adapters, as PEFT knows them."""
@@ -209,25 +221,41 @@ class AttachedTargets(LoraTargets):
         """
         if not self.current:
             return False
-        for name, config in self._adapters.items():
-            OGPSAConfig.for_adapter(name, config, projection)
+        self.check_settings(projection)
         if projection.ogpsa_dict() != self.projection.ogpsa_dict():
             self.projection, self._combined = projection, {}
         return True
 
+    def check_settings(self, projection: ProjectionConfig) -> None:
+        """Check that these settings fit the adapters in training, or all adapters if none is.
+
+        Raises:
+            ValueError: If they do not fit an adapter, or an adapter is not LoRA.
+        """
+        for name in self._checked() or self.names():
+            OGPSAConfig.for_adapter(name, self._adapters[name], projection)
+
+    def _checked(self) -> list[str]:
+        """The adapters in training. Adapters of other types count as such, because their weights are not looked at."""
+        training = self._in_training()
+        return [name for name in self.names() if name in training or self._adapters[name].peft_type != PeftType.LORA]
+
+    def names(self) -> tuple[str, ...]:
+        """The adapters, in training or not."""
+        return tuple(self._adapters) if self.current else ()
+
     def configs(self) -> dict[str, OGPSAConfig]:
-        """The adapters, with LoRA's settings of their own and the projection's settings.
+        """The adapters in training, with LoRA's settings of their own and the projection's settings.
 
         Raises:
             ValueError: If an adapter is not LoRA, or its settings do not allow this projection.
         """
-        if not self.current:
-            return {}
-        for name, config in self._adapters.items():
-            known = self._combined.get(name)
+        names = self._checked()
+        for name in names:
+            config, known = self._adapters[name], self._combined.get(name)
             if known is None or known[0] is not config:
                 self._combined[name] = (config, OGPSAConfig.for_adapter(name, config, self.projection))
-        return {name: self._combined[name][1] for name in self._adapters}
+        return {name: self._combined[name][1] for name in names}
 
     @property
     def config(self) -> OGPSAConfig:
