@@ -357,6 +357,25 @@ def test_an_adapter_that_does_not_fit_stops_no_other_model():
         projector.refresh(references(0), loss_of)
 
 
+@pytest.mark.parametrize("settings", [ACTIVATIONS, GRADIENTS], ids=["activations", "gradients"])
+def test_a_refresh_after_unloading_asks_to_attach_again(settings):
+    model = plain()
+    projector = attach(model, OGPSAConfig(**settings))
+    projector.refresh(references(0), loss_of)
+    get_peft_model(model.unload(), LoraConfig(**LORA))
+    assert projector.due
+    with pytest.raises(ValueError, match=r"no adapter of this projector any more.*attach again"):
+        projector.refresh(references(0), loss_of)
+
+
+@pytest.mark.parametrize("settings", [ACTIVATIONS, GRADIENTS], ids=["activations", "gradients"])
+def test_a_refresh_while_the_adapter_is_off_is_refused(settings):
+    model = ogpsa(settings)
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"switched off .*outside of that context"):
+        model.projector.refresh(references(0), loss_of)
+    model.projector.refresh(references(0), loss_of)
+
+
 def test_attach_is_public():
     assert peft_ogpsa.attach is attach
 

@@ -64,10 +64,7 @@ class LoraTargets(ABC):
         training = self._in_training() if len(own) > 1 else set(own)
         configs = [config for name, config in own.items() if name in training] or list(own.values())
         if not configs:
-            raise ValueError(
-                "The model has no adapter of this projector any more. Add one (model.add_adapter), or call "
-                "get_peft_model or attach again."
-            )
+            raise _no_adapter()
         if any(config.ogpsa_dict() != configs[0].ogpsa_dict() for config in configs):
             raise ValueError(
                 f"The adapters in training, {sorted(training)}, have different OGPSA settings. Train one at a time "
@@ -158,8 +155,16 @@ class LoraTargets(ABC):
         self._known = None
 
     def check(self) -> None:
-        """Reject a merged adapter, whose matrices are not part of the forward pass."""
-        refuse_merged(module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+        """Reject an adapter that is gone, switched off or merged: a pass gives no gradients of its matrices."""
+        if not self.names():
+            raise _no_adapter()
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        if not self.trained() and any(layer.disable_adapters for layer in layers):
+            raise ValueError(
+                "The adapter is switched off (model.disable_adapter()), so none of its weights is in training. Call "
+                "refresh outside of that context."
+            )
+        refuse_merged(layers)
 
 
 class AdapterTargets(LoraTargets):
@@ -261,6 +266,14 @@ class AttachedTargets(LoraTargets):
     def config(self) -> OGPSAConfig:
         """The projection's settings, with LoRA's settings of the adapter in training."""
         return super().config if self.configs() else OGPSAConfig(**self.projection.ogpsa_dict())
+
+
+def _no_adapter() -> ValueError:
+    """The error for a projector whose adapters have been deleted or unloaded."""
+    return ValueError(
+        "The model has no adapter of this projector any more. Add one (model.add_adapter), or call get_peft_model or "
+        "attach again."
+    )
 
 
 def _refuse_layer(path: str, layer: Any, adapter: str, config: OGPSAConfig) -> None:
