@@ -714,6 +714,26 @@ def test_parameters_that_the_optimizer_holds_and_that_are_unfrozen_later_are_nam
     assert "1 parameters are trained but not projected" in caplog.text
 
 
+@pytest.mark.parametrize("make", [null_space, lambda: cone(refresh_steps=9)], ids=["activations", "gradients"])
+def test_a_matrix_that_replaces_another_one_needs_a_refresh(make, caplog):
+    model = make()
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)
+    for number in range(2):
+        trained_once(model, number)
+        optimizer.step()
+    holder = model.get_base_model().model.layers[0].mlp.up_proj.lora_A["default"]
+    holder.weight = torch.nn.Parameter(holder.weight.detach().clone())
+    optimizer.add_param_group({"params": [holder.weight]})
+    trained_once(model, 2)
+    with pytest.raises(RuntimeError, match=r"only the (activation subspace|reference gradients) of other parameters"):
+        optimizer.step()
+    assert model.projector.due
+    trained_once(model, 3)
+    optimizer.step()
+    assert any(own is holder.weight for own in model.projector.projected().values())
+    assert "not LoRA matrices" not in caplog.text
+
+
 def test_other_parameters_that_join_the_optimizer_later_are_named(caplog):
     model = cone()
     optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-2)

@@ -59,7 +59,8 @@ class Guard:
         self._versions: list[int] | None = None
         self._warned_of_changes = False
         self._warned_of_others = False
-        self._trained: set[int] | None = None  # by the optimizer, when others were looked for
+        self._trained: set[int] | None = None  # by the optimizer, in the step before
+        self._checked_others = False  # whether those that are not projected were looked for among them
         self.note_step()
 
     def projected(self) -> dict[str, Tensor]:
@@ -82,6 +83,7 @@ class Guard:
             RuntimeError: If something is missing and `missing_reference="error"`, or if the optimizer does not hold
                 all parameters in training.
         """
+        self._note_trained(optimizer)
         without_subspace = self._builder.lacks(config)
         without_rows = config.refreshes and not self._refresher.covers_training()
         # A step that moves nothing needs nothing. torch makes one when it loads an optimizer's state from shards.
@@ -98,6 +100,14 @@ class Guard:
             return False
         self._parameters.check_all_stepped_by(optimizer)
         return True
+
+    def _note_trained(self, optimizer: Optimizer) -> None:
+        """Look for the parameters again if the optimizer trains others: these may have replaced the known ones."""
+        groups = optimizer.param_groups
+        trained = {id(parameter) for group in groups for parameter in group["params"] if parameter.requires_grad}
+        if trained != self._trained:
+            self._trained, self._checked_others = trained, False
+            self._parameters.targets.forget()
 
     def _report_missing(self, what: str, outdated: bool, config: ProjectionConfig) -> None:
         targets = self._parameters.targets
@@ -290,11 +300,9 @@ class Guard:
             ValueError: If they are the base's own, whose changes an activation subspace cannot keep from acting on
                 the reference inputs.
         """
-        groups = optimizer.param_groups
-        trained = {id(parameter) for group in groups for parameter in group["params"] if parameter.requires_grad}
-        if trained != self._trained:
+        if not self._checked_others:
             self._report_others(self._parameters.targets.model, optimizer)
-            self._trained = trained
+            self._checked_others = True
 
     def _report_others(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         if not self._parameters.targets.names_others:
