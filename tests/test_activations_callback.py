@@ -44,6 +44,56 @@ def leak(model) -> float:
     return max(found)
 
 
+class Average(TrainerCallback):
+    """Averages the weights from the beginning of training on, and puts the average into the model at the end."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.average = [parameter.detach().clone() for parameter in self.own]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for average, parameter in zip(self.average, self.own, strict=True):
+            average.lerp_(parameter.detach(), 0.05)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for average, parameter in zip(self.average, self.own, strict=True):
+            parameter.data.copy_(average)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_an_average_of_another_callback_is_of_weights_in_the_null_space(tmp_path, first):
+    model, callbacks = model_of(), [OGPSACallback(sets()), Average()]
+    sft(tmp_path, model, callbacks[::-1] if first else callbacks).train()
+    assert leak(model) < 1e-6
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_a_best_checkpoint_of_another_subspace_is_a_warning(tmp_path, caplog, rebuild):
+    class Worse(TrainerCallback):
+        """The first evaluation is the best."""
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = state.global_step
+
+    options = {
+        "eval_dataset": Dataset.from_list(TRAINING[:4]),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+    }
+    sft(tmp_path, model_of(), [OGPSACallback(sets()), Worse()], max_steps=4, **options).train()
+    other = [ReferenceSet("other", [chat(f"Name colour {i}", f"Colour {i * 7} is blue.") for i in range(8)])]
+    model = model_of()
+    callback = OGPSACallback([*other, *sets()] if rebuild else sets(), rebuild_subspace=rebuild)
+    trainer = sft(tmp_path, model, [callback, Worse()], max_steps=6, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert (leak(model) > 0.01) is rebuild
+    assert ("At the end of training, the adapter acts on the reference inputs" in caplog.text) is rebuild
+
+
 def test_it_is_built_before_the_first_step_and_held(tmp_path, capsys):
     model = model_of()
     trainer = sft(tmp_path, model, disable_tqdm=False)

@@ -65,7 +65,7 @@ def sets():
     return [ReferenceSet("general", GENERAL), ReferenceSet("benign", BENIGN)]
 
 
-def sft(tmp_path, model=None, callbacks=None, peft_config=None, **options):
+def sft(tmp_path, model=None, callbacks=None, peft_config=None, eval_dataset=None, **options):
     settings = {
         "output_dir": str(tmp_path / "run"),
         "max_steps": 6,
@@ -84,6 +84,7 @@ def sft(tmp_path, model=None, callbacks=None, peft_config=None, **options):
         model if model is not None else model_of(),
         args=SFTConfig(**settings),
         train_dataset=Dataset.from_list(TRAINING),
+        eval_dataset=eval_dataset,
         processing_class=tiny_tokenizer(),
         callbacks=[OGPSACallback(sets())] if callbacks is None else callbacks,
         peft_config=peft_config,

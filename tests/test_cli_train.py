@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, ModelConfig, SFTConfig, SFTTrainer
 
-from peft_ogpsa import OGPSAConfig, ReferenceSet
+from peft_ogpsa import OGPSACallback, OGPSAConfig, ReferenceSet
 from peft_ogpsa.cli import dryrun, loading, main
 from peft_ogpsa.cli.arguments import METHODS, DataArguments, OGPSAArguments, adapter_config, parser
 from peft_ogpsa.cli.datasets import load_rows, reference_sets, training_rows
@@ -813,7 +813,8 @@ def trained(monkeypatch):
 
         class Watched(original):
             def __init__(self, *arguments, train_dataset, eval_dataset, callbacks, **options):
-                references = [list(own.dataset) for callback in callbacks for own in callback.reference_sets]
+                ours = [callback for callback in callbacks if isinstance(callback, OGPSACallback)]
+                references = [list(own.dataset) for callback in ours for own in callback.reference_sets]
                 held_out = None if eval_dataset is None else eval_dataset.to_list()
                 seen.append((train_dataset.to_list(), held_out, references))
                 data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}

@@ -21,6 +21,7 @@ from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach
 from peft_ogpsa.core.gradients import example_gradients, examples_of
 from peft_ogpsa.core.isolation import switch_to_evaluation
 from peft_ogpsa.references.losses import answer_loss, collate
+from peft_ogpsa.references.losses.kl import KLLoss
 from peft_ogpsa.text.tokenization import Example
 
 
@@ -489,8 +490,8 @@ def test_products_of_rows_are_taken_without_autocast():
     assert sink.seen == {False}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_layers_that_drop_out_by_their_own_mode_do_not_in_a_reference_pass(checkpointing):
+def model_that_drops_out(checkpointing: bool, **settings):
+    """A model in training mode whose layers pass their own mode to dropout."""
     torch.manual_seed(0)
     base = OPTForCausalLM(
         OPTConfig(
@@ -504,12 +505,31 @@ def test_layers_that_drop_out_by_their_own_mode_do_not_in_a_reference_pass(check
             dropout=0.5,
         )
     )
-    model = model_with_random_adapter(base, target_modules=["q_proj", "v_proj"])
+    model = model_with_random_adapter(base, target_modules=["q_proj", "v_proj"], **settings)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    layers = base.model.decoder.layers
+    return model.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_base_of_the_kl_loss_does_not_drop_out(checkpointing):
+    """Its pass is without gradients, for which transformers does not call the checkpointing function."""
+    model = model_that_drops_out(checkpointing)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()  # the adapter changes nothing
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.projector.refresh({"set": [collate(ragged(), 0, "cpu")]}, KLLoss().loss)
+    assert not any(part.any() for row in raw_rows(model) for part in row)
+    assert model.projector.diagnostics._losses == {"set": 0.0}
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_drop_out_by_their_own_mode_do_not_in_a_reference_pass(checkpointing):
+    model = model_that_drops_out(checkpointing)
+    layers = model.get_base_model().model.decoder.layers
     functions = [layer.__dict__.get("_gradient_checkpointing_func") for layer in layers]
     runs = []
     layers[0].fc1.register_forward_hook(lambda *_: runs.append(layers[0].training))

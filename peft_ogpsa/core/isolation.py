@@ -48,6 +48,24 @@ def isolated_eval(model: nn.Module, *, gradients: bool = False, seed: int | None
 
 
 @contextlib.contextmanager
+def no_gradients(model: nn.Module) -> Iterator[None]:
+    """Like `torch.no_grad()`, for a pass inside `isolated_eval(model, gradients=True)`.
+
+    Checkpointed layers are in training mode there, because their checkpointing function evaluates them. Without
+    gradients, transformers does not call this function, so such layers would drop out.
+    """
+    layers = [module for module in model.modules() if module.training and compat.checkpointing(module) is not None]
+    for layer in layers:
+        layer.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers:
+            layer.training = True
+
+
+@contextlib.contextmanager
 def _random_states() -> Iterator[None]:
     """Restore the random states of the CPU and of every accelerator in use. They belong to the whole process."""
     kind = torch.accelerator.current_accelerator()

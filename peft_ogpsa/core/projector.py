@@ -169,6 +169,10 @@ class Projector:
         """Whether the next refresh builds the activation subspace. That refresh needs all reference examples."""
         return self._builder.lacks(self.config)
 
+    def leaks(self) -> bool:
+        """Whether the weights act in the activation subspace by more than rounding explains. Waits for the device."""
+        return self._builder.leaks()
+
     @property
     def due(self) -> bool:
         """Whether a refresh is due before the next step.

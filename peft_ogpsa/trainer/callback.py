@@ -175,6 +175,8 @@ class OGPSACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Convert the adapter to float32 before the optimizer is created and a checkpoint is loaded."""
+        # Callbacks that copy the weights when training begins, for an average, must get those in the null space.
+        compat.move_to_front(self)
         if model is not None and not isinstance(self.config, FullParameterConfig):
             with contextlib.suppress(ValueError):  # no adapter; on_train_begin reports it
                 self._projector_of(model)
@@ -409,8 +411,15 @@ class OGPSACallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the projector as a loop of the user's own expects it."""
+        """Leave the projector as a loop of the user's own expects it. Warn if the adapter has left the null space."""
         run = self._run_of(state)
+        if run.projector.enabled and isinstance(run.projector.targets, LoraTargets) and run.projector.leaks():
+            logger.warning(
+                "At the end of training, the adapter acts on the reference inputs. Either load_best_model_at_end has "
+                "loaded a checkpoint of another subspace, from before rebuild_subspace=True, or code has changed the "
+                "weights without a step of the optimizer. Train for one more step, which removes that part, or save a "
+                "later checkpoint."
+            )
         self._restored.pop(run.projector, None)
         run.projector.max_grad_norm = None
         run.over = True

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.isolation import no_gradients
 from ...text.logits import scored_logits
 from ...tuner.adapters import refuse_moving_base, without_adapter
 from .base import ReferenceLoss, mean_of_examples
@@ -58,7 +59,7 @@ class KLLoss(ReferenceLoss):
             ValueError: If the model has no adapter, its adapter is merged, or its base is trained (as with
                 `bias="all"`).
         """
-        with torch.no_grad(), without_adapter(model):
+        with no_gradients(model), without_adapter(model):
             base = scored_logits(model, batch)
         return mean_of_examples(_Divergence.apply(scored_logits(model, batch), base), batch)
 
