@@ -44,6 +44,21 @@ def leak(model) -> float:
     return max(found)
 
 
+@pytest.mark.parametrize("subspace", ["activations", "gradients"])
+def test_the_figures_of_a_second_stage_are_of_its_own_steps(tmp_path, subspace):
+    found = []
+    settings = {} if subspace == "activations" else {"subspace_rank": None, "rows": 8, "refresh_samples": 2}
+    for logging_steps in (1, 4):  # the last two of six steps are not logged
+        model = model_of(subspace=subspace, **settings)
+        sft(tmp_path, model, logging_steps=logging_steps).train()
+        second = sft(tmp_path, model, max_steps=1)
+        second.train()
+        entry = next(entry for entry in second.state.log_history if "loss" in entry)
+        found.append({key: value for key, value in entry.items() if key.startswith("ogpsa/removed")})
+    assert found[0]
+    assert found[0] == found[1]
+
+
 class Average(TrainerCallback):
     """Averages the weights from the beginning of training on, and puts the average into the model at the end."""
 

@@ -81,8 +81,10 @@ class Diagnostics:
         self._reported: dict[str, float] = {}
 
     def forget(self) -> None:
-        """Drop the last losses and cosines of every set, for a new stage of training with its own sets."""
+        """Drop what is left of the stage before, for a new stage of training with its own sets and its own steps."""
         self._losses, self._cosines, self._reference = {}, {}, None
+        self._removed, self._steps = None, 0
+        self.removed_by_kind()  # it counts from the last call on
 
     def record_losses(self, losses: dict[str, float]) -> None:
         """Record the reference loss of every set, in the loss's own unit (nats per token for `ReferenceSet`)."""
