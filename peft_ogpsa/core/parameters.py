@@ -93,10 +93,12 @@ class Parameters:
         stepped, trained = self.stepped_by(optimizer), self.by_name()
         if len(stepped) < len(trained):
             absent = next(name for name, parameter in trained.items() if id(parameter) not in stepped)
+            pairs = self.targets.config.uses_activations and self.targets.kind == "LoRA"
+            together = ", A and B of a layer together," if pairs else ""
             raise RuntimeError(
                 f"The optimizer holds only {len(stepped)} of the {len(trained)} {self.targets.kind} parameters in "
                 f"training. For example, it does not hold {absent}. Give all of them to one optimizer. Or freeze the "
-                "others (requires_grad_(False)) and refresh."
+                f"others (requires_grad_(False)){together} and refresh."
             )
 
     def upcast(self) -> None:
