@@ -30,6 +30,7 @@ from peft_ogpsa.cli.dryrun import planned_refreshes
 from peft_ogpsa.cli.eval_data import load_test_rows
 from peft_ogpsa.cli.loading import load_base
 from peft_ogpsa.cli.models import SMOLLM2, load_model
+from peft_ogpsa.cli.resuming import options_of
 from peft_ogpsa.data import load_prompts, pairs
 from peft_ogpsa.evaluation import Verdict
 from peft_ogpsa.references.lookalikes import with_lookalikes
@@ -1301,6 +1302,19 @@ def test_time_is_left_out_after_a_resume(folder):
     assert record["steps"] == 4
     assert "seconds" not in record
     assert "4 optimizer steps\n" in (folder / "sft" / "README.md").read_text()
+
+
+def test_the_options_of_a_run_are_all_kept(tmp_path):
+    method = OGPSAArguments(rows=4, refresh_steps=3)
+    found = options_of("sft", method, ModelConfig(lora_r=5), SFTConfig(str(tmp_path), use_cpu=True, bf16=False), [])
+    assert vars(method).items() <= found.items()
+    assert (found["stage"], found["lora_r"]) == ("sft", 5)
+    assert (
+        found["training rows"]
+        != options_of("sft", method, ModelConfig(), SFTConfig(str(tmp_path), use_cpu=True, bf16=False), [ROW])[
+            "training rows"
+        ]
+    )
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def training_rows(rows: Dataset, stage: str, field: str, spec: str) -> Dataset:
     others = set().union(*_COLUMNS["sft"], *_COLUMNS["dpo"]) - needed
     rows = rows.remove_columns([column for column in rows.column_names if column in others])
     if "conversations" in needed:
-        rows, needed = rows.map(_as_messages, fn_kwargs={"place": place}, with_indices=True), {"messages"}
+        rows, needed = rows.map(_messages_of, fn_kwargs={"place": place}, with_indices=True), {"messages"}
         rows = rows.remove_columns("conversations")
     # With a completion, these are TRL's rows for KTO. A label of messages is about something else.
     labels = rows["label"] if "completion" in needed and "label" in rows.column_names else ()
@@ -173,7 +173,7 @@ def training_rows(rows: Dataset, stage: str, field: str, spec: str) -> Dataset:
     return rows
 
 
-def _as_messages(row: Mapping[str, Any], index: int, place: str) -> dict[str, Any]:
+def _messages_of(row: Mapping[str, Any], index: int, place: str) -> dict[str, Any]:
     """Return a row of `conversations` as one of `messages`, with the roles of chat templates."""
     from trl import maybe_convert_to_chatml  # not above: training tools import this module, maybe without TRL
 
@@ -188,7 +188,7 @@ def _as_messages(row: Mapping[str, Any], index: int, place: str) -> dict[str, An
 
 
 def _check_rows(rows: Dataset, place: str) -> None:
-    """Check that each row has a value in all columns, in the same form, and something to answer and an answer."""
+    """Check that each row has a value in all columns, in the same form, no empty turn of the user, and an answer."""
     plain = {"text": True, "messages": False}.get(rows.column_names[0])
     for i, row in enumerate(rows):
         name = f"{place}: row {i}"

@@ -22,7 +22,7 @@ from ..core.files import read_json, replace_json
 from ..trainer.checkpoint import CheckpointError
 
 NAME = "ogpsa_options.json"
-_ROWS = "rows"
+_ROWS = "training rows"  # the option `rows` is another thing
 
 # Options that change what is learned. Not those that a run may be continued with, such as its length or batches.
 _LORA = (
@@ -110,7 +110,7 @@ class KeepOptions(TrainerCallback):
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         told = ", ".join(
-            "other training rows" if name == _ROWS else f"{name}={saved[name]!r} instead of {own!r}"
+            f"other {_ROWS}" if name == _ROWS else f"{name}={saved[name]!r} instead of {own!r}"
             for name, own in self._options.items()
             if name in saved and saved[name] != own
         )
