@@ -132,6 +132,7 @@ def test_trl_script_runs(folders, tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--methods", "magic"], "methods='magic' is unknown"),
+        (["--methods", "plain", "ogpsa", "plain"], "names 'plain' twice"),
         (
             ["--model", "no/model", "--methods", "plain", "--methods=ogpsa"],
             "--methods is given 2 times.*one flag: --methods A B",

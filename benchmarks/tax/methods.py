@@ -174,6 +174,8 @@ _LEARNING_RATES: dict[str, dict[str, Method]] = {
     "CorDA": at_rates("CorDA", Method(start="corda"), *_AROUND),
     "MiCA": at_rates("MiCA", Method(start="mica"), *_AROUND),
     "OSF": {
+        "OSF at 0.01": Method(osf=True, learning_rate=0.01),
+        "OSF at 0.02": Method(osf=True, learning_rate=0.02),
         "OSF at 0.05": Method(osf=True, learning_rate=0.05),
         "OSF at 0.1": Method(osf=True, learning_rate=0.1),
         "OSF": Method(osf=True, learning_rate=0.2),

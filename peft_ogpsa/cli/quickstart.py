@@ -129,6 +129,9 @@ class QuickstartArguments:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown:
             raise ValueError(f"methods={unknown[0]!r} is unknown. Choose from: {', '.join(METHODS)}.")
+        twice = [name for name in METHODS if self.methods.count(name) > 1]
+        if twice:
+            raise ValueError(f"methods={self.methods} names {twice[0]!r} twice. Name each method once.")
         for name in ("steps", "batch_size", "reference_samples", "test_samples", "measurements"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
