@@ -46,7 +46,23 @@ def test_student(freedom):
 def test_what_is_unknown_is_not_larger_than_chance():
     assert student(math.nan, 9) == student(7.0, 0) == Mean(3.0, math.nan, 9).p == Mean.of([5.0]).p == 1.0
     assert Mean.of([0.0, 0.0]).p == 1.0
-    assert Mean.of([0.5, 0.5]).p == 0.0
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 6, 24])
+@pytest.mark.parametrize("value", [0.5, -2 / 41, 1 / 48])
+def test_equal_examples_have_the_sign_tests_p(n, value):
+    rounded = [value + (i % 2) * 1e-17 for i in range(n - 1)] + [1 + value - 1]
+    for values in ([value] * n, rounded):
+        mean = Mean.of(values)
+        assert mean.p == pytest.approx(stats.binomtest(n, n).pvalue)
+        unknown = stats.binomtest(n, n).pvalue > 0.05
+        assert mean.interval() == ((-math.inf, math.inf) if unknown else (mean.value, mean.value))
+        assert Mean.from_interval(mean.value, mean.interval(), n).p == pytest.approx(1 if unknown else mean.p)
+
+
+def test_weights_must_count():
+    with pytest.raises(ValueError, match="above 0"):
+        Mean.of([1.0, 2.0], [0.0, 0.0])
 
 
 @pytest.mark.parametrize("level", LEVELS[1:])

@@ -423,7 +423,7 @@ def test_differences_seed_by_seed():
     """Seeds that disagree are within chance, even if all prompts of a seed agree."""
     first, second = COMPARED[0]
     changes = [0.04, 0.01, 0.05, -0.02]
-    theirs = [0.1, 0.3, 0.2]
+    theirs = [0.1, 0.3, 0.2] * 4
     runs = {second: {seed: outcomes_run(seed, {"kl": theirs}) for seed in range(4)}}
     runs[first] = {
         seed: outcomes_run(seed, {"kl": [kl + change for kl in theirs]}) for seed, change in enumerate(changes)
@@ -437,6 +437,16 @@ def test_differences_seed_by_seed():
     assert "*" not in row
     one = {name: {0: own[0]} for name, own in runs.items()}
     assert comparisons(BASE, one, over="seeds").splitlines()[2].split("|")[3].strip() == ""
+
+
+def test_two_seeds_that_differ_alike_are_within_chance():
+    first, second = COMPARED[0]
+    runs = {
+        name: {seed: outcomes_run(seed, {"facts": facts * 20}) for seed in range(2)}
+        for name, facts in zip((first, second), ("110", "010"), strict=True)
+    }
+    assert "*" in comparisons(BASE, runs).splitlines()[2]
+    assert "*" not in comparisons(BASE, runs, over="seeds").splitlines()[2]
 
 
 def test_a_figure_is_paired_in_the_seeds_that_have_it_in_both():

@@ -34,7 +34,7 @@ class Mean:
             weights: One weight per example. Default: equal weights.
 
         Raises:
-            ValueError: If there are no values, or the number of weights is different.
+            ValueError: If there are no values, the number of weights is different, or no weight is above 0.
         """
         n = len(values)
         weights = [1.0] * n if weights is None else weights
@@ -43,10 +43,15 @@ class Mean:
                 f"There are {n} values and {len(weights)} weights. Give the same number of both, and at least one."
             )
         total = sum(weights)
+        if not total > 0:
+            raise ValueError(f"The weights sum to {total}. Give at least one that is above 0.")
         shares = [weight / total for weight in weights]
         mean = sum(share * value for share, value in zip(shares, values, strict=True))
         if max(shares) == 1:  # a single example, or a single one that counts
             return cls(mean, math.inf, 0)
+        counted = [value for share, value in zip(shares, values, strict=True) if share]
+        if math.isclose(min(counted), max(counted), rel_tol=1e-12):  # otherwise, rounding would pass for spread
+            mean, values = counted[0], [counted[0]] * n
         changes = (share * (value - mean) / (1 - share) for share, value in zip(shares, values, strict=True))
         stderr = math.sqrt((n - 1) / n * sum(change * change for change in changes))
         effective = 1 / sum(share * share for share in shares)
@@ -72,18 +77,26 @@ class Mean:
         return Mean(self.value - other.value, math.hypot(self.stderr, other.stderr), freedom)
 
     def interval(self, level: float = 0.95) -> Interval:
-        """Return Student's interval. Its bounds are infinite for a single example, whose spread is unknown."""
-        if self.freedom < 1:
+        """Return Student's interval.
+
+        Its bounds are infinite for a single example, whose spread is unknown, and for equal examples that are too few
+        to show that the mean is not zero.
+        """
+        if self.freedom < 1 or (self.value and not self.stderr and self.p > 1 - level):
             return -math.inf, math.inf
         half = self.stderr and student_quantile(level, self.freedom) * self.stderr
         return self.value - half, self.value + half
 
     @property
     def p(self) -> float:
-        """The probability of a mean at least as far from zero if the true mean is zero."""
+        """The probability of a mean at least as far from zero if the true mean is zero, by Student's test.
+
+        Equal examples show no spread, and a few of them can be equal by chance. So theirs is that of the sign test: 0.5
+        for two, 0.25 for three.
+        """
         if self.value == 0:
             return 1.0
-        return student(self.value / self.stderr if self.stderr else math.inf, self.freedom)
+        return student(self.value / self.stderr, self.freedom) if self.stderr else 0.5**self.freedom
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95, weights: Sequence[float] | None = None) -> Interval:
