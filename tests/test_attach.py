@@ -174,6 +174,17 @@ def test_other_settings_replace_the_projector():
     assert second.config.rows == 8
 
 
+def test_settings_that_are_changed_in_place_take_effect():
+    model, config = plain(), OGPSAConfig(**GRADIENTS)
+    projector = attach(model, config)
+    assert projector.config.refresh_steps == 2
+    config.refresh_steps = 7
+    assert projector.config.refresh_steps == 7
+    config.rows = "many"
+    with pytest.raises(ValueError, match="rows='many' is not allowed"):
+        projector.refresh(references(0), loss_of)
+
+
 def test_a_class_that_a_tool_derives_from_loraconfig(tmp_path):
     @dataclass
     class ToolConfig(LoraConfig):  # like that of ms-swift

@@ -7,8 +7,11 @@ import weakref
 
 import pytest
 import torch
-from loops import batch, loss_of, ogpsa_model, parameters_of, references, step_violations
+from loops import LORA, batch, loss_of, ogpsa_model, parameters_of, references, step_violations
+from models import tiny_llama
+from peft import get_peft_model
 
+from peft_ogpsa import OGPSAConfig
 from peft_ogpsa.core import hooks
 
 TOLERANCE = 1e-5
@@ -86,6 +89,64 @@ def test_a_subclass_that_calls_the_step_of_its_parent():
     model = random_adapter(refresh_steps=2)
     assert max(step_violations(model, Pulled(parameters_of(model), lr=1e-2), steps=6)) <= TOLERANCE
     assert model.projector.steps == 6
+
+
+def test_which_optimizers_the_process_has_made_does_not_matter():
+    """torch has hooks around the steps of a class only after its first optimizer."""
+
+    class Parent(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": 1e-2})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad.sign(), alpha=1e-2)
+
+    class Child(Parent):
+        @torch.no_grad()
+        def step(self, closure=None):
+            super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.9)
+
+    ends, removed = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), OGPSAConfig(subspace_rank=15, reference_weight=0.0, **LORA))
+        optimizer = Child(parameters_of(model))
+        model.projector.refresh(references(0), loss_of)
+        assert max(entry.gain for entry in model.projector.activations.inputs) > 2
+        for number in range(4):
+            loss_of(model, batch(number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append([p.detach().clone() for p in parameters_of(model)])
+        removed.append({k: v for k, v in model.projector.diagnostics.collect().items() if "removed" in k})
+        Parent([torch.nn.Parameter(torch.zeros(1))])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+    assert removed[0] == removed[1]
+    assert min(removed[0].values()) > 0.1
+
+
+def test_a_first_argument_that_is_no_closure():
+    class Scaled(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, norm=1.0):
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"] / norm)
+
+    moved = []
+    for arguments in ((), (1.0,)):
+        model = random_adapter(subspace="none", refresh_steps=5, reference_weight=1.0)
+        model.projector.refresh(references(0), loss_of)
+        before = [p.detach().clone() for p in parameters_of(model)]
+        for p in parameters_of(model):
+            p.grad = torch.zeros_like(p)
+        Scaled(parameters_of(model), lr=0.1).step(*arguments)
+        moved.append([p.detach() - old for p, old in zip(parameters_of(model), before, strict=True)])
+    assert all(change.any() for change in moved[0])
+    torch.testing.assert_close(moved[0], moved[1])
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
@@ -233,6 +294,20 @@ def test_every_closure_of_a_step_gets_the_reference_gradient():
     for gradients, own in zip(got, plain, strict=False):
         for g, p, r in zip(gradients, own, added, strict=True):
             torch.testing.assert_close(g, p + 2.0 * r, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("closure", [None, lambda: None])
+def test_a_step_with_a_rate_of_0_gets_the_reference_gradient_as_others_do(closure):
+    model = random_adapter(subspace="none", refresh_steps=5, reference_weight=1.0)
+    model.projector.refresh(references(0), loss_of)
+    optimizer = torch.optim.SGD(parameters_of(model), lr=0.0)
+    got = []
+    for _ in range(2):
+        for p in parameters_of(model):
+            p.grad = torch.zeros_like(p)
+        optimizer.step(closure)
+        got.append(any(p.grad.any() for p in parameters_of(model)))
+    assert got == [True, False]
 
 
 def test_nothing_is_kept_alive():

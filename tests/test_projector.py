@@ -714,6 +714,17 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing():
         assert other.projector.subspace is None
 
 
+@pytest.mark.parametrize("when", ["a refresh", "a step"])
+def test_a_setting_that_is_changed_to_what_is_not_allowed(when):
+    model = ogpsa_model()
+    model.projector.refresh(references(0), loss_of)
+    model.peft_config["default"].projection = "updates"
+    optimizer = torch.optim.SGD(parameters_of(model), lr=0.1)
+    act = optimizer.step if when == "a step" else lambda: model.projector.refresh(references(1), loss_of)
+    with pytest.raises(ValueError, match="projection='updates' is not allowed"):
+        act()
+
+
 def test_refresh_refuses_bad_input():
     model = ogpsa_model(rows=4)
     refresh = model.projector.refresh
@@ -900,6 +911,16 @@ def test_steps_that_move_nothing_do_not_count(rate):
     optimizer.param_groups[0]["lr"] = 1e-2
     assert train(model, optimizer, range(2, 7)) == [False, True, False, False, True]
     assert model.projector.steps == 7
+
+
+def test_only_the_rate_of_the_projected_parameters_counts():
+    model = ogpsa_model(refresh_steps=3)
+    other = torch.nn.Parameter(torch.ones(2))
+    groups = [{"params": parameters_of(model), "lr": 0.0}, {"params": [other], "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups)
+    assert train(model, optimizer, range(2)) == [True, False]
+    optimizer.param_groups[0]["lr"] = 1e-2
+    assert train(model, optimizer, range(2, 7)) == [False, True, False, False, True]
 
 
 def test_an_optimizer_that_finds_its_own_rate_counts():

@@ -279,9 +279,9 @@ class ActivationSubspace:
         """
         if self._before_inner is None:
             return
-        for stack, before in zip(self._stacks, self._before_inner, strict=True):
+        for i, (stack, before) in enumerate(zip(self._stacks, self._before_inner, strict=True)):
             step = stack.copies(stack.parameters()) - before
-            step -= stack.inside(step)
+            step -= self._counted(i, step)
             stack.write(before + stack.gain * step)
         self._before_inner, self._gained = None, True
 
@@ -301,7 +301,7 @@ class ActivationSubspace:
 
     @torch.no_grad()
     def project_step(self) -> None:
-        """Project the change of the matrices since `remember`. What is removed counts for `removed`."""
+        """Project the change of the matrices since `remember`."""
         assert self._before is not None
         for i, (stack, before) in enumerate(zip(self._stacks, self._before, strict=True)):
             checked = i == 0 and self._adapter and not self._gained
@@ -309,15 +309,22 @@ class ActivationSubspace:
             step = now - before
             if checked:
                 self._copy_check.before(step)
-            removed = stack.inside(step)
-            self._squares[i] += torch.stack([removed.square().sum(), step.square().sum()])
-            step -= removed
+            step -= stack.inside(step) if self._gained else self._counted(i, step)
             if not self._gained:
                 step *= stack.gain
             if checked:
                 self._copy_check.after(step)
             self._store(stack, torch.add(before, step, out=now))
         self._before = None
+
+    def _counted(self, i: int, step: Tensor) -> Tensor:
+        """Return the part of a stack's step that is removed, and count it for `removed`.
+
+        Of a step with steps within it, these count: around them, hardly anything is left to remove.
+        """
+        inside = self._stacks[i].inside(step)
+        self._squares[i] += torch.stack([inside.square().sum(), step.square().sum()])
+        return inside
 
     @torch.no_grad()
     def return_to_complement(self) -> None:

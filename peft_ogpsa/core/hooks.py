@@ -75,8 +75,12 @@ def unwatch(watcher: StepWatcher) -> None:
 
 
 def closure_of(args: tuple, kwargs: dict) -> Callable[[], Any] | None:
-    """The closure among the arguments of a step, whose first argument is the optimizer."""
-    return kwargs.get("closure", args[1] if len(args) > 1 else None)
+    """The closure among the arguments of a step, whose first argument is the optimizer.
+
+    A first argument of another kind is the optimizer's own, such as the norm that clipping has computed.
+    """
+    found = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return found if callable(found) else None
 
 
 def with_closure(args: tuple, kwargs: dict, closure: Callable[[], Any]) -> tuple[tuple, dict]:
@@ -119,11 +123,27 @@ def _global_pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     torch runs global pre hooks first.
     """
     if any(watcher.trains(optimizer) for watcher in watchers()):
+        _hook_parents(type(optimizer))
         hooks = cast(OrderedDict, optimizer._optimizer_step_pre_hooks)
         handle = _pre_handles.get(optimizer)
         if handle is None or handle.id not in hooks:
             handle = _pre_handles[optimizer] = optimizer.register_step_pre_hook(_pre_hook)
         hooks.move_to_end(handle.id)
+
+
+def _hook_parents(kind: type) -> None:
+    """Have torch call its hooks around the `step` of the classes that an optimizer's class extends, too.
+
+    torch does this for a class when its first optimizer is made. Without this, what counts as the innermost step would
+    depend on which other optimizers the process has made before.
+    """
+    for base in kind.__mro__[1:]:
+        if issubclass(base, Optimizer) and base is not Optimizer and "step" in vars(base):
+            step: Any = vars(base)["step"]
+            if not hasattr(step, "hooked"):
+                step = Optimizer.profile_hook_step(step)
+                step.hooked = True
+                cast(Any, base).step = step
 
 
 def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -72,6 +72,7 @@ class Projector:
         self.diagnostics = Diagnostics()
         self.kernels = os.environ.get("PEFT_OGPSA_KERNELS") == "1"
         self.max_grad_norm: float | None = None
+        self._settings: dict[str, Any] = {}
         self._parameters = Parameters(targets)
         self._schedule = Schedule()
         self._refresher = Refresher(self._parameters, self.diagnostics)
@@ -95,6 +96,15 @@ class Projector:
             ValueError: If several trainable OGPSA adapters have different projection settings.
         """
         return self.targets.config
+
+    def _checked_config(self) -> ProjectionConfig:
+        """Return the settings, and check them if they have been changed in place."""
+        config = self.config
+        settings = config.ogpsa_dict()
+        if settings != self._settings:
+            config._check_projection()
+            self._settings = settings
+        return config
 
     @property
     def subspace(self) -> GradientSubspace | None:
@@ -232,7 +242,8 @@ class Projector:
             its adapter.
 
         Raises:
-            ValueError: If there is no set, a set without batches, or more reference gradients than `rows`; if a
+            ValueError: If a setting was changed to a value that is not allowed; if there is no set, a set without
+                batches, or more reference gradients than `rows`; if a
                 `ReferenceLoader` gave one draw and the subspace must be built, or gave all examples and it is; if
                 `loss_fn` returns no scalar that depends on the adapter; if the adapter is merged, or two parameters
                 share memory; if processes get different batches. The slots of a refresh that fails are empty
@@ -241,7 +252,7 @@ class Projector:
             FloatingPointError: If no reference gradient is finite. If only some are not finite, their rows are left
                 out, with a warning.
         """
-        config = self.config
+        config = self._checked_config()
         if model is None and getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
                 "alora_invocation_tokens acts only through the PeftModel, which finds the tokens in a batch. Give it: "
@@ -343,8 +354,8 @@ class Projector:
     def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Run before every step of our parameters; may replace the step's arguments to wrap a closure."""
         self._step.forget_parameters()
-        self._schedule.begin_step(optimizer)
-        config = self.config
+        self._schedule.begin_step(optimizer, self._parameters.stepped_by(optimizer))
+        config = self._checked_config()
         if not (self.enabled and self.guard.is_ready(optimizer, config)):
             return None
         refuse_averaging(optimizer, config)
@@ -373,8 +384,7 @@ class Projector:
         """Run after every step of our parameters that raised no error."""
         self._step.project(self.kernels)
         self._schedule.end_step()
-        if self._schedule.moves:
-            self._refresher.fresh = []
+        self._refresher.fresh = []
         self.guard.note_parameters()
 
     def begin_inner_step(self) -> None:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -37,8 +37,12 @@ class Schedule:
         """Whether a refresh is due: after `refresh_steps` steps, and after the first step."""
         return self.since_refresh >= config.refresh_steps or self.moved == self.since_refresh == 1
 
-    def begin_step(self, optimizer: Optimizer) -> None:
+    def begin_step(self, optimizer: Optimizer, stepped: Collection[int]) -> None:
         """Find whether the step that begins can change a parameter. With a learning rate of 0 it cannot.
+
+        Args:
+            optimizer: The optimizer of the parameters.
+            stepped: The `id` of every parameter in training that the optimizer holds. Only their groups' rates count.
 
         Some optimizers have no learning rate. In others it is `None`, because they find it themselves. Reading a rate
         from an accelerator waits for the device, so this is done only for the first steps.
@@ -49,7 +53,8 @@ class Schedule:
                 return False
             return not rate
 
-        self.moves = not all(still(group.get("lr")) for group in optimizer.param_groups)
+        own = (group for group in optimizer.param_groups if any(id(one) in stepped for one in group["params"]))
+        self.moves = not all(still(group.get("lr")) for group in own)
 
     def end_step(self) -> None:
         """Count the step."""

@@ -91,8 +91,8 @@ class Mean:
     def p(self) -> float:
         """The probability of a mean at least as far from zero if the true mean is zero, by Student's test.
 
-        Equal examples show no spread, and a few of them can be equal by chance. So theirs is that of the sign test: 0.5
-        for two, 0.25 for three.
+        Equal examples show no spread, and a few of them can be equal by chance. So theirs is that of the sign test:
+        0.5 for two, 0.25 for three.
         """
         if self.value == 0:
             return 1.0

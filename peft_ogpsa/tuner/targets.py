@@ -205,7 +205,8 @@ class AttachedTargets(LoraTargets):
         self._adapters = adapters
         self._first_layer = next(own for own in model.named_modules() if isinstance(own[1], BaseTunerLayer))
         self.projection = projection
-        self._combined: dict[str, tuple[PeftConfig, OGPSAConfig]] = {}
+        # By adapter: what its settings were made from, and these settings.
+        self._combined: dict[str, tuple[PeftConfig, dict[str, Any], OGPSAConfig]] = {}
 
     @property
     def current(self) -> bool:
@@ -227,8 +228,7 @@ class AttachedTargets(LoraTargets):
         if not self.current:
             return False
         self.check_settings(projection)
-        if projection.ogpsa_dict() != self.projection.ogpsa_dict():
-            self.projection, self._combined = projection, {}
+        self.projection = projection
         return True
 
     def check_settings(self, projection: ProjectionConfig) -> None:
@@ -256,11 +256,12 @@ class AttachedTargets(LoraTargets):
             ValueError: If an adapter is not LoRA, or its settings do not allow this projection.
         """
         names = self._checked()
+        settings = self.projection.ogpsa_dict()  # the user may change them in place
         for name in names:
             config, known = self._adapters[name], self._combined.get(name)
-            if known is None or known[0] is not config:
-                self._combined[name] = (config, OGPSAConfig.for_adapter(name, config, self.projection))
-        return {name: self._combined[name][1] for name in names}
+            if known is None or known[0] is not config or known[1] != settings:
+                self._combined[name] = (config, settings, OGPSAConfig.for_adapter(name, config, self.projection))
+        return {name: self._combined[name][2] for name in names}
 
     @property
     def config(self) -> OGPSAConfig:
