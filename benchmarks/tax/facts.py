@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_ogpsa authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An exact-match score: simple questions with one short answer. No reference set has questions of this kind."""
+"""Simple questions with one short answer, which counts if it occurs. No reference set has questions of this kind."""
 
 from __future__ import annotations
 
