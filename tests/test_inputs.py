@@ -249,6 +249,27 @@ def test_sets_count_the_same():
     assert torch.allclose(item.directions.abs(), axes[:, [3, 1]])
 
 
+@pytest.mark.parametrize("first", ["x", "classes"])
+@pytest.mark.parametrize("key", ["x", "inputs_embeds", "input_ids"])
+def test_sets_count_the_same_in_any_order_of_a_batchs_keys(key, first):
+    # Without a mask, tokens are counted from the tensor that has them, and not from one class for each example.
+    axes = torch.eye(4)
+    if key == "input_ids":
+        model = Net(lambda net, x, _: net.a(x), width=4)
+        model.embed.weight.data = axes.repeat(25, 1)
+        one_set, other = torch.full((5, 3), 1), torch.full((5, 3), 3)
+        layers = {"a": model.a}
+    else:
+        model, layers = nn.Linear(4, 2), None
+        one_set, other = axes[1].expand(5, 3, 4), axes[3].expand(5, 3, 4)
+    classes = torch.zeros(5, dtype=torch.long)
+    second = {key: other, "classes": classes} if first == "x" else {"classes": classes, key: other}
+    batches = {"one": [{key: one_set, "classes": classes}], "two": [second]}
+    item = one(model, batches, layers=layers, forward=lambda model, batch: model(batch[key]), rank=4)
+    assert item.energies.tolist() == pytest.approx([0.5, 0.5])
+    assert item.energy == pytest.approx(1)
+
+
 def test_tokens_of_a_set_count_the_same():
     # By hand: one example of a single token along an axis, and another of three along the other.
     model = Net(lambda net, x, _: net.a(x), width=4)

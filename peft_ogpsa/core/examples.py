@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .gradients import batch_size, examples_of, first_tensor
+from .gradients import batch_size, examples_of, tensors_of
 
 IGNORED = -100
 """The label of a position that is not trained on, as in torch's cross-entropy."""
@@ -84,8 +84,19 @@ def count(part: Part) -> int:
     """Return how many tokens of the part count."""
     if part.tokens is not None:
         return int(part.tokens.sum())
-    first = first_tensor(part.batch)  # ids, or vectors
-    return first.shape[:-1].numel() if first.is_floating_point() else first.numel()
+    named = part.batch if isinstance(part.batch, Mapping) else {}
+    for key in ("input_ids", "inputs_embeds"):
+        if isinstance(named.get(key), Tensor):
+            return _positions(named[key])
+    # Others, such as labels of classes, often have fewer axes. The order of the batch's keys must not matter.
+    tensors = tensors_of(part.batch)
+    most = max(tensor.dim() for tensor in tensors)
+    return max(_positions(tensor) for tensor in tensors if tensor.dim() == most)
+
+
+def _positions(tensor: Tensor) -> int:
+    """Number of positions of ids, or of vectors."""
+    return tensor.shape[:-1].numel() if tensor.is_floating_point() else tensor.numel()
 
 
 def _tokens_of(batch: Any, tokens: Tokens, name: str) -> Tensor | None:

@@ -73,10 +73,15 @@ def batch_size(batch: Any) -> int:
 
 def first_tensor(batch: Any) -> Tensor:
     """The first tensor of a batch. Arguments and errors are those of `batch_size`."""
+    return tensors_of(batch)[0]
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, except for scalars. Arguments and errors are those of `batch_size`."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
-    for value in values:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value
+    found = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
+    if found:
+        return found
     raise ValueError(
         f"A reference batch of type {type(batch).__name__} has no tensor with one entry per example in its first "
         "dimension. Give a tensor, or a mapping, list or tuple with tensors."
