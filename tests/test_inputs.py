@@ -805,12 +805,13 @@ def test_experts_are_warned_of_one_by_one_and_limit_long_inputs(caplog):
     assert float(long.energies[0]) < 0.9 * long.energy  # one token does not make up all of it
 
 
+@pytest.mark.parametrize("length", [4, 5, 6])
 @pytest.mark.parametrize("first", ["examples", "sequence"])
-def test_padding_does_not_count_where_the_sequence_comes_first(first):
+def test_padding_does_not_count_where_the_sequence_comes_first(first, length):
     embed, layer = nn.Embedding(50, 8), nn.Linear(8, 8)
     with torch.no_grad():
         embed.weight[0] = 100.0  # padding
-    ids = torch.randint(1, 50, (3, 5))
+    ids = torch.randint(1, 50, (5, length))
     ids[1:, 2:] = 0
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
@@ -819,9 +820,11 @@ def test_padding_does_not_count_where_the_sequence_comes_first(first):
         return model(embed(own))
 
     item = one(layer, {"set": [batch]}, rank=4, forward=forward, layers={"": layer})
-    padding = embed.weight[0].detach() / embed.weight[0].norm()
+    padding = embed.weight[0].detach() / embed.weight[0].detach().norm()
     assert float((item.directions.T @ padding).norm()) < 0.95
     assert item.tokens == int(batch["attention_mask"].sum())
+    vectors = embed.weight[ids[ids > 0]].detach()
+    assert item.energy == pytest.approx(float(vectors.square().sum(-1).mean()), rel=1e-5)  # of every token
 
 
 def test_an_input_of_width_1_has_no_directions():

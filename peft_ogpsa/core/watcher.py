@@ -41,6 +41,8 @@ class Watcher:
         self.inputs: dict[str, tuple[int, torch.device]] = {}
         self._longest: dict[str, Tensor] = {}  # by the first layer: the maximum length that counts
         self._first: dict[str, str] = {}  # by layer: the first layer that shares its input
+        # The layers that have the sequence first. Only `discover` can tell if a batch has as many examples as positions.
+        self._sequence_first: set[str] = set()
         # The inputs of a pass by identity and version, and the layer that got each one first.
         self._alive: dict[tuple[int, int], tuple[weakref.ref[Tensor], str]] = {}
         self._act: Callable[[str, Tensor], None] | None = None
@@ -75,7 +77,7 @@ class Watcher:
         return name
 
     def discover(self, forward: LossFn, model: nn.Module, part: Part) -> None:
-        """Find which layers share an input."""
+        """Find which layers share an input, and which have the sequence first. The part must be one example."""
 
         def act(name: str, vectors: Tensor) -> None:
             first = self._shared_with(name, vectors)
@@ -83,6 +85,8 @@ class Watcher:
                 raise _changed(name, self._first[name], first)
             if first == name:
                 self.inputs[name] = vectors.shape[-1], vectors.device
+                if part.tokens is not None and _is_transposed(vectors, part.tokens):
+                    self._sequence_first.add(name)
                 self._limit(name, self._at_tokens(part, name, vectors))
             own = self.shared.setdefault(first, [])
             if name not in own:
@@ -131,8 +135,9 @@ class Watcher:
         if part.tokens is None:
             return flat
         tokens = part.tokens
-        if vectors.dim() > 2 and vectors.shape[:2] != tokens.shape and vectors.shape[:2] == tokens.shape[::-1]:
-            tokens = tokens.T  # a layer that has the sequence first
+        square = vectors.shape[:2] == tokens.shape and name in self._sequence_first
+        if _is_transposed(vectors, tokens) or (square and vectors.dim() > 2):
+            tokens = tokens.T
         where = tokens.flatten().nonzero().squeeze(1)
         cut = self._one_sequence and vectors.dim() == 3 and len(flat) < tokens.numel()
         if len(where) == tokens.numel() and not cut:
@@ -168,6 +173,11 @@ class Watcher:
         finally:
             self._act = None
             self._alive.clear()
+
+
+def _is_transposed(vectors: Tensor, tokens: Tensor) -> bool:
+    """Whether the sequence comes first in a layer's input, and the examples second."""
+    return vectors.dim() > 2 and vectors.shape[:2] != tokens.shape and vectors.shape[:2] == tokens.shape[::-1]
 
 
 def _median_length(vectors: Tensor) -> Tensor:
