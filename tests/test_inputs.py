@@ -713,6 +713,31 @@ def test_long_inputs_count_up_to_a_limit(width, factor):
     assert factor < 1 or float((item.directions.T @ long).norm()) == pytest.approx(1, abs=1e-3)
 
 
+def energy_of(sets) -> float:
+    layer = nn.Linear(8, 2)
+    return one(layer, sets, layers={"a": layer}, rank=4).energy
+
+
+def test_the_limit_of_long_inputs_does_not_depend_on_the_order_of_the_sets():
+    # One in five tokens is 50 times as long, and all of one set are.
+    short = nn.functional.normalize(torch.randn(8, 20, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    sets = {"short": [short], "long": [50 * short]}
+    energies = [energy_of({name: sets[name] for name in order}) for order in (["short", "long"], ["long", "short"])]
+    assert energies[0] == pytest.approx(energies[1])
+    assert energies[0] == pytest.approx((1 + watcher.LONGEST**2) / 2)
+
+
+@pytest.mark.parametrize("examples", ["shorter", "first"])
+def test_a_short_example_does_not_set_the_limit_of_long_inputs(examples):
+    # The first token of every example is long. An example of no other token says nothing about their length.
+    vectors = nn.functional.normalize(torch.randn(7, 20, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    vectors[:, 0] *= 2000
+    batches = [vectors[:1, :1], vectors[1:]] if examples == "shorter" else [vectors]
+    tokens = 1 + 6 * 20 if examples == "shorter" else 7 * 20
+    expected = (7 * watcher.LONGEST**2 + tokens - 7) / tokens
+    assert energy_of({"set": batches}) == pytest.approx(expected, rel=1e-4)
+
+
 def test_tokens_of_no_length_limit_nothing():
     vectors = torch.zeros(16, 9, 32)
     vectors[:, :4] = torch.randn(16, 4, 32, generator=torch.Generator().manual_seed(0))

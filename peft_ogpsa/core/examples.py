@@ -29,12 +29,14 @@ class Part:
     """Examples of one reference set that are passed together.
 
     Attributes:
+        name: The reference set.
         batch: The examples.
         size: Number of examples.
         tokens: Positions whose tokens count: `(examples, tokens)`; `None` if all count.
         weight: Weight of each token.
     """
 
+    name: str
     batch: Any
     size: int
     tokens: Tensor | None
@@ -43,7 +45,13 @@ class Part:
     def of(self, indices: Sequence[int]) -> Part:
         """Select some of the examples."""
         tokens = None if self.tokens is None else self.tokens[list(indices)]
-        return Part(examples_of(self.batch, indices), len(indices), tokens, self.weight)
+        return replace(self, batch=examples_of(self.batch, indices), size=len(indices), tokens=tokens)
+
+    def counts(self) -> list[int]:
+        """Return how many tokens of each example count."""
+        if self.tokens is not None:
+            return self.tokens.reshape(self.size, -1).sum(1).tolist()
+        return [count(self) // self.size] * self.size
 
 
 def split(batches: Batches, tokens: Tokens) -> tuple[list[Part], list[Part]]:
@@ -55,7 +63,7 @@ def split(batches: Batches, tokens: Tokens) -> tuple[list[Part], list[Part]]:
         for batch in own:
             size = batch_size(batch)
             where = _tokens_of(batch, tokens, name)
-            part = Part(batch, size, where, 1.0)
+            part = Part(name, batch, size, where, 1.0)
             places = [i for i in range(size) if (seen + i) % HELD_OUT == HELD_OUT - 1]
             seen += size
             if not places:

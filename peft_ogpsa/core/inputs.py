@@ -6,7 +6,7 @@ Layers that get the same tensor (q, k and v; gate and up) share an input. Every 
 its size, and every token of a set counts equally within the set. In some layers of language models the inputs of a few
 tokens, such as the first, are hundreds of times as long as those of all others (massive activations: Sun, Chen,
 Kolter, Liu 2024, arXiv 2402.17762). They would make up all of the energy there. So inputs longer than
-`watcher.LONGEST` times the median length count with that length.
+`watcher.LONGEST` times the median length count with that length. The median is over the longest example of each set.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def find(
         _warn_of_other_masks(batches)
     watcher = Watcher(layers, one_sequence=not _has_decoder_of_its_own(model))
     with watcher.watching():
-        watcher.discover(forward, model, _first_with_tokens(used))
+        watcher.discover(forward, model, _longest_of_each_set(used))
         sketches = {
             name: Sketch(width, rank or most(width), device, seed) for name, (width, device) in watcher.inputs.items()
         }
@@ -147,10 +147,15 @@ def find(
     return found
 
 
-def _first_with_tokens(parts: Sequence[Part]) -> Part:
-    """The first example of which some token counts. `split` has checked that there is one."""
-    examples = (part.of([i]) for part in parts for i in range(part.size))
-    return next(example for example in examples if count(example))
+def _longest_of_each_set(parts: Sequence[Part]) -> list[Part]:
+    """The example of each set with the most tokens that count: one token says little about the length of the others."""
+    longest: dict[str, tuple[int, Part]] = {}
+    for part in parts:
+        counts = part.counts()
+        most = max(counts)
+        if most > longest.get(part.name, (0, part))[0]:
+            longest[part.name] = most, part.of([counts.index(most)])
+    return [example for _, example in longest.values()]
 
 
 def _refuse_padded_pairs(model: nn.Module, parts: Sequence[Part]) -> None:

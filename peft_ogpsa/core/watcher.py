@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +18,7 @@ from .examples import Part
 from .gradients import LossFn
 
 LONGEST = 10.0
-"""The maximum length with which an input counts, in median lengths of an example's tokens."""
+"""The maximum length with which an input counts, as a multiple of the median length."""
 
 Take = Callable[[str, Tensor, float], None]
 """Function that receives an input's name, its `(n, width)` vectors, and the weight of each."""
@@ -76,10 +77,19 @@ class Watcher:
         self._alive[key] = weakref.ref(vectors), name
         return name
 
-    def discover(self, forward: LossFn, model: nn.Module, part: Part) -> None:
-        """Find which layers share an input, and which have the sequence first. The part must be one example."""
+    def discover(self, forward: LossFn, model: nn.Module, examples: Sequence[Part]) -> None:
+        """Find which layers share an input, which have the sequence first, and the maximum length of each input.
 
-        def act(name: str, vectors: Tensor) -> None:
+        Every process passes all of these examples, so all find the same without communication.
+
+        Args:
+            forward: `forward(model, batch)` passes a batch through the model.
+            model: Passed to `forward`.
+            examples: Parts of one example each, from all sets, because the inputs of one may be longer than of others.
+        """
+        lengths: dict[str, list[Tensor]] = {}
+
+        def act(name: str, vectors: Tensor, part: Part) -> None:
             first = self._shared_with(name, vectors)
             if self._first.setdefault(name, first) != first:
                 raise _changed(name, self._first[name], first)
@@ -87,19 +97,23 @@ class Watcher:
                 self.inputs[name] = vectors.shape[-1], vectors.device
                 if part.tokens is not None and _is_transposed(vectors, part.tokens):
                     self._sequence_first.add(name)
-                self._limit(name, self._at_tokens(part, name, vectors))
+                found = self._at_tokens(part, name, vectors)
+                lengths.setdefault(name, []).append(torch.linalg.vector_norm(found, dim=1))
             own = self.shared.setdefault(first, [])
             if name not in own:
                 own.append(name)
 
-        self._pass(forward, model, part, act)
+        for example in examples:
+            self._pass(forward, model, example, functools.partial(act, part=example))
+        for name, own in lengths.items():
+            self._limit(name, torch.cat(own))
         missing = [name for name in self._layers if name not in self._first]
         if missing:
             raise ValueError(
-                f"{len(missing)} adapted layers are not called when the model processes a reference example. One of "
+                f"{len(missing)} adapted layers are not called when the model processes reference examples. One of "
                 f"them is {missing[0]}. Their inputs are not known. If a tool computes them with fused kernels "
                 "(unsloth, axolotl's lora_*_kernel), turn the kernels off. If they are experts to which none of its "
-                "tokens is routed, put a longer example first. Otherwise leave these layers out of target_modules. Or "
+                "tokens is routed, give longer examples. Otherwise leave these layers out of target_modules. Or "
                 "use subspace='gradients'."
             )
 
@@ -117,17 +131,18 @@ class Watcher:
             found = self._at_tokens(own, name, vectors)
             if not len(found):
                 return
+            lengths = torch.linalg.vector_norm(found, dim=1)
             if name not in self._longest:  # an expert that saw none of the tokens before
-                self._limit(name, found)
-            lengths = torch.linalg.vector_norm(found, dim=1, keepdim=True)
-            take(name, found * (self._longest[name] / lengths).clamp(max=1), own.weight)
+                self._limit(name, lengths)
+            take(name, found * (self._longest[name] / lengths).clamp(max=1).unsqueeze(1), own.weight)
 
         self._pass(forward, model, own, act)
 
-    def _limit(self, name: str, vectors: Tensor) -> None:
-        """Set the maximum length of a layer's inputs, if there are any."""
-        if len(vectors):
-            self._longest[name] = LONGEST * _median_length(vectors)
+    def _limit(self, name: str, lengths: Tensor) -> None:
+        """Set the maximum length of a layer's inputs, if there are any; infinite if the median is zero."""
+        if len(lengths):
+            median = lengths.median()
+            self._longest[name] = LONGEST * torch.where(median > 0, median, math.inf)
 
     def _at_tokens(self, part: Part, name: str, vectors: Tensor) -> Tensor:
         """The inputs of a layer at the tokens that count: `(n, width)`, float32."""
@@ -178,12 +193,6 @@ class Watcher:
 def _is_transposed(vectors: Tensor, tokens: Tensor) -> bool:
     """Whether the sequence comes first in a layer's input, and the examples second."""
     return vectors.dim() > 2 and vectors.shape[:2] != tokens.shape and vectors.shape[:2] == tokens.shape[::-1]
-
-
-def _median_length(vectors: Tensor) -> Tensor:
-    """Median length of `(n, width)` vectors; infinite if it is zero, so that it limits nothing."""
-    median = torch.linalg.vector_norm(vectors, dim=1).median()
-    return torch.where(median > 0, median, math.inf)
 
 
 def _changed(name: str, before: str, now: str) -> ValueError:
