@@ -735,6 +735,51 @@ def test_a_that_was_made_anew_is_stretched_like_any_other():
         assert float(a_of(layer).norm()) == pytest.approx(gain_of(projector, name) * lengths[name], rel=1e-5)
 
 
+class Wide(torch.nn.Module):
+    """One layer of a wide input, most of whose energy is in one direction."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(2**16, 4, bias=False)
+
+    def forward(self, x):
+        return self.head(x)
+
+    @staticmethod
+    def references():
+        generator = torch.Generator().manual_seed(0)
+        mean = torch.randn(2**16, generator=generator)
+        return {"set": [mean + 0.1 * torch.randn(8, 4, 2**16, generator=generator)]}
+
+
+def wide(rank, matrix=None):
+    """The adapter's matrix A, its length before its subspace was built, and the gain."""
+    model, projector = lora(Wide(), r=rank, target_modules=["head"], task_type=None, subspace_rank=1)
+    a = model.base_model.model.head.lora_A["default"].weight
+    if matrix is not None:
+        a.data.copy_(matrix)
+    before = float(a.detach().norm())
+    projector.refresh(Wide.references(), lambda m, b: m(b).square().mean())
+    return a.detach(), before, gain_of(projector, "head")
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_a_random_a_is_stretched_where_a_wide_input_has_few_directions(rank):
+    # By chance, less of it lies in the subspace than rounding explains: 1 / 256 of its length.
+    torch.manual_seed(1)
+    a, before, gain = wide(rank)
+    assert gain > 5
+    assert float(a.norm()) == pytest.approx(gain * before, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_a_that_was_saved_in_few_bits_is_not_stretched_again(dtype):
+    torch.manual_seed(1)
+    saved, _, _ = wide(16)
+    a, before, _ = wide(16, saved.to(dtype))
+    assert float(a.norm()) == pytest.approx(before, rel=1e-3)
+
+
 @pytest.mark.parametrize("start", [True, "orthogonal"])
 def test_the_build_leaves_the_model_alone(start):
     # "orthogonal": neither A nor B is zero, and B A is.

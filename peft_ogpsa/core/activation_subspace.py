@@ -51,6 +51,11 @@ LEAK = 5e-3
 A subspace that is rebuilt from the same references differs by rounding: 1e-3 for SmolLM2 with other batches.
 """
 
+_BY_CHANCE = 0.1
+"""A matrix A that has learned nothing counts as in the complement only if its share in the subspace is smaller than
+this part of a random matrix's share. If the subspace has few directions of a wide input, chance alone is below `LEAK`.
+"""
+
 _HOLLOW = 1e-3
 """If the share of a matrix outside the subspace is smaller than this, it consists only of rounding errors."""
 
@@ -198,7 +203,10 @@ class ActivationSubspace:
             whole, kept = torch.linalg.vector_norm(a), torch.linalg.vector_norm(outside)
             hollow.append((kept <= _HOLLOW * whole).to(self.device))
             gain = stack.gain[place, 0, 0]
-            before = _length_before(matrix.holder, whole, torch.linalg.vector_norm(a - outside), gain)
+            item = self.inputs[stack.inputs[place]]
+            inside = torch.linalg.vector_norm(a - outside)
+            left = inside <= min(LEAK, _BY_CHANCE * math.sqrt(len(item.energies) / item.width)) * whole
+            before = _length_before(matrix.holder, whole, left, gain)
             stretch = torch.where(b.any() | (kept == 0), 1.0, gain * before / kept)
             entered.append((matrix, outside * stretch, before))
         for (matrix, _, _), nothing in zip(entered, torch.stack(hollow).tolist() if hollow else [], strict=True):
@@ -452,17 +460,17 @@ def _whole(parameter: Tensor) -> Tensor:
     return full.to(torch.promote_types(torch.float32, full.dtype))
 
 
-def _length_before(holder: nn.Module, length: Tensor, inside: Tensor, gain: Tensor) -> Tensor:
+def _length_before(holder: nn.Module, length: Tensor, left: Tensor, gain: Tensor) -> Tensor:
     """The length that a matrix A had before it first entered a complement.
 
     Args:
         holder: The module that has the matrix.
         length: The matrix's length.
-        inside: The length of its part in the subspace.
+        left: Whether it has left the subspace already.
         gain: The gain of its layer.
     """
     # A saved adapter that has learned nothing: nobody has seen it enter, but it is outside the subspace.
-    before = torch.where(inside <= LEAK * length, length / gain, length)
+    before = torch.where(left, length / gain, length)
     if holder not in _STRETCHED:
         return before
     stretch, then = (value.to(length.device) for value in _STRETCHED[holder])
