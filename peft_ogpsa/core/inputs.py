@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .examples import Batches, Part, Tokens, count, split
+from .examples import Batches, Part, Tokens, split
 from .gradients import LossFn, refuse_inference_mode
 from .linalg import small_dtype
 from .sketch import Sketch
@@ -148,7 +148,7 @@ def find(
 
 
 def _longest_of_each_set(parts: Sequence[Part]) -> list[Part]:
-    """The example of each set with the most tokens that count: one token says little about the length of the others."""
+    """The example of each set with the most tokens: a single token says little about the length of the others."""
     longest: dict[str, tuple[int, Part]] = {}
     for part in parts:
         counts = part.counts()

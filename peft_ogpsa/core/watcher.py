@@ -42,7 +42,7 @@ class Watcher:
         self.inputs: dict[str, tuple[int, torch.device]] = {}
         self._longest: dict[str, Tensor] = {}  # by the first layer: the maximum length that counts
         self._first: dict[str, str] = {}  # by layer: the first layer that shares its input
-        # The layers that have the sequence first. Only `discover` can tell if a batch has as many examples as positions.
+        # The layers that have the sequence first. The shape of a batch with as many examples as positions hides it.
         self._sequence_first: set[str] = set()
         # The inputs of a pass by identity and version, and the layer that got each one first.
         self._alive: dict[tuple[int, int], tuple[weakref.ref[Tensor], str]] = {}
