@@ -1,9 +1,15 @@
-"""The random states of whatever accelerator there is; this machine's own are tested with the reference passes."""
+"""The random states of Python, NumPy and whatever accelerator there is; this machine's own are tested with the
+reference passes.
+"""
 
 from __future__ import annotations
 
+import random
+import sys
 import types
+from contextlib import nullcontext
 
+import numpy
 import pytest
 import torch
 from loops import batch, loss_of, ogpsa_model, references
@@ -51,6 +57,33 @@ def test_random_states_are_put_back(monkeypatch, kind):
         module.states = [state + 7 for state in module.states]
     assert module.states == [0] * len(module.states)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_random_states_of_python_and_numpy_are_restored(fails):
+    model = ogpsa_model()
+    before, arrays = random.getstate(), numpy.random.get_state()[1:3]
+
+    def loss(model, batch):
+        random.random()
+        numpy.random.rand()
+        if fails:
+            raise RuntimeError("no loss")
+        return loss_of(model, batch)
+
+    with pytest.raises(RuntimeError, match="no loss") if fails else nullcontext():
+        model.projector.refresh(references(0), loss)
+    assert random.getstate() == before
+    after = numpy.random.get_state()[1:3]
+    assert after[0].tolist() == arrays[0].tolist()
+    assert after[1] == arrays[1]
+
+
+def test_numpy_is_not_needed(monkeypatch):
+    monkeypatch.delitem(sys.modules, "numpy")
+    with isolated_eval(torch.nn.Linear(2, 2)):
+        pass
+    assert "numpy" not in sys.modules
 
 
 def test_an_accelerator_that_is_not_in_use_is_not_woken(monkeypatch):

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,8 @@ from .. import compat
 def isolated_eval(model: nn.Module, *, gradients: bool = False, seed: int | None = None) -> Iterator[None]:
     """Run in evaluation mode with a separate random stream; training can go on afterwards as if nothing happened.
 
+    Buffers that a forward pass also changes in evaluation mode, such as counters and observers, are not restored.
+
     Compiled code runs eagerly inside the context, so that hooks are called. Without gradients the context uses
     `no_grad` and not `inference_mode`. The reason is that buffers first created here (rotary tables, for example) are
     used in later backward passes, and that the input hooks of gradient checkpointing set `requires_grad`. Inference
@@ -26,11 +30,12 @@ def isolated_eval(model: nn.Module, *, gradients: bool = False, seed: int | None
     Args:
         model: The model. The mode of every submodule is restored at the end.
         gradients: Whether autograd records.
-        seed: Seed of the random stream. By default the stream starts where the global one is. The global stream is
-            restored at the end.
+        seed: Seed of torch's random stream. By default the stream starts where the global one is. The global streams
+            of torch, Python and NumPy are restored at the end.
     """
     modes = [(module, module.training) for module in model.modules()]
     with (
+        _random_states_of_python(),
         _random_states(),
         torch.set_grad_enabled(gradients),
         torch.compiler.set_stance("force_eager"),
@@ -63,6 +68,19 @@ def no_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = True
+
+
+@contextlib.contextmanager
+def _random_states_of_python() -> Iterator[None]:
+    """Restore the random states of Python and of NumPy, from which loss functions and data collators may draw."""
+    numpy = sys.modules.get("numpy")  # if nothing has imported it, training does not draw from it
+    python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
 
 
 @contextlib.contextmanager

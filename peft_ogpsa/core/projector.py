@@ -213,7 +213,9 @@ class Projector:
         """Build the activation subspace, if it is configured and missing; otherwise compute reference gradients.
 
         Reference gradients are computed at the current parameters and stored in the gradient subspace. Training is not
-        disturbed: `.grad`, random states and the mode of every module are the same afterwards.
+        disturbed: `.grad`, random states (of torch, Python and NumPy) and the mode of every module are the same
+        afterwards. Only buffers that a forward pass changes even in evaluation mode, such as counters and observers,
+        are not restored.
 
         With several processes, all must call it with the same batches. Each passes every n-th example of a batch
         (under FSDP2 with `rows_from="example"` all of them, one at a time). Call it between optimizer steps, not

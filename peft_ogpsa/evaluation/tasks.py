@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import numbers
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ class TaskRunner:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        with isolated_eval(model), _global_random_states():
+        with isolated_eval(model):  # restores the random states, which lm-eval seeds
             with _fewer_warnings():
                 # HFLM may give the tokenizer a padding token.
                 wrapped = HFLM(
@@ -201,19 +200,6 @@ def _by_example(samples: Sequence[Mapping[str, Any]], metric: str, mean: float) 
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
-
-
-@contextlib.contextmanager
-def _global_random_states() -> Iterator[None]:
-    """Restore the random states of Python and NumPy, which lm-eval seeds. `isolated_eval` restores those of torch."""
-    import numpy
-
-    python, arrays = random.getstate(), numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
 
 
 @contextlib.contextmanager
