@@ -240,7 +240,7 @@ def test_layers_of_one_input_share_their_directions():
     kinds = {kind.name: kind for kind in projector.activations.kinds()}
     assert list(kinds) == ["q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj"]
     assert all(kind.inputs == 2 and kind.directions == (8, 8) for kind in kinds.values())
-    assert kinds["down_proj"].width == 64
+    assert kinds["down_proj"].width == (64, 64)
 
 
 # Exactness
@@ -1061,7 +1061,19 @@ def test_the_linear_layers_of_such_a_model_are_taken():
     assert [name.rpartition(".")[2] for name in entry["layers"]] == ["head"]
     assert float((a_of(layer) @ tensors["directions.0"].double()).norm() / a_of(layer).norm()) <= TOLERANCE
     (kind,) = projector_of(model).activations.kinds()
-    assert (kind.name, kind.width) == ("head", 8)
+    assert (kind.name, kind.width) == ("head", (8, 8))
+
+
+def test_layers_of_one_name_and_two_widths_show_both():
+    base = torch.nn.Sequential()
+    base.encoder = torch.nn.ModuleDict({"fc": torch.nn.Linear(16, 8)})
+    base.decoder = torch.nn.ModuleDict({"fc": torch.nn.Linear(8, 16)})
+    _, projector = lora(base, target_modules=["fc"], task_type=None, subspace_rank=2)
+    projector.refresh(
+        {"set": [torch.randn(8, 9, 16)]}, lambda model, x: model.decoder.fc(model.encoder.fc(x)).square().mean()
+    )
+    (kind,) = projector.activations.kinds()
+    assert str(kind).startswith("fc: 2 inputs of width 8 to 16. 2 directions hold")
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

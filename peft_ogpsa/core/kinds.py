@@ -18,7 +18,8 @@ class Kind:
     Attributes:
         name: The kind, such as `q_proj+k_proj+v_proj`.
         inputs: Number of inputs.
-        width: Width of an input.
+        width: The smallest and the largest width of an input. Layers of one name may differ, as in an encoder and a
+            decoder.
         directions: The smallest and the largest number of directions of an input.
         share: Share of the energy of the reference inputs that lies in the directions, from 0 to 1; mean over the
             inputs.
@@ -27,34 +28,38 @@ class Kind:
 
     name: str
     inputs: int
-    width: int
+    width: tuple[int, int]
     directions: tuple[int, int]
     share: float
     held_out: float | None
 
     def __str__(self) -> str:
-        few, many = self.directions
-        count = f"{few}" if few == many else f"{few} to {many}"
         held = "" if self.held_out is None else f" and {self.held_out:.0%} of the energy of held-out ones"
         return (
-            f"{self.name}: {self.inputs} inputs of width {self.width}. {count} directions hold {self.share:.0%} of "
-            f"the energy of reference inputs{held}"
+            f"{self.name}: {self.inputs} inputs of width {_range(self.width)}. {_range(self.directions)} directions "
+            f"hold {self.share:.0%} of the energy of reference inputs{held}"
         )
 
     @classmethod
     def of(cls, name: str, inputs: Sequence[Input]) -> Kind:
         """Compute the figures of these inputs."""
+        widths = [item.width for item in inputs]
         counts = [len(item.energies) for item in inputs]
         held = [item.held_out for item in inputs if item.held_out is not None]
         share = sum(item.share for item in inputs) / len(inputs)
         return cls(
             name,
             len(inputs),
-            inputs[0].width,
+            (min(widths), max(widths)),
             (min(counts), max(counts)),
             share,
             sum(held) / len(held) if held else None,
         )
+
+
+def _range(ends: tuple[int, int]) -> str:
+    least, most = ends
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def kind_of(layers: Sequence[str]) -> str:
