@@ -191,6 +191,25 @@ def test_exclude_must_match_and_leave_something():
         attach(tiny_llama(), FullParameterConfig(exclude=["*"]))
 
 
+@pytest.mark.parametrize("subspace", ["gradients", "activations"])
+def test_weights_that_were_frozen_later_are_refused_with_the_remedy_for_weights(subspace):
+    model = torch.nn.Linear(4, 4, bias=False)
+    projector = attach(model, FullParameterConfig(subspace=subspace))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no weight outside of exclude is in training.*requires_grad_") as raised:
+        projector.refresh({"set": [torch.randn(3, 4)]}, lambda m, x: m(x).square().mean())
+    assert "LoRA" not in str(raised.value)
+
+
+def test_weights_in_one_memory_are_refused_with_the_remedy_for_weights():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+    model[1].weight = torch.nn.Parameter(model[0].weight.data)
+    projector = attach(model, FullParameterConfig())
+    with pytest.raises(ValueError, match=r"'0.weight' and '1.weight' share memory.* one nn\.Parameter") as raised:
+        projector.refresh({"set": [torch.randn(3, 4)]}, lambda m, x: m(x).square().mean())
+    assert "ensure_weight_tying" not in str(raised.value)
+
+
 def test_paper_and_shared_settings():
     assert FullParameterConfig.paper("sft").refresh_steps == 30
     dpo = FullParameterConfig.paper("dpo", rows=3)

@@ -144,6 +144,13 @@ class WholeTargets:
     kind = "projected"
     what = "a model with OGPSA"
     settings = "FullParameterConfig"
+    untrained = (
+        "no weight outside of exclude is in training. Unfreeze weights (requires_grad_(True)), or exclude fewer."
+    )
+    untied = (
+        "Give both modules one nn.Parameter, as for tied embeddings, or give each its own memory "
+        "(parameter.data = parameter.data.clone())."
+    )
     names_others = False  # the user has excluded the other parameters
 
     def __init__(self, model: nn.Module, config: FullParameterConfig) -> None:

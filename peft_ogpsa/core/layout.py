@@ -72,21 +72,16 @@ class Blocks:
             its size.
 
     Raises:
-        ValueError: If `parameters` is empty, if two of them share memory, if `scope` is unknown, or if shards are to
-            be cut into slices.
+        ValueError: If `parameters` is empty, if `scope` is unknown, or if shards are to be cut into slices.
     """
 
     def __init__(
         self, parameters: Mapping[str, Tensor], owners: Mapping[str, str], scope: str, slices: int = 16
     ) -> None:
         if not parameters:
-            raise ValueError(
-                "There is no parameter to project: no LoRA weight of the adapter is in training. Give "
-                "is_trainable=True to PeftModel.from_pretrained, or unfreeze the LoRA weights."
-            )
+            raise ValueError("There is no parameter to project. Give at least one.")
         if scope not in _BLOCK_OF:
             raise ValueError(f"scope={scope!r} is unknown. Choose one of {sorted(_BLOCK_OF)}.")
-        _refuse_shared_memory(parameters)
         self.sharded = distributed.are_sharded(parameters.values())
         if self.sharded and scope == "slice":
             raise ValueError(
@@ -288,8 +283,12 @@ def _fitted(tensor: Tensor, slices: int) -> Tensor:
     return own if slices == 1 else own.reshape(slices, -1)
 
 
-def _refuse_shared_memory(parameters: Mapping[str, Tensor]) -> None:
-    """Reject two parameters in the same memory: each would be corrected for the step of both."""
+def refuse_shared_memory(parameters: Mapping[str, Tensor], remedy: str) -> None:
+    """Reject two parameters in the same memory: each would be corrected for the step of both.
+
+    Raises:
+        ValueError: If there are two such parameters. The message ends with the remedy.
+    """
     spans = []
     for name, parameter in parameters.items():
         own = distributed.local(parameter)
@@ -301,7 +300,7 @@ def _refuse_shared_memory(parameters: Mapping[str, Tensor]) -> None:
         if device == other_device and start <= end:
             raise ValueError(
                 f"The parameters {name!r} and {other!r} share memory, so a projected step of one would change the "
-                "other. Set ensure_weight_tying=False in the configuration, or adapt only one of the two modules."
+                f"other. {remedy}"
             )
 
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from . import distributed
 from .config import ProjectionConfig
-from .layout import Blocks
+from .layout import Blocks, refuse_shared_memory
 from .precision import LOW_PRECISION
 from .targets import Targets
 
@@ -45,9 +45,16 @@ class Parameters:
         return {name: parameter for name, _, parameter in self.targets.trained()}
 
     def layout(self, config: ProjectionConfig) -> Blocks:
-        """Group the parameters into blocks, as the settings say."""
+        """Group the parameters into blocks, as the settings say.
+
+        Raises:
+            ValueError: If none is in training, or if two of them share memory.
+        """
         trained = self.targets.trained()
+        if not trained:
+            raise ValueError(f"There is no parameter to project: {self.targets.untrained}")
         parameters = {name: parameter for name, _, parameter in trained}
+        refuse_shared_memory(parameters, self.targets.untied)
         return Blocks(parameters, {name: owner for name, owner, _ in trained}, config.scope, config.slices)
 
     def same_as(self, others: Mapping[str, Tensor]) -> bool:

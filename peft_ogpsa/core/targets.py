@@ -29,6 +29,8 @@ class Targets(Protocol):
     kind: str  # the kind of parameters, for messages
     what: str  # what the optimizer steps, for messages
     settings: str  # the name of the configuration class, for messages
+    untrained: str  # that nothing is in training, and the remedy, for messages
+    untied: str  # the remedy if two parameters share memory, for messages
     rows_on_host: bool
     names_others: bool  # whether to warn about parameters that are trained and not projected
 

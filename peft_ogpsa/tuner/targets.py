@@ -38,6 +38,11 @@ class LoraTargets(ABC):
 
     kind = "LoRA"
     settings = "OGPSAConfig"
+    untrained = (
+        "no LoRA weight of the adapter is in training. Give is_trainable=True to PeftModel.from_pretrained, or "
+        "unfreeze the LoRA weights."
+    )
+    untied = "Set ensure_weight_tying=False in the configuration, or adapt only one of the two modules."
     rows_on_host = False
     names_others = True
 
