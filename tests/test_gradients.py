@@ -380,6 +380,73 @@ def test_rows_of_a_weight_read_beside_a_call_that_reaches_no_loss():
     rows_equal_those_of_single_examples(model, torch.randn(4, 3, 6), lambda net, x: net(x).square().mean(), 4)
 
 
+class Tied(torch.nn.Module):
+    """An autoencoder whose decoder is the transposed encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Linear(6, 4, bias=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(self.encoder(x).tanh(), self.encoder.weight.T)
+
+
+class ReadByItsHook(torch.nn.Sequential):
+    """A hook on a layer reads the layer's weight, too."""
+
+    def __init__(self, register):
+        super().__init__(torch.nn.Linear(6, 6, bias=False), torch.nn.Tanh())
+        getattr(self[0], register)(getattr(self, register[len("register_") :]))
+
+    def forward_hook(self, layer, args, output):
+        return output + 2 * args[0] @ layer.weight
+
+    def forward_pre_hook(self, layer, args):
+        return (args[0] @ layer.weight).tanh()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [Tied, lambda: ReadByItsHook("register_forward_hook"), lambda: ReadByItsHook("register_forward_pre_hook")],
+    ids=["tied autoencoder", "forward hook", "forward pre-hook"],
+)
+def test_rows_of_a_weight_that_its_module_uses_and_other_code_too(build):
+    torch.manual_seed(0)
+    rows_equal_those_of_single_examples(
+        whole_weights(build()), torch.randn(4, 3, 6), lambda net, x: net(x).square().mean(), 4
+    )
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_rows_of_layers_with_hooks_that_scale(register):
+    def scale(module, args, output=None):
+        sizes.append(len(args[0]))
+        return 3 * (args[0] if output is None else output)
+
+    torch.manual_seed(0)
+    sizes = []
+    model = small(torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)), ["0", "2"])
+    getattr(model.base_model.model[0].lora_A["default"], register)(scale)
+    rows_equal_those_of_single_examples(model, torch.randn(4, 3, 6), lambda net, x: net(x).square().mean(), 4)
+    assert sizes == [4, 1, 1, 1, 1]  # one pass for all examples, and then those of the oracle
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_a_layer_leaves_its_weight_in_training(error):
+    def fail(*_):
+        raise error
+
+    model = whole_weights(torch.nn.Sequential(torch.nn.Linear(6, 2, bias=False)))
+    weight = model[0].weight
+    model[0].forward = fail
+    with pytest.raises(error):
+        model.projector.refresh({"set": [torch.randn(4, 3, 6)]}, lambda net, x: net(x).square().mean())
+    assert model[0].weight is weight
+    assert weight.requires_grad
+    assert not model[0]._forward_pre_hooks
+    assert not model[0]._forward_hooks
+
+
 @pytest.mark.parametrize("length", [3, 4, 5])
 def test_rows_of_layers_with_the_sequence_first(length):
     # Of four examples of four tokens, the shape does not say which axis is which.

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import distributed
 from .layout import Blocks
@@ -165,7 +166,8 @@ def example_gradients(
     The examples are passed one at a time instead if hooks would not see the full gradient. This is so if a layer is
     not a plain linear map (convolutions, embeddings, a subclass of `nn.Linear` with its own `forward`) or mixes the
     examples' axis (routed experts), if it may do so (a sequence as long as the number of examples), or if a weight is
-    used without a call of its module (`target_parameters`, `nn.MultiheadAttention`, fused kernels).
+    used outside a call of its module (`target_parameters`, `nn.MultiheadAttention`, fused kernels, the decoder of an
+    autoencoder with tied weights).
 
     Args:
         model: Passed to `loss_fn`.
@@ -181,9 +183,10 @@ def example_gradients(
     count = batch_size(batch)
     if count == 1:
         return batch_gradient(model, batch, loss_fn, blocks, sink)
-    if all(linear is not None for linear in linears):
+    plain = [linear for linear in linears if linear is not None]
+    if len(plain) == len(linears):
         with contextlib.suppress(_NotPerExampleError):
-            return _hooked_gradients(model, batch, loss_fn, blocks, sink, linears, count)
+            return _hooked_gradients(model, batch, loss_fn, blocks, sink, plain, count)
         sink.clear()
     losses = [batch_gradient(model, examples_of(batch, [i]), loss_fn, blocks, sink, first=i) for i in range(count)]
     return torch.stack(losses).mean()
@@ -219,20 +222,19 @@ def _hooked_gradients(
     loss_fn: LossFn,
     blocks: Blocks,
     sink: Sink,
-    linears: Sequence[nn.Linear | None],
+    linears: Sequence[nn.Linear],
     count: int,
 ) -> Tensor:
     # A loss may flatten batches of (examples, sequences, tokens). The sequences of an example are then adjacent.
     flattened = first_tensor(batch).shape[:2].numel()
-    inputs_ok = True
-    watched: set[int] = set()  # indices of parameters whose module has been called
-    told: set[int] = set()  # indices of parameters whose gradient came through their module
+    inputs_ok, told = True, False
     anchor = torch.zeros((), device=blocks.device, requires_grad=True)
+    weights = [linear.weight for linear in linears]
 
-    def watch(index: int) -> Callable:
+    def watch(linear: nn.Linear, index: int) -> list[RemovableHandle]:
         def tell(x: Tensor, u: Tensor) -> None:
-            nonlocal inputs_ok
-            told.add(index)
+            nonlocal inputs_ok, told
+            told = True
             # If the second axis could also be the examples' axis, it is unknown which of the two is.
             per_example = x.dim() >= 3 and x.shape[0] in (count, flattened) and x.shape[1] not in (count, flattened)
             inputs_ok = inputs_ok and per_example
@@ -240,30 +242,33 @@ def _hooked_gradients(
                 outputs, inputs = (part.reshape(count, -1, part.shape[-1]).float() for part in (u, x))
                 sink.add_products(index, outputs, inputs, count / _LOSS_SCALE)
 
-        def forward_hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            if not output.requires_grad:
+        def before(module: nn.Linear, args: tuple) -> None:
+            module.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
+
+        def after(module: nn.Linear, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            module.weight = weights[index]
+            if not torch.is_grad_enabled():
                 return None
-            watched.add(index)
             inputs = args[0] if args else next(iter(kwargs.values()))
             return _Watch.apply(output, inputs.detach(), tell, anchor)
 
-        return forward_hook
+        # Last before the call and first after it: the model's own hooks may change the inputs and the output.
+        return [
+            linear.register_forward_pre_hook(before),
+            linear.register_forward_hook(after, prepend=True, with_kwargs=True),
+        ]
 
-    handles = [
-        linear.register_forward_hook(watch(index), with_kwargs=True)
-        for index, linear in enumerate(linears)
-        if linear is not None
-    ]
+    handles = [handle for index, linear in enumerate(linears) for handle in watch(linear, index)]
     try:
         loss = _scalar(loss_fn(model, batch))
-        weights = blocks.flat_parameters()
-        rest = [weights[index] for index in range(len(weights)) if index not in watched]
-        _, *others = torch.autograd.grad(loss * _LOSS_SCALE, [anchor, *rest], allow_unused=True)
+        # During the calls of their modules the weights are detached. A gradient that they get is of another use.
+        _, *others = torch.autograd.grad(loss * _LOSS_SCALE, [anchor, *weights], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    # If a module's output does not reach the loss, it is watched but not told. Its weight may still be used elsewhere.
-    if not told or not inputs_ok or watched != told or any(gradient is not None for gradient in others):
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.weight = weight  # a call that raised an error has left it detached
+    if not told or not inputs_ok or any(gradient is not None for gradient in others):
         raise _NotPerExampleError
     return loss.detach()
 
