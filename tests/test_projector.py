@@ -11,6 +11,7 @@ import transformers
 from loops import LORA, batch, loss_of, ogpsa_model, parameters_of, references, step_violations
 from models import tiny_llama, tokens
 from peft import LoraConfig, get_peft_model
+from scipy.optimize import nnls
 
 from peft_ogpsa import FullParameterConfig, OGPSAConfig, attach, projector_of
 from peft_ogpsa.core import linalg
@@ -415,6 +416,73 @@ def test_parameters_that_neither_training_nor_references_reach_stay_as_they_are(
         step("first")
     assert model.projector.diagnostics.refreshes > 3
     assert all(torch.equal(p, was) for p, was in zip(unreached, before, strict=True))
+
+
+class Parallel(torch.nn.Module):
+    """Adds the outputs of the layers that are named."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+
+    def forward(self, x, layers):
+        return sum(getattr(self, name)(x) for name in layers)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("scope", ["model", "module"])
+@pytest.mark.parametrize(
+    ("constraint", "dtype"), [("orthogonal", "float32"), ("cone", "float32"), ("cone", "int8")], ids=str
+)
+def test_a_projected_gradient_where_some_parameters_have_none(constraint, dtype, scope, weight):
+    """The oracle is least squares, with the rows' parts of the parameters of the block that have a gradient."""
+    torch.manual_seed(0)
+    config = OGPSAConfig(
+        subspace="gradients",
+        projection="gradient",
+        constraint=constraint,
+        scope=scope,
+        r=2,
+        target_modules=["first", "second"],
+        rows=3,
+        rows_from="batch",
+        rows_dtype=dtype,
+        reference_weight=weight,
+        init_lora_weights=False,
+    )
+    model = get_peft_model(Parallel(), config)
+    x = torch.randn(3, 5, 6)
+    model.projector.refresh({"set": list(x)}, lambda net, part: net(part, ["first", "second"]).square().mean())
+    subspace = model.projector.subspace
+    blocks = subspace.blocks
+    lengths = blocks.spread(subspace.rows.norms)
+    scaled = [
+        rows.double() * (scales * length).unsqueeze(-1)
+        for rows, scales, length in zip(subspace.rows.stack, subspace.rows.scales, lengths, strict=True)
+    ]
+    rows = {name: view.flatten(1) for name, view in zip(blocks.names(), blocks.views(scaled), strict=True)}
+    named = blocks.by_name()
+    (-model(x, ["first"]).square().mean()).backward()  # the reference losses rise
+    if scope == "module":
+        next(p for name, p in named.items() if "first.lora_A" in name).grad = None
+    reached = [name for name, p in named.items() if p.grad is not None]
+    assert len(reached) == {"model": 2, "module": 1}[scope]
+    own = torch.cat([rows[name] for name in reached], 1)
+    gradient = torch.cat([named[name].grad.double().flatten() for name in reached])
+    assert (own @ gradient < 0).any()
+    if constraint == "orthogonal":
+        expected = gradient - torch.linalg.pinv(own) @ (own @ gradient)
+    else:
+        expected = gradient + own.T @ torch.from_numpy(nnls(own.T.numpy(), -gradient.numpy())[0])
+    torch.optim.SGD(parameters_of(model), lr=0.1).step()
+    expected += weight * own.mean(0)
+    found = torch.cat([named[name].grad.double().flatten() for name in reached])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for name in named.keys() - reached:
+        added = named[name].grad
+        assert (added is None) == (weight == 0)
+        if weight:
+            torch.testing.assert_close(added.double().flatten(), weight * rows[name].mean(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("constraint", ["orthogonal", "cone"])

@@ -123,6 +123,19 @@ def test_a_step_waits_for_nothing(settings, without_storage):
     assert model.projector.diagnostics._steps == (2 if model.projector.config.constrains else 0)
 
 
+@pytest.mark.parametrize("scope", ["module", "model"])
+def test_a_step_in_which_a_parameter_has_no_gradient_waits_for_nothing(scope, without_storage):
+    model = without_storage(**ROWS, projection="gradient", scope=scope, reference_weight=0.0)
+    parameters = parameters_of(model)
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for parameter in parameters[1:]:
+        parameter.grad = torch.zeros_like(parameter)
+    with NoHostData(), NoBlockingCopies():
+        optimizer.step()
+    assert parameters[0].grad is None
+    assert model.projector.diagnostics._steps == 1
+
+
 def test_low_precision_parameters_wait_for_nothing(without_storage):
     model = without_storage(**ROWS, reference_weight=1.0)
     parameters = parameters_of(model)

@@ -119,7 +119,32 @@ class GradientSubspace:
             [linalg.products(rows, vector) for rows, vector in zip(directions, vectors, strict=True)]
         )
 
-    def coefficients(self, products: Tensor) -> tuple[Tensor, Tensor]:
+    def gram_without(self, missing: Sequence[int]) -> Tensor:
+        """The Gram matrices `(blocks, rows, rows)` of the directions without their parts of some parameters.
+
+        It is computed from all elements of the rows, and the orthogonal constraint may wait for it.
+
+        Args:
+            missing (`Sequence[int]`): The parameters' places in the list of all. They are not cut into slices.
+        """
+        grams = [linalg.gram(own) for own in self.rows.near(stack=self.directions)]
+        if self.constraint == "cone":
+            factors = [
+                scales.to(gram.device, non_blocking=True) for scales, gram in zip(self.rows.scales, grams, strict=True)
+            ]
+            grams = [g * own.unsqueeze(-1) * own.unsqueeze(-2) for g, own in zip(grams, factors, strict=True)]
+        pieces = [piece for gram in grams for piece in gram]
+        for place in missing:
+            pieces[place].zero_()
+        (gram,) = self.blocks.total(self.blocks.reduce(grams))
+        # As in `_solve`: what remains of a row may be a zero gradient with rounding errors.
+        lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        if self.constraint == "cone":
+            lengths = lengths * self.rows.norms
+        active = lengths > NEGLIGIBLE * lengths.amax(1, keepdim=True)
+        return gram * (active.unsqueeze(-1) & active.unsqueeze(-2))
+
+    def coefficients(self, products: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Coefficients of the rows' combination that, added to descent directions, makes them meet the constraint.
 
         A descent direction `v` is subtracted from the parameters: a gradient, or their value before a step minus their
@@ -129,17 +154,20 @@ class GradientSubspace:
 
         Args:
             products (`Tensor`): The result of `directed` for the descent directions, summed over processes.
+            gram (`Tensor`, *optional*): The result of `gram_without`, if only some parameters can be corrected.
 
         Returns:
             The coefficients for `corrections`, `(blocks, rows)`, and the squared norm of the correction in each block,
             `(blocks,)`.
         """
         if self.constraint == "cone":
-            coefficients = cone.cone_coefficients(self._matrix, -products, start=self.start)
+            matrix = self._matrix if gram is None else cone.correlations(gram)
+            coefficients = cone.cone_coefficients(matrix, -products, start=self.start)
             self.start = coefficients
-            return coefficients, linalg.lengths_squared(self.rows.gram, coefficients)
-        assert isinstance(self._matrix, Tensor)
-        coefficients = -linalg.orthogonal_coefficients(self._matrix, products)
+            return coefficients, linalg.lengths_squared(self.rows.gram if gram is None else gram, coefficients)
+        matrix = self._matrix if gram is None else linalg.pseudo_inverse(gram)
+        assert isinstance(matrix, Tensor)
+        coefficients = -linalg.orthogonal_coefficients(matrix, products)
         return coefficients, -(coefficients * products).sum(-1)  # |Q^T Q v|^2 is the inner product with v
 
     def corrections(self, coefficients: Tensor) -> Iterator[list[Tensor]]:

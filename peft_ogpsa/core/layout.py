@@ -109,6 +109,7 @@ class Blocks:
         self.scope = scope
 
         self.pieces = sum(group.pieces for group in self.groups)
+        self._keys = [keys[name] for name in self.names()]  # of each parameter, what names its block
         cut = scope == "slice"
         members = list(range(self.pieces)) if cut else [index[keys[name]] for name in self.names()]
         self.count = self.pieces if cut else len(index)
@@ -124,6 +125,12 @@ class Blocks:
         padded = [own + [self.pieces] * (longest - len(own)) for own in pieces_of]
         self._pieces_of_block = torch.tensor(padded, device=self.device)
         self._sizes = [group.pieces for group in self.groups]
+
+    def are_split_by(self, places: Sequence[int]) -> bool:
+        """Whether a block has some of the parameters at these places, in the list of all, and others."""
+        inside = set(places)
+        others = {key for place, key in enumerate(self._keys) if place not in inside}
+        return not others.isdisjoint(self._keys[place] for place in places)
 
     def names(self) -> list[str]:
         """The parameters' names, in the order of their pieces."""

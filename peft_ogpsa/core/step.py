@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -100,9 +101,16 @@ class Step:
                 if not config.constrains:
                     self._record_cosines(subspace, *blocks.total(self._overlaps))
             if project:
-                coefficients = self._solve(subspace, stack)
+                missing = [place for place, gradient in enumerate(gradients) if gradient is None]
+                if not blocks.are_split_by(missing):
+                    missing = []  # a block without any gradient gets no correction
+                coefficients = self._solve(subspace, stack, missing)
                 for own, correction in zip(blocks.shaped(stack), subspace.corrections(coefficients), strict=True):
                     torch._foreach_add_(own, correction)
+                # Parameters without a gradient get no correction. The others of their block meet the constraint alone.
+                views = blocks.views(stack)
+                for place in missing:
+                    views[place].zero_()
             # Added after the projection, which would remove all of it, because it lies in the rows' span.
             factors = self._refresher.factors(config)
             weighted = bool(fresh and any(factors.values()))
@@ -226,14 +234,18 @@ class Step:
 
     # Both
 
-    def _solve(self, subspace: GradientSubspace, stack: Stack) -> Tensor:
-        """The coefficients of a descent direction's correction. All communication of a step happens here."""
+    def _solve(self, subspace: GradientSubspace, stack: Stack, missing: Sequence[int] = ()) -> Tensor:
+        """The coefficients of a descent direction's correction, in which the parameters at some places have no part.
+
+        All communication of a step happens here.
+        """
         blocks = subspace.blocks
         waiting = [] if self._overlaps is None else [self._overlaps]
         products, total, *overlaps = blocks.total(subspace.directed(stack), blocks.square_length(stack), *waiting)
         if overlaps:
             self._record_cosines(subspace, overlaps[0])
-        coefficients, removed = subspace.coefficients(products)
+        gram = subspace.gram_without(missing) if missing else None
+        coefficients, removed = subspace.coefficients(products, gram)
         self._diagnostics.record_projection(removed.sum(), total)
         return coefficients
 
