@@ -418,6 +418,20 @@ def test_parameters_that_neither_training_nor_references_reach_stay_as_they_are(
     assert all(torch.equal(p, was) for p, was in zip(unreached, before, strict=True))
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, *({"subspace": "gradients", "rows_from": kind} for kind in ("example", "batch", "set"))], ids=str
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_batch_without_examples_is_an_error(place, settings):
+    model = get_peft_model(tiny_llama(), OGPSAConfig(**settings, **LORA))
+    batches = [batch(0), batch(1)]
+    batches[place] = {name: value[:0] for name, value in batches[place].items()}
+    with pytest.raises(ValueError, match=rf"Batch {place} of reference set 'some' has 0 examples.*Leave it out"):
+        model.projector.refresh({"some": batches}, loss_of)
+    assert model.projector.subspace is None
+    model.projector.refresh({"some": [batch(0)]}, loss_of)
+
+
 class Parallel(torch.nn.Module):
     """Adds the outputs of the layers that are named."""
 

@@ -90,7 +90,7 @@ def checked(batches: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
 
     Raises:
         ValueError: If the batches are not in a mapping, if one batch stands where a list of batches is expected, if
-            there is no set, or if a set has no batch.
+            there is no set, if a set has no batch, or if a batch has no example.
     """
     if not isinstance(batches, Mapping) or any(isinstance(items, Mapping) for items in batches.values()):
         raise ValueError(
@@ -105,6 +105,12 @@ def checked(batches: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
     for name, items in sets.items():
         if not items:
             raise ValueError(f"Reference set {name!r} has no batch. Give it at least one example, or leave it out.")
+        sizes = [batch_size(batch) for batch in items]
+        if 0 in sizes:
+            raise ValueError(
+                f"Batch {sizes.index(0)} of reference set {name!r} has 0 examples: the first dimension of its first "
+                "tensor is empty. Leave it out, or give it at least one example."
+            )
     return sets
 
 

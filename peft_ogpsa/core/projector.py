@@ -245,11 +245,11 @@ class Projector:
 
         Raises:
             ValueError: If a setting was changed to a value that is not allowed; if there is no set, a set without
-                batches, or more reference gradients than `rows`; if a
-                `ReferenceLoader` gave one draw and the subspace must be built, or gave all examples and it is; if
-                `loss_fn` returns no scalar that depends on the adapter; if the adapter is merged, or two parameters
-                share memory; if processes get different batches. The slots of a refresh that fails are empty
-                afterwards, and all other rows are kept. A failed FSDP2 pass clears all rows.
+                batches, a batch without examples, or more reference gradients than `rows`; if a `ReferenceLoader` gave
+                one draw and the subspace must be built, or gave all examples and it is; if `loss_fn` returns no scalar
+                that depends on the adapter; if the adapter is merged, or two parameters share memory; if processes get
+                different batches. The slots of a refresh that fails are empty afterwards, and all other rows are kept.
+                A failed FSDP2 pass clears all rows.
             RuntimeError: Under `torch.inference_mode()`.
             FloatingPointError: If no reference gradient is finite. If only some are not finite, their rows are left
                 out, with a warning.
