@@ -650,3 +650,46 @@ def test_batches_may_be_named_tuples():
     Pair = namedtuple("Pair", "ids labels")
     part = examples_of(Pair(torch.ones(3, 2), torch.ones(3)), [1])
     assert part.ids.shape == (1, 2)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_rows_of_examples_with_weights_in_a_list(kind):
+    def loss(net, inputs):
+        return (net(inputs["x"]).square().flatten(1).mean(1) * torch.tensor(inputs["weights"])).mean()
+
+    torch.manual_seed(0)
+    model = small(torch.nn.Sequential(torch.nn.Linear(6, 4)), ["0"])
+    x, weights = torch.randn(3, 6), [1.0, 0.5, 2.0]  # two axes, so that examples are passed one at a time
+    model.projector.refresh({"set": [{"x": x, "weights": kind(weights)}]}, loss)
+    parameters = model.projector.subspace.blocks.flat_parameters()
+    expected = [
+        [weight * part for part in torch.autograd.grad(model(one).square().mean(), parameters)]
+        for one, weight in zip(x, weights, strict=True)
+    ]
+    assert_rows_equal(raw_rows(model), expected)
+
+
+def test_what_is_selected_of_a_batch():
+    x = torch.arange(6.0).view(3, 2)
+    batch = {
+        "x": x,
+        "texts": ["a", "b", "c"],
+        "spans": ((0, 1), (2, 3), (4, 5)),
+        "scalars": [torch.tensor(0), torch.tensor(1), torch.tensor(2)],
+        "layers": (x, x + 1, x + 2),  # as many as there are examples, each with all examples
+        "pairs": [{"x": x}, {"x": x + 1}, {"x": x + 2}],
+        "sizes": [224, 224],
+        "nested": {"names": ["d", "e", "f"]},
+        "text": "abc",
+        "scale": 2.0,
+    }
+    part = examples_of(batch, [2, 0])
+    first = x[[2, 0]]
+    torch.testing.assert_close(part["x"], first)
+    torch.testing.assert_close(part["layers"], (first, first + 1, first + 2))
+    torch.testing.assert_close([own["x"] for own in part["pairs"]], [first, first + 1, first + 2])
+    assert part["texts"] == ["c", "a"]
+    assert part["spans"] == ((4, 5), (0, 1))
+    assert part["scalars"] == [torch.tensor(2), torch.tensor(0)]
+    assert part["nested"] == {"names": ["f", "d"]}
+    assert (part["sizes"], part["text"], part["scale"]) == ([224, 224], "abc", 2.0)

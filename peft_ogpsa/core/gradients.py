@@ -171,7 +171,8 @@ def example_gradients(
 
     Args:
         model: Passed to `loss_fn`.
-        batch: Tensors (or a mapping, list or tuple of tensors) with the examples along the first axis.
+        batch: Tensors (or a mapping, list or tuple of tensors) with the examples along the first axis. See
+            `examples_of` for other values.
         loss_fn: `loss_fn(model, batch)` returns a scalar.
         blocks: The projected parameters.
         sink: Receives the gradients.
@@ -288,12 +289,32 @@ def _scalar(loss: Any) -> Tensor:
 
 
 def examples_of(batch: Any, indices: Sequence[int]) -> Any:
-    """Select some examples of a batch: the given entries of the first axis of every tensor."""
-    if isinstance(batch, Tensor):
-        return batch[list(indices)] if batch.dim() else batch
-    if isinstance(batch, Mapping):
-        return {key: examples_of(value, indices) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        parts = [examples_of(value, indices) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple, or not
-    return batch
+    """Select some examples of a batch.
+
+    They are the given entries of the first axis of every tensor, and of every list or tuple that has one entry per
+    example and no such tensor inside. Everything else is kept whole.
+    """
+    return _selected(batch, indices, batch_size(batch))
+
+
+def _selected(value: Any, indices: Sequence[int], size: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[list(indices)] if value.dim() else value
+    if isinstance(value, Mapping):
+        return {key: _selected(own, indices, size) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        named = hasattr(value, "_fields")  # a named tuple has fields, and not one entry per example
+        if len(value) == size and not named and not _has_axis(value):
+            return type(value)(value[i] for i in indices)
+        parts = [_selected(own, indices, size) for own in value]
+        return type(value)(*parts) if named else type(value)(parts)
+    return value
+
+
+def _has_axis(value: Any) -> bool:
+    """Whether there is a tensor with a first axis inside."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(_has_axis, value))
+    return isinstance(value, Tensor) and value.dim() > 0
