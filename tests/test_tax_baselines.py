@@ -67,7 +67,7 @@ def test_the_rows_of_a_search_differ_in_one_knob(family):
 
 def test_the_learning_rates():
     rates = {name: METHODS[name].learning_rate for name in (*SEARCH["plain"], *SEARCH["OSF"], *SEARCH["MLP"])}
-    assert list(rates.values()) == [1.0, 0.5, 0.25, 0.1, 0.05, 0.1, 0.2, 0.4, 1.0, 1 / 3, 1.0, 3.0]
+    assert list(rates.values()) == [1.0, 0.5, 0.25, 0.1, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0, 1 / 3, 1.0, 3.0]
     assert METHODS["plain, half the learning rate"].learning_rate == 0.5
 
 
