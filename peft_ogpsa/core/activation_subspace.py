@@ -317,8 +317,10 @@ class ActivationSubspace:
             step = now - before
             if checked:
                 self._copy_check.before(step)
-            step -= stack.inside(step) if self._gained else self._counted(i, step)
-            if not self._gained:
+            if self._gained:
+                step -= stack.inside(step)
+            else:
+                step -= self._counted(i, step)
                 step *= stack.gain
             if checked:
                 self._copy_check.after(step)
@@ -328,7 +330,8 @@ class ActivationSubspace:
     def _counted(self, i: int, step: Tensor) -> Tensor:
         """Return the part of a stack's step that is removed, and count it for `removed`.
 
-        Of a step with steps within it, these count: around them, hardly anything is left to remove.
+        If a step contains inner steps, only these count. They are projected already, so the outer step would add
+        almost nothing to what is removed, but its whole length to the total.
         """
         inside = self._stacks[i].inside(step)
         self._squares[i] += torch.stack([inside.square().sum(), step.square().sum()])
@@ -466,7 +469,7 @@ def _length_before(holder: nn.Module, length: Tensor, left: Tensor, gain: Tensor
     Args:
         holder: The module that has the matrix.
         length: The matrix's length.
-        left: Whether it has left the subspace already.
+        left: Whether the matrix is outside the subspace already.
         gain: The gain of its layer.
     """
     # A saved adapter that has learned nothing: nobody has seen it enter, but it is outside the subspace.
