@@ -424,7 +424,7 @@ def test_claims_of_this_repository_are_listed_with_what_replaces_them():
 @pytest.mark.slow
 @pytest.mark.long
 def test_rehearsal(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "run", "--device", "cpu", "--toy", "--output", str(tmp_path)]
+    command = [sys.executable, "tests/rehearse.py", "run", "--device", "cpu", "--toy", "--output", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + "".join(
         path.read_text()[-1500:]
