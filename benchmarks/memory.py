@@ -359,14 +359,16 @@ class Clock:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what is done inside."""
-        start = self._now()
+        start = now(self._device)
         yield
-        self.seconds.append((name, self._now() - start))
+        self.seconds.append((name, now(self._device) - start))
 
-    def _now(self) -> float:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+def now(device: str) -> float:
+    """Seconds on a clock, when the device has done all its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def clock(config: PretrainedConfig, settings: Settings, device: str) -> dict[str, float]:

@@ -21,14 +21,13 @@ import itertools
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from memory import SHAPES, build
+from memory import SHAPES, build, now
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from tqdm import tqdm
@@ -102,15 +101,15 @@ class Method:
         settings = self.settings
         self._step(settings.batch)
         before = self._totals()
-        start = _now(settings.device)
+        start = now(settings.device)
         if self.samples and self.projector is not None:
             # The published rule's refresh is too large for every cycle. Run one batch, and scale its time.
             self._refresh(min(int(self.samples), settings.batch) or 1)
-        refreshed = _now(settings.device)
+        refreshed = now(settings.device)
         extra = round(self.samples) if self.replay else 0
         for step in range(settings.steps):
             self._step(settings.batch + (extra if step == 0 else 0))
-        end = _now(settings.device)
+        end = now(settings.device)
         passed = min(int(self.samples), settings.batch) or 1
         refresh = (refreshed - start) * (self.samples / passed)
         projection = self._totals() - before
@@ -133,12 +132,6 @@ class Method:
 
     def _totals(self) -> float:
         return 0.0 if self.projector is None else self.projector.diagnostics.stopwatch.totals().get("projection", 0.0)
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _base(settings: Settings) -> nn.Module:

@@ -31,7 +31,8 @@ from peft_ogpsa.cli import quickstart
 from peft_ogpsa.cli.models import load_model
 from peft_ogpsa.core.isolation import isolated_eval
 from peft_ogpsa.evaluation import Evaluator
-from peft_ogpsa.references.losses import answer_loss
+from peft_ogpsa.references.loader import ReferenceLoader
+from peft_ogpsa.references.losses import answer_loss, collate
 from peft_ogpsa.tuner.model import projector_of
 
 POOL = {"general": 129, "benign": 63}
@@ -100,28 +101,32 @@ class Adaptive(OGPSACallback):
     """Refresh when the promise is broken: when the loss on one example of each set has risen by `threshold`.
 
     These examples need a forward pass every second step. It counts as a third of a training pass.
+
+    Attributes:
+        passes: What the probes cost, in training passes of one example.
     """
 
     def __init__(self, sets: list[ReferenceSet], threshold: float, seed: int) -> None:
         super().__init__(sets, seed=seed)
         self.threshold = threshold
-        self.examples = 0.0
+        self.passes = 0.0
         self._kept = math.inf
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Refresh if a refresh is due or the probe asks for one."""
-        due = self._projector.due
+        own = self._run_of(state)
+        due = own.projector.due
         if not due and state.global_step % 2 == 0:
-            due = self._probe(model) > self._kept + self.threshold
+            due = self._probe(own.loader, model) > self._kept + self.threshold
         if due:
-            self._refresh(args, model)
-            self._kept = self._probe(model)
+            self._refresh(own, args, model)
+            self._kept = self._probe(own.loader, model)
 
-    def _probe(self, model: Any) -> float:
-        examples = [own[0] for own in self._loader.sets.values()]
-        self.examples += len(examples) / 3
+    def _probe(self, loader: ReferenceLoader, model: Any) -> float:
+        batch = collate([own[0] for own in loader.sets.values()], loader.pad_token_id, next(model.parameters()).device)
+        self.passes += len(loader.sets) / 3
         with isolated_eval(model):
-            return answer_loss(model, self._collate(examples, model)).item()
+            return answer_loss(model, batch).item()
 
 
 def run(
@@ -150,7 +155,8 @@ def run(
         "kl": measured.kl.value,
         "refusal": measured.refusal.value,
         "over_refusal": measured.over_refusal.value,
-        "references": result.reference_share,
+        "references": result.reference_share
+        + sum(own.passes for own in callbacks if isinstance(own, Adaptive)) / (arguments.steps * arguments.batch_size),
         "megabytes": _megabytes(model),
         "seconds": result.seconds,
     }

@@ -21,12 +21,11 @@ import copy
 import json
 import platform
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from memory import BYTES, SHAPES
+from memory import BYTES, SHAPES, now
 from peft import PeftModel, get_peft_model
 from torch import nn
 from tqdm import tqdm
@@ -139,16 +138,10 @@ def bandwidth(device: str) -> float:
     target = torch.empty_like(source)
     best = 0.0
     for _ in range(8):
-        start = _now(device)
+        start = now(device)
         target.copy_(source)
-        best = max(best, 2 * source.numel() * source.element_size() / (_now(device) - start))
+        best = max(best, 2 * source.numel() * source.element_size() / (now(device) - start))
     return best
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def measured(model: PeftModel, path: str, device: str) -> dict[str, Any]:

@@ -65,9 +65,7 @@ def measured(model_name: str, prompts: int) -> dict[str, Any]:
     held: dict[str, list[float]] = {}
     start = time.perf_counter()
     with isolated_eval(base):
-        found = inputs.find(
-            layers, reference_loss, base, batches, most=most_directions, energy=1.0, progress=lambda own: tqdm(own)
-        )
+        found = inputs.find(layers, reference_loss, base, batches, most=most_directions, progress=tqdm)
     seconds = time.perf_counter() - start
     for item in found:
         kind = kind_of(item.layers)

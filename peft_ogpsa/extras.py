@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from packaging.requirements import Requirement
+
 _NAME = "peft-ogpsa"
 
 
@@ -22,8 +24,6 @@ def check(extra: str, purpose: str) -> None:
     Raises:
         ImportError: If a library is missing or too old.
     """
-    from packaging.requirements import Requirement  # transformers needs it, too
-
     try:
         lines = requires(_NAME) or []
     except PackageNotFoundError:

@@ -376,13 +376,6 @@ def test_a_state_fits_where_parameters_are_grouped_otherwise(scope, dtype):
     assert before < 1e-5
     same.load_state_dict(tensors, rest)
     assert worst(same) == before
-    older = {name: own for name, own in rest.items() if name != "order"}
-    with pytest.raises(ValueError, match="by an older version"):  # whose order depended on dtypes and devices
-        same.load_state_dict(tensors, older)
-    whole, again = subspace(parameters()), subspace(parameters())
-    fill(whole, scaled)
-    whole_tensors, whole_rest = whole.state_dict()
-    again.load_state_dict(whole_tensors, {name: own for name, own in whole_rest.items() if name != "order"})
     if scope == "slice" or dtype == torch.int8:
         with pytest.raises(ValueError, match=r"on other devices or had other dtypes \(device_map, upcast\)"):
             other.load_state_dict(tensors, rest)

@@ -337,24 +337,28 @@ def test_rows_of_a_public_set_with_other_types_are_named(tmp_path):
             read_public("gsm8k", path)
 
 
-DAMAGES = {
-    "fingerprint": {},
-    "weights": [],
-    "steps": None,
-    "fresh": [10**6],
-    "cursor": "x",
-    "config": None,
-    "rows": 10**9,
-    "inputs": [{"place": 0}],
-    "loader": None,
-}
+DAMAGES = [
+    ("fingerprint", {}),
+    ("weights", []),
+    ("steps", None),
+    ("fresh", [10**6]),
+    ("cursor", "x"),
+    ("config", None),
+    ("rows", 10**9),
+    ("order", None),
+    ("order", [1, "a"]),
+    ("inputs", [{"place": 0}]),
+    ("loader", None),
+    ("base_weights", {"model.norm.weight": 3}),
+    ("base_weights", {"model.norm.weight": ""}),
+]
 
 
-@pytest.mark.parametrize("entry", DAMAGES)
-def test_damaged_entries_of_a_checkpoint_are_refused(tmp_path, entry):
+@pytest.mark.parametrize(("entry", "value"), DAMAGES)
+def test_damaged_entries_of_a_checkpoint_are_refused(tmp_path, entry, value):
     sft(tmp_path, model_of(subspace="both"), **SAVING).train()
     path = tmp_path / "run" / "checkpoint-4" / checkpoint.STATE_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), entry: DAMAGES[entry]}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), entry: value}))
     resumed = sft(tmp_path, model_of(subspace="both"), **{**SAVING, "max_steps": 6})
     with pytest.raises(checkpoint.CheckpointError):
         resumed.train(resume_from_checkpoint=str(path.parent))

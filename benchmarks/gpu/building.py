@@ -11,6 +11,7 @@ largest number of directions.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 from pathlib import Path
@@ -50,12 +51,9 @@ def run(shape: str, device: str, examples: int, length: int, batch: int, rows_dt
     batches = [references(min(batch, examples - i)) for i in range(0, examples, batch)]
     before = torch.cuda.memory_allocated() if device == "cuda" else None
     watch, meter = Clock(device), DeviceMeter()
-    with watch.phase("build"):
-        if device == "cuda":
-            with meter.phase("build"):
-                model.projector.refresh({"references": batches}, loss)
-        else:
-            model.projector.refresh({"references": batches}, loss)
+    peak = meter.phase("build") if device == "cuda" else contextlib.nullcontext()
+    with watch.phase("build"), peak:
+        model.projector.refresh({"references": batches}, loss)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     for enabled in (True, False):

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft_ogpsa.core.files import replacing
+
 from . import plan, process
 from .machine import ROOT
 from .stages import Place, Stage
@@ -92,7 +94,8 @@ class Runner:
             "figures": _figures(files),
             "log_end": [] if status == 0 else log.read_text(errors="replace").splitlines()[-LOG_END:],
         }
-        write(self.path(stage), result)
+        with replacing(self.path(stage)) as part:
+            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return result
 
     def _clear(self, stage: Stage) -> None:
@@ -134,10 +137,3 @@ def _figures(files: Path) -> dict[str, Any]:
         except ValueError:
             found[path.name] = None  # a killed stage may leave half a file
     return found
-
-
-def write(path: Path, content: Any) -> None:
-    """Write JSON so that the file is either complete or not there."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)

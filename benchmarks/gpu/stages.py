@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -84,8 +84,7 @@ class Stage:
 
     def key(self, code: str) -> str:
         """Return a digest of the command and the code. A finished result is kept if its digest is the same."""
-        own = {name: value for name, value in asdict(self).items() if name in ("name", "command")}
-        return _digest(own, code)
+        return _digest({"name": self.name, "command": self.command}, code)
 
     def shared_key(self, code: str) -> str:
         """Return a digest of what all stages of the shared folder have in common."""

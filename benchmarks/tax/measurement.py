@@ -118,6 +118,7 @@ class Along(TrainerCallback):
 
     Args:
         meter: The meter that takes the measurements.
+        scales: See the attribute.
 
     Attributes:
         scales: Number of scales of a finished adapter to go through, for methods that scale it.

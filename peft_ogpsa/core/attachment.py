@@ -77,12 +77,7 @@ def projector_of(model: nn.Module) -> Projector:
     """
     for projector in projectors_in(model):
         return projector
-    raise none_attached(model)
-
-
-def none_attached(model: nn.Module) -> ValueError:
-    """The error for a model without a projector."""
-    return ValueError(
+    raise ValueError(
         f"This {type(model).__name__} has no OGPSA adapter. Add one with get_peft_model(model, OGPSAConfig(...)). For "
         "a plain LoRA adapter, use OGPSACallback(..., config=OGPSAConfig(...)) or attach(model, OGPSAConfig(...)). To "
         "train the model's own weights, use OGPSACallback(..., config=FullParameterConfig(...)) or attach(model, "

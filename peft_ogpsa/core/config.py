@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from .forms import is_count
+from .forms import fits, is_count
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "subspace": ("activations", "gradients", "both", "none"),
@@ -176,14 +176,10 @@ class ProjectionConfig:
                 none = ", or None" if name in _OPTIONAL_COUNTS else ""
                 raise ValueError(f"{name}={value!r} is not allowed. Use an integer of at least 1{none}.")
         budget = self.reference_budget
-        if budget is not None and (
-            not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget <= sys.float_info.max
-        ):
+        if budget is not None and not (fits(budget, float) and 0 < budget <= sys.float_info.max):
             raise ValueError(f"reference_budget={budget!r} is not allowed. Use a finite number above 0, or None.")
         weight = self.reference_weight
-        if weight is not None and (
-            not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= sys.float_info.max
-        ):
+        if weight is not None and not (fits(weight, float) and 0 <= weight <= sys.float_info.max):
             raise ValueError(
                 f"reference_weight={weight!r} is not allowed. Use a finite number of at least 0, or None."
             )
@@ -198,7 +194,7 @@ class ProjectionConfig:
                 "Use rows_dtype='bfloat16', or constraint='cone'."
             )
         energy = self.subspace_energy
-        if not isinstance(energy, int | float) or isinstance(energy, bool) or not 0 < energy <= 1:
+        if not fits(energy, float) or not 0 < energy <= 1:
             raise ValueError(f"subspace_energy={energy!r} is not allowed. Use a number above 0 and at most 1.")
         if self.rows_dtype == "int8" and self.subspace != "gradients":
             what = "directions" if self.uses_activations else "reference gradients"

@@ -55,22 +55,15 @@ class CopyCheck:
             step: The change of the weights.
 
         Raises:
-            RuntimeError: See `report`.
+            RuntimeError: If two steps have reversed the correction before them. Only some steps wait for the device
+                to find this.
         """
-        if self._step is not None:
-            self._correction = step - self._step
-            self._step = None
-            self._count += 1
-            if self._count in _REPORTS:
-                self.report()
-
-    def report(self) -> None:
-        """Say what was found. Waits for the device.
-
-        Raises:
-            RuntimeError: If two steps have reversed the correction before them.
-        """
-        if self._least is not None and bool(self._least[1] < _SAME):
+        if self._step is None:
+            return
+        self._correction = step - self._step
+        self._step = None
+        self._count += 1
+        if self._count in _REPORTS and self._least is not None and bool(self._least[1] < _SAME):
             raise RuntimeError(
                 "Steps of the optimizer reversed the projection's corrections of the steps before. So the optimizer "
                 "steps a copy of the weights that it keeps itself (CPU offload, or float32 master weights), and "

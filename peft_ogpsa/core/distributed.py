@@ -96,27 +96,20 @@ def of_first(tensors: Sequence[Tensor]) -> list[Tensor]:
     return summed([tensor if rank() == 0 else torch.zeros_like(tensor) for tensor in tensors])
 
 
-def check_agreement(numbers: Sequence[int], device: torch.device, what: str) -> None:
-    """Check that all processes have the same numbers, before they wait for one another in vain.
+def agree(numbers: Sequence[int], device: torch.device) -> bool:
+    """Whether all processes have the same numbers. All of them must call this.
 
     Args:
         numbers: The numbers to compare; any number of them.
         device: Device on which collectives run.
-        what: Start of the error message.
-
-    Raises:
-        ValueError: If the processes have different numbers.
     """
-    if count() == 1:
-        return
     # A hash of 30 bits that does not need Python's randomized `hash`.
     digest = 0
     for number in (len(numbers), *numbers):
         digest = (digest * 1_000_003 + number) % (2**30 - 35)
     ends = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX)
-    if int(ends[0]) != -int(ends[1]):
-        raise ValueError(f"{what} differ between the processes. Give all processes the same batches.")
+    return int(ends[0]) == -int(ends[1])
 
 
 def whole(piece: Tensor, parameter: Tensor) -> Tensor:

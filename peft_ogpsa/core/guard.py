@@ -145,14 +145,13 @@ class Guard:
 
     # Check that every parameter in training has had a reference gradient
 
-    def after_refresh(self, moved: int, config: ProjectionConfig) -> None:
+    def after_refresh(self, config: ProjectionConfig) -> None:
         """Warn about parameters without a nonzero reference gradient, if these gradients constrain the step.
 
         It does so at the second refresh after a step that moved any parameter. At the start of training the gradients
         of A are zero because B is zero, so the first refresh shows nothing. All processes must call it.
 
         Args:
-            moved: Number of steps so far that could move the parameters.
             config: The projection's settings.
         """
         self.note_parameters()
@@ -162,7 +161,7 @@ class Guard:
             return
         seen = subspace.rows.parameters_with_rows()
         self._seen = seen if self._seen is None else self._seen | seen
-        self._counted += moved > 0
+        self._counted += self._schedule.moved > 0
         if self._counted < 2:
             return
         blind = [name for name, has in zip(subspace.blocks.order, self._seen.tolist(), strict=True) if not has]

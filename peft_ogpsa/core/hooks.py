@@ -36,7 +36,7 @@ class StepWatcher(Protocol):
     def begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Act before a step of its parameters; may return replacements for the step's arguments."""
 
-    def end_step(self, optimizer: Optimizer) -> None:
+    def end_step(self) -> None:
         """Act after the step; not called if the step raised an error."""
 
     def begin_inner_step(self) -> None:
@@ -193,7 +193,7 @@ def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             elif _running.get(watcher) is step:
                 del _running[watcher]
                 _inner.pop(watcher, None)
-                watcher.end_step(optimizer)
+                watcher.end_step()
 
 
 register_optimizer_step_pre_hook(_global_pre_hook)

@@ -122,13 +122,18 @@ def sized(sets: Mapping[str, Sequence[Any]]) -> list[SetBatches]:
 def check_alike(sets: Sequence[SetBatches], device: torch.device) -> None:
     """Check that all processes have batches of the same sizes and with the same first tensor, such as the token ids.
 
-    See `distributed.check_agreement`.
+    Raises:
+        ValueError: If they do not.
     """
     if distributed.count() == 1:
         return
     numbers = [number for own in sets for number in (len(own.sizes), *own.sizes)]
     numbers += [bit_sum(first_tensor(batch)) for own in sets for batch in own.batches]
-    distributed.check_agreement(numbers, device, "The sizes of the reference batches, or their tokens,")
+    if not distributed.agree(numbers, device):
+        raise ValueError(
+            "The sizes of the reference batches, or their tokens, differ between the processes. Give all processes "
+            "the same batches."
+        )
 
 
 class Passes:

@@ -277,7 +277,7 @@ class Projector:
         activations = self.activations if config.uses_activations else None
         losses = self._refresher.refresh(config, own, loss_fn, model, activations)
         self._schedule.since_refresh = 0
-        self.guard.after_refresh(self._schedule.moved, config)
+        self.guard.after_refresh(config)
         return losses
 
     def _prepare(self, config: ProjectionConfig, sets: Sequence[SetBatches]) -> None:
@@ -382,7 +382,7 @@ class Projector:
 
         return hooks.with_closure(args, kwargs, then_project)
 
-    def end_step(self, optimizer: Optimizer) -> None:
+    def end_step(self) -> None:
         """Run after every step of our parameters that raised no error."""
         self._step.project(self.kernels)
         self._schedule.end_step()

@@ -210,7 +210,7 @@ class Refresher:
             self.subspace = subspace
 
     def factors(self, config: ProjectionConfig) -> dict[str, float]:
-        """The factor of each fresh set's mean gradient when it is added to the training gradient."""
+        """The factor of each set's mean gradient when it is added to the training gradient."""
         given = config.reference_weight
         return self.weights if given is None else dict.fromkeys(self.weights, given)
 

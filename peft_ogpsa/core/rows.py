@@ -376,16 +376,11 @@ class Rows:
         Raises:
             ValueError: If the state was made for other parameters, shapes or numbers of rows, or if it is damaged.
         """
-        order, own = rest.get("order"), self._order()
-        if order is None:  # an older state, whose order depended on dtypes and devices
-            other = len({(group.dtype, group.device) for group in self.blocks.groups}) > 1
-        else:
-            other = order != own and sorted(order) == sorted(own)
-        if other:
+        order, own = rest["order"], self._order()
+        if order != own and sorted(order) == sorted(own):
             raise ValueError(
                 "The subspace was saved while the parameters were on other devices or had other dtypes (device_map, "
-                "upcast), or by an older version, so its values are in another order. Use the same, or rebuild it "
-                "from the references."
+                "upcast), so its values are in another order. Use the same, or rebuild it from the references."
             )
         pieces = self.blocks.by_name().items()
         expected = {f"rows.{name}": (self.capacity, *parameter.shape) for name, parameter in pieces}

@@ -40,12 +40,12 @@ class Schedule:
     def begin_step(self, optimizer: Optimizer, stepped: Collection[int]) -> None:
         """Find whether the step that begins can change a parameter. With a learning rate of 0 it cannot.
 
+        Some optimizers have no learning rate. In others it is `None`, because they find it themselves. Reading a rate
+        from an accelerator waits for the device, so this is done only for the first steps.
+
         Args:
             optimizer: The optimizer of the parameters.
             stepped: The `id` of every parameter in training that the optimizer holds. Only their groups' rates count.
-
-        Some optimizers have no learning rate. In others it is `None`, because they find it themselves. Reading a rate
-        from an accelerator waits for the device, so this is done only for the first steps.
         """
 
         def still(rate: Any) -> bool:

@@ -30,7 +30,7 @@ _FORM: Form = {
     "reference_examples": int,
     "refreshes": int,
 }
-_FORM_OF_ROWS: Form = {"rows": int, "sets": list[str | None], "cursor": int}
+_FORM_OF_ROWS: Form = {"rows": int, "sets": list[str | None], "cursor": int, "order": list[str]}
 _FORM_OF_INPUT: Form = {
     "place": int,
     "layers": list[str],

@@ -303,7 +303,8 @@ class OGPSACallback(TrainerCallback):
                 "own settings. Leave out config, or train the base model."
             )
         projector = projector_of(model) if self.config is None else attached(model, self.config)
-        _upcast(projector)  # not yet done if the callback was added to an existing trainer
+        if isinstance(projector.config, OGPSAConfig):  # full-parameter training keeps the user's dtype
+            projector.upcast()  # not yet done if the callback was added to an existing trainer
         return projector
 
     def on_step_begin(
@@ -456,7 +457,7 @@ class OGPSACallback(TrainerCallback):
                 run.name = str(saved["rest"].get("run", run.name))
                 if run.projector.activations is not None:
                     run.projector.activations.references = run.loader.digest
-            except (KeyError, TypeError) as error:
+            except (LookupError, TypeError, AttributeError) as error:
                 raise checkpoint.CheckpointError(
                     f"{directory / checkpoint.STATE_NAME} is damaged: {error}."
                 ) from error
@@ -546,8 +547,3 @@ def _is_on_a_base(projector: Projector) -> bool:
 def _saves_without_event(args: TrainingArguments) -> bool:
     """Whether some checkpoints are written without the event `on_save`: from transformers 5 on, if asked for."""
     return bool(getattr(args, "enable_jit_checkpoint", False))
-
-
-def _upcast(projector: Projector) -> None:
-    if isinstance(projector.config, OGPSAConfig):  # full-parameter training keeps the user's dtype
-        projector.upcast()

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from torch import nn
 
 from .. import compat
-from .config import MOVING_STARTS
+from .config import moves_base
 
 _MOVING = {
     "bias": ("trains the base model's own biases", "bias='none'"),
@@ -154,8 +154,7 @@ def moving_setting(config: Any) -> str | None:
     """
     if getattr(config, "bias", "none") != "none":
         return "bias"
-    start = getattr(config, "init_lora_weights", None)
-    return "init_lora_weights" if isinstance(start, str) and start.lower().startswith(MOVING_STARTS) else None
+    return "init_lora_weights" if moves_base(getattr(config, "init_lora_weights", None)) else None
 
 
 def _configs(model: nn.Module) -> dict[str, Any]:

@@ -24,15 +24,17 @@ _FORMAT_VERSION = 1
 DAMAGED = (KeyError, TypeError, AttributeError, RecursionError)
 """What PEFT raises for a damaged `adapter_config.json`, besides `ValueError`."""
 
-# Initializations after which the base without the adapter is not the model that was loaded.
-MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 logger = logging.getLogger(__name__)
 
 BEFORE_SAVING: dict[str, Callable[[str], object]] = {}
 """Functions that prepare a folder before a model with this configuration is saved to it, by name."""
 AFTER_SAVING: dict[str, Callable[[str], object]] = {}
 """Functions that write more files when a configuration is saved, by name. Each is called with the folder."""
+
+
+def moves_base(start: Any) -> bool:
+    """Whether the base without the adapter is not the model that was loaded, for a value of `init_lora_weights`."""
+    return isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
 @dataclass
@@ -109,7 +111,7 @@ class OGPSAConfig(ProjectionConfig, LoraConfig):
     def _check_lora(self) -> None:
         """Reject LoRA settings for which an activation subspace cannot keep the outputs unchanged."""
         start = self.init_lora_weights
-        if isinstance(start, str) and start.lower().startswith(MOVING_STARTS):
+        if moves_base(start):
             raise ValueError(
                 f"init_lora_weights={start!r} is not allowed with subspace={self.subspace!r}: it moves part of the "
                 "base's weights into the adapter, and the adapter then acts on reference inputs. Use "

@@ -63,7 +63,7 @@ def method_section(settings: Mapping[str, Any] | None, run: Mapping[str, Any]) -
         )
     rule = f"{_OGPSA}, applied to LoRA's matrices" if projected(settings, run) else _NO_PROJECTION
     lines = [f"{rule}. The reference sets represent the abilities to preserve.", ""]
-    subspace = settings.get("subspace", "gradients")  # files from before this setting existed
+    subspace = settings["subspace"]
     if subspace in ("activations", "both"):
         lines += _of_activations(settings)
     if subspace in ("gradients", "both"):
@@ -96,7 +96,7 @@ def _of_activations(settings: Mapping[str, Any]) -> list[str]:
 def _of_gradients(settings: Mapping[str, Any]) -> list[str]:
     rule = _RULES[settings["constraint"], settings["projection"]]
     orthogonal = settings["constraint"] == "orthogonal"
-    rank = settings["subspace_rank"] if orthogonal and settings.get("subspace", "gradients") == "gradients" else None
+    rank = settings["subspace_rank"] if orthogonal and settings["subspace"] == "gradients" else None
     leading = f" Only the {rank} leading directions of these gradients were used." if rank else ""
     lines = [
         f"- At every optimizer step, {rule}.",
