@@ -780,6 +780,16 @@ def test_an_a_that_was_saved_in_few_bits_is_not_stretched_again(dtype):
     assert float(a.norm()) == pytest.approx(before, rel=1e-3)
 
 
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
+def test_a_is_stretched_for_every_start_that_has_no_effect_yet(start):
+    # "orthogonal": B is not zero, and B A is.
+    model, projector = lora(init_lora_weights=start)
+    before = {name: float(a_of(layer).norm()) for name, layer in layers_of(model).items()}
+    projector.refresh(many(), loss_of)
+    for name, layer in layers_of(model).items():
+        assert float(a_of(layer).norm()) == pytest.approx(gain_of(projector, name) * before[name], rel=1e-3)
+
+
 @pytest.mark.parametrize("start", [True, "orthogonal"])
 def test_the_build_leaves_the_model_alone(start):
     # "orthogonal": neither A nor B is zero, and B A is.

@@ -340,13 +340,23 @@ def dpo(tmp_path, model, callback, **options):
     )
 
 
+@pytest.mark.parametrize("precompute", [False, True])
+def test_the_reference_policy_of_an_orthogonal_start_loses_nothing(tmp_path, caplog, precompute):
+    model = model_of(init_lora_weights="orthogonal")
+    trainer = dpo(tmp_path, model, OGPSACallback(sets()), precompute_ref_log_probs=precompute)
+    with caplog.at_level(logging.WARNING, "peft_ogpsa"):
+        trainer.train()
+    assert "reference policy" not in caplog.text
+    assert leak(model) < 1e-6
+
+
 def test_a_second_stage_goes_on_in_the_subspace_of_the_first(tmp_path, caplog):
     model = model_of()
     sft(tmp_path, model).train()
     first = model.projector.activations
     before = weights(model)
     with caplog.at_level(logging.WARNING, "peft_ogpsa"):
-        dpo(tmp_path, model, OGPSACallback(sets())).train()
+        dpo(tmp_path, model, OGPSACallback(sets()[::-1])).train()  # the order of the sets does not matter
     assert model.projector.activations is first
     assert leak(model) < 1e-6
     assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())

@@ -471,6 +471,28 @@ def test_checkpoint_elsewhere_and_of_another_adapter(tmp_path):
         trainer.train(resume_from_checkpoint=str(moved))
 
 
+def test_a_run_resumes_with_the_same_sets_in_another_order(tmp_path):
+    overrides = {"refresh_samples": 3}  # each draw takes one example more of one of the two sets
+    straight = sft(tmp_path / "a", model_of(**overrides), max_steps=6)
+    straight.train()
+    stopped = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    sft(tmp_path / "b", model_of(**overrides), **stopped).train()
+    resumed = sft(tmp_path / "b", model_of(**overrides), [OGPSACallback(sets()[::-1])], max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "run" / "checkpoint-3"))
+    own = weights(resumed.model)
+    assert all(torch.equal(value, own[name]) for name, value in weights(straight.model).items())
+
+
+def test_a_callback_that_is_added_during_training_is_refused(tmp_path):
+    class Late(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            trainer.add_callback(OGPSACallback(sets()))
+
+    trainer = sft(tmp_path, model_of(missing_reference="ignore"), [Late()])
+    with pytest.raises(RuntimeError, match=r"OGPSACallback was added after training had begun.*before trainer\.train"):
+        trainer.train()
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     # The weights come from one run and, by the name of the folder, the rows from another.
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
@@ -1145,6 +1167,13 @@ def test_budget_in_training(tmp_path):
     last = trainer.state.log_history[-2]
     assert {"ogpsa/loss/general", "ogpsa/loss/benign"} <= last.keys()  # each drawn of in turn
     assert set(model.projector.subspace.rows.sets) == {"general", "benign", None}
+
+
+def test_the_plan_counts_what_the_sets_can_give(tmp_path, capsys):
+    model = model_of(refresh_samples=20, rows=16)  # of 9 and 7 examples
+    sft(tmp_path, model, max_steps=1, disable_tqdm=False).train()
+    assert "OGPSA: 16 reference examples every 2 steps, which add 400% to the passes" in capsys.readouterr().out
+    assert model.projector.diagnostics.reference_examples == 16
 
 
 @pytest.mark.parametrize(

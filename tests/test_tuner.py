@@ -636,3 +636,14 @@ def test_adapters_in_training_together_must_have_the_same_settings():
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"\['default', 'other'\], have different OGPSA settings"):
         model.projector.refresh(references(0), loss_of)
+
+
+def test_experts_that_peft_targets_as_parameters_are_refused_at_once():
+    settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    plain = get_peft_model(tiny_mixtral(), LoraConfig(**settings)).peft_config["default"]
+    if not plain.target_parameters:
+        pytest.skip("with these versions, experts are linear layers")
+    get_peft_model(tiny_mixtral(), OGPSAConfig(subspace="gradients", **settings))
+    with pytest.raises(ValueError, match=r"the weights of experts\. Name the linear layers of the attention"):
+        get_peft_model(tiny_mixtral(), OGPSAConfig(**settings))
+    get_peft_model(tiny_mixtral(), OGPSAConfig(**{**settings, "target_modules": ["q_proj", "v_proj"]}))

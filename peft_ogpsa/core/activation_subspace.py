@@ -207,7 +207,7 @@ class ActivationSubspace:
             inside = torch.linalg.vector_norm(a - outside)
             left = inside <= min(LEAK, _BY_CHANCE * math.sqrt(len(item.energies) / item.width)) * whole
             before = _length_before(matrix.holder, whole, left, gain)
-            stretch = torch.where(b.any() | (kept == 0), 1.0, gain * before / kept)
+            stretch = torch.where(_acts(b, a) | (kept == 0), 1.0, gain * before / kept)
             entered.append((matrix, outside * stretch, before))
         for (matrix, _, _), nothing in zip(entered, torch.stack(hollow).tolist() if hollow else [], strict=True):
             if nothing:
@@ -501,8 +501,17 @@ def _share(after: Tensor, along: Tensor, matrix: Tensor) -> Tensor:
 
     It is computed from small Gram matrices.
     """
-    after, along, matrix = (own.to(small_dtype(matrix.device)) for own in (after, along, matrix))
-    gram = after.T @ after
-    inside, total = ((gram * (part @ part.T)).sum() for part in (along, matrix))
-    possible = gram.trace() * matrix.square().sum()
-    return torch.where(total > 1e-12 * possible, inside / total, 0.0).clamp(min=0).sqrt()
+    inside, total = _square(after, along), _square(after, matrix)
+    return torch.where(_acts(after, matrix), inside / total, 0.0).clamp(min=0).sqrt()
+
+
+def _acts(after: Tensor, matrix: Tensor) -> Tensor:
+    """Whether `B A` is more than rounding. With orthogonal starts it is not, although B is not zero."""
+    possible = after.square().sum() * matrix.square().sum()
+    return _square(after, matrix) > 1e-12 * possible.to(small_dtype(matrix.device))
+
+
+def _square(after: Tensor, matrix: Tensor) -> Tensor:
+    """The squared length of `B A`, in `small_dtype`."""
+    after, matrix = (own.to(small_dtype(matrix.device)) for own in (after, matrix))
+    return ((after.T @ after) * (matrix @ matrix.T)).sum()

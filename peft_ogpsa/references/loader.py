@@ -242,7 +242,7 @@ class ReferenceLoader:
         """Digest of all tokens of all sets and, after a hyphen, of their rows if it is known."""
         if self._digest is None:
             found = hashlib.sha256()
-            for name in self.sets:
+            for name in sorted(self.sets):  # in another order they are the same sets
                 own = [[sequence.ids, sequence.answer_start] for sequence in self._sequences(name)]
                 found.update(json.dumps([name, own]).encode())
             self._digest = found.hexdigest()[:16] + (self._rows_digest and f"-{self._rows_digest}")
@@ -273,6 +273,7 @@ class ReferenceLoader:
                 "The given reference sets have the names and sizes of those in the checkpoint, but other examples. "
                 "Resume with the same sets, or rebuild the subspace."
             )
+        self.sets = {name: self.sets[name] for name in state["sizes"]}  # some draws take more of the first sets
         self._drawn, self._draws, self.seed = dict(state["drawn"]), int(state["draws"]), int(state["seed"])
 
     def _sizes(self) -> dict[str, int]:

@@ -240,7 +240,7 @@ def digest_of_rows(reference_sets: Sequence[ReferenceSet], processing_class: Pro
     """Digest the rows that are used and the chat template, which may show another date on another day."""
     facts = [
         (own.name, own.loss, own.max_length, [columns_of(row, own.name) for row in own.rows()])
-        for own in reference_sets
+        for own in sorted(reference_sets, key=lambda own: own.name)
     ]
     shown_by = template_of(processing_class), len(tokenizer_of(processing_class))
     return hashlib.sha256(repr((facts, shown_by)).encode()).hexdigest()[:16]

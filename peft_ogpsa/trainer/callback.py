@@ -160,7 +160,13 @@ class OGPSACallback(TrainerCallback):
         self._restored: weakref.WeakKeyDictionary[Projector, Path] = weakref.WeakKeyDictionary()
 
     def _run_of(self, state: TrainerState) -> _Run:
-        return next(run for run in self._runs if run.state() is state)
+        run = next((run for run in self._runs if run.state() is state), None)
+        if run is None:
+            raise RuntimeError(
+                "OGPSACallback was added after training had begun, so its references were never prepared. Add it "
+                "before trainer.train()."
+            )
+        return run
 
     def _forget(self, state: weakref.ref) -> None:
         """Drop a run, and with it its model, when its trainer is gone."""
@@ -490,7 +496,7 @@ def examples_per_step(args: TrainingArguments, batch_size: int) -> int:
 def _plan(run: _Run, step_examples: int) -> str:
     """Describe what the run will cost, to show it to the user before the run starts."""
     config = run.projector.config
-    drawn = run.loader.samples or sum(map(len, run.loader.sets.values()))
+    drawn = run.loader.most_drawn("example")
     # Rows that do not constrain are those of one draw.
     held, more = run.projector.memory(len(run.loader.sets) if config.constrains else min(len(run.loader.sets), drawn))
     lines, activations = [], run.projector.activations

@@ -109,8 +109,9 @@ def _restore(own: torch.Tensor, copy: torch.Tensor) -> None:
 def _removed(own: _Matrices) -> float:
     """The length of the removed part of `B A`, relative to that of `B A`."""
     b, then, now = (_whole(weight).float() for weight in (own.after, own.copy, own.matrix))
-    before = torch.linalg.vector_norm(b @ then)
-    return float(torch.linalg.vector_norm(b @ (then - now)) / before) if before else 0.0
+    before, removed = torch.linalg.vector_norm(b @ then), torch.linalg.vector_norm(b @ (then - now))
+    acts = before > 1e-6 * torch.linalg.vector_norm(b) * torch.linalg.vector_norm(then)
+    return float(removed / before) if acts else 0.0  # an orthogonal start acts by rounding alone
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

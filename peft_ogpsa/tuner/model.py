@@ -74,6 +74,14 @@ class OGPSAModel(LoraModel):
         finally:
             if (first := attachment.attached_to(self.model)) is not None:
                 first.targets.forget()  # an earlier adapter may have had this name
+        config = self.peft_config[adapter_name]
+        if isinstance(config, OGPSAConfig) and config.uses_activations and config.target_parameters:
+            raise ValueError(
+                f"subspace={config.subspace!r} does not work here: PEFT made target_parameters="
+                f"{sorted(config.target_parameters)} of target_modules, which are the weights of experts. Name the "
+                "linear layers of the attention instead, for example target_modules=['q_proj', 'k_proj', 'v_proj', "
+                "'o_proj'], or use subspace='gradients'. The model now has layers of this adapter: load it again."
+            )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
