@@ -75,7 +75,9 @@ class OGPSAModel(LoraModel):
             if (first := attachment.attached_to(self.model)) is not None:
                 first.targets.forget()  # an earlier adapter may have had this name
         config = self.peft_config[adapter_name]
-        if isinstance(config, OGPSAConfig) and config.uses_activations and config.target_parameters:
+        if not isinstance(config, OGPSAConfig) or config.inference_mode:
+            return
+        if config.uses_activations and config.target_parameters:
             raise ValueError(
                 f"subspace={config.subspace!r} does not work here: PEFT made target_parameters="
                 f"{sorted(config.target_parameters)} of target_modules, which are the weights of experts. Name the "
