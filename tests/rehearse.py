@@ -21,7 +21,7 @@ LIBRARIES = ["bitsandbytes", "datasets", "matplotlib.figure", "peft", "pytest", 
 
 
 def run(argv: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, seconds: float) -> int | None:
-    """What `process.run` does."""
+    """What `process.run` does, except that processes which a killed stage started live on."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     stage = context.Process(target=_stage, args=(argv[1:], folder, environment, log))

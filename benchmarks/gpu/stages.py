@@ -134,7 +134,7 @@ def _tests(place: Place) -> Stage:
     command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", *files]
     junit = place.files("tests") / "tests.xml"
     settles = "Placement, no waiting in a step, CUDA graphs, and the Triton kernels against torch"
-    toy = ["-k", "sums_over_pieces"]  # without a GPU, the quick tests have them all
+    toy = ["-k", "sums_over_pieces"]  # the quick tests run all of these without a GPU
     return _stage(place, "tests", settles, 2, [*command, f"--junitxml={junit}"], toy)
 
 

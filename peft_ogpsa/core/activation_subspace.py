@@ -207,7 +207,7 @@ class ActivationSubspace:
             inside = torch.linalg.vector_norm(a - outside)
             left = inside <= min(LEAK, _BY_CHANCE * math.sqrt(len(item.energies) / item.width)) * whole
             before = _length_before(matrix.holder, whole, left, gain)
-            stretch = torch.where(_acts(b, a) | (kept == 0), 1.0, gain * before / kept)
+            stretch = torch.where((_effect(b, a) > 0) | (kept == 0), 1.0, gain * before / kept)
             entered.append((matrix, outside * stretch, before))
         for (matrix, _, _), nothing in zip(entered, torch.stack(hollow).tolist() if hollow else [], strict=True):
             if nothing:
@@ -501,14 +501,15 @@ def _share(after: Tensor, along: Tensor, matrix: Tensor) -> Tensor:
 
     It is computed from small Gram matrices.
     """
-    inside, total = _square(after, along), _square(after, matrix)
-    return torch.where(_acts(after, matrix), inside / total, 0.0).clamp(min=0).sqrt()
+    total = _effect(after, matrix)
+    return torch.where(total > 0, _square(after, along) / total, 0.0).clamp(min=0).sqrt()
 
 
-def _acts(after: Tensor, matrix: Tensor) -> Tensor:
-    """Whether `B A` is more than rounding. With orthogonal starts it is not, although B is not zero."""
+def _effect(after: Tensor, matrix: Tensor) -> Tensor:
+    """What `_square` gives, or 0 if that is rounding: with an orthogonal start, B is not zero, and `B A` is."""
+    total = _square(after, matrix)
     possible = after.square().sum() * matrix.square().sum()
-    return _square(after, matrix) > 1e-12 * possible.to(small_dtype(matrix.device))
+    return torch.where(total > 1e-12 * possible.to(total.dtype), total, 0.0)
 
 
 def _square(after: Tensor, matrix: Tensor) -> Tensor:

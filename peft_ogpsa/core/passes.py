@@ -122,6 +122,8 @@ def sized(sets: Mapping[str, Sequence[Any]]) -> list[SetBatches]:
 def check_alike(sets: Sequence[SetBatches], device: torch.device) -> None:
     """Check that all processes have batches of the same sizes and with the same first tensor, such as the token ids.
 
+    Otherwise they would wait for one another in vain.
+
     Raises:
         ValueError: If they do not.
     """

@@ -273,7 +273,8 @@ class ReferenceLoader:
                 "The given reference sets have the names and sizes of those in the checkpoint, but other examples. "
                 "Resume with the same sets, or rebuild the subspace."
             )
-        self.sets = {name: self.sets[name] for name in state["sizes"]}  # some draws take more of the first sets
+        # The order of the sets decides which of them gives one example more in a draw.
+        self.sets = {name: self.sets[name] for name in state["sizes"]}
         self._drawn, self._draws, self.seed = dict(state["drawn"]), int(state["draws"]), int(state["seed"])
 
     def _sizes(self) -> dict[str, int]:
